@@ -1,0 +1,1 @@
+"""Conversion of Hugging Face and GGUF checkpoints to stacked Flax parameters, and back."""

@@ -1,0 +1,198 @@
+"""GGUF files of the Llama architecture, read as if they were a Hugging Face folder.
+
+Metadata becomes a Hugging Face config and goes through the same guards. Quantised tensors are
+dequantised one at a time. llama.cpp interleaves the rotary pairs of q and k rows; that permutation
+is undone here. Source: the GGUF specification (ggml) and the `gguf` package.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.errors import ConversionError
+from convert.gguf_tokenizer import build_tokenizer
+from convert.mapping import Shape
+
+_TENSORS = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_CONFIG = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.key_length": "head_dim",
+    "rope.freq_base": "rope_theta",
+    "vocab_size": "vocab_size",
+}
+_ROPE = {
+    "rope.scaling.type": "rope_type",
+    "rope.scaling.factor": "factor",
+    "rope.scaling.original_context_length": "original_max_position_embeddings",
+    "rope.scaling.attn_factor": "attention_factor",
+}
+_HARMLESS = {"rope.scaling.finetuned"}
+# Metadata outside the architecture's own keys, and what it may start with.
+_GENERAL = ("GGUF.", "general.", "tokenizer.", "quantize.")
+# `rope_freqs.weight` holds the divisors that llama3 scaling gives; these are the published settings.
+_LLAMA3_SETTINGS = [
+    {
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    for factor in (8.0, 32.0)
+]
+
+
+class GGUFFile:
+    """A `.gguf` file of architecture `llama`."""
+
+    def __init__(self, path: Path, description: str | None = None) -> None:
+        self.path = path
+        self.description = description or str(path)
+        reader = _open(path)
+        self.metadata = {name: field for name, field in reader.fields.items()}
+        architecture = self._value("general.architecture")
+        if architecture != "llama":
+            raise ConversionError(
+                f"{path}: GGUF architecture {architecture!r} is not supported (known: llama)."
+            )
+        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self._gguf_name: dict[str, str] = {}
+        self.shapes: dict[str, Shape] = {}
+        for name, tensor in self._tensors.items():
+            if name == "rope_freqs.weight":
+                continue
+            hf_name = _hf_name(name)
+            self._gguf_name[hf_name] = name
+            self.shapes[hf_name] = tuple(int(size) for size in reversed(tensor.shape))
+        self.config = self._config()
+        self.generation_config: dict[str, Any] = {}
+
+    def _value(self, name: str, default: Any = None) -> Any:
+        return self.metadata[name].contents() if name in self.metadata else default
+
+    def _config(self) -> dict[str, Any]:
+        """The metadata as a Hugging Face config; what is unknown keeps its GGUF name."""
+        config: dict[str, Any] = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+        rope: dict[str, Any] = {}
+        for name in self.metadata:
+            key = name.removeprefix("llama.")
+            if name.startswith(_GENERAL) or key in _HARMLESS:
+                continue
+            if key in _CONFIG:
+                config[_CONFIG[key]] = self._value(name)
+            elif key in _ROPE:
+                rope[_ROPE[key]] = self._value(name)
+            elif key not in ("rope.dimension_count", "attention.value_length"):
+                config[name] = self._value(name)
+        if (eps := config.get("rms_norm_eps")) is not None:
+            config["rms_norm_eps"] = float(f"{eps:.6g}")  # stored as float32
+        config["vocab_size"] = self.shapes.get("model.embed_tokens.weight", (0,))[0]
+        config["tie_word_embeddings"] = "lm_head.weight" not in self.shapes
+        config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in self.shapes
+        for token in ("bos", "eos", "padding"):
+            value = self._value(f"tokenizer.ggml.{token}_token_id")
+            config[f"{token[:3]}_token_id"] = value
+        head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        for key in ("rope.dimension_count", "attention.value_length"):
+            if self._value(f"llama.{key}", head_dim) != head_dim:
+                config[f"llama.{key}"] = self._value(f"llama.{key}")
+        config["rope_scaling"] = self._rope_scaling(rope, config, head_dim)
+        return config
+
+    def _rope_scaling(
+        self, rope: dict[str, Any], config: dict[str, Any], head_dim: int
+    ) -> dict[str, Any] | None:
+        if "rope_freqs.weight" not in self._tensors:
+            return rope if rope.get("rope_type", "none") != "none" else None
+        from qs_jax.config import RopeScaling
+        from qs_jax.models.rope import stretch_llama3
+
+        divisors = self._dequantize("rope_freqs.weight")
+        theta = config.get("rope_theta", 10000.0)
+        plain = theta ** -(np.arange(0, head_dim, 2) / head_dim)
+        for setting in _LLAMA3_SETTINGS:
+            scaling = RopeScaling(
+                "llama3",
+                setting["factor"],
+                setting["original_max_position_embeddings"],
+                setting["low_freq_factor"],
+                setting["high_freq_factor"],
+            )
+            if np.allclose(plain / stretch_llama3(plain, scaling), divisors, rtol=1e-4):
+                return {"rope_type": "llama3"} | setting
+        return {"rope_type": "rope_freqs.weight"}  # unknown divisors: refused by this name
+
+    def read(self, name: str) -> np.ndarray:
+        tensor = self._dequantize(self._gguf_name[name])
+        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+        for part, key in heads.items():
+            if f".{part}." in name:
+                return unpermute(tensor, self.config.get(key) or self.config["num_attention_heads"])
+        return tensor
+
+    def _dequantize(self, gguf_name: str) -> np.ndarray:
+        from gguf import quants
+
+        tensor = self._tensors[gguf_name]
+        return np.array(quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
+
+    def write_tokenizer(self, folder: Path) -> None:
+        build_tokenizer(self._value, self.description).save_pretrained(str(folder))
+
+
+def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Undo llama.cpp's interleaving of rotary pairs.
+
+    Args:
+      rows: `[heads * H, ...]`, each head's rows ordered (0, H/2, 1, H/2 + 1, ...).
+      heads: Number of heads.
+
+    Returns:
+      The same rows ordered 0 .. H - 1 in each head.
+    """
+    pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _hf_name(name: str) -> str:
+    """The Hugging Face name of a GGUF tensor; an unknown one keeps its own and is reported."""
+    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+    if not match or match[2] not in _TENSORS:
+        return name
+    layer = f"model.layers.{match[1]}." if match[1] else ""
+    return f"{layer}{_TENSORS[match[2]]}.{match[3]}"
+
+
+def _open(path: Path) -> Any:
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise ConversionError(
+            "reading .gguf files needs the gguf package: pip install 'qs-jax[gguf]'"
+        ) from error
+    try:
+        return GGUFReader(path)
+    except Exception as error:  # the reader raises whatever NumPy does for a short file
+        raise ConversionError(f"{path} is truncated or not a GGUF file: {error}") from error

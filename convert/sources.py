@@ -1,0 +1,182 @@
+"""Where tensors come from: one at a time, in any order, without holding the file in memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from convert.errors import ConversionError
+from convert.mapping import Shape
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+# Any one of these sets is a tokenizer.
+_TOKENIZER_SETS = ({"tokenizer.json"}, {"tokenizer.model"}, {"vocab.json", "merges.txt"})
+
+
+class Source(Protocol):
+    """A checkpoint in someone else's format.
+
+    Attributes:
+      description: What it is, for messages and provenance.
+      config: As in a Hugging Face `config.json`.
+      generation_config: As in `generation_config.json`; empty when there is none.
+      shapes: Shape of every tensor, under Hugging Face names.
+    """
+
+    description: str
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
+    shapes: dict[str, Shape]
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, in memory of its own."""
+        ...
+
+    def write_tokenizer(self, folder: Path) -> None:
+        """Put the tokenizer files into `folder`; ConversionError if there is none."""
+        ...
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+      ConversionError: Not readable, or not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConversionError(f"{path} must hold a JSON object, got {type(content).__name__}.")
+    return content
+
+
+class HuggingFaceFolder:
+    """A local folder with `config.json` and safetensors or PyTorch weights, sharded or not."""
+
+    def __init__(self, folder: Path, description: str | None = None) -> None:
+        if not (folder / "config.json").is_file():
+            raise ConversionError(f"{folder} has no config.json: not a Hugging Face model folder.")
+        self.folder = folder
+        self.description = description or str(folder)
+        self.config = read_json(folder / "config.json")
+        generation = folder / "generation_config.json"
+        self.generation_config = read_json(generation) if generation.is_file() else {}
+        self._reader, files = _weights_of(folder)
+        self._file_of: dict[str, Path] = {}
+        self.shapes: dict[str, Shape] = {}
+        for path, expected in files.items():
+            found = self._reader.shapes(path)
+            if absent := sorted((expected or set()) - set(found)):
+                raise ConversionError(f"{path} lacks {', '.join(absent)}, which the index lists.")
+            for name, shape in found.items():
+                if name in self.shapes:
+                    raise ConversionError(f"{name} is in {self._file_of[name].name} and {path.name}.")
+                self._file_of[name], self.shapes[name] = path, shape
+
+    def read(self, name: str) -> np.ndarray:
+        return self._reader.read(self._file_of[name], name)
+
+    def write_tokenizer(self, folder: Path) -> None:
+        present = {name for name in TOKENIZER_FILES if (self.folder / name).is_file()}
+        if not any(needed <= present for needed in _TOKENIZER_SETS):
+            raise ConversionError(
+                f"{self.folder} has no tokenizer (tokenizer.json, tokenizer.model, or vocab.json "
+                "and merges.txt). Add its files, or pass --no-tokenizer to work with token ids."
+            )
+        for name in sorted(present):
+            (folder / name).write_bytes((self.folder / name).read_bytes())
+
+
+class _Safetensors:
+    """Opens the file anew for every tensor, so that pages already read do not stay mapped."""
+
+    def shapes(self, path: Path) -> dict[str, Shape]:
+        with _open_safetensors(path) as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+    def read(self, path: Path, name: str) -> np.ndarray:
+        with _open_safetensors(path) as file:
+            return file.get_tensor(name)
+
+
+def _open_safetensors(path: Path):
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise ConversionError(f"{path} is truncated or not a safetensors file: {error}") from error
+
+
+class _TorchPickle:
+    """PyTorch `.bin` files, memory-mapped, weights only (no code is run)."""
+
+    def __init__(self) -> None:
+        try:
+            import torch
+        except ImportError as error:
+            raise ConversionError(
+                "these weights are PyTorch .bin files, and torch is not installed: install torch "
+                "(a CPU build will do), or convert the model to safetensors."
+            ) from error
+        self._torch = torch
+
+    def _load(self, path: Path) -> dict[str, Any]:
+        try:
+            return self._torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except Exception as error:  # torch raises many kinds for damaged files
+            raise ConversionError(f"{path} is damaged or not a PyTorch file: {error}") from error
+
+    def shapes(self, path: Path) -> dict[str, Shape]:
+        return {name: tuple(tensor.shape) for name, tensor in self._load(path).items()}
+
+    def read(self, path: Path, name: str) -> np.ndarray:
+        tensor = self._load(path)[name]
+        if tensor.dtype == self._torch.bfloat16:  # NumPy has no bfloat16; float32 holds it exactly
+            tensor = tensor.float()
+        return np.array(tensor.numpy())
+
+
+def _weights_of(folder: Path) -> tuple[_Safetensors | _TorchPickle, dict[Path, set[str] | None]]:
+    """The reader, and each weight file with the tensors that an index says it holds."""
+    for stem, reader in (("model.safetensors", _Safetensors), ("pytorch_model.bin", _TorchPickle)):
+        index, single = folder / f"{stem}.index.json", folder / stem
+        if index.is_file():
+            return reader(), _indexed_files(index)
+        if single.is_file():
+            return reader(), {single: None}
+    raise ConversionError(
+        f"{folder} has no weights (model.safetensors, pytorch_model.bin, or their .index.json)."
+    )
+
+
+def _indexed_files(index: Path) -> dict[Path, set[str] | None]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ConversionError(f"{index} has no weight_map.")
+    files: dict[Path, set[str] | None] = {}
+    for name, file in weight_map.items():
+        path = index.parent / file
+        if path.parent != index.parent:
+            raise ConversionError(f"{index} points outside its folder: {file}")
+        if not path.is_file():
+            raise ConversionError(f"{path} is missing, but {index.name} lists it.")
+        expected = files.setdefault(path, set())
+        assert expected is not None
+        expected.add(name)
+    return files

@@ -1,0 +1,189 @@
+"""Reading a converted checkpoint folder back as parameters, configuration and tokenizer.
+
+Layout of the folder (written by `convert.hf_to_flax`, always whole: `qs_jax.json` comes last)::
+
+    qs_jax.json    the manifest: format version, ModelConfig, provenance
+    params/        an Orbax checkpoint of the stacked tree
+    config.json    the Hugging Face config the model came with
+    tokenizer files, generation_config.json, chat template: as they came
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from qs_jax.config import ModelConfig
+from qs_jax.errors import CheckpointError, ConfigError, NonFiniteError
+from qs_jax.models import Params, abstract_params
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MANIFEST = "qs_jax.json"
+PARAMS = "params"
+FORMAT_VERSION = 1
+
+# Tensor-parallel axis of each parameter, by the last names of its path; the rest is replicated.
+# A dimension that the devices do not divide evenly is replicated too.
+_SHARDED_AXIS = {
+    ("qkv", "kernel"): 2,
+    ("qkv", "bias"): 1,
+    ("gate_up", "kernel"): 2,
+    ("gate_up", "bias"): 1,
+    ("up", "kernel"): 2,
+    ("up", "bias"): 1,
+    ("out", "kernel"): 1,
+    ("down", "kernel"): 1,
+    ("embed", "tokens"): 0,
+    ("head", "tokens"): 0,
+}
+
+
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """The manifest of a converted checkpoint.
+
+    Raises:
+      CheckpointError: The folder is missing, was not converted, was converted only in part, or by
+        a version of this library that wrote another format.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder.")
+    if not (folder / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{folder} is not a converted checkpoint ({MANIFEST} is missing). "
+            f"Make one with: python -m convert.hf_to_flax --source {folder} --out NEW_FOLDER"
+        )
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        version = manifest["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / MANIFEST} is damaged: {error}. Convert again.") from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder} has format {version}, this library reads {FORMAT_VERSION}. Convert again."
+        )
+    return manifest
+
+
+def folder_size(folder: Path) -> dict[str, int]:
+    """Number of files below a folder, and their bytes."""
+    sizes = [file.stat().st_size for file in folder.rglob("*") if file.is_file()]
+    return {"files": len(sizes), "bytes": sum(sizes)}
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    check_finite: bool = True,
+) -> tuple[Params, ModelConfig]:
+    """Read a converted checkpoint.
+
+    Args:
+      path: Folder written by `python -m convert.hf_to_flax`.
+      dtype: "float32" or "bfloat16" to convert while reading; None keeps the stored dtype.
+      devices: Shard the parameters over these, tensor-parallel; None puts them on the default
+        device.
+      check_finite: Refuse NaN and infinite weights (one pass over them).
+
+    Returns:
+      The stacked parameter tree, and the configuration with the dtype it has now.
+
+    Raises:
+      CheckpointError: The folder is missing, incomplete, damaged or of another format.
+      NonFiniteError: A weight is NaN or infinite.
+    """
+    manifest = read_manifest(path)
+    try:
+        model = ModelConfig.from_dict(manifest["model"])
+        model = model.replace(dtype=dtype or model.dtype)
+    except (ConfigError, KeyError) as error:
+        raise CheckpointError(f"{Path(path) / MANIFEST} is damaged: {error}") from error
+    folder = Path(path).resolve() / PARAMS
+    # TensorStore reads a missing chunk as zeros, so a lost file must be noticed here.
+    if folder_size(folder) != manifest["params"]:
+        raise CheckpointError(
+            f"{folder} holds {folder_size(folder)}, the manifest says {manifest['params']}: files "
+            "were lost or changed. Convert again."
+        )
+    target = _placed(abstract_params(model), devices)
+    params = _restore(folder, target)
+    if check_finite:
+        _check_finite(params, path)
+    return params, model
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer stored in a converted checkpoint; no network is used.
+
+    Raises:
+      CheckpointError: The folder holds no tokenizer, or one that cannot be read.
+    """
+    from transformers import AutoTokenizer  # slow to import
+
+    read_manifest(path)
+    try:
+        return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except Exception as error:  # transformers raises many kinds
+        raise CheckpointError(
+            f"{path} holds no tokenizer that can be read ({type(error).__name__}: {error}). "
+            "Convert again without --no-tokenizer."
+        ) from error
+
+
+def _placed(tree: Params, devices: Sequence[jax.Device] | None) -> Params:
+    """Give every abstract leaf the sharding it shall be read with."""
+    if devices is None:
+        default = SingleDeviceSharding(jnp.zeros(()).device)
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=default), tree
+        )
+    mesh = Mesh(np.asarray(devices), ("model",))
+
+    def place(key_path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        names = tuple(entry.key for entry in key_path)
+        axis = _SHARDED_AXIS.get(names[-2:])
+        spec = [None] * len(leaf.shape)
+        if axis is not None and leaf.shape[axis] % len(devices) == 0:
+            spec[axis] = "model"
+        sharding = NamedSharding(mesh, PartitionSpec(*spec))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def _restore(folder: Path, target: Params) -> Params:
+    import orbax.checkpoint as ocp  # slow to import
+
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+    args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args)
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(folder, args=args)
+    except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{folder} is damaged or incomplete: {reason} Convert again.") from error
+
+
+@jax.jit
+def _all_finite(leaf: jax.Array) -> jax.Array:
+    return jnp.isfinite(leaf).all()
+
+
+def _check_finite(params: Params, path: str | Path) -> None:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    bad = [jax.tree_util.keystr(key) for key, leaf in leaves if not _all_finite(leaf)]
+    if bad:
+        raise NonFiniteError(f"{path}: NaN or infinite weights in {', '.join(bad)}.")

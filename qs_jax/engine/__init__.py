@@ -1,0 +1,1 @@
+"""The programs: batching on the host, the forward pass, the token loop, scoring."""

@@ -1,0 +1,164 @@
+"""Host side of every call: check tokens, right-pad them, choose static sizes.
+
+Programs compile once per shape, so prompt lengths and token budgets are rounded up to buckets:
+four to an octave, which pads by at most a quarter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from qs_jax.config import ModelConfig
+from qs_jax.errors import InputError
+
+TokensLike: TypeAlias = Any  # [B, T] array, one row [T], or a sequence of rows of any lengths
+
+SMALLEST_BUCKET = 16
+
+
+class Batch(NamedTuple):
+    """Right-padded token rows.
+
+    Attributes:
+      tokens_BT: int32; columns at or past a row's length hold 0.
+      lengths_B: int32, at least 1.
+    """
+
+    tokens_BT: np.ndarray
+    lengths_B: np.ndarray
+
+
+def bucket_size(n: int, limit: int | None = None) -> int:
+    """The smallest bucket that holds `n`, cut to `limit`.
+
+    Buckets are 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, ... (four per doubling).
+
+    Args:
+      n: A length in tokens, at least 1.
+      limit: Largest useful size, at least `n`.
+    """
+    size = SMALLEST_BUCKET
+    if n > size:
+        step = 1 << max((n - 1).bit_length() - 3, 0)
+        size = -(-n // step) * step
+    return size if limit is None else min(size, limit)
+
+
+def make_batch(
+    tokens: TokensLike,
+    model: ModelConfig,
+    *,
+    lengths: Sequence[int] | np.ndarray | None = None,
+    attention_mask: Any = None,
+) -> Batch:
+    """Check and right-pad the tokens a user gave.
+
+    Args:
+      tokens: int `[B, T]`, one row `[T]`, or rows of different lengths.
+      model: Bounds the token ids.
+      lengths: `[B]` valid tokens of each right-padded row.
+      attention_mask: `[B, T]`, true for real tokens, padded on either side, as tokenizers return.
+
+    Returns:
+      Rows as wide as the longest one.
+
+    Raises:
+      InputError: Wrong type or rank, an empty row, ids outside the vocabulary, a mask with holes,
+        or both `lengths` and `attention_mask`.
+    """
+    if lengths is not None and attention_mask is not None:
+        raise InputError("give lengths or attention_mask, not both.")
+    rows = _as_rows(tokens)
+    if attention_mask is not None:
+        rows = _rows_of_mask(rows, np.asarray(attention_mask))
+    elif lengths is not None:
+        rows = _rows_of_lengths(rows, np.asarray(lengths))
+    for index, row in enumerate(rows):
+        if row.size == 0:
+            raise InputError(f"row {index} is empty: every prompt needs at least one token.")
+        bad = row[(row < 0) | (row >= model.vocab_size)]
+        if bad.size:
+            raise InputError(
+                f"row {index} holds token id {bad[0]}, outside the vocabulary of "
+                f"{model.vocab_size}: was it made by another model's tokenizer?"
+            )
+    lengths_B = np.array([row.size for row in rows], np.int32)
+    tokens_BT = np.zeros((len(rows), lengths_B.max()), np.int32)
+    for index, row in enumerate(rows):
+        tokens_BT[index, : row.size] = row
+    return Batch(tokens_BT, lengths_B)
+
+
+def pad_batch(batch: Batch, width: int) -> Batch:
+    """Widen a batch with zeros to `width` columns."""
+    extra = width - batch.tokens_BT.shape[1]
+    return Batch(np.pad(batch.tokens_BT, ((0, 0), (0, extra))), batch.lengths_B)
+
+
+def check_positions(longest: int, new_tokens: int, model: ModelConfig) -> None:
+    """Refuse what would run past the position limit.
+
+    Args:
+      longest: Tokens of the longest row.
+      new_tokens: Tokens to be generated, 0 for scoring.
+      model: Has `max_positions`.
+
+    Raises:
+      InputError: The sum exceeds `max_positions`.
+    """
+    if longest + new_tokens <= model.max_positions:
+        return
+    what = f"{longest} prompt tokens" + (f" + {new_tokens} new tokens" if new_tokens else "")
+    message = f"{what} exceed this model's {model.max_positions} positions: shorten the text"
+    message += " or lower max_new_tokens." if new_tokens else "."
+    if model.rope_scaling is not None and model.rope_scaling.rope_type == "dynamic":
+        message += (
+            " Its dynamic RoPE scaling would stretch further only by turning earlier keys anew, so"
+            " that a later token would change earlier predictions."
+        )
+    raise InputError(message)
+
+
+def _as_rows(tokens: TokensLike) -> list[np.ndarray]:
+    if not hasattr(tokens, "ndim"):
+        tokens = list(tokens)
+        if tokens and not np.isscalar(tokens[0]):
+            return [_as_ints(np.asarray(row)) for row in tokens]
+    array = _as_ints(np.asarray(tokens), ranks=(1, 2))
+    return list(array[None] if array.ndim == 1 else array) or _as_rows_empty()
+
+
+def _as_rows_empty() -> list[np.ndarray]:
+    raise InputError("the batch has no rows.")
+
+
+def _as_ints(array: np.ndarray, ranks: tuple[int, ...] = (1,)) -> np.ndarray:
+    if array.ndim not in ranks:
+        raise InputError(f"tokens must be [B, T] or rows of ids, got an array of {array.shape}.")
+    if array.size and not np.issubdtype(array.dtype, np.integer):
+        raise InputError(f"tokens must be integers, got {array.dtype}: tokenize the text first.")
+    return array.astype(np.int64)
+
+
+def _rows_of_mask(rows: list[np.ndarray], mask: np.ndarray) -> list[np.ndarray]:
+    if mask.shape != (len(rows), len(rows[0])) or any(row.size != rows[0].size for row in rows):
+        raise InputError(
+            f"attention_mask of shape {mask.shape} does not match the tokens' shape "
+            f"({len(rows)}, {len(rows[0])})."
+        )
+    mask = mask.astype(bool)
+    if (np.abs(np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8))).sum(1) > 2).any():
+        raise InputError("attention_mask has a hole: rows may be padded on the left or the right.")
+    return [row[kept] for row, kept in zip(rows, mask, strict=True)]
+
+
+def _rows_of_lengths(rows: list[np.ndarray], lengths: np.ndarray) -> list[np.ndarray]:
+    if lengths.shape != (len(rows),) or not np.issubdtype(lengths.dtype, np.integer):
+        raise InputError(f"lengths must be {len(rows)} integers, got shape {lengths.shape}.")
+    for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        if not 0 <= length <= row.size:
+            raise InputError(f"lengths[{index}] is {length}, but the row has {row.size} tokens.")
+    return [row[:length] for row, length in zip(rows, lengths, strict=True)]

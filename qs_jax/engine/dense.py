@@ -1,0 +1,158 @@
+"""The plain model: embed, one `lax.scan` over the stacked layers, final norm, head.
+
+Every other engine must agree with this one bit for bit when all mechanisms are off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from qs_jax.config import ModelConfig
+from qs_jax.models import Params, family_of, layers
+from qs_jax.state import KVCache
+
+# attend(cache, layer, q, k, v) -> (context, cache): one layer's attention and its cache update.
+AttendAt = Callable[[Any, Array, Array, Array, Array], tuple[Array, Any]]
+
+
+def run_layers(
+    params: Params,
+    tokens_BT: Int[Array, "B T"],
+    pos_BT: Int[Array, "B T"],
+    model: ModelConfig,
+    attend: AttendAt,
+    cache: KVCache | None,
+) -> tuple[Float[Array, "B T D"], KVCache | None]:
+    """Embed tokens and run them through all layers and the final norm.
+
+    The cache travels in the carry and is updated in place: as a scanned input and output it would
+    be copied whole at every call.
+
+    Args:
+      params: Stacked tree of `model`.
+      tokens_BT: Token ids.
+      pos_BT: Their original positions.
+      model: Architecture.
+      attend: Called once per layer with the cache and the layer's index.
+      cache: Handed from layer to layer; None when nothing is kept.
+
+    Returns:
+      Normed states ready for the head, and the cache.
+    """
+    family = family_of(model)
+    block = family.block(model)
+
+    def layer(carry, scanned):
+        h_BTD, cache = carry
+        index, params_l = scanned
+        h_BTD, cache = block.apply(
+            {"params": params_l}, h_BTD, pos_BT, lambda q, k, v: attend(cache, index, q, k, v)
+        )
+        return (h_BTD, cache), None
+
+    with jax.named_scope("embed"):
+        h_BTD = family.embed(model).apply({"params": params["embed"]}, tokens_BT, pos_BT)
+    scanned = (jnp.arange(model.num_layers), params["layers"])
+    (h_BTD, cache), _ = lax.scan(layer, (h_BTD, cache), scanned)
+    return family.final_norm(model).apply({"params": params["final_norm"]}, h_BTD), cache
+
+
+def head_table(params: Params) -> Float[Array, "V D"]:
+    """The output embedding: the head's own, or the token embedding when tied."""
+    return params["head"]["tokens"] if "head" in params else params["embed"]["tokens"]
+
+
+def logits(params: Params, h: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+    """float32 logits of normed states."""
+    with jax.named_scope("head"):
+        return layers.unembed(h, head_table(params))
+
+
+def attend_causal(cache: KVCache | None, index: Array, q: Array, k: Array, v: Array):
+    """Attention of whole rows over themselves; writes the cache at slots 0.. when there is one.
+
+    Right padding needs no mask: no real query comes after a pad.
+    """
+    context_BTNH = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    if cache is not None:
+        with jax.named_scope("kv_write"):
+            zero = jnp.zeros((), index.dtype)
+            start = (index, zero, zero, zero, zero)
+            cache = cache.replace(
+                k_LBSKH=lax.dynamic_update_slice(cache.k_LBSKH, k[None], start),
+                v_LBSKH=lax.dynamic_update_slice(cache.v_LBSKH, v[None], start),
+            )
+    return context_BTNH, cache
+
+
+def attend_cached(pos_B: Array) -> AttendAt:
+    """Attention of one token a row, at `pos_B`, over the cached keys up to and including itself."""
+
+    def attend(cache: KVCache, index: Array, q: Array, k: Array, v: Array):
+        with jax.named_scope("kv_write"):
+            rows = jnp.arange(pos_B.shape[0])
+            cache = cache.replace(
+                k_LBSKH=cache.k_LBSKH.at[index, rows, pos_B].set(k[:, 0]),
+                v_LBSKH=cache.v_LBSKH.at[index, rows, pos_B].set(v[:, 0]),
+            )
+        k_BSKH = lax.dynamic_index_in_dim(cache.k_LBSKH, index, keepdims=False)
+        v_BSKH = lax.dynamic_index_in_dim(cache.v_LBSKH, index, keepdims=False)
+        seen_BS = jnp.arange(cache.capacity)[None, :] <= pos_B[:, None]
+        mask_B11S = seen_BS[:, None, None, :]
+        return jax.nn.dot_product_attention(q, k_BSKH, v_BSKH, mask=mask_B11S), cache
+
+    return attend
+
+
+def forward(
+    params: Params, tokens_BT: Int[Array, "B T"], model: ModelConfig
+) -> Float[Array, "B T D"]:
+    """Normed states of right-padded rows; `logits` of position i uses tokens 0..i only."""
+    pos_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
+    return run_layers(params, tokens_BT, pos_BT, model, attend_causal, None)[0]
+
+
+def prefill(
+    params: Params,
+    tokens_BT: Int[Array, "B T"],
+    lengths_B: Int[Array, "B"],
+    model: ModelConfig,
+    capacity: int,
+) -> tuple[Float[Array, "B V"], KVCache]:
+    """Run prompts, fill a fresh cache, and return the logits after each row's last token.
+
+    Args:
+      params: Stacked tree of `model`.
+      tokens_BT: Right-padded prompts.
+      lengths_B: Valid tokens of each row.
+      model: Architecture.
+      capacity: Slots of the cache, at least T.
+    """
+    batch = tokens_BT.shape[0]
+    pos_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
+    cache = KVCache.zeros(model, batch, capacity)
+    h_BTD, cache = run_layers(params, tokens_BT, pos_BT, model, attend_causal, cache)
+    assert cache is not None
+    last_BD = h_BTD[jnp.arange(batch), lengths_B - 1]
+    return logits(params, last_BD), cache
+
+
+def decode_step(
+    params: Params,
+    tokens_B: Int[Array, "B"],
+    pos_B: Int[Array, "B"],
+    cache: KVCache,
+    model: ModelConfig,
+) -> tuple[Float[Array, "B V"], KVCache]:
+    """Run one token a row at `pos_B` and return the logits after it and the updated cache."""
+    h_BTD, cache_out = run_layers(
+        params, tokens_B[:, None], pos_B[:, None], model, attend_cached(pos_B), cache
+    )
+    assert cache_out is not None
+    return logits(params, h_BTD[:, 0]), cache_out

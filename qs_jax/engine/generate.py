@@ -1,0 +1,333 @@
+"""Token generation: prefill, then one `lax.while_loop` over tokens, in a single program.
+
+`stream` runs the same two pieces, `start` and `advance`, one call a token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from qs_jax.config import Config, ModelConfig
+from qs_jax.engine import batching, dense, sampling
+from qs_jax.errors import NonFiniteError
+from qs_jax.models import Params
+from qs_jax.state import DecodeState
+
+
+class DecodePlan(NamedTuple):
+    """Everything static about one call; calls with equal plans and shapes share a program.
+
+    Attributes:
+      new_capacity: M, width of the output buffer, a bucket that holds max_new_tokens.
+      stop_ids: Token ids that end a row.
+      pad_id: Fills a row after its end.
+      sampling: Which filters run.
+    """
+
+    new_capacity: int
+    stop_ids: tuple[int, ...]
+    pad_id: int
+    sampling: sampling.SamplingPlan
+
+
+class DecodeNumbers(NamedTuple):
+    """Everything traced about one call but the tokens."""
+
+    max_new_tokens: Int[Array, ""]
+    seed: Array
+    sampling: sampling.SamplingNumbers
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateOutput:
+    """What `generate` returns; B rows, M = max_new_tokens columns.
+
+    Attributes:
+      tokens: int32 `[B, M]`, the new tokens only, the end token included; padding after it.
+      lengths: int32 `[B]`, new tokens of each row.
+      logprobs: float32 `[B, M]`, log-probability of each new token under the plain model, before
+        temperature, filters and penalties, in nats; 0 in the padding.
+      prompt_tokens: int32 `[B, T]`, the right-padded prompts.
+      prompt_lengths: int32 `[B]`.
+      record: What the mechanisms did; None for the dense model.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    logprobs: np.ndarray
+    prompt_tokens: np.ndarray
+    prompt_lengths: np.ndarray
+    record: None = None
+
+    @property
+    def sequences(self) -> list[list[int]]:
+        """Prompt and continuation of each row, without padding."""
+        return [
+            self.prompt_tokens[row, : self.prompt_lengths[row]].tolist()
+            + self.tokens[row, : self.lengths[row]].tolist()
+            for row in range(len(self.tokens))
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamStep:
+    """One token a row.
+
+    Attributes:
+      tokens: int32 `[B]`; the pad id for rows that had ended before.
+      logprobs: float32 `[B]`, as in `GenerateOutput`.
+      is_new: bool `[B]`, the row produced a token in this step.
+      done: bool `[B]`, the row has ended.
+    """
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    is_new: np.ndarray
+    done: np.ndarray
+
+
+def emit(
+    state: DecodeState,
+    logits_BV: Float[Array, "B V"],
+    numbers: DecodeNumbers,
+    plan: DecodePlan,
+) -> DecodeState:
+    """Choose each row's next token from its logits and note it; rows that ended stay as they are."""
+    rows = jnp.arange(logits_BV.shape[0])
+    keys_B = sampling.row_keys(numbers.seed, logits_BV.shape[0])
+    token_B = sampling.choose(
+        logits_BV, state.seen_BV, keys_B, state.step, plan.sampling, numbers.sampling
+    )
+    logprob_B = jax.nn.log_softmax(logits_BV, axis=-1)[rows, token_B]
+    live_B = ~state.done_B
+    token_B = jnp.where(live_B, token_B, plan.pad_id)
+    stop_B = jnp.isin(token_B, jnp.array(plan.stop_ids, jnp.int32))
+    seen_BV = state.seen_BV
+    if plan.sampling.penalize:
+        seen_BV = seen_BV.at[rows, token_B].max(live_B)
+    return state.replace(
+        step=state.step + 1,
+        last_B=token_B,
+        done_B=state.done_B | stop_B,
+        finite_B=state.finite_B & (state.done_B | jnp.isfinite(logits_BV).all(-1)),
+        seen_BV=seen_BV,
+        tokens_BM=state.tokens_BM.at[:, state.step].set(token_B),
+        logprobs_BM=state.logprobs_BM.at[:, state.step].set(jnp.where(live_B, logprob_B, 0.0)),
+        lengths_B=state.lengths_B + live_B,
+    )
+
+
+def start(
+    params: Params,
+    tokens_BT: Int[Array, "B T"],
+    lengths_B: Int[Array, "B"],
+    numbers: DecodeNumbers,
+    model: ModelConfig,
+    plan: DecodePlan,
+) -> DecodeState:
+    """Run the prompts and choose the first token of each row."""
+    batch, width = tokens_BT.shape
+    capacity = width + plan.new_capacity
+    logits_BV, cache = dense.prefill(params, tokens_BT, lengths_B, model, capacity)
+    seen_BV = jnp.zeros((batch, model.vocab_size if plan.sampling.penalize else 1), bool)
+    if plan.sampling.penalize:
+        real_BT = jnp.arange(width)[None, :] < lengths_B[:, None]
+        seen_BV = seen_BV.at[jnp.arange(batch)[:, None], tokens_BT].max(real_BT)
+    state = DecodeState(
+        step=jnp.int32(0),
+        last_B=jnp.zeros(batch, jnp.int32),
+        pos_B=lengths_B,
+        done_B=jnp.zeros(batch, bool),
+        finite_B=jnp.ones(batch, bool),
+        seen_BV=seen_BV,
+        tokens_BM=jnp.full((batch, plan.new_capacity), plan.pad_id, jnp.int32),
+        logprobs_BM=jnp.zeros((batch, plan.new_capacity), jnp.float32),
+        lengths_B=jnp.zeros(batch, jnp.int32),
+        cache=cache,
+    )
+    return emit(state, logits_BV, numbers, plan)
+
+
+def advance(
+    params: Params,
+    state: DecodeState,
+    numbers: DecodeNumbers,
+    model: ModelConfig,
+    plan: DecodePlan,
+) -> DecodeState:
+    """Run each row's last token through the model and choose the next one."""
+    logits_BV, cache = dense.decode_step(params, state.last_B, state.pos_B, state.cache, model)
+    moved = state.replace(cache=cache, pos_B=state.pos_B + ~state.done_B)
+    return emit(moved, logits_BV, numbers, plan)
+
+
+def generate_tokens(
+    params: Params,
+    tokens_BT: Int[Array, "B T"],
+    lengths_B: Int[Array, "B"],
+    numbers: DecodeNumbers,
+    model: ModelConfig,
+    plan: DecodePlan,
+) -> DecodeState:
+    """The whole call: prompts in, finished rows out, no host in between."""
+
+    def unfinished(state: DecodeState) -> Array:
+        # Two ways to stop: the token budget is used up, or every row has ended.
+        return (state.step < numbers.max_new_tokens) & ~state.done_B.all()
+
+    def body(state: DecodeState) -> DecodeState:
+        return advance(params, state, numbers, model, plan)
+
+    return lax.while_loop(
+        unfinished, body, start(params, tokens_BT, lengths_B, numbers, model, plan)
+    )
+
+
+def _generate_result(*args: Any, model: ModelConfig, plan: DecodePlan) -> dict[str, Array]:
+    """`generate_tokens` without the cache, so that it is freed on the device."""
+    state = generate_tokens(*args, model, plan)
+    return {
+        "tokens": state.tokens_BM,
+        "lengths": state.lengths_B,
+        "logprobs": state.logprobs_BM,
+        "finite": state.finite_B,
+    }
+
+
+_STATIC = ("model", "plan")
+jit_generate = jax.jit(_generate_result, static_argnames=_STATIC)
+jit_start = jax.jit(start, static_argnames=_STATIC)
+jit_advance = jax.jit(advance, static_argnames=_STATIC, donate_argnames=("state",))
+
+
+def _prepare(
+    tokens: batching.TokensLike, cfg: Config, lengths: Any, attention_mask: Any
+) -> tuple[batching.Batch, batching.Batch, DecodeNumbers, DecodePlan]:
+    """The batch as given, the batch as padded to its bucket, and the two halves of the call."""
+    model = cfg.model
+    batch = batching.make_batch(tokens, model, lengths=lengths, attention_mask=attention_mask)
+    width = batch.tokens_BT.shape[1]
+    batching.check_positions(width, cfg.max_new_tokens, model)
+    padded = batching.pad_batch(batch, batching.bucket_size(width, model.max_positions))
+    sampling_plan, sampling_numbers = sampling.plan_of(cfg)
+    plan = DecodePlan(
+        new_capacity=batching.bucket_size(cfg.max_new_tokens),
+        stop_ids=cfg.stop_ids,
+        pad_id=model.pad_token_id or 0,
+        sampling=sampling_plan,
+    )
+    numbers = DecodeNumbers(
+        max_new_tokens=jnp.int32(cfg.max_new_tokens),
+        seed=jnp.uint32(cfg.seed),
+        sampling=sampling_numbers,
+    )
+    return batch, padded, numbers, plan
+
+
+def _check_finite(finite_B: np.ndarray) -> None:
+    if not finite_B.all():
+        rows = np.flatnonzero(~finite_B).tolist()
+        raise NonFiniteError(
+            f"logits of row(s) {rows} are not finite: the weights hold NaN or infinity, or the "
+            "dtype overflows. qs_jax.load checks weights; try dtype='float32'."
+        )
+
+
+def generate(
+    params: Params,
+    tokens: batching.TokensLike,
+    cfg: Config,
+    *,
+    lengths: Sequence[int] | np.ndarray | None = None,
+    attention_mask: Any = None,
+) -> GenerateOutput:
+    """Continue every row until an end token or `cfg.max_new_tokens`.
+
+    A row's result depends neither on padding nor on the other rows.
+
+    Args:
+      params: From `qs_jax.load`.
+      tokens: int `[B, T]`, one row `[T]`, or rows of different lengths.
+      cfg: Model, budget and sampling.
+      lengths: `[B]` valid tokens of each right-padded row.
+      attention_mask: `[B, T]`, true for real tokens; left or right padding.
+
+    Returns:
+      The new tokens, their count and their log-probabilities.
+
+    Raises:
+      InputError: Tokens cannot be used, or prompt + budget exceed the position limit.
+      NonFiniteError: The model produced NaN or infinite logits.
+    """
+    batch, padded, numbers, plan = _prepare(tokens, cfg, lengths, attention_mask)
+    out = jax.device_get(
+        jit_generate(params, *padded, numbers, model=cfg.model, plan=plan)  # type: ignore[arg-type]
+    )
+    _check_finite(out["finite"])
+    return GenerateOutput(
+        tokens=out["tokens"][:, : cfg.max_new_tokens],
+        lengths=out["lengths"],
+        logprobs=out["logprobs"][:, : cfg.max_new_tokens],
+        prompt_tokens=batch.tokens_BT,
+        prompt_lengths=batch.lengths_B,
+    )
+
+
+def stream(
+    params: Params,
+    tokens: batching.TokensLike,
+    cfg: Config,
+    *,
+    lengths: Sequence[int] | np.ndarray | None = None,
+    attention_mask: Any = None,
+) -> Iterator[StreamStep]:
+    """`generate`, one token a row at a time: same arguments, same tokens.
+
+    Input is checked by the call itself, before the first step is asked for.
+
+    Returns:
+      An iterator that ends when every row has ended or the budget is used up.
+
+    Raises:
+      InputError: As `generate`.
+      NonFiniteError: As `generate`, while iterating.
+    """
+    _, padded, numbers, plan = _prepare(tokens, cfg, lengths, attention_mask)
+    return _stream(params, padded, numbers, cfg, plan)
+
+
+def _stream(
+    params: Params,
+    padded: batching.Batch,
+    numbers: DecodeNumbers,
+    cfg: Config,
+    plan: DecodePlan,
+) -> Iterator[StreamStep]:
+    static = {"model": cfg.model, "plan": plan}
+    state = jit_start(params, *padded, numbers, **static)  # type: ignore[arg-type]
+    ended = np.zeros(len(padded.lengths_B), bool)
+    for step in range(cfg.max_new_tokens):
+        if step:
+            state = jit_advance(params, state, numbers, **static)
+        token, logprob, done, finite = jax.device_get(
+            (state.last_B, _column(state.logprobs_BM, step), state.done_B, state.finite_B)
+        )
+        _check_finite(finite)
+        yield StreamStep(tokens=token, logprobs=logprob, is_new=~ended, done=done)
+        ended = done
+        if done.all():
+            return
+
+
+@functools.partial(jax.jit)
+def _column(array_BM: Array, step: Array) -> Array:
+    return lax.dynamic_index_in_dim(array_BM, step, axis=1, keepdims=False)

@@ -1,0 +1,59 @@
+"""GPT-2 modules: learned positions, pre-LayerNorm, biases everywhere, GELU MLP, tied head.
+
+Source: Radford et al. 2019.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+from jaxtyping import Array, Float, Int
+
+from qs_jax.config import ModelConfig
+from qs_jax.models import layers
+
+
+class Embed(nn.Module):
+    """Token embedding plus the embedding of the token's original position."""
+
+    model: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, tokens_BT: Int[Array, "B T"], pos_BT: Int[Array, "B T"]
+    ) -> Float[Array, "B T D"]:
+        m, init = self.model, nn.initializers.normal(0.02)
+        table_VD = self.param("tokens", init, (m.vocab_size, m.hidden_size))
+        table_PD = self.param("positions", init, (m.max_positions, m.hidden_size))
+        return layers.embed_lookup(table_VD, tokens_BT) + layers.embed_lookup(table_PD, pos_BT)
+
+
+class Block(layers.PreNormBlock):
+    """LayerNorm, multi-head attention, two-layer MLP."""
+
+    def setup(self) -> None:
+        m = self.model
+        self.attn_norm = layers.layer_norm(m)
+        self.qkv = nn.Dense(m.q_size + 2 * m.kv_size)
+        self.out = nn.Dense(m.hidden_size)
+        self.mlp_norm = layers.layer_norm(m)
+        self.up = nn.Dense(m.mlp_size)
+        self.down = nn.Dense(m.hidden_size)
+
+    def project(self, x_BTD: Array, pos_BT: Array) -> tuple[Array, Array, Array]:
+        del pos_BT  # positions are in the embedding
+        return layers.split_heads(self.qkv(x_BTD), self.model)
+
+    def mlp(self, x_BTD: Array) -> Array:
+        return self.down(layers.ACTIVATIONS[self.model.activation](self.up(x_BTD)))
+
+
+class FinalNorm(nn.Module):
+    """The norm between the last layer and the head."""
+
+    model: ModelConfig
+
+    def setup(self) -> None:
+        self.norm = layers.layer_norm(self.model)
+
+    def __call__(self, h: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        return layers.in_float32(self.norm, h)

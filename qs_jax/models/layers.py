@@ -1,0 +1,90 @@
+"""Pieces that GPT-2 and Llama blocks share.
+
+Letters: B batch, T query position, S key position, D model width, N query heads, K key/value heads,
+H head width, F MLP width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from qs_jax.config import ModelConfig
+
+# Given this layer's queries [B, T, N, H] and keys and values [B, T, K, H] of the same tokens,
+# returns what attention reads [B, T, N, H] and whatever the caller wants back (an updated cache).
+# The engine owns the keys: which exist, where they are stored, who may see them.
+Attend: TypeAlias = Callable[[Array, Array, Array], tuple[Array, Any]]
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu_new": lambda x: nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: nn.gelu(x, approximate=True),
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "relu": nn.relu,
+    "silu": nn.silu,
+}
+
+
+class PreNormBlock(nn.Module):
+    """One layer: `h + Attn(norm(h))`, then `h + MLP(norm(h))`.
+
+    Families define the submodules `attn_norm`, `out` and `mlp_norm`, and the two methods below.
+    """
+
+    model: ModelConfig
+
+    def project(self, x_BTD: Array, pos_BT: Array) -> tuple[Array, Array, Array]:
+        """Queries `[B, T, N, H]`, keys and values `[B, T, K, H]` of normed states."""
+        raise NotImplementedError
+
+    def mlp(self, x_BTD: Array) -> Array:
+        """The MLP of normed states."""
+        raise NotImplementedError
+
+    def __call__(
+        self, h_BTD: Float[Array, "B T D"], pos_BT: Int[Array, "B T"], attend: Attend
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        with jax.named_scope("attn"):
+            q, k, v = self.project(in_float32(self.attn_norm, h_BTD), pos_BT)
+            context_BTNH, kept = attend(q, k, v)
+            h_BTD = h_BTD + self.out(context_BTNH.reshape(*h_BTD.shape[:2], -1))
+        with jax.named_scope("mlp"):
+            return h_BTD + self.mlp(in_float32(self.mlp_norm, h_BTD)), kept
+
+
+def rms_norm(model: ModelConfig) -> nn.Module:
+    """Root-mean-square norm (Zhang & Sennrich 2019), float32 inside."""
+    return nn.RMSNorm(epsilon=model.norm_eps, dtype=jnp.float32)
+
+
+def layer_norm(model: ModelConfig) -> nn.Module:
+    """Layer norm (Ba et al. 2016), float32 inside."""
+    return nn.LayerNorm(epsilon=model.norm_eps, dtype=jnp.float32, use_fast_variance=False)
+
+
+def in_float32(norm: Callable[[Array], Array], h: Float[Array, "*batch D"]) -> Array:
+    """Apply a float32 norm and return to the dtype of the residual stream."""
+    return norm(h).astype(h.dtype)
+
+
+def split_heads(qkv_BTO: Float[Array, "B T O"], model: ModelConfig) -> tuple[Array, Array, Array]:
+    """Cut the fused projection into q `[B, T, N, H]`, k and v `[B, T, K, H]`."""
+    shape = (*qkv_BTO.shape[:2], -1, model.head_dim)
+    cuts = [model.q_size, model.q_size + model.kv_size]
+    q, k, v = jnp.split(qkv_BTO, cuts, axis=-1)
+    return q.reshape(shape), k.reshape(shape), v.reshape(shape)
+
+
+def embed_lookup(table_VD: Float[Array, "V D"], ids: Int[Array, "*batch"]) -> Array:
+    """Rows of an embedding table; ids are checked before they get here."""
+    return jnp.take(table_VD, ids, axis=0, mode="clip")
+
+
+def unembed(h: Float[Array, "*batch D"], table_VD: Float[Array, "V D"]) -> Array:
+    """Logits `[..., V]`, accumulated and returned in float32 (Press & Wolf 2017 when tied)."""
+    return jnp.einsum("...d,vd->...v", h, table_VD, preferred_element_type=jnp.float32)

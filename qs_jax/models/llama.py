@@ -1,0 +1,61 @@
+"""Llama-2-family modules: RMSNorm, RoPE, grouped-query attention, SwiGLU.
+
+Sources: Touvron et al. 2023 (Llama 2); Ainslie et al. 2023 (GQA); Shazeer 2020 (SwiGLU).
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from qs_jax.config import ModelConfig
+from qs_jax.models import layers, rope
+
+
+class Embed(nn.Module):
+    """Token embedding; positions enter through RoPE."""
+
+    model: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, tokens_BT: Int[Array, "B T"], pos_BT: Int[Array, "B T"]
+    ) -> Float[Array, "B T D"]:
+        del pos_BT
+        init = nn.initializers.normal(0.02)
+        table_VD = self.param("tokens", init, (self.model.vocab_size, self.model.hidden_size))
+        return layers.embed_lookup(table_VD, tokens_BT)
+
+
+class Block(layers.PreNormBlock):
+    """RMSNorm, rotary grouped-query attention, SwiGLU."""
+
+    def setup(self) -> None:
+        m = self.model
+        self.attn_norm = layers.rms_norm(m)
+        self.qkv = nn.Dense(m.q_size + 2 * m.kv_size, use_bias=m.attention_bias)
+        self.out = nn.Dense(m.hidden_size, use_bias=m.attention_bias)
+        self.mlp_norm = layers.rms_norm(m)
+        self.gate_up = nn.Dense(2 * m.mlp_size, use_bias=m.mlp_bias)
+        self.down = nn.Dense(m.hidden_size, use_bias=m.mlp_bias)
+
+    def project(self, x_BTD: Array, pos_BT: Array) -> tuple[Array, Array, Array]:
+        q, k, v = layers.split_heads(self.qkv(x_BTD), self.model)
+        return rope.rotate(q, pos_BT, self.model), rope.rotate(k, pos_BT, self.model), v
+
+    def mlp(self, x_BTD: Array) -> Array:
+        gate_BTF, up_BTF = jnp.split(self.gate_up(x_BTD), 2, axis=-1)
+        return self.down(layers.ACTIVATIONS[self.model.activation](gate_BTF) * up_BTF)
+
+
+class FinalNorm(nn.Module):
+    """The norm between the last layer and the head."""
+
+    model: ModelConfig
+
+    def setup(self) -> None:
+        self.norm = layers.rms_norm(self.model)
+
+    def __call__(self, h: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        return layers.in_float32(self.norm, h)

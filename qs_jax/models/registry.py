@@ -1,0 +1,38 @@
+"""Which modules implement which Hugging Face `model_type`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+
+from qs_jax.config import ModelConfig
+from qs_jax.errors import ConfigError
+from qs_jax.models import gpt2, layers, llama
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """The three modules a decoder is made of; each takes the `ModelConfig`."""
+
+    embed: type[nn.Module]
+    block: type[layers.PreNormBlock]
+    final_norm: type[nn.Module]
+
+
+FAMILIES: dict[str, Family] = {
+    "gpt2": Family(gpt2.Embed, gpt2.Block, gpt2.FinalNorm),
+    "llama": Family(llama.Embed, llama.Block, llama.FinalNorm),
+}
+
+
+def family_of(model: ModelConfig) -> Family:
+    """The modules of `model`.
+
+    Raises:
+      ConfigError: No family is registered for its `model_type`.
+    """
+    if model.model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise ConfigError(f"model_type {model.model_type!r} is not supported; known: {known}.")
+    return FAMILIES[model.model_type]

@@ -1,0 +1,52 @@
+"""The strict environment every test runs in.
+
+Set before JAX is imported: four virtual CPU devices. Then: jaxtyping annotations checked by
+beartype at every call, silent rank promotion is an error, and (pyproject.toml) so is any warning.
+"""
+
+import os
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from jaxtyping import install_import_hook
+
+install_import_hook(["qs_jax", "convert"], "beartype.beartype")
+
+import jax
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def research_data() -> Path:
+    """The folder of research data that stands beside the project, where there is one."""
+    if not SHARED.is_dir():
+        pytest.skip("the research data folder ../shared/data is not here")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def embedded_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded real model, converted once a session."""
+    from convert import embedded
+    from convert.errors import ConversionError
+    from convert.hf_to_flax import convert
+
+    try:
+        embedded.gguf_path()
+    except ConversionError as error:
+        pytest.skip(str(error))
+    folder = tmp_path_factory.mktemp("embedded") / "smollm2-135m"
+    convert("embedded", folder)
+    return folder
