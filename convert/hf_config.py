@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from convert.errors import Problems
-from qs_jax.config import ModelConfig, RopeScaling
+from qs_jax.config import ROPE_SCALINGS, ModelConfig, RopeScaling
 from qs_jax.errors import ConfigError
 from qs_jax.models import FAMILIES
 from qs_jax.models.layers import ACTIVATIONS
@@ -208,9 +208,12 @@ def _rope(
         fields.setdefault("original_max_positions", max_positions)
     if kind == "yarn":
         fields.setdefault("factor", max_positions / fields["original_max_positions"])
+    if kind in ROPE_SCALINGS and "factor" not in fields:
+        problems.add(HEADING, f"RoPE scaling {kind!r} needs factor")
+        return theta, None
     try:
-        return theta, RopeScaling(rope_type=kind, **fields)
-    except (ConfigError, TypeError) as error:
+        return theta, RopeScaling(rope_type=kind, **({"factor": 1.0} | fields))
+    except ConfigError as error:
         problems.add(HEADING, str(error))
         return theta, None
 

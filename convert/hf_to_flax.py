@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
-import json
 import os
 import re
 import shutil
@@ -31,6 +30,7 @@ from convert.gguf_source import GGUFFile
 from convert.hf_config import model_config
 from convert.mapping import Rule, Table
 from convert.sources import HuggingFaceFolder, Source
+from convert.staging import check_target, staging, write_json
 from convert.writer import LazyArray, write_tree
 from qs_jax.checkpoint import FORMAT_VERSION, MANIFEST, PARAMS, folder_size
 from qs_jax.config import ModelConfig
@@ -113,7 +113,7 @@ def convert(
       ConversionError: With everything that is wrong in one report; `out` is as it was.
     """
     target = Path(os.path.abspath(out))
-    _check_target(target, overwrite)
+    check_target(target, overwrite, MANIFEST)
     opened = open_source(source, revision) if isinstance(source, str) else source
     problems = Problems()
     try:
@@ -128,17 +128,17 @@ def convert(
     assert model is not None and table is not None
     _check_tied_head(opened, names, model)
     _check_space(target.parent, model)
-    with _staging(target, overwrite) as staged:
+    with staging(target, overwrite) as staged:
         if tokenizer:
             opened.write_tokenizer(staged)
             _check_tokenizer(staged, model)
         total = sum(len(table.names(rule, model.num_layers)) for rule in table.rules)
         with tqdm(total=total, unit="tensor", desc="converting", disable=not progress) as bar:
             write_tree(staged / PARAMS, _lazy_tree(opened, table, names, model, bar.update))
-        _write_json(staged / "config.json", opened.config)
+        write_json(staged / "config.json", opened.config)
         if opened.generation_config:
-            _write_json(staged / "generation_config.json", opened.generation_config)
-        _write_json(staged / MANIFEST, _manifest(staged, model, opened))
+            write_json(staged / "generation_config.json", opened.generation_config)
+        write_json(staged / MANIFEST, _manifest(staged, model, opened))
     return model, notes
 
 
@@ -198,16 +198,6 @@ def _lazy_leaf(
     return LazyArray(shape, dtype, blocks)
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
-    if target.exists() and not target.is_dir():
-        raise ConversionError(f"{target} exists and is not a folder.")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise ConversionError(f"{target} exists; pass --overwrite to replace it.")
-    if overwrite and target.is_dir() and any(target.iterdir()):
-        if not (target / MANIFEST).is_file():
-            raise ConversionError(f"{target} is not a converted checkpoint; not overwriting it.")
-
-
 def _check_tied_head(source: Source, names: dict[str, str], model: ModelConfig) -> None:
     """A stored head that the config says is tied must equal the embedding."""
     for name in source.shapes:
@@ -235,7 +225,7 @@ def _check_tokenizer(folder: Path, model: ModelConfig) -> None:
     from transformers import AutoTokenizer  # slow to import
 
     config = folder / "config.json"
-    _write_json(config, {"model_type": model.model_type})
+    write_json(config, {"model_type": model.model_type})
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # transformers raises many kinds
@@ -252,38 +242,6 @@ def _check_tokenizer(folder: Path, model: ModelConfig) -> None:
         )
 
 
-@contextlib.contextmanager
-def _staging(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside `target` that becomes `target` on success and vanishes on failure."""
-    staged = target.parent / f".{target.name}.partial-{os.getpid()}"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(target)
-        staged.mkdir()
-        yield staged
-        if overwrite and target.is_dir():
-            old = target.parent / f".{target.name}.replaced-{os.getpid()}"
-            target.rename(old)
-            staged.rename(target)
-            shutil.rmtree(old)
-        else:
-            staged.rename(target)
-    except ConversionError:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConversionError(f"writing {target} failed, nothing was kept: {error}") from error
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-
-
-def _remove_abandoned(target: Path) -> None:
-    """Delete what killed conversions to the same target left behind."""
-    for left in target.parent.glob(f".{target.name}.partial-*"):
-        pid = left.name.rpartition("-")[2]
-        if not (pid.isdigit() and Path(f"/proc/{pid}").exists()):
-            shutil.rmtree(left, ignore_errors=True)
-
-
 def _manifest(folder: Path, model: ModelConfig, source: Source) -> dict[str, Any]:
     versions = {}
     for package in _VERSIONED:
@@ -297,10 +255,6 @@ def _manifest(folder: Path, model: ModelConfig, source: Source) -> dict[str, Any
         "source": source.description,
         "versions": versions,
     }
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:

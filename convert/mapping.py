@@ -66,6 +66,10 @@ class Table:
     rules: tuple[Rule, ...]
     ignored: tuple[str, ...]
 
+    def full_name(self, name: str) -> str:
+        """The name Hugging Face itself writes: with the prefix, but for the head."""
+        return name if name.startswith("lm_head.") else self.prefix + name
+
     def names(self, rule: Rule, num_layers: int) -> list[str]:
         """The tensor names of a rule, one per layer, without the optional prefix."""
         layers = range(num_layers) if rule.per_layer else [0]
@@ -159,7 +163,8 @@ def match(table: Table, shapes: Mapping[str, Shape], model: ModelConfig, problem
     unmapped = dict(shapes)
     for rule in table.rules:
         for name in table.names(rule, model.num_layers):
-            present = [c for c in _spellings(name, table) if c in shapes]
+            spellings = dict.fromkeys([table.full_name(name), name])
+            present = [spelling for spelling in spellings if spelling in shapes]
             for candidate in present:
                 unmapped.pop(candidate)
             if not present:
@@ -182,6 +187,3 @@ def is_tied_head(name: str, model: ModelConfig) -> bool:
     """Whether `name` is a stored copy of a head that the config ties to the embedding."""
     return model.tie_embeddings and name == "lm_head.weight"
 
-
-def _spellings(name: str, table: Table) -> list[str]:
-    return [table.prefix + name, name]

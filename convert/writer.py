@@ -62,25 +62,40 @@ class LazyArray:
 
 
 class _LazyArrayHandler(ocp.type_handlers.NumpyHandler):
-    """Orbax's NumPy handler for arrays that do not exist yet."""
+    """Orbax's NumPy handler for arrays that do not exist yet.
+
+    Attributes:
+      failure: What went wrong first. Orbax writes leaves concurrently and would leave the others
+        hanging, so a failure is kept here, the remaining leaves are passed over, and the caller
+        raises it.
+    """
 
     def __init__(self) -> None:
         super().__init__(deepcopy_host_arrays=False)
         self._one_at_a_time = asyncio.Semaphore(1)
+        self.failure: Exception | None = None
 
     async def _open_and_write(
         self, value: LazyArray, tspec: dict[str, Any], ts_context: ts.Context
     ) -> None:
         async with self._one_at_a_time:
-            store, row = None, 0
-            for block in value.merged_blocks():
-                if store is None:
-                    tspec["metadata"]["chunks"] = list(value.chunk_shape(len(block)))
-                    store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
-                await store[row : row + len(block)].write(block)
-                row += len(block)
-            if row != value.shape[0]:
-                raise ValueError(f"blocks cover {row} of {value.shape[0]} rows.")
+            if self.failure is None:
+                try:
+                    await _write_blocks(value, tspec, ts_context)
+                except Exception as error:
+                    self.failure = error
+
+
+async def _write_blocks(value: LazyArray, tspec: dict[str, Any], ts_context: ts.Context) -> None:
+    store, row = None, 0
+    for block in value.merged_blocks():
+        if store is None:
+            tspec["metadata"]["chunks"] = list(value.chunk_shape(len(block)))
+            store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+        await store[row : row + len(block)].write(block)
+        row += len(block)
+    if row != value.shape[0]:
+        raise ValueError(f"blocks cover {row} of {value.shape[0]} rows.")
 
 
 def write_tree(folder: Path, tree: dict[str, Any]) -> None:
@@ -89,11 +104,22 @@ def write_tree(folder: Path, tree: dict[str, Any]) -> None:
     Args:
       folder: Absolute path that does not exist yet.
       tree: Leaves are `LazyArray`.
+
+    Raises:
+      Exception: The first failure to make or write a block; `folder` is then of no use.
     """
     logging.getLogger("absl").setLevel(logging.ERROR)
-    registry = ocp.type_handlers.create_type_handler_registry((LazyArray, _LazyArrayHandler()))
+    lazy = _LazyArrayHandler()
     handler = ocp.PyTreeCheckpointHandler(
-        use_ocdbt=False, use_zarr3=False, type_handler_registry=registry
+        use_ocdbt=False,
+        use_zarr3=False,
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry((LazyArray, lazy)),
     )
-    with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(folder, args=ocp.args.PyTreeSave(tree))
+    try:
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(folder, args=ocp.args.PyTreeSave(tree))
+    except Exception:
+        if lazy.failure is None:
+            raise
+    if lazy.failure is not None:
+        raise lazy.failure

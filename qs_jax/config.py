@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any
 
 from qs_jax.errors import ConfigError
 
-ModelType = Literal["gpt2", "llama"]
-RopeType = Literal["linear", "dynamic", "llama3", "yarn"]
-Activation = Literal["gelu_new", "gelu", "gelu_pytorch_tanh", "relu", "silu"]
-
-_ROPE_FIELDS: dict[str, tuple[str, ...]] = {
+# What each RoPE scaling needs besides its factor.
+ROPE_SCALINGS: dict[str, tuple[str, ...]] = {
     "linear": (),
     "dynamic": (),
     "llama3": ("original_max_positions", "low_freq_factor", "high_freq_factor"),
@@ -50,7 +47,7 @@ class RopeScaling:
       ConfigError: A field the rule needs is missing or out of range.
     """
 
-    rope_type: RopeType
+    rope_type: str
     factor: float
     original_max_positions: int | None = None
     low_freq_factor: float | None = None
@@ -64,10 +61,10 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         _require(
-            self.rope_type in _ROPE_FIELDS,
-            f"RoPE scaling {self.rope_type!r} is not implemented; known: {', '.join(_ROPE_FIELDS)}.",
+            self.rope_type in ROPE_SCALINGS,
+            f"RoPE scaling {self.rope_type!r} is not implemented; known: {', '.join(ROPE_SCALINGS)}.",
         )
-        missing = [name for name in _ROPE_FIELDS[self.rope_type] if getattr(self, name) is None]
+        missing = [name for name in ROPE_SCALINGS[self.rope_type] if getattr(self, name) is None]
         _require(not missing, f"RoPE scaling {self.rope_type!r} needs {', '.join(missing)}.")
         _require(
             math.isfinite(self.factor) and self.factor >= 1.0,
@@ -111,7 +108,7 @@ class ModelConfig:
       ConfigError: Sizes do not fit each other.
     """
 
-    model_type: ModelType
+    model_type: str
     vocab_size: int
     num_layers: int
     hidden_size: int
@@ -121,13 +118,13 @@ class ModelConfig:
     mlp_size: int
     max_positions: int
     norm_eps: float
-    activation: Activation
+    activation: str
     tie_embeddings: bool
     attention_bias: bool
     mlp_bias: bool
     rope_theta: float | None = None
     rope_scaling: RopeScaling | None = None
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: str = "float32"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
@@ -144,7 +141,10 @@ class ModelConfig:
             f"({self.num_kv_heads}).",
         )
         _require(self.norm_eps > 0, f"norm_eps must be positive, got {self.norm_eps}.")
-        _require(self.dtype in ("float32", "bfloat16"), f"dtype {self.dtype!r} is not supported.")
+        _require(
+            self.dtype in ("float32", "bfloat16"),
+            f"dtype {self.dtype!r} is not supported: float32 or bfloat16.",
+        )
         if self.model_type == "llama":
             _require(self.rope_theta is not None, "a llama model needs rope_theta.")
             _require(self.head_dim % 2 == 0, f"RoPE needs an even head_dim, got {self.head_dim}.")

@@ -23,7 +23,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# Compilation makes first examples slow; CI must not depend on luck.
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.load_profile("ci")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

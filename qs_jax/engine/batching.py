@@ -127,12 +127,11 @@ def _as_rows(tokens: TokensLike) -> list[np.ndarray]:
         tokens = list(tokens)
         if tokens and not np.isscalar(tokens[0]):
             return [_as_ints(np.asarray(row)) for row in tokens]
-    array = _as_ints(np.asarray(tokens), ranks=(1, 2))
-    return list(array[None] if array.ndim == 1 else array) or _as_rows_empty()
-
-
-def _as_rows_empty() -> list[np.ndarray]:
-    raise InputError("the batch has no rows.")
+    array = np.asarray(tokens)
+    if array.shape[0:1] == (0,):
+        raise InputError("the batch has no rows.")
+    array = _as_ints(array, ranks=(1, 2))
+    return list(array if array.ndim == 2 else array[None])
 
 
 def _as_ints(array: np.ndarray, ranks: tuple[int, ...] = (1,)) -> np.ndarray:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt
 
 from qs_jax.config import Config, ModelConfig
 from qs_jax.engine import batching, dense, sampling
@@ -43,7 +43,7 @@ class DecodeNumbers(NamedTuple):
     """Everything traced about one call but the tokens."""
 
     max_new_tokens: Int[Array, ""]
-    seed: Array
+    seed: UInt[Array, ""]
     sampling: sampling.SamplingNumbers
 
 

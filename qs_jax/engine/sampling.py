@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 from qs_jax.config import Config
 
@@ -21,7 +21,8 @@ class SamplingPlan(NamedTuple):
     Attributes:
       greedy: Take the most likely token.
       penalize: Apply the repetition penalty.
-      shortlist: Most likely ids kept for sampling (a power of two >= top_k); 0 for all.
+      shortlist: How many of the largest logits are sorted for top-k (a power of two >= top_k); 0
+        when there is no top-k.
       nucleus: Apply top-p.
     """
 
@@ -68,31 +69,51 @@ def penalize(
     return jnp.where(seen_BV, changed_BV, logits_BV)
 
 
-def candidates(
+def filter_logits(
     logits_BV: Float[Array, "B V"], plan: SamplingPlan, numbers: SamplingNumbers
-) -> tuple[Float[Array, "B C"], Int[Array, "B C"]]:
-    """Logits left after temperature, top-k and top-p (-inf where filtered), and their token ids.
+) -> Float[Array, "B V"]:
+    """Logits after temperature, top-k and top-p, with -inf where a token is filtered out.
 
-    Without filters the candidates are the whole vocabulary in id order; otherwise they are sorted,
-    most likely first, and the first one always survives.
+    Top-k keeps every token at least as likely as the k-th. Top-p keeps the smallest set of most
+    likely tokens that holds the probability; tokens as likely as its last one are kept too. The
+    most likely token always survives.
     """
     logits_BV = logits_BV / numbers.temperature
-    vocab = logits_BV.shape[-1]
-    if not plan.shortlist and not plan.nucleus:
-        ids_BV = jnp.broadcast_to(jnp.arange(vocab)[None, :], logits_BV.shape)
-        return logits_BV, ids_BV
-    logits_BC, ids_BC = jax.lax.top_k(logits_BV, plan.shortlist or vocab)
-    rank_1C = jnp.arange(logits_BC.shape[-1])[None, :]
-    logits_BC = jnp.where(rank_1C < numbers.top_k, logits_BC, -jnp.inf)
+    if plan.shortlist:
+        best_BC = jax.lax.top_k(logits_BV, plan.shortlist)[0]
+        least_B1 = jax.lax.dynamic_index_in_dim(best_BC, numbers.top_k - 1, axis=1)
+        logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
     if plan.nucleus:
-        prob_BC = jax.nn.softmax(logits_BC, axis=-1)
-        before_BC = jnp.cumsum(prob_BC, axis=-1) - prob_BC
-        kept_BC = (before_BC < numbers.top_p) | (rank_1C == 0)
-        logits_BC = jnp.where(kept_BC, logits_BC, -jnp.inf)
-    return logits_BC, ids_BC
+        prob_BV = jax.nn.softmax(logits_BV, axis=-1)
+        least_B = nucleus_threshold(prob_BV, numbers.top_p)
+        logits_BV = jnp.where(prob_BV >= least_B[:, None], logits_BV, -jnp.inf)
+    return logits_BV
 
 
-def row_keys(seed: Int[Array, ""], batch: int) -> Array:
+def nucleus_threshold(
+    prob_BV: Float[Array, "B V"], top_p: Float[Array, ""]
+) -> Float[Array, "B"]:
+    """The largest probability t such that the tokens with probability >= t hold `top_p` together.
+
+    A bisection over float32 bit patterns, which are ordered as the non-negative numbers they stand
+    for: exact after 31 halvings, and ten times faster than sorting a vocabulary.
+    """
+
+    def halve(_, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low_B, high_B = bounds  # tokens >= low hold top_p; tokens >= high do not, or high is above all
+        middle_B = low_B + (high_B - low_B) // 2
+        at_least_BV = prob_BV >= jax.lax.bitcast_convert_type(middle_B, jnp.float32)[:, None]
+        enough_B = jnp.where(at_least_BV, prob_BV, 0.0).sum(-1) >= top_p
+        return jnp.where(enough_B, middle_B, low_B), jnp.where(enough_B, high_B, middle_B)
+
+    largest_B = prob_BV.max(axis=-1)
+    high_B = jax.lax.bitcast_convert_type(largest_B, jnp.int32) + 1
+    low_B, _ = jax.lax.fori_loop(0, 31, halve, (jnp.zeros_like(high_B), high_B))
+    threshold_B = jax.lax.bitcast_convert_type(low_B, jnp.float32)
+    return jnp.minimum(threshold_B, largest_B)
+
+
+def row_keys(seed: UInt[Array, ""], batch: int) -> Array:
     """One PRNG key a row, so that a row's draws do not depend on its batch mates."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(batch))
 
@@ -119,7 +140,6 @@ def choose(
         logits_BV = penalize(logits_BV, seen_BV, numbers.repetition_penalty)
     if plan.greedy:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_BC, ids_BC = candidates(logits_BV, plan, numbers)
     step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
-    pick_B = jax.vmap(jax.random.categorical)(step_keys_B, logits_BC)
-    return jnp.take_along_axis(ids_BC, pick_B[:, None], axis=1)[:, 0].astype(jnp.int32)
+    filtered_BV = filter_logits(logits_BV, plan, numbers)
+    return jax.vmap(jax.random.categorical)(step_keys_B, filtered_BV).astype(jnp.int32)

@@ -1,0 +1,57 @@
+"""Hugging Face folders made without torch, so that conversion is tested where torch is not."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from convert.flax_to_hf import hf_tensors
+from qs_jax.config import ModelConfig
+from qs_jax.models import Params
+from qs_jax.testing import tiny_model, tiny_params, toy_tokenizer
+
+LLAMA_CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+
+
+def llama_tensors(seed: int = 0) -> tuple[dict[str, np.ndarray], Params, ModelConfig]:
+    model = tiny_model("llama", bos_token_id=0, eos_token_ids=(1,))
+    params = jax.tree.map(np.asarray, tiny_params(model, seed))
+    return hf_tensors(params, model), params, model
+
+
+def write_folder(
+    folder: Path,
+    tensors: dict[str, np.ndarray],
+    config: dict[str, Any] | None = None,
+    tokenizer: bool = True,
+) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(LLAMA_CONFIG if config is None else config))
+    if tokenizer:
+        toy_tokenizer(folder)
+    return folder
+
+
+def assert_same_tree(ours: Params, expected: Params) -> None:
+    assert jax.tree.structure(ours) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, ours, expected)

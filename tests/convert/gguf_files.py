@@ -1,0 +1,101 @@
+"""GGUF files as llama.cpp's converter writes them, from Hugging Face tensors."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def interleave(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Row by row, from the definition: new row 2i + s of a head is old row s * H/2 + i."""
+    out, width = np.empty_like(rows), len(rows) // heads
+    for head in range(heads):
+        for i in range(width // 2):
+            for half in range(2):
+                out[head * width + 2 * i + half] = rows[head * width + half * width // 2 + i]
+    return out
+
+
+def write_gguf(
+    path: Path,
+    tensors: dict[str, np.ndarray],
+    config: dict[str, Any],
+    *,
+    quantization: str = "F32",
+    permute: bool = True,
+    tokenizer: dict[str, Any] | None = None,
+    extra: dict[str, Any] | None = None,
+) -> Path:
+    """Write tensors under Hugging Face names as a GGUF file.
+
+    Args:
+      path: File to write.
+      tensors: Hugging Face names and layout.
+      config: Hugging Face config with the sizes.
+      quantization: For matrices; norms stay F32.
+      permute: Interleave q and k rows (not if they are interleaved already).
+      tokenizer: Metadata below `tokenizer.ggml.`: str, bool, int or list values.
+      extra: Further metadata, by full name.
+    """
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config.get("rope_theta", 10000.0))
+    writer.add_rope_dimension_count(config["hidden_size"] // config["num_attention_heads"])
+    prefixed = {f"tokenizer.ggml.{key}": value for key, value in (tokenizer or {}).items()}
+    for key, value in (prefixed | (extra or {})).items():
+        _add(writer, key, value)
+    kind = gguf.GGMLQuantizationType[quantization]
+    for name, tensor in tensors.items():
+        if permute and "q_proj" in name:
+            tensor = interleave(tensor, config["num_attention_heads"])
+        elif permute and "k_proj" in name:
+            tensor = interleave(tensor, config["num_key_value_heads"])
+        gguf_name = name.replace("model.layers.", "blk.")
+        for theirs, ours in NAMES.items():
+            gguf_name = gguf_name.replace(f"{theirs}.", f"{ours}.")
+        if tensor.ndim == 1 or quantization == "F32":
+            writer.add_tensor(gguf_name, np.ascontiguousarray(tensor, np.float32))
+        else:
+            data = gguf.quants.quantize(np.ascontiguousarray(tensor, np.float32), kind)
+            writer.add_tensor(gguf_name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add(writer: Any, key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)

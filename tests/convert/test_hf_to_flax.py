@@ -1,0 +1,336 @@
+"""Folders in, checkpoints out; and everything that can be wrong, said clearly with nothing written."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import qs_jax
+from convert import hf_to_flax, sources
+from convert.errors import ConversionError
+from convert.hf_to_flax import convert
+from qs_jax.errors import CheckpointError
+from tests.convert.folders import LLAMA_CONFIG, assert_same_tree, llama_tensors, write_folder
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    return llama_tensors()[0]
+
+
+@pytest.fixture
+def source(tmp_path, tensors):
+    return write_folder(tmp_path / "hf", tensors)
+
+
+def refused(source, tmp_path, **options):
+    """The message of the refusal; asserts that nothing is left behind."""
+    tmp_path.mkdir(exist_ok=True)
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(ConversionError) as caught:
+        convert(str(source), tmp_path / "out", **options)
+    assert sorted(os.listdir(tmp_path)) == before, "nothing may be left behind"
+    with pytest.raises(CheckpointError):
+        qs_jax.load(tmp_path / "out")
+    return str(caught.value)
+
+
+def test_a_folder_becomes_a_checkpoint(source, tmp_path):
+    _, expected, model = llama_tensors()
+    converted, notes = convert(str(source), tmp_path / "out")
+    params, loaded = qs_jax.load(tmp_path / "out")
+    assert converted == loaded == model
+    assert notes == []
+    assert_same_tree(params, expected)
+    tokenizer = qs_jax.load_tokenizer(tmp_path / "out")
+    assert tokenizer.decode(tokenizer("hello, world").input_ids) == "hello, world"
+
+
+def test_sharded_weights_with_an_index(source, tmp_path, tensors):
+    from safetensors.numpy import save_file
+
+    (source / "model.safetensors").unlink()
+    names, weight_map = sorted(tensors), {}
+    for part in range(3):
+        file = f"model-0000{part + 1}-of-00003.safetensors"
+        save_file({name: tensors[name] for name in names[part::3]}, source / file)
+        weight_map |= dict.fromkeys(names[part::3], file)
+    index = source / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    convert(str(source), tmp_path / "out")
+    assert_same_tree(qs_jax.load(tmp_path / "out")[0], llama_tensors()[1])
+
+    (source / "model-00002-of-00003.safetensors").unlink()
+    assert "model-00002-of-00003.safetensors is missing" in refused(source, tmp_path / "second")
+
+
+@pytest.mark.hf
+def test_pytorch_bin_weights(source, tmp_path, tensors):
+    torch = pytest.importorskip("torch")
+    (source / "model.safetensors").unlink()
+    torch.save({k: torch.tensor(v) for k, v in tensors.items()}, source / "pytorch_model.bin")
+    convert(str(source), tmp_path / "out")
+    assert_same_tree(qs_jax.load(tmp_path / "out")[0], llama_tensors()[1])
+    (source / "pytorch_model.bin").write_bytes(b"PK\x03\x04 not a model")
+    assert "damaged or not a PyTorch file" in refused(source, tmp_path / "second")
+
+
+def test_pytorch_weights_without_torch(source, tmp_path, monkeypatch):
+    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert "torch is not installed" in refused(source, tmp_path)
+
+
+def test_a_hub_id_resolves_through_the_hub_cache(tmp_path, tensors, monkeypatch):
+    """The real client, offline, on a cache laid out as the Hub client lays it out."""
+    import huggingface_hub.constants as constants
+
+    commit = "0" * 40
+    repo = tmp_path / "cache" / "models--someone--tiny-llama"
+    write_folder(repo / "snapshots" / commit, tensors)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    convert("someone/tiny-llama", tmp_path / "out")
+    assert_same_tree(qs_jax.load(tmp_path / "out")[0], llama_tensors()[1])
+    manifest = json.loads((tmp_path / "out" / "qs_jax.json").read_text())
+    assert manifest["source"] == "someone/tiny-llama (Hugging Face Hub)"
+    message = refused("someone/unknown", tmp_path / "second")
+    assert "could not be fetched from the Hub" in message
+
+
+def test_all_tensor_problems_come_in_one_report(tmp_path, tensors):
+    broken = dict(tensors)
+    del broken["model.layers.1.mlp.up_proj.weight"]
+    broken["model.layers.0.self_attn.q_proj.weight"] = np.zeros((32, 31), np.float32)
+    broken["model.layers.0.self_attn.q_norm.weight"] = np.zeros(8, np.float32)
+    broken["norm.weight"] = broken["model.norm.weight"]
+    source = write_folder(tmp_path / "hf", broken, LLAMA_CONFIG | {"sliding_window": 64, "foo": 1})
+    message = refused(source, tmp_path)
+    for expected in (
+        "sliding_window = 64 is not implemented",
+        "foo = 1 is not known for llama",
+        "missing tensors (1):\n    - layers.1.mlp.up_proj.weight [48, 32]",
+        "misshapen tensors (1):\n    - model.layers.0.self_attn.q_proj.weight: [32, 31], expected [32, 32]",
+        "ambiguous tensors (1):\n    - model.norm.weight and norm.weight",
+        "unmapped tensors (1):\n    - model.layers.0.self_attn.q_norm.weight [8]",
+    ):
+        assert expected in message
+
+
+def test_harmless_leftovers_are_ignored(tmp_path, tensors):
+    more = tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(4, np.float32)}
+    source = write_folder(tmp_path / "hf", more, LLAMA_CONFIG | {"use_cache": True, "dtype": "float16"})
+    convert(str(source), tmp_path / "out")
+    assert_same_tree(qs_jax.load(tmp_path / "out")[0], llama_tensors()[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "mamba"}, "model_type 'mamba' is not supported"),
+        ({"model_type": None}, "model_type None is not supported"),
+        ({"hidden_act": "xielu"}, "activation 'xielu' is not implemented"),
+        ({"rope_scaling": {"type": "longrope", "factor": 4.0}}, "'longrope' is not implemented"),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0, "alpha": 2}}, "alpha = 2 is not known"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "needs low_freq_factor"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "'linear' needs factor"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not implemented"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"num_hidden_layers": None}, "num_hidden_layers is missing"),
+        ({"num_key_value_heads": 3}, "must be a multiple of num_kv_heads"),
+        ({"num_attention_heads": 5}, "not a multiple of the number of heads"),
+    ],
+)
+def test_what_is_not_implemented_is_refused_by_name(tmp_path, tensors, change, message):
+    source = write_folder(tmp_path / "hf", tensors, LLAMA_CONFIG | change)
+    assert message in refused(source, tmp_path)
+
+
+def test_special_tokens_outside_the_vocabulary_are_noted(tmp_path, tensors):
+    config = LLAMA_CONFIG | {"eos_token_id": [1, 50256], "pad_token_id": -1}
+    source = write_folder(tmp_path / "hf", tensors, config)
+    model, notes = convert(str(source), tmp_path / "out")
+    assert model.eos_token_ids == (1,)
+    assert model.pad_token_id is None
+    assert len(notes) == 2
+    assert "eos_token_id 50256 is outside the vocabulary" in "\n".join(notes)
+
+
+def test_end_tokens_of_the_generation_config_win(source, tmp_path):
+    (source / "generation_config.json").write_text('{"eos_token_id": [1, 5]}')
+    model, _ = convert(str(source), tmp_path / "out")
+    assert model.eos_token_ids == (1, 5)
+
+
+def test_a_tied_head_that_differs_is_refused(tmp_path, tensors):
+    tied = LLAMA_CONFIG | {"tie_word_embeddings": True}
+    same = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}
+    convert(str(write_folder(tmp_path / "same", same, tied)), tmp_path / "kept")
+    assert "head" not in qs_jax.load(tmp_path / "kept")[0]
+    other = write_folder(tmp_path / "other", tensors, tied)
+    assert "differs from model.embed_tokens.weight" in refused(other, tmp_path)
+
+
+@pytest.mark.parametrize("keep", [4, 100, 5000, -1])
+def test_truncated_safetensors(source, tmp_path, keep):
+    file = source / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    assert "truncated or not a safetensors file" in refused(source, tmp_path)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_weights_that_are_not_finite(tmp_path, tensors, bad):
+    broken = {name: tensor.copy() for name, tensor in tensors.items()}
+    broken["model.layers.2.mlp.down_proj.weight"][3, 3] = bad
+    source = write_folder(tmp_path / "hf", broken)
+    message = refused(source, tmp_path)
+    assert "model.layers.2.mlp.down_proj.weight holds NaN or infinite weights" in message
+
+
+def test_a_missing_tokenizer(tmp_path, tensors):
+    source = write_folder(tmp_path / "hf", tensors, tokenizer=False)
+    assert "has no tokenizer" in refused(source, tmp_path)
+    convert(str(source), tmp_path / "out", tokenizer=False)
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        qs_jax.load_tokenizer(tmp_path / "out")
+
+
+def test_a_tokenizer_of_another_model(source, tmp_path):
+    tokenizer = json.loads((source / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] |= {f"extra{i}": 97 + i for i in range(3)}
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "the tokenizer has 100 ids, the model only 97" in refused(source, tmp_path)
+    (source / "tokenizer.json").write_text("{")
+    assert "the tokenizer cannot be read" in refused(source, tmp_path)
+
+
+def test_sources_that_are_nothing(tmp_path):
+    assert "no such file or folder" in refused("./nowhere", tmp_path)
+    (tmp_path / "weights.bin").write_bytes(b"")
+    assert "not a .gguf" in refused(tmp_path / "weights.bin", tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert "has no config.json" in refused(tmp_path / "empty", tmp_path)
+    (tmp_path / "empty" / "config.json").write_text("[1]")
+    assert "must hold a JSON object" in refused(tmp_path / "empty", tmp_path)
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    assert "has no weights" in refused(tmp_path / "empty", tmp_path)
+
+
+def test_an_existing_target_is_kept_unless_asked(source, tmp_path):
+    convert(str(source), tmp_path / "out")
+    with pytest.raises(ConversionError, match="exists; pass --overwrite"):
+        convert(str(source), tmp_path / "out")
+    other, expected, _ = llama_tensors(seed=1)
+    write_folder(tmp_path / "hf", other)
+    convert(str(source), tmp_path / "out", overwrite=True)
+    assert_same_tree(qs_jax.load(tmp_path / "out")[0], expected)
+    assert sorted(os.listdir(tmp_path)) == ["hf", "out"]
+    with pytest.raises(ConversionError, match="not a converted checkpoint; not overwriting"):
+        convert(str(source), source, overwrite=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConversionError, match="not a folder"):
+        convert(str(source), tmp_path / "file")
+
+
+def test_a_failed_overwrite_keeps_the_old_checkpoint(source, tmp_path):
+    convert(str(source), tmp_path / "out")
+    file = source / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ConversionError):
+        convert(str(source), tmp_path / "out", overwrite=True)
+    assert_same_tree(qs_jax.load(tmp_path / "out")[0], llama_tensors()[1])
+
+
+def test_too_little_space_is_noticed_before_writing(source, tmp_path, monkeypatch):
+    usage = hf_to_flax.shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000)
+    monkeypatch.setattr(hf_to_flax.shutil, "disk_usage", lambda _: usage)
+    assert "GB free, the checkpoint may need" in refused(source, tmp_path)
+
+
+def test_a_disk_that_fills_up_while_writing(source, tmp_path):
+    """A real write failure: the kernel refuses files above a limit, in a process of its own."""
+    script = textwrap.dedent(
+        """
+        import resource, signal, sys
+        from convert.hf_to_flax import main
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
+        sys.exit(main(sys.argv[1:]))
+        """
+    )
+    out = tmp_path / "out"
+    arguments = ["--source", str(source), "--out", str(out), "--no-tokenizer", "--quiet"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    assert "nothing was kept" in done.stderr
+    assert "File too large" in done.stderr
+    assert sorted(os.listdir(tmp_path)) == ["hf"]
+
+
+def test_killed_half_way_leaves_nothing_that_loads(source, tmp_path):
+    """SIGKILL while tensors are being written; then a second run succeeds and cleans up."""
+    script = textwrap.dedent(
+        """
+        import sys, time
+        from convert import hf_to_flax, sources
+        read = sources.HuggingFaceFolder.read
+        def slow(self, name):
+            if "layers.1.mlp" in name:
+                print("half-way", flush=True)
+                time.sleep(60)
+            return read(self, name)
+        sources.HuggingFaceFolder.read = slow
+        hf_to_flax.main(sys.argv[1:])
+        """
+    )
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, "--source", str(source), "--out", str(out), "--quiet"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline().strip() == "half-way"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    left = [path for path in tmp_path.iterdir() if path.name != "hf"]
+    assert len(left) == 1, "the folder under construction"
+    for folder in (out, *left):
+        with pytest.raises(CheckpointError):
+            qs_jax.load(folder)
+    convert(str(source), out)
+    assert_same_tree(qs_jax.load(out)[0], llama_tensors()[1])
+    assert sorted(os.listdir(tmp_path)) == ["hf", "out"]
+
+
+def test_two_conversions_at_once_do_not_disturb_each_other(source, tmp_path):
+    """A folder under construction belongs to its process as long as that lives."""
+    staged = tmp_path / f".out.partial-{os.getppid()}"
+    staged.mkdir()
+    convert(str(source), tmp_path / "out")
+    assert staged.is_dir()
+
+
+def test_the_command_line(source, tmp_path, capsys):
+    arguments = ["--source", str(source), "--out", str(tmp_path / "out"), "--dtype", "bfloat16"]
+    assert hf_to_flax.main(arguments) == 0
+    assert "llama, 0.0 M parameters, 3 layers, bfloat16" in capsys.readouterr().out
+    assert qs_jax.load(tmp_path / "out")[1].dtype == "bfloat16"
+    assert hf_to_flax.main(arguments) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_sources_satisfy_the_protocol(source):
+    assert isinstance(hf_to_flax.open_source(str(source)), sources.Source)

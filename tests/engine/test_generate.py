@@ -1,0 +1,253 @@
+"""Laws of dense generation: decode equals score, rows and batches do not mix, no future leaks."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qs_jax
+from qs_jax.config import Config
+from qs_jax.engine import generate as engine
+from qs_jax.engine import scoring
+from qs_jax.engine.batching import bucket_size
+from qs_jax.errors import InputError, NonFiniteError
+from qs_jax.testing import tiny_model, tiny_params
+from tests.support import random_tokens
+
+MODELS = {
+    "gpt2": tiny_model("gpt2"),
+    "llama": tiny_model("llama"),
+    "llama-mqa": tiny_model("llama", num_kv_heads=1),
+}
+SAMPLED = {"temperature": 0.9, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.2, "seed": 7}
+RAGGED = [[5, 9, 11], list(range(2, 30)), [8], list(range(40, 57))]
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=list(MODELS))
+def model(request):
+    return MODELS[request.param]
+
+
+@pytest.fixture(scope="module")
+def params(model):
+    return tiny_params(model)
+
+
+@pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
+def test_decoding_with_the_cache_equals_scoring_the_whole(model, params, sampling):
+    out = qs_jax.generate(params, RAGGED, Config(model, max_new_tokens=20, **sampling))
+    scores = qs_jax.score(params, out.sequences, Config(model))
+    for row, (start, count) in enumerate(zip(out.prompt_lengths, out.lengths, strict=True)):
+        scored = scores.logprobs[row, start : start + count]
+        np.testing.assert_allclose(scored, out.logprobs[row, :count], atol=1e-4)
+
+
+def test_greedy_takes_the_most_likely_token(model, params):
+    out = qs_jax.generate(params, RAGGED, Config(model, max_new_tokens=12))
+    logits = qs_jax.score(params, out.sequences, Config(model), return_logits=True).logits
+    for row, start in enumerate(out.prompt_lengths):
+        best = logits[row, start - 1 : start + 11].argmax(-1)
+        np.testing.assert_array_equal(out.tokens[row], best)
+
+
+@pytest.mark.hf
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_greedy_equals_hugging_face_generate(kind, tmp_path):
+    torch = pytest.importorskip("torch")
+    from tests.support import make_pair
+
+    pair = make_pair("gpt2" if kind == "gpt2" else "llama-gqa", tmp_path)
+    tokens_BT = random_tokens(pair.model, width=12)
+    theirs = pair.hf.generate(
+        torch.tensor(tokens_BT, dtype=torch.long),
+        attention_mask=torch.ones(tokens_BT.shape, dtype=torch.long),
+        max_new_tokens=24,
+        do_sample=False,
+        repetition_penalty=1.3,
+        pad_token_id=0,
+    ).numpy()[:, 12:]
+    cfg = Config(pair.model, max_new_tokens=24, repetition_penalty=1.3)
+    out = qs_jax.generate(pair.params, tokens_BT, cfg)
+    np.testing.assert_array_equal(out.tokens[:, : theirs.shape[1]], theirs)
+
+
+@pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
+def test_streaming_gives_the_tokens_of_generate(model, params, sampling):
+    cfg = Config(model, max_new_tokens=15, eos_token_ids=(3, 17, 40, 50), **sampling)
+    out = qs_jax.generate(params, RAGGED, cfg)
+    steps = list(qs_jax.stream(params, RAGGED, cfg))
+    assert len(steps) == out.lengths.max()
+    tokens_BM = np.stack([step.tokens for step in steps], 1)
+    np.testing.assert_array_equal(tokens_BM, out.tokens[:, : len(steps)])
+    np.testing.assert_array_equal(np.sum([step.is_new for step in steps], 0), out.lengths)
+    logprobs_BM = np.stack([step.logprobs for step in steps], 1)
+    np.testing.assert_allclose(logprobs_BM, out.logprobs[:, : len(steps)], atol=1e-5)
+
+
+@pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
+def test_a_row_does_not_depend_on_its_batch_mates(model, params, sampling):
+    """The same rows 0 and 1, with different mates of different lengths behind them."""
+    cfg = Config(model, max_new_tokens=10, **sampling)
+    mates = [RAGGED[:2], RAGGED, [*RAGGED[:2], [3] * 60, [4] * 9]]
+    outs = [qs_jax.generate(params, rows, cfg) for rows in mates]
+    for out in outs[1:]:
+        np.testing.assert_array_equal(out.tokens[:2], outs[0].tokens)
+        np.testing.assert_allclose(out.logprobs[:2], outs[0].logprobs, atol=1e-5)
+
+
+def test_a_row_does_not_depend_on_padding(model, params):
+    cfg = Config(model, max_new_tokens=10)
+    alone = qs_jax.generate(params, [RAGGED[0]], cfg)
+    width = 40
+    right, left = np.full((1, width), 50), np.full((1, width), 51)
+    right[0, :3], left[0, -3:] = RAGGED[0], RAGGED[0]
+    padded = qs_jax.generate(params, right, cfg, lengths=[3])
+    mask = np.arange(width)[None] >= width - 3
+    flipped = qs_jax.generate(params, left, cfg, attention_mask=mask)
+    for out in (padded, flipped):
+        np.testing.assert_array_equal(out.tokens, alone.tokens)
+        np.testing.assert_allclose(out.logprobs, alone.logprobs, atol=1e-5)
+    scores = [
+        qs_jax.score(params, [RAGGED[1]], Config(model)).logprobs[0],
+        qs_jax.score(params, [*RAGGED, [7] * 100], Config(model)).logprobs[1, :28],
+    ]
+    np.testing.assert_allclose(scores[0], scores[1], atol=1e-5)
+
+
+def test_the_future_touches_no_earlier_prediction(model, params):
+    """Bit for bit: changing token j changes no logit before j, and does change logits from j on."""
+    tokens_BT = random_tokens(model, batch=1, width=32)
+    cfg = Config(model)
+    before = qs_jax.score(params, tokens_BT, cfg, return_logits=True).logits
+    for j in (1, 7, 16, 31):
+        changed_BT = tokens_BT.copy()
+        changed_BT[0, j] = (changed_BT[0, j] + 1) % model.vocab_size
+        after = qs_jax.score(params, changed_BT, cfg, return_logits=True).logits
+        np.testing.assert_array_equal(after[:, :j], before[:, :j])
+        assert (after[:, j] != before[:, j]).any()
+
+
+def test_end_tokens_end_their_own_row_only(model, params):
+    free = qs_jax.generate(params, RAGGED, Config(model, max_new_tokens=16, eos_token_ids=()))
+    assert (free.lengths == 16).all()
+    stop = int(free.tokens[1, 4])
+    cfg = Config(model, max_new_tokens=16, eos_token_ids=(stop,))
+    out = qs_jax.generate(params, RAGGED, cfg)
+    for row in range(len(RAGGED)):
+        hits = np.flatnonzero(free.tokens[row] == stop)
+        count = hits[0] + 1 if hits.size else 16
+        assert out.lengths[row] == count
+        np.testing.assert_array_equal(out.tokens[row, :count], free.tokens[row, :count])
+        assert (out.tokens[row, count:] == 0).all()
+        assert (out.logprobs[row, count:] == 0).all()
+        assert out.sequences[row] == RAGGED[row] + free.tokens[row, :count].tolist()
+
+
+def test_the_last_position_can_be_used(model, params):
+    prompt = random_tokens(model, batch=1, width=120)
+    cfg = Config(model, max_new_tokens=8)
+    out = qs_jax.generate(params, prompt, cfg)
+    scores = qs_jax.score(params, out.sequences, cfg)
+    np.testing.assert_allclose(scores.logprobs[0, 120:], out.logprobs[0], atol=1e-4)
+    for call in (qs_jax.generate, qs_jax.stream):
+        with pytest.raises(InputError, match="120 prompt tokens \\+ 9 new tokens exceed"):
+            call(params, prompt, cfg.replace(max_new_tokens=9))
+    with pytest.raises(InputError, match="129 prompt tokens exceed"):
+        qs_jax.score(params, random_tokens(model, width=129), cfg)
+
+
+def test_not_a_number_is_reported_not_returned(model, params):
+    broken = jax.tree.map(lambda leaf: leaf, params)
+    broken["layers"]["down"]["kernel"] = broken["layers"]["down"]["kernel"].at[1, 0, 0].set(jnp.nan)
+    cfg = Config(model, max_new_tokens=4)
+    with pytest.raises(NonFiniteError, match=r"row\(s\) \[0\]"):
+        qs_jax.generate(broken, [[1, 2, 3]], cfg)
+    with pytest.raises(NonFiniteError):
+        list(qs_jax.stream(broken, [[1, 2, 3]], cfg))
+    with pytest.raises(NonFiniteError):
+        qs_jax.score(broken, [[1, 2, 3]], cfg)
+
+
+def test_prompts_of_one_bucket_share_one_program(monkeypatch):
+    """Lengths, budgets, seeds and every sampling number vary; the program is traced once a bucket."""
+    model = tiny_model()
+    params = tiny_params(model)
+    chex.clear_trace_counter()
+    traced_once = chex.assert_max_traces(engine._generate_result, n=1)
+    monkeypatch.setattr(engine, "jit_generate", jax.jit(traced_once, static_argnames=engine._STATIC))
+    cfg = Config(model, **SAMPLED)
+    for width, budget in ((1, 1), (9, 16), (16, 13)):
+        varied = cfg.replace(
+            max_new_tokens=budget, seed=width, temperature=0.5 + width, top_p=0.9, top_k=17 + width % 9
+        )
+        qs_jax.generate(params, random_tokens(model, width=width), varied)
+    with pytest.raises(AssertionError, match="traced > 1 times"):
+        qs_jax.generate(params, random_tokens(model, width=17), cfg)
+
+
+def test_scores_of_one_bucket_share_one_program(monkeypatch):
+    model = tiny_model()
+    params = tiny_params(model)
+    chex.clear_trace_counter()
+    counted = chex.assert_max_traces(scoring.score_tokens, n=3)
+    monkeypatch.setattr(scoring, "jit_score", jax.jit(counted, static_argnames=("model",)))
+    widths = range(1, 25)
+    assert len({bucket_size(width) for width in widths}) == 3
+    for width in widths:
+        qs_jax.score(params, random_tokens(model, width=width), Config(model))
+
+
+def test_long_rows_are_scored_in_chunks_of_the_head(monkeypatch):
+    """The chunk of positions whose logits exist at a time does not change the result."""
+    model = tiny_model()
+    params, tokens_BT = tiny_params(model), random_tokens(model, width=100)
+    whole = qs_jax.score(params, tokens_BT, Config(model)).logprobs
+    monkeypatch.setattr(scoring, "HEAD_CHUNK", 24)
+    monkeypatch.setattr(
+        scoring, "jit_score", jax.jit(lambda *a, model: scoring.score_tokens(*a, model), static_argnames="model")
+    )
+    chunked = qs_jax.score(params, tokens_BT, Config(model)).logprobs
+    np.testing.assert_allclose(chunked, whole, atol=1e-5)
+    assert np.abs(whole[:, 1:]).min() > 0
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_bfloat16_runs_and_stays_near_float32(model_type):
+    model = tiny_model(model_type)
+    half = model.replace(dtype="bfloat16")
+    params = tiny_params(model)
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    upcast = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), rounded)
+    tokens_BT = random_tokens(model)
+    ours = qs_jax.score(rounded, tokens_BT, Config(half), return_logits=True).logits
+    exact = qs_jax.score(upcast, tokens_BT, Config(model), return_logits=True).logits
+    assert ours.dtype == np.float32
+    spread = exact.std()
+    assert 0 < np.abs(ours - exact).max() < 0.15 * spread
+    out = qs_jax.generate(rounded, tokens_BT, Config(half, max_new_tokens=8))
+    assert (out.lengths >= 1).all()
+
+
+ENTRY_POINTS = ("generate", "start", "advance", "score", "logits")
+
+
+@pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("entry", ENTRY_POINTS)
+def test_every_program_lowers_for_cuda(model, params, entry, sampling):
+    cfg = Config(model, max_new_tokens=16, **sampling)
+    _, padded, numbers, plan = engine._prepare(random_tokens(model, width=16), cfg, None, None)
+    static = {"model": model, "plan": plan}
+    if entry == "generate":
+        traced = engine.jit_generate.trace(params, *padded, numbers, **static)
+    elif entry == "start":
+        traced = engine.jit_start.trace(params, *padded, numbers, **static)
+    elif entry == "advance":
+        state = engine.jit_start(params, *padded, numbers, **static)
+        traced = engine.jit_advance.trace(params, state, numbers, **static)
+    else:
+        program = scoring.jit_score if entry == "score" else scoring.jit_logits
+        traced = program.trace(params, padded.tokens_BT, model=model)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "stablehlo.dot_general" in text
+    assert "stablehlo.while" in text, "the layers are one scan"

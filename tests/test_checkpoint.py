@@ -1,0 +1,103 @@
+"""Loading: damage is noticed, dtypes convert, and parameters land on the devices asked for."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import qs_jax
+from convert.hf_to_flax import convert
+from qs_jax.checkpoint import FORMAT_VERSION
+from qs_jax.errors import CheckpointError, NonFiniteError
+from tests.convert.folders import llama_tensors, write_folder
+from tests.support import random_tokens
+
+
+@pytest.fixture
+def folder(tmp_path):
+    source = write_folder(tmp_path / "hf", llama_tensors()[0])
+    convert(str(source), tmp_path / "ckpt")
+    return tmp_path / "ckpt"
+
+
+def test_a_hugging_face_folder_is_told_apart(folder):
+    with pytest.raises(CheckpointError, match=r"python -m convert.hf_to_flax --source .*hf --out"):
+        qs_jax.load(folder.parent / "hf")
+    with pytest.raises(CheckpointError, match="is not a folder"):
+        qs_jax.load(folder / "nowhere")
+
+
+def test_lost_files_are_noticed(folder):
+    chunk = next(path for path in (folder / "params").rglob("*") if path.name == "0.0.0")
+    chunk.unlink()
+    with pytest.raises(CheckpointError, match="files were lost or changed"):
+        qs_jax.load(folder)
+
+
+def test_damaged_files_are_noticed(folder):
+    chunk = next(path for path in (folder / "params").rglob("*") if path.name == "0.0.0")
+    chunk.write_bytes(bytes(len(chunk.read_bytes())))
+    with pytest.raises(CheckpointError, match="damaged or incomplete"):
+        qs_jax.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": FORMAT_VERSION + 1}, "Convert again"),
+        ({"format_version": None}, "Convert again"),
+        ({"model": {"model_type": "llama"}}, "damaged"),
+    ],
+)
+def test_manifests_that_cannot_be_used(folder, change, message):
+    manifest = folder / "qs_jax.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | change))
+    with pytest.raises(CheckpointError, match=message):
+        qs_jax.load(folder)
+    manifest.write_text("{")
+    with pytest.raises(CheckpointError, match="damaged"):
+        qs_jax.load(folder)
+
+
+def test_weights_that_are_not_finite(folder, monkeypatch):
+    from convert import hf_to_flax
+
+    monkeypatch.setattr(hf_to_flax.np, "isfinite", lambda array: np.ones(array.shape, bool))
+    tensors = load_file(folder.parent / "hf" / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][2, 2] = np.inf
+    source = write_folder(folder.parent / "broken", tensors)
+    convert(str(source), folder.parent / "second")
+    with pytest.raises(NonFiniteError, match="gate_up"):
+        qs_jax.load(folder.parent / "second")
+    qs_jax.load(folder.parent / "second", check_finite=False)
+
+
+def test_dtype_on_the_way_in(folder):
+    exact, model = qs_jax.load(folder)
+    half, half_model = qs_jax.load(folder, dtype="bfloat16")
+    assert (model.dtype, half_model.dtype) == ("float32", "bfloat16")
+    for ours, theirs in zip(jax.tree.leaves(half), jax.tree.leaves(exact), strict=True):
+        np.testing.assert_array_equal(ours, theirs.astype("bfloat16"))
+    with pytest.raises(CheckpointError, match="float32 or bfloat16"):
+        qs_jax.load(folder, dtype="float8")
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_parameters_are_sharded_over_devices(folder, count):
+    """Matrices are cut, nothing is lost, and the model computes the same."""
+    devices = jax.devices()[:count]
+    params, model = qs_jax.load(folder, devices=devices)
+    whole, _ = qs_jax.load(folder)
+    jax.tree.map(np.testing.assert_array_equal, params, whole)
+    kernel = params["layers"]["gate_up"]["kernel"]
+    assert {shard.device for shard in kernel.addressable_shards} == set(devices)
+    for shard in kernel.addressable_shards:
+        assert shard.data.size == kernel.size // count
+    cfg = qs_jax.Config(model=model, max_new_tokens=8)
+    tokens_BT = random_tokens(model)
+    expected = qs_jax.score(whole, tokens_BT, cfg).logprobs
+    np.testing.assert_allclose(qs_jax.score(params, tokens_BT, cfg).logprobs, expected, atol=1e-4)
+    out = qs_jax.generate(params, tokens_BT, cfg)
+    np.testing.assert_array_equal(out.tokens, qs_jax.generate(whole, tokens_BT, cfg).tokens)

@@ -1,0 +1,86 @@
+"""The command line on a tiny model: what it prints, and how it fails."""
+
+import io
+import subprocess
+import sys
+
+import pytest
+
+import qs_jax
+from convert.hf_to_flax import convert
+from qs_jax import cli
+from tests.convert.folders import llama_tensors, write_folder
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    convert(str(write_folder(folder / "hf", llama_tensors()[0])), folder / "ckpt")
+    return str(folder / "ckpt")
+
+
+def continuation(ckpt, prompt, count, **settings):
+    params, model = qs_jax.load(ckpt)
+    tokenizer = qs_jax.load_tokenizer(ckpt)
+    cfg = qs_jax.Config(model=model, max_new_tokens=count, **settings)
+    out = qs_jax.generate(params, [tokenizer(prompt).input_ids], cfg)
+    return tokenizer.decode(out.tokens[0, : out.lengths[0]], skip_special_tokens=True)
+
+
+def test_generate_prints_prompt_text_and_timings(ckpt, capsys):
+    command = ["generate", "--ckpt", ckpt, "--prompt", "hello", "--max-new-tokens", "12"]
+    assert cli.main(command) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "hello" + continuation(ckpt, "hello", 12) + "\n"
+    for word in ("prefill 5 tokens in", "decode", "tokens/s", "compiling"):
+        assert word in captured.err
+
+
+def test_quiet_prints_the_continuation_only(ckpt, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("abc"))
+    settings = {"temperature": 0.8, "top_k": 9, "seed": 3}
+    flags = ["--temperature", "0.8", "--top-k", "9", "--seed", "3", "--quiet"]
+    assert cli.main(["generate", "--ckpt", ckpt, "--prompt", "-", *flags]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == continuation(ckpt, "abc", 64, **settings) + "\n"
+    assert captured.err == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", "x", "--chat"], "no chat template"),
+        (["--prompt", "x", "--system", "y"], "--system needs --chat"),
+        (["--prompt", "x", "--preset", "fast"], "unknown preset 'fast'; known: off"),
+        (["--prompt", "x", "--temperature", "-1"], "temperature"),
+        (["--prompt", "x", "--max-new-tokens", "128"], "exceed this model's 128 positions"),
+        (["--prompt", "x", "--ckpt", "/nowhere"], "is not a folder"),
+    ],
+)
+def test_mistakes_are_one_clear_line(ckpt, capsys, flags, message):
+    command = ["generate", *flags] + ([] if "--ckpt" in flags else ["--ckpt", ckpt])
+    assert cli.main(command) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_info(ckpt, capsys):
+    assert cli.main(["info", "--ckpt", ckpt]) == 0
+    text = capsys.readouterr().out
+    assert "llama" in text
+    assert "max_positions" in text
+
+
+def test_the_module_runs_from_a_shell_and_survives_a_closed_pipe(ckpt):
+    command = [sys.executable, "-m", "qs_jax", "generate", "--ckpt", ckpt, "--prompt", "hello"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("hello")
+    assert "Traceback" not in done.stderr
+    piped = subprocess.run(
+        f"{' '.join(command)} | true", shell=True, capture_output=True, text=True, check=False
+    )
+    assert "Traceback" not in piped.stderr
