@@ -1,6 +1,12 @@
-"""What the jitted programs carry."""
+"""What the jitted programs carry.
+
+Their annotations are documentation: JAX rebuilds these structs with placeholders in place of arrays
+(shapes, shardings, argument infos), which a runtime check would refuse.
+"""
 
 from __future__ import annotations
+
+from typing import no_type_check
 
 import flax.struct
 import jax.numpy as jnp
@@ -9,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from qs_jax.config import ModelConfig
 
 
+@no_type_check
 @flax.struct.dataclass
 class KVCache:
     """Keys and values of every layer; a token's slot is its position in its row.
@@ -33,6 +40,7 @@ class KVCache:
         return self.k_LBSKH.shape[2]
 
 
+@no_type_check
 @flax.struct.dataclass
 class DecodeState:
     """The carry of the token loop: everything the next step needs, and what was produced so far.

@@ -243,7 +243,9 @@ def test_every_program_lowers_for_cuda(model, params, entry, sampling):
     elif entry == "start":
         traced = engine.jit_start.trace(params, *padded, numbers, **static)
     elif entry == "advance":
-        state = engine.jit_start(params, *padded, numbers, **static)
+        state = jax.eval_shape(
+            lambda *args: engine.start(*args, model, plan), params, *padded, numbers
+        )
         traced = engine.jit_advance.trace(params, state, numbers, **static)
     else:
         program = scoring.jit_score if entry == "score" else scoring.jit_logits

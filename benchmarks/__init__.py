@@ -1,0 +1,1 @@
+"""Measurements; each is `python -m benchmarks.NAME` and writes JSON below `benchmarks/results/`."""

@@ -1,0 +1,44 @@
+"""What a measurement was made with."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).with_name("results")
+_PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "tensorstore", "safetensors", "numpy")
+
+
+def describe() -> dict[str, Any]:
+    """Versions, processor, cores and commit of this run."""
+    model = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return {
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "processor": model,
+        "cores": os.cpu_count(),
+        "commit": commit.stdout.strip() or None,
+    }
+
+
+def write(name: str, result: dict[str, Any], out: Path | None = None) -> Path:
+    """Write a result with its environment as JSON; returns the file."""
+    path = out or RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result | {"environment": describe()}, indent=2) + "\n")
+    return path

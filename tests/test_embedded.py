@@ -1,0 +1,67 @@
+"""The embedded real model: SmolLM2-135M-Instruct."""
+
+import numpy as np
+import pytest
+
+import qs_jax
+from convert import flax_to_hf
+from qs_jax.cli import encode_prompt
+
+pytestmark = pytest.mark.xdist_group("embedded")
+
+
+@pytest.fixture(scope="module")
+def loaded(embedded_checkpoint):
+    params, model = qs_jax.load(embedded_checkpoint)
+    return params, model, qs_jax.load_tokenizer(embedded_checkpoint)
+
+
+def test_it_knows_the_capital_of_france(loaded):
+    params, model, tokenizer = loaded
+    ids = tokenizer("The capital of France is").input_ids
+    out = qs_jax.generate(params, [ids], qs_jax.Config(model=model, max_new_tokens=8))
+    assert "Paris" in tokenizer.decode(out.tokens[0])
+
+
+def test_it_answers_in_its_chat_template(loaded):
+    params, model, tokenizer = loaded
+    ids = encode_prompt(tokenizer, "What is the capital of France?", chat=True)
+    text = tokenizer.decode(ids)
+    assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
+    assert text.endswith("What is the capital of France?<|im_end|>\n<|im_start|>assistant\n")
+    out = qs_jax.generate(params, [ids], qs_jax.Config(model=model, max_new_tokens=32))
+    assert "Paris" in tokenizer.decode(out.tokens[0])
+    assert out.tokens[0, out.lengths[0] - 1] == model.eos_token_ids[0], "it ends by itself"
+
+
+def test_its_shape_is_that_of_the_published_model(loaded):
+    _, model, tokenizer = loaded
+    shape = (model.num_layers, model.hidden_size, model.num_heads, model.num_kv_heads)
+    assert shape == (30, 576, 9, 3)
+    assert (model.mlp_size, model.vocab_size, model.max_positions) == (1536, 49152, 8192)
+    assert model.tie_embeddings
+    assert len(tokenizer) == 49152
+
+
+@pytest.mark.slow
+@pytest.mark.hf
+def test_perplexity_equals_hugging_face_on_the_same_weights(
+    loaded, embedded_checkpoint, research_data, tmp_path
+):
+    """First 8 windows of 512 tokens of WikiText validation, float32, within 1 %."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    params, model, tokenizer = loaded
+    text = (research_data / "wikitext" / "wiki.valid.raw").read_text(encoding="utf-8")
+    windows = np.array(tokenizer(text).input_ids[: 8 * 512]).reshape(8, 512)
+    ours = qs_jax.score(params, windows, qs_jax.Config(model=model))
+    hf = AutoModelForCausalLM.from_pretrained(
+        flax_to_hf.export(embedded_checkpoint, tmp_path / "hf"), dtype=torch.float32
+    )
+    with torch.no_grad():
+        losses = [hf(torch.tensor(row[None]), labels=torch.tensor(row[None])).loss for row in windows]
+    theirs = float(torch.stack(losses).mean().exp())
+    print(f"perplexity: ours {ours.perplexity:.4f}, Hugging Face {theirs:.4f}")
+    assert abs(ours.perplexity / theirs - 1) < 0.01
+    assert 20 < theirs < 23
