@@ -48,7 +48,7 @@ def hf_tensors(params: Params, model: ModelConfig) -> dict[str, np.ndarray]:
       model: Architecture.
 
     Returns:
-      NumPy arrays in the dtype of the tree, contiguous, transposed and cut as Hugging Face has them.
+      NumPy arrays in the dtype of the tree, contiguous, in the layout Hugging Face has them.
     """
     table = mapping.table_of(model)
     tensors = {}

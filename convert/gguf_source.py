@@ -52,7 +52,7 @@ _ROPE = {
 _HARMLESS = {"rope.scaling.finetuned"}
 # Metadata outside the architecture's own keys, and what it may start with.
 _GENERAL = ("GGUF.", "general.", "tokenizer.", "quantize.")
-# `rope_freqs.weight` holds the divisors that llama3 scaling gives; these are the published settings.
+# `rope_freqs.weight` holds the divisors of llama3 scaling; these are its published settings.
 _LLAMA3_SETTINGS = [
     {
         "factor": factor,
@@ -71,7 +71,7 @@ class GGUFFile:
         self.path = path
         self.description = description or str(path)
         reader = _open(path)
-        self.metadata = {name: field for name, field in reader.fields.items()}
+        self.metadata = dict(reader.fields)
         architecture = self._value("general.architecture")
         if architecture != "llama":
             raise ConversionError(
@@ -145,6 +145,7 @@ class GGUFFile:
         return {"rope_type": "rope_freqs.weight"}  # unknown divisors: refused by this name
 
     def read(self, name: str) -> np.ndarray:
+        """One tensor, dequantised, rotary pairs in Hugging Face order."""
         tensor = self._dequantize(self._gguf_name[name])
         heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
         for part, key in heads.items():
@@ -159,6 +160,7 @@ class GGUFFile:
         return np.array(quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
 
     def write_tokenizer(self, folder: Path) -> None:
+        """Rebuild the tokenizer from the metadata."""
         build_tokenizer(self._value, self.description).save_pretrained(str(folder))
 
 

@@ -53,7 +53,9 @@ def build_tokenizer(value: Callable[..., Any], description: str) -> PreTrainedTo
     elif kind == "llama":
         tokenizer = _sentencepiece(value, tokens)
     else:
-        raise ConversionError(f"{description}: tokenizer {kind!r} is not implemented (gpt2, llama).")
+        raise ConversionError(
+            f"{description}: tokenizer {kind!r} is not implemented (gpt2, llama)."
+        )
     _add_special_tokens(tokenizer, tokens, value("tokenizer.ggml.token_type") or [])
     special = {}
     for name, key in _SPECIAL.items():
@@ -106,8 +108,8 @@ def _sentencepiece(value: Callable[..., Any], tokens: list[str]) -> Tokenizer:
         vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True
     )
     tokenizer = Tokenizer(model)
-    steps = [normalizers.Replace(" ", "▁")]
-    undo = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    steps: list[Any] = [normalizers.Replace(" ", "▁")]
+    undo: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if value("tokenizer.ggml.add_space_prefix", True):
         steps.insert(0, normalizers.Prepend("▁"))
         undo.append(decoders.Strip(" ", 1, 0))

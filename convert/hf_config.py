@@ -20,21 +20,79 @@ HEADING = "config attributes"
 
 # Bookkeeping, training-only settings and generation defaults, common to all models.
 _HARMLESS = frozenset(
-    """
-    _name_or_path _attn_implementation _attn_implementation_autoset architectures auto_map
-    attention_dropout attn_pdrop embd_pdrop resid_pdrop classifier_dropout dtype torch_dtype
-    initializer_range model_type transformers_version use_cache use_bfloat16 tf_legacy_loss
-    torchscript bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id
-    finetuning_task id2label label2id num_labels problem_type task_specific_params tokenizer_class
-    prefix return_dict return_dict_in_generate output_attentions output_hidden_states output_scores
-    chunk_size_feed_forward pretraining_tp tie_word_embeddings gradient_checkpointing is_decoder
-    summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
-    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty
-    temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
-    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences forced_bos_token_id
-    forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
-    begin_suppress_tokens is_llama_config
-    """.split()
+    [
+        "_name_or_path",
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "architectures",
+        "auto_map",
+        "attention_dropout",
+        "attn_pdrop",
+        "embd_pdrop",
+        "resid_pdrop",
+        "classifier_dropout",
+        "dtype",
+        "torch_dtype",
+        "initializer_range",
+        "model_type",
+        "transformers_version",
+        "use_cache",
+        "use_bfloat16",
+        "tf_legacy_loss",
+        "torchscript",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "sep_token_id",
+        "decoder_start_token_id",
+        "finetuning_task",
+        "id2label",
+        "label2id",
+        "num_labels",
+        "problem_type",
+        "task_specific_params",
+        "tokenizer_class",
+        "prefix",
+        "return_dict",
+        "return_dict_in_generate",
+        "output_attentions",
+        "output_hidden_states",
+        "output_scores",
+        "chunk_size_feed_forward",
+        "pretraining_tp",
+        "tie_word_embeddings",
+        "gradient_checkpointing",
+        "is_decoder",
+        "summary_type",
+        "summary_use_proj",
+        "summary_activation",
+        "summary_proj_to_labels",
+        "summary_first_dropout",
+        "max_length",
+        "min_length",
+        "do_sample",
+        "early_stopping",
+        "num_beams",
+        "num_beam_groups",
+        "diversity_penalty",
+        "temperature",
+        "top_k",
+        "top_p",
+        "typical_p",
+        "repetition_penalty",
+        "length_penalty",
+        "no_repeat_ngram_size",
+        "encoder_no_repeat_ngram_size",
+        "bad_words_ids",
+        "num_return_sequences",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "remove_invalid_values",
+        "exponential_decay_length_penalty",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+        "is_llama_config",
+    ]
 )
 # These would change the computation at any other value.
 _HARMLESS_AT: dict[str, tuple[Any, ...]] = {
@@ -203,7 +261,9 @@ def _rope(
         problems.add(HEADING, f"RoPE setting {name} = {rope[name]!r} is not known")
     if kind == "default":
         return theta, None
-    fields = {ours: rope[hf] for hf, ours in _ROPE.items() if rope.get(hf) is not None}
+    fields: dict[str, Any] = {
+        ours: rope[hf] for hf, ours in _ROPE.items() if rope.get(hf) is not None
+    }
     if kind in ("yarn", "llama3"):
         fields.setdefault("original_max_positions", max_positions)
     if kind == "yarn":
@@ -212,7 +272,7 @@ def _rope(
         problems.add(HEADING, f"RoPE scaling {kind!r} needs factor")
         return theta, None
     try:
-        return theta, RopeScaling(rope_type=kind, **({"factor": 1.0} | fields))
+        return theta, RopeScaling(**({"rope_type": kind, "factor": 1.0} | fields))
     except ConfigError as error:
         problems.add(HEADING, str(error))
         return theta, None

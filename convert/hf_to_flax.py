@@ -35,7 +35,7 @@ from convert.writer import LazyArray, write_tree
 from qs_jax.checkpoint import FORMAT_VERSION, MANIFEST, PARAMS, folder_size
 from qs_jax.config import ModelConfig
 from qs_jax.errors import QuickSilverError
-from qs_jax.models import abstract_params, count_params
+from qs_jax.models import abstract_params, count_params, param_bytes
 
 Dtype = Literal["float32", "bfloat16"]
 _VERSIONED = ("qs-jax", "jax", "flax", "orbax-checkpoint", "transformers", "safetensors", "gguf")
@@ -125,13 +125,14 @@ def convert(
         table = mapping.table_of(model)
         names = mapping.match(table, opened.shapes, model, problems)
     problems.raise_if_any(opened.description)
-    assert model is not None and table is not None
+    assert model is not None
+    assert table is not None
     _check_tied_head(opened, names, model)
     _check_space(target.parent, model)
     with staging(target, overwrite) as staged:
         if tokenizer:
             opened.write_tokenizer(staged)
-            _check_tokenizer(staged, model)
+            notes += _check_tokenizer(staged, model)
         total = sum(len(table.names(rule, model.num_layers)) for rule in table.rules)
         with tqdm(total=total, unit="tensor", desc="converting", disable=not progress) as bar:
             write_tree(staged / PARAMS, _lazy_tree(opened, table, names, model, bar.update))
@@ -202,7 +203,9 @@ def _check_tied_head(source: Source, names: dict[str, str], model: ModelConfig) 
     """A stored head that the config says is tied must equal the embedding."""
     for name in source.shapes:
         if mapping.is_tied_head(name, model):
-            embedding = next(v for k, v in names.items() if k in ("wte.weight", "embed_tokens.weight"))
+            embedding = next(
+                v for k, v in names.items() if k in ("wte.weight", "embed_tokens.weight")
+            )
             if not np.array_equal(source.read(name), source.read(embedding)):
                 raise ConversionError(
                     f"{source.description}: tie_word_embeddings is true, but {name} differs from "
@@ -211,17 +214,18 @@ def _check_tied_head(source: Source, names: dict[str, str], model: ModelConfig) 
 
 
 def _check_space(folder: Path, model: ModelConfig) -> None:
-    needed = count_params(model) * np.dtype(jnp.dtype(model.dtype)).itemsize
+    needed = param_bytes(model)
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise ConversionError(
-            f"{existing} has {free / 1e9:.2f} GB free, the checkpoint may need {needed / 1e9:.2f} GB."
+            f"{existing} has {free / 1e9:.2f} GB free, the checkpoint may need "
+            f"{needed / 1e9:.2f} GB."
         )
 
 
-def _check_tokenizer(folder: Path, model: ModelConfig) -> None:
-    """The tokenizer must load from the new folder alone and fit the vocabulary."""
+def _check_tokenizer(folder: Path, model: ModelConfig) -> list[str]:
+    """The tokenizer must load from the new folder alone and fit the vocabulary; returns notes."""
     from transformers import AutoTokenizer  # slow to import
 
     config = folder / "config.json"
@@ -235,11 +239,17 @@ def _check_tokenizer(folder: Path, model: ModelConfig) -> None:
         ) from error
     finally:
         config.unlink()
-    if len(tokenizer) > model.vocab_size:
+    if tokenizer.vocab_size > model.vocab_size:
         raise ConversionError(
-            f"the tokenizer has {len(tokenizer)} ids, the model only {model.vocab_size}: it belongs "
-            "to another model."
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model only {model.vocab_size}: it "
+            "belongs to another model."
         )
+    if len(tokenizer) > model.vocab_size:
+        return [
+            f"{len(tokenizer) - model.vocab_size} added token(s) of the tokenizer are outside the "
+            f"vocabulary of {model.vocab_size}; prompts that use them will be refused"
+        ]
+    return []
 
 
 def _manifest(folder: Path, model: ModelConfig, source: Source) -> dict[str, Any]:
@@ -277,10 +287,9 @@ def main(argv: list[str] | None = None) -> int:
     if not args.quiet:
         for note in notes:
             print(f"note: {note}")
-        size = count_params(model) * np.dtype(jnp.dtype(model.dtype)).itemsize
         print(
             f"wrote {args.out}: {model.model_type}, {count_params(model) / 1e6:.1f} M parameters, "
-            f"{model.num_layers} layers, {model.dtype}, {size / 1e6:.0f} MB, "
+            f"{model.num_layers} layers, {model.dtype}, {param_bytes(model) / 1e6:.0f} MB, "
             f"in {time.perf_counter() - began:.1f} s"
         )
     return 0

@@ -173,7 +173,9 @@ def match(table: Table, shapes: Mapping[str, Shape], model: ModelConfig, problem
                 problems.add("ambiguous tensors", " and ".join(present))
             elif tuple(shapes[present[0]]) != rule.shape:
                 got = list(shapes[present[0]])
-                problems.add("misshapen tensors", f"{present[0]}: {got}, expected {list(rule.shape)}")
+                problems.add(
+                    "misshapen tensors", f"{present[0]}: {got}, expected {list(rule.shape)}"
+                )
             else:
                 found[name] = present[0]
     ignored = re.compile("|".join(f"(?:{re.escape(table.prefix)})?{p}" for p in table.ignored))
@@ -186,4 +188,3 @@ def match(table: Table, shapes: Mapping[str, Shape], model: ModelConfig, problem
 def is_tied_head(name: str, model: ModelConfig) -> bool:
     """Whether `name` is a stored copy of a head that the config ties to the embedding."""
     return model.tie_embeddings and name == "lm_head.weight"
-

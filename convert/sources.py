@@ -86,13 +86,17 @@ class HuggingFaceFolder:
                 raise ConversionError(f"{path} lacks {', '.join(absent)}, which the index lists.")
             for name, shape in found.items():
                 if name in self.shapes:
-                    raise ConversionError(f"{name} is in {self._file_of[name].name} and {path.name}.")
+                    raise ConversionError(
+                        f"{name} is in {self._file_of[name].name} and {path.name}."
+                    )
                 self._file_of[name], self.shapes[name] = path, shape
 
     def read(self, name: str) -> np.ndarray:
+        """One tensor, in the dtype it is stored in."""
         return self._reader.read(self._file_of[name], name)
 
     def write_tokenizer(self, folder: Path) -> None:
+        """Copy the tokenizer files."""
         present = {name for name in TOKENIZER_FILES if (self.folder / name).is_file()}
         if not any(needed <= present for needed in _TOKENIZER_SETS):
             raise ConversionError(

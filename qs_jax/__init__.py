@@ -1,4 +1,4 @@
-"""QuickSilver in JAX: a frozen language model that does less work per token, and says what it costs."""
+"""QuickSilver in JAX: a frozen language model that does less work per token."""
 
 from qs_jax import presets
 from qs_jax.checkpoint import load, load_tokenizer

@@ -154,7 +154,7 @@ def _placed(tree: Params, devices: Sequence[jax.Device] | None) -> Params:
     def place(key_path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         names = tuple(entry.key for entry in key_path)
         axis = _SHARDED_AXIS.get(names[-2:])
-        spec = [None] * len(leaf.shape)
+        spec: list[str | None] = [None] * len(leaf.shape)
         if axis is not None and leaf.shape[axis] % len(devices) == 0:
             spec[axis] = "model"
         sharding = NamedSharding(mesh, PartitionSpec(*spec))
@@ -174,7 +174,9 @@ def _restore(folder: Path, target: Params) -> Params:
             return checkpointer.restore(folder, args=args)
     except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{folder} is damaged or incomplete: {reason} Convert again.") from error
+        raise CheckpointError(
+            f"{folder} is damaged or incomplete: {reason} Convert again."
+        ) from error
 
 
 @jax.jit

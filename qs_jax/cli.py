@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -123,7 +123,7 @@ class TextStream:
         self.prompt_tokens, self.new_tokens = len(ids), 0
         self.prefill, self.decode = Stopwatch(), Stopwatch()
         self._steps = stream(params, [ids], cfg)  # checks the input at once
-        self._tokenizer = tokenizer
+        self._tokenizer: Any = tokenizer
         self.texts = self._texts()
 
     def _texts(self) -> Iterator[str]:
@@ -168,7 +168,11 @@ class TextStream:
 
 
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool = False, system: str | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    chat: bool = False,
+    system: str | None = None,
 ) -> list[int]:
     """Token ids of a prompt, in the model's chat template if asked for.
 
@@ -187,7 +191,7 @@ def encode_prompt(
         messages = [{"role": "system", "content": system}] if system is not None else []
         messages.append({"role": "user", "content": prompt})
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        ids = tokenizer(text, add_special_tokens=False).input_ids
+        ids = tokenizer(str(text), add_special_tokens=False).input_ids
     if not ids:
         raise InputError("the prompt has no tokens.")
     return list(ids)

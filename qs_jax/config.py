@@ -62,7 +62,8 @@ class RopeScaling:
     def __post_init__(self) -> None:
         _require(
             self.rope_type in ROPE_SCALINGS,
-            f"RoPE scaling {self.rope_type!r} is not implemented; known: {', '.join(ROPE_SCALINGS)}.",
+            f"RoPE scaling {self.rope_type!r} is not implemented "
+            f"(known: {', '.join(ROPE_SCALINGS)}).",
         )
         missing = [name for name in ROPE_SCALINGS[self.rope_type] if getattr(self, name) is None]
         _require(not missing, f"RoPE scaling {self.rope_type!r} needs {', '.join(missing)}.")
@@ -130,9 +131,16 @@ class ModelConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size num_layers hidden_size num_heads num_kv_heads head_dim mlp_size max_positions"
-        ).split():
+        for name in [
+            "vocab_size",
+            "num_layers",
+            "hidden_size",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "mlp_size",
+            "max_positions",
+        ]:
             value = getattr(self, name)
             _require(value >= 1, f"{name} must be at least 1, got {value}.")
         _require(

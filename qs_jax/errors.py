@@ -1,4 +1,4 @@
-"""The exceptions users can catch. Every message says what was wrong, what was expected, what to do."""
+"""The exceptions users can catch; each message says what was wrong and what to do."""
 
 
 class QuickSilverError(Exception):

@@ -16,8 +16,7 @@ from qs_jax.config import ModelConfig
 
 
 @no_type_check
-@flax.struct.dataclass
-class KVCache:
+class KVCache(flax.struct.PyTreeNode):
     """Keys and values of every layer; a token's slot is its position in its row.
 
     Attributes:
@@ -41,8 +40,7 @@ class KVCache:
 
 
 @no_type_check
-@flax.struct.dataclass
-class DecodeState:
+class DecodeState(flax.struct.PyTreeNode):
     """The carry of the token loop: everything the next step needs, and what was produced so far.
 
     Attributes:

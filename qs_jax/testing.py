@@ -49,7 +49,8 @@ def tiny_model(model_type: str = "llama", **changes: Any) -> ModelConfig:
       model_type: "gpt2" or "llama".
       **changes: Fields of `ModelConfig` to set.
     """
-    return ModelConfig(**({"model_type": model_type} | _COMMON | _FAMILY[model_type] | changes))
+    fields: dict[str, Any] = {"model_type": model_type} | _COMMON | _FAMILY[model_type] | changes
+    return ModelConfig(**fields)
 
 
 def tiny_params(model: ModelConfig, seed: int = 0, scale: float = 8.0) -> Params:
@@ -67,7 +68,9 @@ def tiny_params(model: ModelConfig, seed: int = 0, scale: float = 8.0) -> Params
     return params
 
 
-def toy_tokenizer(folder: str | Path | None = None, vocab_size: int = 97) -> PreTrainedTokenizerFast:
+def toy_tokenizer(
+    folder: str | Path | None = None, vocab_size: int = 97
+) -> PreTrainedTokenizerFast:
     """A tokenizer of single printable ASCII characters, with `<s>` and `</s>`.
 
     Args:

@@ -15,10 +15,10 @@ _COMPILE_EVENTS = (
 _compiled = 0.0
 
 
-def _listen(event: str, seconds: float, **_: str | int) -> None:
+def _listen(event: str, duration_secs: float, **_: str | int) -> None:
     global _compiled
     if event in _COMPILE_EVENTS:
-        _compiled += seconds
+        _compiled += duration_secs
 
 
 jax.monitoring.register_event_duration_secs_listener(_listen)

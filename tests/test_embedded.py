@@ -60,7 +60,9 @@ def test_perplexity_equals_hugging_face_on_the_same_weights(
         flax_to_hf.export(embedded_checkpoint, tmp_path / "hf"), dtype=torch.float32
     )
     with torch.no_grad():
-        losses = [hf(torch.tensor(row[None]), labels=torch.tensor(row[None])).loss for row in windows]
+        losses = [
+            hf(torch.tensor(row[None]), labels=torch.tensor(row[None])).loss for row in windows
+        ]
     theirs = float(torch.stack(losses).mean().exp())
     print(f"perplexity: ours {ours.perplexity:.4f}, Hugging Face {theirs:.4f}")
     assert abs(ours.perplexity / theirs - 1) < 0.01

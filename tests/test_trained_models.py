@@ -37,9 +37,7 @@ def test_slm4096_has_memorised_its_corpus(research_data, tmp_path):
     source = research_data / "models" / "slm4096"
     sizes = json.loads((source / "config.json").read_text())
     renamed = {
-        name.replace("blocks.", "h.")
-        .replace("tok_emb", "wte")
-        .replace("pos_emb", "wpe"): tensor
+        name.replace("blocks.", "h.").replace("tok_emb", "wte").replace("pos_emb", "wpe"): tensor
         for name, tensor in load_file(source / "model.safetensors").items()
     }
     folder = write_gpt2(

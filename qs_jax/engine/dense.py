@@ -5,6 +5,7 @@ Every other engine must agree with this one bit for bit when all mechanisms are 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -51,16 +52,17 @@ def run_layers(
     def layer(carry, scanned):
         h_BTD, cache = carry
         index, params_l = scanned
-        h_BTD, cache = block.apply(
-            {"params": params_l}, h_BTD, pos_BT, lambda q, k, v: attend(cache, index, q, k, v)
-        )
-        return (h_BTD, cache), None
+        attend_here = functools.partial(attend, cache, index)
+        after: Any = block.apply({"params": params_l}, h_BTD, pos_BT, attend_here)
+        return after, None
 
+    h_BTD: Any
     with jax.named_scope("embed"):
         h_BTD = family.embed(model).apply({"params": params["embed"]}, tokens_BT, pos_BT)
     scanned = (jnp.arange(model.num_layers), params["layers"])
     (h_BTD, cache), _ = lax.scan(layer, (h_BTD, cache), scanned)
-    return family.final_norm(model).apply({"params": params["final_norm"]}, h_BTD), cache
+    normed: Any = family.final_norm(model).apply({"params": params["final_norm"]}, h_BTD)
+    return normed, cache
 
 
 def head_table(params: Params) -> Float[Array, "V D"]:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -101,7 +100,7 @@ def emit(
     numbers: DecodeNumbers,
     plan: DecodePlan,
 ) -> DecodeState:
-    """Choose each row's next token from its logits and note it; rows that ended stay as they are."""
+    """Choose each row's next token from its logits and note it; ended rows stay as they are."""
     rows = jnp.arange(logits_BV.shape[0])
     keys_B = sampling.row_keys(numbers.seed, logits_BV.shape[0])
     token_B = sampling.choose(
@@ -192,9 +191,16 @@ def generate_tokens(
     )
 
 
-def _generate_result(*args: Any, model: ModelConfig, plan: DecodePlan) -> dict[str, Array]:
+def generate_result(
+    params: Params,
+    tokens_BT: Int[Array, "B T"],
+    lengths_B: Int[Array, "B"],
+    numbers: DecodeNumbers,
+    model: ModelConfig,
+    plan: DecodePlan,
+) -> dict[str, Array]:
     """`generate_tokens` without the cache, so that it is freed on the device."""
-    state = generate_tokens(*args, model, plan)
+    state = generate_tokens(params, tokens_BT, lengths_B, numbers, model, plan)
     return {
         "tokens": state.tokens_BM,
         "lengths": state.lengths_B,
@@ -204,7 +210,7 @@ def _generate_result(*args: Any, model: ModelConfig, plan: DecodePlan) -> dict[s
 
 
 _STATIC = ("model", "plan")
-jit_generate = jax.jit(_generate_result, static_argnames=_STATIC)
+jit_generate = jax.jit(generate_result, static_argnames=_STATIC)
 jit_start = jax.jit(start, static_argnames=_STATIC)
 jit_advance = jax.jit(advance, static_argnames=_STATIC, donate_argnames=("state",))
 
@@ -269,9 +275,7 @@ def generate(
       NonFiniteError: The model produced NaN or infinite logits.
     """
     batch, padded, numbers, plan = _prepare(tokens, cfg, lengths, attention_mask)
-    out = jax.device_get(
-        jit_generate(params, *padded, numbers, model=cfg.model, plan=plan)  # type: ignore[arg-type]
-    )
+    out = jax.device_get(jit_generate(params, *padded, numbers, model=cfg.model, plan=plan))
     _check_finite(out["finite"])
     return GenerateOutput(
         tokens=out["tokens"][:, : cfg.max_new_tokens],
@@ -313,7 +317,7 @@ def _stream(
     plan: DecodePlan,
 ) -> Iterator[StreamStep]:
     static = {"model": cfg.model, "plan": plan}
-    state = jit_start(params, *padded, numbers, **static)  # type: ignore[arg-type]
+    state = jit_start(params, *padded, numbers, **static)
     ended = np.zeros(len(padded.lengths_B), bool)
     for step in range(cfg.max_new_tokens):
         if step:
@@ -328,6 +332,6 @@ def _stream(
             return
 
 
-@functools.partial(jax.jit)
+@jax.jit
 def _column(array_BM: Array, step: Array) -> Array:
     return lax.dynamic_index_in_dim(array_BM, step, axis=1, keepdims=False)

@@ -90,9 +90,7 @@ def filter_logits(
     return logits_BV
 
 
-def nucleus_threshold(
-    prob_BV: Float[Array, "B V"], top_p: Float[Array, ""]
-) -> Float[Array, "B"]:
+def nucleus_threshold(prob_BV: Float[Array, "B V"], top_p: Float[Array, ""]) -> Float[Array, "B"]:
     """The largest probability t such that the tokens with probability >= t hold `top_p` together.
 
     A bisection over float32 bit patterns, which are ordered as the non-negative numbers they stand
@@ -100,7 +98,9 @@ def nucleus_threshold(
     """
 
     def halve(_, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low_B, high_B = bounds  # tokens >= low hold top_p; tokens >= high do not, or high is above all
+        low_B, high_B = (
+            bounds  # tokens >= low hold top_p; tokens >= high do not, or high is above all
+        )
         middle_B = low_B + (high_B - low_B) // 2
         at_least_BV = prob_BV >= jax.lax.bitcast_convert_type(middle_B, jnp.float32)[:, None]
         enough_B = jnp.where(at_least_BV, prob_BV, 0.0).sum(-1) >= top_p

@@ -45,7 +45,7 @@ class ScoreOutput:
 
     @property
     def perplexity(self) -> float:
-        """exp of `nll`."""
+        """Exp of `nll`."""
         return float(np.exp(self.nll))
 
 

@@ -8,7 +8,7 @@ The tree of every family has the same top level::
     head        {"tokens": [V, D]}, only where the head is not tied to the embedding
 """
 
-from qs_jax.models.params import Params, abstract_params, count_params, init_params
+from qs_jax.models.params import Params, abstract_params, count_params, init_params, param_bytes
 from qs_jax.models.registry import FAMILIES, Family, family_of
 
 __all__ = [
@@ -19,4 +19,5 @@ __all__ = [
     "count_params",
     "family_of",
     "init_params",
+    "param_bytes",
 ]

@@ -28,7 +28,7 @@ def init_params(model: ModelConfig, key: jax.Array) -> Params:
     h_BTD = jnp.zeros((1, 1, model.hidden_size))
     k_embed, k_layers, k_norm, k_head = jax.random.split(key, 4)
 
-    def layer(key: jax.Array) -> Params:
+    def layer(key: jax.Array) -> Any:
         init = family.block(model).init
         return init(key, h_BTD, zeros_BT, lambda q, k, v: (q, None))["params"]
 
@@ -51,3 +51,8 @@ def abstract_params(model: ModelConfig) -> Params:
 def count_params(model: ModelConfig) -> int:
     """Number of parameters; a tied head counts once."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(model)))
+
+
+def param_bytes(model: ModelConfig) -> int:
+    """Bytes of the parameters in the model's dtype."""
+    return count_params(model) * jnp.dtype(model.dtype).itemsize

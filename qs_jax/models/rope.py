@@ -45,20 +45,25 @@ def inverse_frequencies(model: ModelConfig) -> tuple[np.ndarray, float]:
 
 def stretch_llama3(freqs: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     """Stretch long wavelengths fully, short ones not at all, and blend in between."""
-    assert scaling.original_max_positions and scaling.low_freq_factor and scaling.high_freq_factor
-    rotations = scaling.original_max_positions * freqs / (2 * math.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    length, low, high = (
+        scaling.original_max_positions,
+        scaling.low_freq_factor,
+        scaling.high_freq_factor,
+    )
+    assert length is not None
+    assert low is not None
+    assert high is not None
+    rotations = length * freqs / (2 * math.pi)
     keep = np.clip((rotations - low) / (high - low), 0.0, 1.0)
     return keep * freqs + (1 - keep) * freqs / scaling.factor
 
 
 def _yarn(freqs: np.ndarray, theta: float, scaling: RopeScaling) -> np.ndarray:
-    """"NTK-by-parts": a linear ramp over dimensions between `beta_fast` and `beta_slow` turns."""
-    assert scaling.original_max_positions
-    dim = 2 * len(freqs)
+    """YaRN's "NTK-by-parts": a ramp over dimensions between `beta_fast` and `beta_slow` turns."""
+    length, dim = scaling.original_max_positions, 2 * len(freqs)
+    assert length is not None
 
     def dimension_of(turns: float) -> float:
-        length = scaling.original_max_positions or 0
         return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     first, last = dimension_of(scaling.beta_fast), dimension_of(scaling.beta_slow)

@@ -63,7 +63,7 @@ def test_one_row_is_a_batch_of_one():
         ([[1, 97]], {}, "token id 97, outside the vocabulary of 97"),
         ([[1, -1]], {}, "token id -1"),
         ([[1.5, 2.0]], {}, "must be integers"),
-        (np.zeros((1, 2, 3), int), {}, "must be \\[B, T\\]"),
+        (np.zeros((1, 2, 3), int), {}, r"must be \[B, T\]"),
         ([[1, 2, 3]], {"lengths": [4]}, "lengths\\[0\\] is 4"),
         ([[1, 2, 3]], {"lengths": [0]}, "row 0 is empty"),
         ([[1, 2, 3]], {"lengths": [1, 2]}, "must be 1 integers"),
@@ -80,5 +80,5 @@ def test_unusable_input_is_refused_by_name(tokens, options, message):
 
 def test_position_limit():
     check_positions(100, 28, MODEL)
-    with pytest.raises(InputError, match="100 prompt tokens \\+ 29 new tokens exceed .* 128"):
+    with pytest.raises(InputError, match=r"100 prompt tokens \+ 29 new tokens exceed .* 128"):
         check_positions(100, 29, MODEL)

@@ -170,16 +170,22 @@ def test_not_a_number_is_reported_not_returned(model, params):
 
 
 def test_prompts_of_one_bucket_share_one_program(monkeypatch):
-    """Lengths, budgets, seeds and every sampling number vary; the program is traced once a bucket."""
+    """Lengths, budgets, seeds and all sampling numbers vary; one trace a bucket."""
     model = tiny_model()
     params = tiny_params(model)
     chex.clear_trace_counter()
-    traced_once = chex.assert_max_traces(engine._generate_result, n=1)
-    monkeypatch.setattr(engine, "jit_generate", jax.jit(traced_once, static_argnames=engine._STATIC))
+    traced_once = chex.assert_max_traces(engine.generate_result, n=1)
+    monkeypatch.setattr(
+        engine, "jit_generate", jax.jit(traced_once, static_argnames=engine._STATIC)
+    )
     cfg = Config(model, **SAMPLED)
     for width, budget in ((1, 1), (9, 16), (16, 13)):
         varied = cfg.replace(
-            max_new_tokens=budget, seed=width, temperature=0.5 + width, top_p=0.9, top_k=17 + width % 9
+            max_new_tokens=budget,
+            seed=width,
+            temperature=0.5 + width,
+            top_p=0.9,
+            top_k=17 + width % 9,
         )
         qs_jax.generate(params, random_tokens(model, width=width), varied)
     with pytest.raises(AssertionError, match="traced > 1 times"):
@@ -205,7 +211,9 @@ def test_long_rows_are_scored_in_chunks_of_the_head(monkeypatch):
     whole = qs_jax.score(params, tokens_BT, Config(model)).logprobs
     monkeypatch.setattr(scoring, "HEAD_CHUNK", 24)
     monkeypatch.setattr(
-        scoring, "jit_score", jax.jit(lambda *a, model: scoring.score_tokens(*a, model), static_argnames="model")
+        scoring,
+        "jit_score",
+        jax.jit(lambda *a, model: scoring.score_tokens(*a, model), static_argnames="model"),
     )
     chunked = qs_jax.score(params, tokens_BT, Config(model)).logprobs
     np.testing.assert_allclose(chunked, whole, atol=1e-5)

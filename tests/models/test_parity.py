@@ -13,6 +13,7 @@ from tests.support import CASES, make_pair, random_tokens
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.hf
 
+RUNG_NAMES = ("embed", "norm", "attention", "block")
 # Hugging Face submodules of the first layer, in ladder order.
 RUNGS = {
     "gpt2": ("transformer.drop", "transformer.h.0.ln_1", "transformer.h.0.attn", "transformer.h.0"),
@@ -46,7 +47,7 @@ def theirs(pair, tokens_BT):
 
         return hook
 
-    for rung, path in zip("embed norm attention block".split(), RUNGS[pair.model.model_type]):
+    for rung, path in zip(RUNG_NAMES, RUNGS[pair.model.model_type], strict=True):
         pair.hf.get_submodule(path).register_forward_hook(keep(rung))
     with torch.no_grad():
         seen["logits"] = pair.hf(torch.tensor(tokens_BT, dtype=torch.long)).logits.numpy()
@@ -73,7 +74,9 @@ def attend(q, k, v):
 
 def test_embedding(pair, tokens_BT, theirs):
     embed = family_of(pair.model).embed(pair.model)
-    ours = embed.apply({"params": pair.params["embed"]}, jnp.asarray(tokens_BT), positions(tokens_BT))
+    ours = embed.apply(
+        {"params": pair.params["embed"]}, jnp.asarray(tokens_BT), positions(tokens_BT)
+    )
     np.testing.assert_allclose(ours, theirs["embed"], atol=1e-6)
 
 

@@ -1,0 +1,1 @@
+"""Short scripts, one task each: `python -m examples.NAME --help`."""
