@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from convert.errors import ConversionError
+from qs_jax.hf import transformers
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -41,8 +42,6 @@ def build_tokenizer(value: Callable[..., Any], description: str) -> PreTrainedTo
     Raises:
       ConversionError: No tokenizer in the file, or one of a kind that is not implemented.
     """
-    from transformers import PreTrainedTokenizerFast
-
     kind, tokens = value("tokenizer.ggml.model"), value("tokenizer.ggml.tokens")
     if kind is None or tokens is None:
         raise ConversionError(
@@ -63,7 +62,7 @@ def build_tokenizer(value: Callable[..., Any], description: str) -> PreTrainedTo
         if index is not None and 0 <= index < len(tokens):
             special[name] = tokens[index]
     _add_template(tokenizer, value, special, kind)
-    return PreTrainedTokenizerFast(
+    return transformers().PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         chat_template=value("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,

@@ -35,6 +35,7 @@ from convert.writer import LazyArray, write_tree
 from qs_jax.checkpoint import FORMAT_VERSION, MANIFEST, PARAMS, folder_size
 from qs_jax.config import ModelConfig
 from qs_jax.errors import QuickSilverError
+from qs_jax.hf import read_tokenizer
 from qs_jax.models import abstract_params, count_params, param_bytes
 
 Dtype = Literal["float32", "bfloat16"]
@@ -226,12 +227,10 @@ def _check_space(folder: Path, model: ModelConfig) -> None:
 
 def _check_tokenizer(folder: Path, model: ModelConfig) -> list[str]:
     """The tokenizer must load from the new folder alone and fit the vocabulary; returns notes."""
-    from transformers import AutoTokenizer  # slow to import
-
     config = folder / "config.json"
     write_json(config, {"model_type": model.model_type})
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = read_tokenizer(folder)
     except Exception as error:  # transformers raises many kinds
         raise ConversionError(
             f"the tokenizer cannot be read ({type(error).__name__}: {error}). "

@@ -39,9 +39,10 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer = qs_jax.load_tokenizer(args.ckpt)
     device = jax.devices()[0]
     console.print(
-        f"[bold]{args.ckpt}[/bold]: {model.model_type}, {count_params(model) / 1e6:.1f} M parameters, "
-        f"{model.num_layers} layers, {model.dtype} ({param_bytes(model) / 1e6:.0f} MB), "
-        f"on {device.platform}"
+        f"[bold]{args.ckpt}[/bold]: {model.model_type}, {count_params(model) / 1e6:.1f} M "
+        f"parameters, {model.num_layers} layers, {model.dtype}, "
+        f"{param_bytes(model) / 1e6:.0f} MB, on {device.platform}",
+        soft_wrap=True,
     )
     cfg = qs_jax.Config(model=model, max_new_tokens=args.max_new_tokens)
     table = Table(title=f"dense model, batch 1, greedy, {model.dtype}, {device.platform}")
@@ -68,8 +69,8 @@ def main(argv: list[str] | None = None) -> None:
     console.print()
     console.print(table)
     console.print(
-        "Prefill reads the prompt in one pass and gives the first new token; decode gives the others "
-        "one at a time.\nThe second prompt reuses the compiled programs. Now try your own:\n"
+        "Prefill reads the prompt in one pass and gives the first new token; decode gives the "
+        "others one at a time.\nThe second prompt reuses the compiled programs. Now try your own:\n"
         f"  .venv/bin/python -m qs_jax generate --ckpt {args.ckpt} --chat --prompt 'Tell me a joke.'",
         soft_wrap=True,
     )

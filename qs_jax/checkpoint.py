@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from qs_jax.config import ModelConfig
 from qs_jax.errors import CheckpointError, ConfigError, NonFiniteError
+from qs_jax.hf import read_tokenizer
 from qs_jax.models import Params, abstract_params
 
 if TYPE_CHECKING:
@@ -130,11 +131,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     Raises:
       CheckpointError: The folder holds no tokenizer, or one that cannot be read.
     """
-    from transformers import AutoTokenizer  # slow to import
-
     read_manifest(path)
     try:
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        return read_tokenizer(path)
     except Exception as error:  # transformers raises many kinds
         raise CheckpointError(
             f"{path} holds no tokenizer that can be read ({type(error).__name__}: {error}). "

@@ -206,7 +206,6 @@ Command = (
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     command = tyro.cli(Command, prog="qs-jax", args=argv)  # type: ignore[call-overload]
     try:
         command.run()

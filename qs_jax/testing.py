@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from qs_jax.config import ModelConfig
+from qs_jax.hf import transformers
 from qs_jax.models import Params, init_params
 
 if TYPE_CHECKING:
@@ -78,14 +79,13 @@ def toy_tokenizer(
       vocab_size: Number of ids; at most 97.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     characters = [chr(code) for code in range(32, 127)]
     vocab = {token: index for index, token in enumerate(["<s>", "</s>", *characters][:vocab_size])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="</s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(
+    fast = transformers().PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="</s>"
     )
     if folder is not None:
