@@ -7,6 +7,7 @@ is undone here. Source: the GGUF specification (ggml) and the `gguf` package.
 
 from __future__ import annotations
 
+import mmap
 import re
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ class GGUFFile:
         self.path = path
         self.description = description or str(path)
         reader = _open(path)
+        self._mapped: mmap.mmap | None = getattr(reader.data, "_mmap", None)
         self.metadata = dict(reader.fields)
         architecture = self._value("general.architecture")
         if architecture != "llama":
@@ -157,7 +159,10 @@ class GGUFFile:
         from gguf import quants
 
         tensor = self._tensors[gguf_name]
-        return np.array(quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
+        whole = np.array(quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
+        if self._mapped is not None:  # pages read so far need not stay in memory
+            self._mapped.madvise(mmap.MADV_DONTNEED)
+        return whole
 
     def write_tokenizer(self, folder: Path) -> None:
         """Rebuild the tokenizer from the metadata."""

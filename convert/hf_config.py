@@ -20,79 +20,22 @@ HEADING = "config attributes"
 
 # Bookkeeping, training-only settings and generation defaults, common to all models.
 _HARMLESS = frozenset(
-    [
-        "_name_or_path",
-        "_attn_implementation",
-        "_attn_implementation_autoset",
-        "architectures",
-        "auto_map",
-        "attention_dropout",
-        "attn_pdrop",
-        "embd_pdrop",
-        "resid_pdrop",
-        "classifier_dropout",
-        "dtype",
-        "torch_dtype",
-        "initializer_range",
-        "model_type",
-        "transformers_version",
-        "use_cache",
-        "use_bfloat16",
-        "tf_legacy_loss",
-        "torchscript",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "sep_token_id",
-        "decoder_start_token_id",
-        "finetuning_task",
-        "id2label",
-        "label2id",
-        "num_labels",
-        "problem_type",
-        "task_specific_params",
-        "tokenizer_class",
-        "prefix",
-        "return_dict",
-        "return_dict_in_generate",
-        "output_attentions",
-        "output_hidden_states",
-        "output_scores",
-        "chunk_size_feed_forward",
-        "pretraining_tp",
-        "tie_word_embeddings",
-        "gradient_checkpointing",
-        "is_decoder",
-        "summary_type",
-        "summary_use_proj",
-        "summary_activation",
-        "summary_proj_to_labels",
-        "summary_first_dropout",
-        "max_length",
-        "min_length",
-        "do_sample",
-        "early_stopping",
-        "num_beams",
-        "num_beam_groups",
-        "diversity_penalty",
-        "temperature",
-        "top_k",
-        "top_p",
-        "typical_p",
-        "repetition_penalty",
-        "length_penalty",
-        "no_repeat_ngram_size",
-        "encoder_no_repeat_ngram_size",
-        "bad_words_ids",
-        "num_return_sequences",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "remove_invalid_values",
-        "exponential_decay_length_penalty",
-        "suppress_tokens",
-        "begin_suppress_tokens",
-        "is_llama_config",
-    ]
+    """
+    _name_or_path _attn_implementation _attn_implementation_autoset architectures auto_map
+    attention_dropout attn_pdrop embd_pdrop resid_pdrop classifier_dropout dtype torch_dtype
+    initializer_range model_type transformers_version use_cache use_bfloat16 tf_legacy_loss
+    torchscript bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id
+    finetuning_task id2label label2id num_labels problem_type task_specific_params
+    tokenizer_class prefix return_dict return_dict_in_generate output_attentions
+    output_hidden_states output_scores chunk_size_feed_forward pretraining_tp
+    tie_word_embeddings gradient_checkpointing is_decoder summary_type summary_use_proj
+    summary_activation summary_proj_to_labels summary_first_dropout max_length min_length
+    do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
+    typical_p repetition_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences forced_bos_token_id
+    forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
+    begin_suppress_tokens is_llama_config _commit_hash unsloth_version unsloth_fixed
+    """.split()
 )
 # These would change the computation at any other value.
 _HARMLESS_AT: dict[str, tuple[Any, ...]] = {

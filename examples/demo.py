@@ -71,7 +71,8 @@ def main(argv: list[str] | None = None) -> None:
     console.print(
         "Prefill reads the prompt in one pass and gives the first new token; decode gives the "
         "others one at a time.\nThe second prompt reuses the compiled programs. Now try your own:\n"
-        f"  .venv/bin/python -m qs_jax generate --ckpt {args.ckpt} --chat --prompt 'Tell me a joke.'",
+        f"  .venv/bin/python -m qs_jax generate --ckpt {args.ckpt} --chat "
+        "--prompt 'Tell me a joke.'",
         soft_wrap=True,
     )
 

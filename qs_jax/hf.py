@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def transformers() -> ModuleType:
-    """The package, imported when first needed (it takes seconds) and without its advice on torch."""
+    """The package, imported when first needed (it takes seconds), without its advice on torch."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import transformers
 

@@ -1,5 +1,7 @@
 """Laws of dense generation: decode equals score, rows and batches do not mix, no future leaks."""
 
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -235,6 +237,22 @@ def test_bfloat16_runs_and_stays_near_float32(model_type):
     assert 0 < np.abs(ours - exact).max() < 0.15 * spread
     out = qs_jax.generate(rounded, tokens_BT, Config(half, max_new_tokens=8))
     assert (out.lengths >= 1).all()
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_norms_softmax_and_logits_are_float32_in_a_bfloat16_model(model_type):
+    """Read off the program: exp is softmax, rsqrt is norms, the widest product is the head."""
+    model = tiny_model(model_type, dtype="bfloat16")
+    params = tiny_params(model)
+    text = str(
+        jax.make_jaxpr(lambda *a: scoring.all_logits(*a, model))(params, jnp.ones((2, 16), int))
+    )
+    for operation in ("exp", "rsqrt"):
+        results = re.findall(rf":(\w+)\[[^]]*\] = {operation} ", text)
+        assert results, f"the program has an {operation}"
+        assert set(results) == {"f32"}
+    assert re.search(r":f32\[2,16,97\] = dot_general", text)
+    assert re.search(r":bf16\[2,16,\d+\] = dot_general", text), "the layers compute in bfloat16"
 
 
 ENTRY_POINTS = ("generate", "start", "advance", "score", "logits")

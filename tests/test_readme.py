@@ -1,0 +1,31 @@
+"""What the README shows runs as it stands, on the embedded model."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from examples import demo
+
+pytestmark = pytest.mark.xdist_group("embedded")
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_python_example_runs(embedded_checkpoint, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    code = code.replace("ckpt/smollm2-135m", str(embedded_checkpoint))
+    exec(compile(code, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert printed.startswith("The capital of France is")
+    assert "\nOnce upon a time" in printed
+
+
+def test_the_demo_runs(embedded_checkpoint, capsys):
+    demo.main(["--ckpt", str(embedded_checkpoint), "--max-new-tokens", "12"])
+    printed = capsys.readouterr().out
+    assert "The capital of France is Paris." in printed
+    assert "decode" in printed
+
+
+def test_it_stays_short():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 200
