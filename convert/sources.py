@@ -22,8 +22,13 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-# Any one of these sets is a tokenizer.
-_TOKENIZER_SETS = ({"tokenizer.json"}, {"tokenizer.model"}, {"vocab.json", "merges.txt"})
+# Any one of these sets is a tokenizer. A SentencePiece model alone is not: how text begins (space,
+# beginning token) stands in the config, and transformers guesses it wrong without.
+_TOKENIZER_SETS = (
+    {"tokenizer.json"},
+    {"tokenizer.model", "tokenizer_config.json"},
+    {"vocab.json", "merges.txt"},
+)
 
 
 @runtime_checkable
@@ -100,8 +105,9 @@ class HuggingFaceFolder:
         present = {name for name in TOKENIZER_FILES if (self.folder / name).is_file()}
         if not any(needed <= present for needed in _TOKENIZER_SETS):
             raise ConversionError(
-                f"{self.folder} has no tokenizer (tokenizer.json, tokenizer.model, or vocab.json "
-                "and merges.txt). Add its files, or pass --no-tokenizer to work with token ids."
+                f"{self.folder} has no tokenizer (tokenizer.json, tokenizer.model with "
+                "tokenizer_config.json, or vocab.json with merges.txt). Add its files, or pass "
+                "--no-tokenizer to work with token ids."
             )
         for name in sorted(present):
             (folder / name).write_bytes((self.folder / name).read_bytes())

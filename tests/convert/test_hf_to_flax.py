@@ -13,8 +13,10 @@ import pytest
 import qs_jax
 from convert import hf_to_flax, sources
 from convert.errors import ConversionError
+from convert.flax_to_hf import hf_tensors
 from convert.hf_to_flax import convert
 from qs_jax.errors import CheckpointError
+from qs_jax.testing import tiny_model, tiny_params
 from tests.convert.folders import LLAMA_CONFIG, assert_same_tree, llama_tensors, write_folder
 
 
@@ -201,6 +203,36 @@ def test_a_missing_tokenizer(tmp_path, tensors):
     convert(str(source), tmp_path / "out", tokenizer=False)
     with pytest.raises(CheckpointError, match="no tokenizer"):
         qs_jax.load_tokenizer(tmp_path / "out")
+
+
+def test_tokenizers_of_gpt2_and_llama2(research_data, tmp_path):
+    """The published files, with ids that their authors' own tools give for this text."""
+    tokenizers = research_data / "tokenizers"
+    gpt2 = {"vocab.json": "gpt2/encoder.json", "merges.txt": "gpt2/vocab.bpe"}
+    llama2 = {"tokenizer.model": "llama2/tokenizer.model"}
+    cases = {
+        "gpt2": (gpt2, 50257, [15496, 995, 11, 262, 17031]),
+        "llama": (llama2, 32000, [1, 15043, 3186, 29892, 278, 29871, 29896, 29906, 29941]),
+    }
+    for kind, (files, vocab, expected) in cases.items():
+        folder = tmp_path / kind
+        model = tiny_model(kind, vocab_size=vocab)
+        config = {"model_type": kind, "vocab_size": vocab} | (
+            {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 48, "n_positions": 128}
+            if kind == "gpt2"
+            else {k: v for k, v in LLAMA_CONFIG.items() if k not in ("vocab_size", "model_type")}
+        )
+        write_folder(folder, hf_tensors(tiny_params(model), model), config, tokenizer=False)
+        for name, source in files.items():
+            (folder / name).write_bytes((tokenizers / source).read_bytes())
+        if kind == "llama":
+            message = refused(folder, tmp_path)
+            assert "tokenizer.model with tokenizer_config.json" in message
+            settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False}
+            (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        convert(str(folder), tmp_path / f"{kind}-out")
+        tokenizer = qs_jax.load_tokenizer(tmp_path / f"{kind}-out")
+        assert tokenizer("Hello world, the 123").input_ids == expected
 
 
 def test_a_tokenizer_of_another_model(source, tmp_path):
