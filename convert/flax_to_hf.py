@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -78,7 +79,7 @@ def export(ckpt: str | Path, out: str | Path, *, max_shard_size: str = "5GB") ->
       ConversionError: `out` exists, or writing failed.
       CheckpointError: `ckpt` cannot be read.
     """
-    source, target = Path(ckpt), Path(out).absolute()
+    source, target = Path(ckpt), Path(os.path.realpath(out))
     check_target(target)
     params, model = load(source)
     tensors = hf_tensors(params, model)
@@ -108,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     args = tyro.cli(Arguments, prog="python -m convert.flax_to_hf", args=argv)
     try:
         folder = export(args.ckpt, args.out, max_shard_size=args.max_shard_size)
-    except QuickSilverError as error:
+    except (QuickSilverError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"wrote {folder}")

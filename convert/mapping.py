@@ -2,7 +2,7 @@
 
 One `Rule` is one Hugging Face tensor (of each layer): where it goes, whether it is transposed
 (`nn.Linear` stores `[out, in]`, Flax kernels are `[in, out]`) and which columns of a fused kernel
-it fills. `check` holds a source against the table before a byte is read.
+it fills. `match` holds a source against the table before a byte is read.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -40,12 +41,14 @@ class Source(Protocol):
       config: As in a Hugging Face `config.json`.
       generation_config: As in `generation_config.json`; empty when there is none.
       shapes: Shape of every tensor, under Hugging Face names.
+      dtypes: NumPy name of the dtype of every tensor, or the format's own where NumPy has none.
     """
 
     description: str
     config: dict[str, Any]
     generation_config: dict[str, Any]
     shapes: dict[str, Shape]
+    dtypes: dict[str, str]
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, in memory of its own."""
@@ -85,16 +88,17 @@ class HuggingFaceFolder:
         self._reader, files = _weights_of(folder)
         self._file_of: dict[str, Path] = {}
         self.shapes: dict[str, Shape] = {}
+        self.dtypes: dict[str, str] = {}
         for path, expected in files.items():
-            found = self._reader.shapes(path)
+            found = self._reader.headers(path)
             if absent := sorted((expected or set()) - set(found)):
                 raise ConversionError(f"{path} lacks {', '.join(absent)}, which the index lists.")
-            for name, shape in found.items():
+            for name, (shape, dtype) in found.items():
                 if name in self.shapes:
                     raise ConversionError(
                         f"{name} is in {self._file_of[name].name} and {path.name}."
                     )
-                self._file_of[name], self.shapes[name] = path, shape
+                self._file_of[name], self.shapes[name], self.dtypes[name] = path, shape, dtype
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, in the dtype it is stored in."""
@@ -113,12 +117,25 @@ class HuggingFaceFolder:
             (folder / name).write_bytes((self.folder / name).read_bytes())
 
 
+_SAFETENSORS_DTYPES = {
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+}
+
+
 class _Safetensors:
     """Opens the file anew for every tensor, so that pages already read do not stay mapped."""
 
-    def shapes(self, path: Path) -> dict[str, Shape]:
+    def headers(self, path: Path) -> dict[str, tuple[Shape, str]]:
         with _open_safetensors(path) as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {
+                name: (tuple(one.get_shape()), _SAFETENSORS_DTYPES.get(kind, kind))
+                for name, one in slices.items()
+                for kind in [str(one.get_dtype())]
+            }
 
     def read(self, path: Path, name: str) -> np.ndarray:
         with _open_safetensors(path) as file:
@@ -128,6 +145,7 @@ class _Safetensors:
 def _open_safetensors(path: Path):
     from safetensors import SafetensorError, safe_open
 
+    path.open("rb").close()  # a file that may not be read says so itself
     try:
         return safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as error:
@@ -148,16 +166,25 @@ class _TorchPickle:
         self._torch = torch
 
     def _load(self, path: Path) -> dict[str, Any]:
+        # Only the zip format, PyTorch's own since 1.6, can be memory-mapped.
+        mapped = zipfile.is_zipfile(path)
         try:
-            return self._torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            loaded = self._torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
         except Exception as error:  # torch raises many kinds for damaged files
             raise ConversionError(f"{path} is damaged or not a PyTorch file: {error}") from error
+        tensor = self._torch.Tensor
+        if not isinstance(loaded, dict) or not all(isinstance(v, tensor) for v in loaded.values()):
+            raise ConversionError(f"{path} is not a plain dictionary of tensors.")
+        return loaded
 
-    def shapes(self, path: Path) -> dict[str, Shape]:
-        return {name: tuple(tensor.shape) for name, tensor in self._load(path).items()}
+    def headers(self, path: Path) -> dict[str, tuple[Shape, str]]:
+        return {
+            name: (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            for name, tensor in self._load(path).items()
+        }
 
     def read(self, path: Path, name: str) -> np.ndarray:
-        tensor = self._load(path)[name]
+        tensor = self._load(path)[name].detach()
         if tensor.dtype == self._torch.bfloat16:  # NumPy has no bfloat16; float32 holds it exactly
             tensor = tensor.float()
         return np.array(tensor.numpy())
@@ -182,6 +209,10 @@ def _indexed_files(index: Path) -> dict[Path, set[str] | None]:
         raise ConversionError(f"{index} has no weight_map.")
     files: dict[Path, set[str] | None] = {}
     for name, file in weight_map.items():
+        if not isinstance(file, str):
+            raise ConversionError(
+                f"{index}: weight_map of {name} must be a file name, got {file!r}."
+            )
         path = index.parent / file
         if path.parent != index.parent:
             raise ConversionError(f"{index} points outside its folder: {file}")

@@ -6,7 +6,9 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,39 +43,79 @@ def check_target(target: Path, overwrite: bool = False, marker: str | None = Non
 def staging(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """A folder beside `target` that becomes `target` on success and vanishes on failure.
 
-    What a killed process left behind for the same target is removed first.
+    What a killed process left behind for the same target is cleared up first.
+
+    Args:
+      target: Absolute path without symbolic links.
+      overwrite: `target` may exist; it is replaced as the last step.
 
     Raises:
       ConversionError: Writing failed; `target` is as it was.
     """
     staged = target.parent / f".{target.name}.partial-{os.getpid()}"
+    made = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(target)
+        _clear_abandoned(target)
         staged.mkdir()
         yield staged
-        if overwrite and target.is_dir():
-            old = target.parent / f".{target.name}.replaced-{os.getpid()}"
-            target.rename(old)
-            staged.rename(target)
-            shutil.rmtree(old)
-        else:
-            staged.rename(target)
-    except ConversionError:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConversionError(f"writing {target} failed, nothing was kept: {error}") from error
-    finally:
+        _move_into_place(staged, target, overwrite)
+    except BaseException as error:
         shutil.rmtree(staged, ignore_errors=True)
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        if isinstance(error, OSError | ValueError | RuntimeError):
+            raise ConversionError(f"writing {target} failed, nothing was kept: {error}") from error
+        raise
+
+
+def _move_into_place(staged: Path, target: Path, overwrite: bool) -> None:
+    if not (overwrite and target.is_dir()):
+        staged.rename(target)
+        return
+    old = target.parent / f".{target.name}.replaced-{os.getpid()}"
+    target.rename(old)
+    try:
+        staged.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _clear_abandoned(target: Path) -> None:
+    """Clear up after killed processes: half-built folders, and an old target moved aside."""
+    for kind in ("partial", "replaced"):
+        for left in target.parent.glob(f".{target.name}.{kind}-*"):
+            pid = left.name.rpartition("-")[2]
+            if pid.isdigit() and psutil.pid_exists(int(pid)):
+                continue
+            if kind == "replaced" and not target.exists():
+                left.rename(target)
+            else:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Hold back Ctrl-C while a library writes with its own threads; says whether it was pressed.
+
+    Yields:
+      A function that returns True once an interrupt has arrived. The caller must stop by itself and
+      raise KeyboardInterrupt. Outside the main thread it never does.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    pressed = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.set())
+    try:
+        yield pressed.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Indented UTF-8 JSON with a final newline."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _remove_abandoned(target: Path) -> None:
-    for left in target.parent.glob(f".{target.name}.partial-*"):
-        pid = left.name.rpartition("-")[2]
-        if not (pid.isdigit() and psutil.pid_exists(int(pid))):
-            shutil.rmtree(left, ignore_errors=True)

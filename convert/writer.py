@@ -19,6 +19,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from convert.staging import deferred_interrupt
+
 # Leaves up to this size are assembled in memory and stored as one file; larger ones block by block.
 SMALL_LEAF_BYTES = 8 * 2**20
 LARGEST_CHUNK_BYTES = 64 * 2**20
@@ -70,10 +72,11 @@ class _LazyArrayHandler(ocp.type_handlers.NumpyHandler):
         raises it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, interrupted: Callable[[], bool]) -> None:
         super().__init__(deepcopy_host_arrays=False)
         self._one_at_a_time = asyncio.Semaphore(1)
-        self.failure: Exception | None = None
+        self._interrupted = interrupted
+        self.failure: BaseException | None = None
 
     async def _open_and_write(
         self, value: LazyArray, tspec: dict[str, Any], ts_context: ts.Context
@@ -81,21 +84,25 @@ class _LazyArrayHandler(ocp.type_handlers.NumpyHandler):
         async with self._one_at_a_time:
             if self.failure is None:
                 try:
-                    await _write_blocks(value, tspec, ts_context)
+                    await self._write_blocks(value, tspec, ts_context)
                 except Exception as error:
                     self.failure = error
 
-
-async def _write_blocks(value: LazyArray, tspec: dict[str, Any], ts_context: ts.Context) -> None:
-    store, row = None, 0
-    for block in value.merged_blocks():
-        if store is None:
-            tspec["metadata"]["chunks"] = list(value.chunk_shape(len(block)))
-            store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
-        await store[row : row + len(block)].write(block)
-        row += len(block)
-    if row != value.shape[0]:
-        raise ValueError(f"blocks cover {row} of {value.shape[0]} rows.")
+    async def _write_blocks(
+        self, value: LazyArray, tspec: dict[str, Any], ts_context: ts.Context
+    ) -> None:
+        store, row = None, 0
+        for block in value.merged_blocks():
+            if self._interrupted():
+                self.failure = KeyboardInterrupt()
+                return
+            if store is None:
+                tspec["metadata"]["chunks"] = list(value.chunk_shape(len(block)))
+                store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+            await store[row : row + len(block)].write(block)
+            row += len(block)
+        if row != value.shape[0]:
+            raise ValueError(f"blocks cover {row} of {value.shape[0]} rows.")
 
 
 def write_tree(folder: Path, tree: dict[str, Any]) -> None:
@@ -107,19 +114,22 @@ def write_tree(folder: Path, tree: dict[str, Any]) -> None:
 
     Raises:
       Exception: The first failure to make or write a block; `folder` is then of no use.
+      KeyboardInterrupt: It arrived while writing; it takes effect between two blocks.
     """
     logging.getLogger("absl").setLevel(logging.ERROR)
-    lazy = _LazyArrayHandler()
-    handler = ocp.PyTreeCheckpointHandler(
-        use_ocdbt=False,
-        use_zarr3=False,
-        type_handler_registry=ocp.type_handlers.create_type_handler_registry((LazyArray, lazy)),
-    )
-    try:
-        with ocp.Checkpointer(handler) as checkpointer:
-            checkpointer.save(folder, args=ocp.args.PyTreeSave(tree))
-    except Exception:
-        if lazy.failure is None:
-            raise
-    if lazy.failure is not None:
-        raise lazy.failure
+    with deferred_interrupt() as interrupted:
+        lazy = _LazyArrayHandler(interrupted)
+        registry = ocp.type_handlers.create_type_handler_registry((LazyArray, lazy))
+        handler = ocp.PyTreeCheckpointHandler(
+            use_ocdbt=False, use_zarr3=False, type_handler_registry=registry
+        )
+        try:
+            with ocp.Checkpointer(handler) as checkpointer:
+                checkpointer.save(folder, args=ocp.args.PyTreeSave(tree))
+        except Exception:
+            if lazy.failure is None:
+                raise
+        if lazy.failure is not None:
+            raise lazy.failure
+        if interrupted():
+            raise KeyboardInterrupt

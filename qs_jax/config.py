@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+import operator
+from typing import Any, no_type_check
 
 from qs_jax.errors import ConfigError
 
@@ -24,6 +25,22 @@ ROPE_SCALINGS: dict[str, tuple[str, ...]] = {
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+def _as_integer(name: str, value: Any) -> int | None:
+    """An int of anything that is one (NumPy scalars too)."""
+    try:
+        return None if value is None else operator.index(value)
+    except TypeError as error:
+        raise ConfigError(f"{name} must be an integer, got {value!r}.") from error
+
+
+def _as_float(name: str, value: Any) -> float | None:
+    """A float of any number."""
+    try:
+        return None if value is None else float(value)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name} must be a number, got {value!r}.") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +171,10 @@ class ModelConfig:
             f"dtype {self.dtype!r} is not supported: float32 or bfloat16.",
         )
         if self.model_type == "llama":
-            _require(self.rope_theta is not None, "a llama model needs rope_theta.")
+            _require(
+                self.rope_theta is not None and self.rope_theta > 0,
+                f"a llama model needs a positive rope_theta, got {self.rope_theta}.",
+            )
             _require(self.head_dim % 2 == 0, f"RoPE needs an even head_dim, got {self.head_dim}.")
         for name in ("bos_token_id", "pad_token_id"):
             self._check_token_id(name, getattr(self, name))
@@ -192,14 +212,14 @@ class ModelConfig:
         Raises:
           ConfigError: Unknown or missing fields, or values that do not fit.
         """
-        fields = dict(fields)
-        if fields.get("rope_scaling") is not None:
-            fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
-        fields["eos_token_ids"] = tuple(fields.get("eos_token_ids", ()))
         try:
+            fields = dict(fields)
+            if fields.get("rope_scaling") is not None:
+                fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
+            fields["eos_token_ids"] = tuple(fields.get("eos_token_ids", ()))
             return cls(**fields)
-        except TypeError as error:
-            raise ConfigError(f"not a model configuration: {error}.") from error
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"not a model configuration: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +227,7 @@ class QuickSilverConfig:
     """Which mechanisms run. None has landed yet, so the only value is the dense model."""
 
 
+@no_type_check  # it checks and converts what users give it itself
 @dataclasses.dataclass(frozen=True)
 class Config:
     """What one call of `generate`, `stream` or `score` should do.
@@ -238,6 +259,23 @@ class Config:
     eos_token_ids: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        _require(
+            isinstance(self.model, ModelConfig),
+            f"model must be the ModelConfig that qs_jax.load returns, got {self.model!r}.",
+        )
+        _require(
+            self.quicksilver is None or isinstance(self.quicksilver, QuickSilverConfig),
+            f"quicksilver must come from qs_jax.presets, got {self.quicksilver!r}.",
+        )
+        for name in ("max_new_tokens", "top_k", "seed"):
+            object.__setattr__(self, name, _as_integer(name, getattr(self, name)))
+        for name in ("temperature", "top_p", "repetition_penalty"):
+            object.__setattr__(self, name, _as_float(name, getattr(self, name)))
+        if self.eos_token_ids is not None:
+            given = self.eos_token_ids
+            listed = given if isinstance(given, tuple | list) else [given]
+            ids = tuple(_as_integer("eos_token_ids", token) for token in listed)
+            object.__setattr__(self, "eos_token_ids", ids)
         _require(
             self.max_new_tokens >= 1,
             f"max_new_tokens must be at least 1, got {self.max_new_tokens}.",
