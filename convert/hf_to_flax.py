@@ -51,7 +51,7 @@ class Arguments:
     out: Path
     """Folder to write; it must not exist, unless --overwrite."""
     dtype: Dtype = "float32"
-    """Parameter dtype; float32 holds every source format exactly."""
+    """Parameter dtype; float32 holds 16-bit and GGUF weights exactly."""
     revision: str | None = None
     """Hub ids only: branch, tag or commit."""
     overwrite: bool = False

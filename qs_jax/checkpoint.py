@@ -67,11 +67,16 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         version = manifest["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
+        missing = {"model", "num_params", "params", "source"} - set(manifest)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / MANIFEST} is damaged: {error}. Convert again.") from error
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"{folder} has format {version}, this library reads {FORMAT_VERSION}. Convert again."
+        )
+    if missing:
+        raise CheckpointError(
+            f"{folder / MANIFEST} is damaged: it lacks {', '.join(sorted(missing))}. Convert again."
         )
     return manifest
 
@@ -103,14 +108,17 @@ def load(
 
     Raises:
       CheckpointError: The folder is missing, incomplete, damaged or of another format.
+      ConfigError: `dtype` is not one of the two, or `devices` is empty.
       NonFiniteError: A weight is NaN or infinite.
     """
     manifest = read_manifest(path)
     try:
         model = ModelConfig.from_dict(manifest["model"])
-        model = model.replace(dtype=dtype or model.dtype)
-    except (ConfigError, KeyError) as error:
+    except ConfigError as error:
         raise CheckpointError(f"{Path(path) / MANIFEST} is damaged: {error}") from error
+    model = model.replace(dtype=dtype or model.dtype)
+    if devices is not None and len(devices) == 0:
+        raise ConfigError("devices is empty; None takes the default device.")
     folder = Path(path).resolve() / PARAMS
     # TensorStore reads a missing chunk as zeros, so a lost file must be noticed here.
     if folder_size(folder) != manifest["params"]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -69,9 +70,9 @@ class Generate:
             repetition_penalty=self.repetition_penalty,
             seed=self.seed,
         )
+        stream = TextStream(params, tokenizer, ids, cfg)
         if not self.quiet and not self.chat:
             print(prompt, end="", flush=True)
-        stream = TextStream(params, tokenizer, ids, cfg)
         for text in stream.texts:
             print(text, end="", flush=True)
         print()
@@ -117,30 +118,29 @@ class TextStream:
     def __init__(
         self, params: Params, tokenizer: PreTrainedTokenizerBase, ids: list[int], cfg: Config
     ) -> None:
+        from qs_jax.detokenize import Detokenizer
         from qs_jax.engine.generate import stream
         from qs_jax.timing import Stopwatch
 
         self.prompt_tokens, self.new_tokens = len(ids), 0
         self.prefill, self.decode = Stopwatch(), Stopwatch()
         self._steps = stream(params, [ids], cfg)  # checks the input at once
-        self._tokenizer: Any = tokenizer
+        self._detokenizer = Detokenizer(tokenizer, ids)
         self.texts = self._texts()
 
     def _texts(self) -> Iterator[str]:
-        from tokenizers.decoders import DecodeStream
-
-        decoder = DecodeStream(skip_special_tokens=True)
         watch = self.prefill
         while True:
             with watch:
                 step = next(self._steps, None)
             if step is None:
-                return
+                break
             watch = self.decode
             self.new_tokens += 1
-            text = decoder.step(self._tokenizer.backend_tokenizer, int(step.tokens[0]))
-            if text:
+            if text := self._detokenizer.push(int(step.tokens[0])):
                 yield text
+        if text := self._detokenizer.flush():
+            yield text
 
     def summary(self) -> str:
         """One line: tokens per second of prefill and decode, and seconds of compilation."""
@@ -181,6 +181,11 @@ def encode_prompt(
     """
     if not prompt:
         raise InputError("the prompt is empty.")
+    if not (prompt + (system or "")).isprintable():
+        try:
+            (prompt + (system or "")).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError("the prompt is not valid UTF-8.") from error
     if system is not None and not chat:
         raise InputError("--system needs --chat.")
     if not chat:
@@ -190,7 +195,12 @@ def encode_prompt(
     else:
         messages = [{"role": "system", "content": system}] if system is not None else []
         messages.append({"role": "user", "content": prompt})
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        try:
+            text = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False
+            )
+        except Exception as error:  # templates raise what they like
+            raise InputError(f"the chat template refused these messages: {error}") from error
         ids = tokenizer(str(text), add_special_tokens=False).input_ids
     if not ids:
         raise InputError("the prompt has no tokens.")
@@ -206,16 +216,21 @@ Command = (
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a character shows a ?
+        sys.stdout.reconfigure(errors="replace")
     command = tyro.cli(Command, prog="qs-jax", args=argv)  # type: ignore[call-overload]
     try:
         command.run()
-    except QuickSilverError as error:
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (QuickSilverError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except UnicodeDecodeError as error:
+        print(f"error: standard input is not UTF-8 ({error})", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     return 0

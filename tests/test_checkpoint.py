@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 import qs_jax
 from convert.hf_to_flax import convert
 from qs_jax.checkpoint import FORMAT_VERSION
-from qs_jax.errors import CheckpointError, NonFiniteError
+from qs_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from tests.convert.folders import llama_tensors, write_folder
 from tests.support import random_tokens
 
@@ -49,12 +49,17 @@ def test_damaged_files_are_noticed(folder):
         ({"format_version": FORMAT_VERSION + 1}, "Convert again"),
         ({"format_version": None}, "Convert again"),
         ({"model": {"model_type": "llama"}}, "damaged"),
+        ({"model": [1]}, "damaged"),
+        ({"params": None}, "files were lost or changed"),
     ],
 )
 def test_manifests_that_cannot_be_used(folder, change, message):
     manifest = folder / "qs_jax.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | change))
     with pytest.raises(CheckpointError, match=message):
+        qs_jax.load(folder)
+    manifest.write_text(json.dumps({"format_version": FORMAT_VERSION}))
+    with pytest.raises(CheckpointError, match="it lacks model, num_params, params, source"):
         qs_jax.load(folder)
     manifest.write_text("{")
     with pytest.raises(CheckpointError, match="damaged"):
@@ -80,7 +85,7 @@ def test_dtype_on_the_way_in(folder):
     assert (model.dtype, half_model.dtype) == ("float32", "bfloat16")
     for ours, theirs in zip(jax.tree.leaves(half), jax.tree.leaves(exact), strict=True):
         np.testing.assert_array_equal(ours, theirs.astype("bfloat16"))
-    with pytest.raises(CheckpointError, match="float32 or bfloat16"):
+    with pytest.raises(ConfigError, match="dtype 'float8' is not supported: float32 or bfloat16"):
         qs_jax.load(folder, dtype="float8")
 
 

@@ -67,6 +67,17 @@ def test_mistakes_are_one_clear_line(ckpt, capsys, flags, message):
     assert error.count("\n") == 1
 
 
+def test_input_that_is_not_text(ckpt):
+    command = [sys.executable, "-m", "qs_jax", "generate", "--ckpt", ckpt, "--prompt"]
+    for prompt, stdin in ((["-"], b"\xff\xfe"), ([b"a\xff"], b"")):
+        done = subprocess.run([*command, *prompt], input=stdin, capture_output=True, check=False)
+        assert done.returncode == 1
+        error = done.stderr.decode()
+        assert error.startswith("error: ")
+        assert "UTF-8" in error
+        assert "Traceback" not in error
+
+
 def test_info(ckpt, capsys):
     assert cli.main(["info", "--ckpt", ckpt]) == 0
     text = capsys.readouterr().out

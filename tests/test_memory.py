@@ -1,4 +1,4 @@
-"""Conversion streams, and repeated calls keep nothing."""
+"""Conversion streams."""
 
 import pytest
 

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 import qs_jax
 from convert.hf_to_flax import convert
+from qs_jax import cli
 from tests.convert.gguf_files import interleave, write_gguf
 
 STORY = (
@@ -185,7 +186,7 @@ def test_stories260k_tells_its_story(stories, tmp_path):
     assert text.startswith(STORY)
 
 
-def test_stories260k_as_gguf_with_its_tokenizer(stories, tmp_path):
+def test_stories260k_as_gguf_with_its_tokenizer(stories, tmp_path, capsys):
     """llama2.c interleaves rotary pairs as GGUF does, so its rows go into the file as they are."""
     pytest.importorskip("gguf")
     config, tensors, pieces = stories
@@ -198,3 +199,7 @@ def test_stories260k_as_gguf_with_its_tokenizer(stories, tmp_path):
     assert len(prompt) < 25, "whole pieces, not single bytes"
     out = qs_jax.generate(params, [prompt], qs_jax.Config(model=model, max_new_tokens=60))
     assert tokenizer.decode(out.sequences[0], skip_special_tokens=True).startswith(STORY)
+    beginning = "Once upon a time, there was a little girl"
+    command = ["generate", "--ckpt", str(tmp_path / "ckpt"), "--prompt", beginning]
+    assert cli.main([*command, "--max-new-tokens", "60"]) == 0
+    assert capsys.readouterr().out.startswith(STORY), "the space after the prompt is there"

@@ -6,7 +6,7 @@ four to an octave, which pads by at most a quarter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -51,7 +51,7 @@ def make_batch(
     tokens: TokensLike,
     model: ModelConfig,
     *,
-    lengths: Sequence[int] | np.ndarray | None = None,
+    lengths: Any = None,
     attention_mask: Any = None,
 ) -> Batch:
     """Check and right-pad the tokens a user gave.
@@ -73,9 +73,9 @@ def make_batch(
         raise InputError("give lengths or attention_mask, not both.")
     rows = _as_rows(tokens)
     if attention_mask is not None:
-        rows = _rows_of_mask(rows, np.asarray(attention_mask))
+        rows = _rows_of_mask(rows, np.atleast_2d(_as_array("attention_mask", attention_mask)))
     elif lengths is not None:
-        rows = _rows_of_lengths(rows, np.asarray(lengths))
+        rows = _rows_of_lengths(rows, np.atleast_1d(_as_array("lengths", lengths)))
     for index, row in enumerate(rows):
         if row.size == 0:
             raise InputError(f"row {index} is empty: every prompt needs at least one token.")
@@ -123,15 +123,22 @@ def check_positions(longest: int, new_tokens: int, model: ModelConfig) -> None:
 
 
 def _as_rows(tokens: TokensLike) -> list[np.ndarray]:
-    if not hasattr(tokens, "ndim"):
+    if not hasattr(tokens, "ndim") and isinstance(tokens, Iterable):
         tokens = list(tokens)
-        if tokens and not np.isscalar(tokens[0]):
-            return [_as_ints(np.asarray(row)) for row in tokens]
-    array = np.asarray(tokens)
+        if tokens and all(isinstance(row, Iterable) for row in tokens):
+            return [_as_ints(_as_array("tokens", row)) for row in tokens]
+    array = _as_array("tokens", tokens)
     if array.shape[0:1] == (0,):
         raise InputError("the batch has no rows.")
     array = _as_ints(array, ranks=(1, 2))
     return list(array if array.ndim == 2 else array[None])
+
+
+def _as_array(name: str, value: Any) -> np.ndarray:
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise InputError(f"{name} is not a regular array: {error}") from error
 
 
 def _as_ints(array: np.ndarray, ranks: tuple[int, ...] = (1,)) -> np.ndarray:

@@ -18,6 +18,9 @@ from qs_jax.config import ModelConfig
 from qs_jax.models import Params, family_of, layers
 from qs_jax.state import KVCache
 
+# Queries whose attention weights exist at a time.
+QUERY_BLOCK = 512
+
 # attend(cache, layer, q, k, v) -> (context, cache): one layer's attention and its cache update.
 AttendAt = Callable[[Any, Array, Array, Array, Array], tuple[Array, Any]]
 
@@ -76,12 +79,35 @@ def logits(params: Params, h: Float[Array, "*batch D"]) -> Float[Array, "*batch 
         return layers.unembed(h, head_table(params))
 
 
+def causal_attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+) -> Float[Array, "B T N H"]:
+    """Attention of rows over themselves, softmax in float32.
+
+    Long rows go block of queries by block, each over the keys up to its own end: memory grows with
+    T, not its square, and half of what causality masks is never computed.
+    """
+    width = q_BTNH.shape[1]
+    if width <= QUERY_BLOCK:
+        return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True)
+    blocks = []
+    for start in range(0, width, QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, width)
+        query_T1, key_1S = jnp.arange(start, end)[:, None], jnp.arange(end)[None, :]
+        mask_11TS = (key_1S <= query_T1)[None, None]
+        q, k, v = q_BTNH[:, start:end], k_BTKH[:, :end], v_BTKH[:, :end]
+        blocks.append(jax.nn.dot_product_attention(q, k, v, mask=mask_11TS))
+    return jnp.concatenate(blocks, axis=1)
+
+
 def attend_causal(cache: KVCache | None, index: Array, q: Array, k: Array, v: Array):
     """Attention of whole rows over themselves; writes the cache at slots 0.. when there is one.
 
     Right padding needs no mask: no real query comes after a pad.
     """
-    context_BTNH = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    context_BTNH = causal_attention(q, k, v)
     if cache is not None:
         with jax.named_scope("kv_write"):
             zero = jnp.zeros((), index.dtype)

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, UInt
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 from qs_jax.config import Config, ModelConfig
 from qs_jax.engine import batching, dense, sampling
-from qs_jax.errors import NonFiniteError
+from qs_jax.engine.checks import check_finite, check_params
 from qs_jax.models import Params
 from qs_jax.state import DecodeState
 
@@ -60,11 +60,11 @@ class GenerateOutput:
       record: What the mechanisms did; None for the dense model.
     """
 
-    tokens: np.ndarray
-    lengths: np.ndarray
-    logprobs: np.ndarray
-    prompt_tokens: np.ndarray
-    prompt_lengths: np.ndarray
+    tokens: Int[np.ndarray, "B M"]
+    lengths: Int[np.ndarray, "B"]
+    logprobs: Float[np.ndarray, "B M"]
+    prompt_tokens: Int[np.ndarray, "B T"]
+    prompt_lengths: Int[np.ndarray, "B"]
     record: None = None
 
     @property
@@ -88,10 +88,10 @@ class StreamStep:
       done: bool `[B]`, the row has ended.
     """
 
-    tokens: np.ndarray
-    logprobs: np.ndarray
-    is_new: np.ndarray
-    done: np.ndarray
+    tokens: Int[np.ndarray, "B"]
+    logprobs: Float[np.ndarray, "B"]
+    is_new: Bool[np.ndarray, "B"]
+    done: Bool[np.ndarray, "B"]
 
 
 def emit(
@@ -239,15 +239,6 @@ def _prepare(
     return batch, padded, numbers, plan
 
 
-def _check_finite(finite_B: np.ndarray) -> None:
-    if not finite_B.all():
-        rows = np.flatnonzero(~finite_B).tolist()
-        raise NonFiniteError(
-            f"logits of row(s) {rows} are not finite: the weights hold NaN or infinity, or the "
-            "dtype overflows. qs_jax.load checks weights; try dtype='float32'."
-        )
-
-
 def generate(
     params: Params,
     tokens: batching.TokensLike,
@@ -274,9 +265,10 @@ def generate(
       InputError: Tokens cannot be used, or prompt + budget exceed the position limit.
       NonFiniteError: The model produced NaN or infinite logits.
     """
+    check_params(params, cfg.model)
     batch, padded, numbers, plan = _prepare(tokens, cfg, lengths, attention_mask)
     out = jax.device_get(jit_generate(params, *padded, numbers, model=cfg.model, plan=plan))
-    _check_finite(out["finite"])
+    check_finite(out["finite"])
     return GenerateOutput(
         tokens=out["tokens"][:, : cfg.max_new_tokens],
         lengths=out["lengths"],
@@ -305,6 +297,7 @@ def stream(
       InputError: As `generate`.
       NonFiniteError: As `generate`, while iterating.
     """
+    check_params(params, cfg.model)
     _, padded, numbers, plan = _prepare(tokens, cfg, lengths, attention_mask)
     return _stream(params, padded, numbers, cfg, plan)
 
@@ -325,7 +318,7 @@ def _stream(
         token, logprob, done, finite = jax.device_get(
             (state.last_B, _column(state.logprobs_BM, step), state.done_B, state.finite_B)
         )
-        _check_finite(finite)
+        check_finite(finite)
         yield StreamStep(tokens=token, logprobs=logprob, is_new=~ended, done=done)
         ended = done
         if done.all():

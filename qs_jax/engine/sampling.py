@@ -78,7 +78,9 @@ def filter_logits(
     likely tokens that holds the probability; tokens as likely as its last one are kept too. The
     most likely token always survives.
     """
-    logits_BV = logits_BV / numbers.temperature
+    # Relative to the largest, so that no temperature, however low, divides anything into infinity
+    # but what is out of reach anyway.
+    logits_BV = (logits_BV - logits_BV.max(axis=-1, keepdims=True)) / numbers.temperature
     if plan.shortlist:
         best_BC = jax.lax.top_k(logits_BV, plan.shortlist)[0]
         least_B1 = jax.lax.dynamic_index_in_dim(best_BC, numbers.top_k - 1, axis=1)

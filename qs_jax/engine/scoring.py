@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.config import Config, ModelConfig
 from qs_jax.engine import batching, dense
-from qs_jax.errors import NonFiniteError
+from qs_jax.engine.checks import check_finite, check_params
 from qs_jax.models import Params
 
-# Positions whose logits exist at a time: a [B, T, V] array would be the largest of the program.
-HEAD_CHUNK = 128
+# Logits that exist at a time, 64 MiB: a whole [B, T, V] array would dwarf the rest of the program.
+HEAD_ELEMENTS = 2**24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,15 +33,16 @@ class ScoreOutput:
       record: What the mechanisms did; None for the dense model.
     """
 
-    logprobs: np.ndarray
-    mask: np.ndarray
-    logits: np.ndarray | None = None
+    logprobs: Float[np.ndarray, "B T"]
+    mask: Bool[np.ndarray, "B T"]
+    logits: Float[np.ndarray, "B T V"] | None = None
     record: None = None
 
     @property
     def nll(self) -> float:
-        """Mean negative log-likelihood over the scored positions, in nats a token."""
-        return -float(self.logprobs.sum(dtype=np.float64) / max(self.mask.sum(), 1))
+        """Mean negative log-likelihood of the scored positions, in nats; nan if there are none."""
+        count = self.mask.sum()
+        return -float(self.logprobs.sum(dtype=np.float64) / count) if count else float("nan")
 
     @property
     def perplexity(self) -> float:
@@ -56,7 +57,7 @@ def score_tokens(
     h_BTD = dense.forward(params, tokens_BT, model)
     next_BT = jnp.roll(tokens_BT, -1, axis=1)
     batch, width = tokens_BT.shape
-    chunk = min(HEAD_CHUNK, width)
+    chunk = max(min(HEAD_ELEMENTS // (batch * model.vocab_size), width), 1)
     pad = -width % chunk
 
     def by_chunk(array: Array) -> Array:
@@ -116,6 +117,7 @@ def score(
       NonFiniteError: The model produced NaN or infinite logits.
     """
     model = cfg.model
+    check_params(params, model)
     batch = batching.make_batch(tokens, model, lengths=lengths, attention_mask=attention_mask)
     width = batch.tokens_BT.shape[1]
     batching.check_positions(width, 0, model)
@@ -124,13 +126,9 @@ def score(
     mask_BT = (column_1T < batch.lengths_B[:, None]) & (column_1T > 0)
     logprobs_BT = np.asarray(jit_score(params, padded.tokens_BT, model=model))[:, :width]
     logprobs_BT = np.where(mask_BT, logprobs_BT, np.float32(0))
-    if not np.isfinite(logprobs_BT).all():
-        rows = np.flatnonzero(~np.isfinite(logprobs_BT).all(axis=1)).tolist()
-        raise NonFiniteError(
-            f"log-probabilities of row(s) {rows} are not finite: the weights hold NaN or infinity, "
-            "or the dtype overflows."
-        )
+    check_finite(np.all(np.isfinite(logprobs_BT), axis=1))
     logits_BTV = None
     if return_logits:
         logits_BTV = np.asarray(jit_logits(params, padded.tokens_BT, model=model))[:, :width]
+        check_finite(np.all(np.isfinite(logits_BTV), axis=(1, 2)))
     return ScoreOutput(logprobs=logprobs_BT, mask=mask_BT, logits=logits_BTV)

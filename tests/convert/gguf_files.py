@@ -99,3 +99,36 @@ def _add(writer: Any, key: str, value: Any) -> None:
         writer.add_string(key, value)
     else:
         writer.add_array(key, value)
+
+
+def byte_level_tokenizer(**changes: Any) -> dict[str, Any]:
+    """A real BPE over bytes, with a few merges of English."""
+    from tokenizers import pre_tokenizers
+
+    tokens = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    merges = ["t h", "th e", "Ġ the", "i n", "1 2"]
+    tokens += [merge.replace(" ", "") for merge in merges]
+    return {
+        "model": "gpt2",
+        "pre": "smollm",
+        "tokens": tokens,
+        "token_type": [3] + [1] * (len(tokens) - 1),
+        "merges": merges,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    } | changes
+
+
+def sentencepiece_tokenizer() -> dict[str, Any]:
+    """Metadata of a SentencePiece BPE with byte fallback and a few pieces of English."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    words = ["▁", "t", "h", "e", "▁t", "he", "▁the"]
+    return {
+        "model": "llama",
+        "tokens": pieces + words,
+        "scores": [0.0] * len(pieces) + [-7.0, -8.0, -9.0, -10.0, -2.0, -3.0, -1.0],
+        "token_type": [2, 3, 3] + [6] * 256 + [1] * len(words),
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "unknown_token_id": 0,
+    }

@@ -12,7 +12,12 @@ from convert.hf_to_flax import convert
 from qs_jax.models.rope import inverse_frequencies
 from qs_jax.testing import tiny_model
 from tests.convert.folders import LLAMA_CONFIG, assert_same_tree, llama_tensors
-from tests.convert.gguf_files import interleave, write_gguf
+from tests.convert.gguf_files import (
+    byte_level_tokenizer,
+    interleave,
+    sentencepiece_tokenizer,
+    write_gguf,
+)
 
 pytest.importorskip("gguf")
 
@@ -20,24 +25,6 @@ pytest.importorskip("gguf")
 @pytest.fixture(scope="module")
 def tensors():
     return llama_tensors()[0]
-
-
-def byte_level_tokenizer(**changes):
-    """A real BPE over bytes, with a few merges of English."""
-    from tokenizers import pre_tokenizers
-
-    tokens = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    merges = ["t h", "th e", "Ġ the", "i n", "1 2"]
-    tokens += [merge.replace(" ", "") for merge in merges]
-    return {
-        "model": "gpt2",
-        "pre": "smollm",
-        "tokens": tokens,
-        "token_type": [3] + [1] * (len(tokens) - 1),
-        "merges": merges,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-    } | changes
 
 
 def small_vocab(tensors):
@@ -109,18 +96,7 @@ def test_byte_level_tokenizer(tmp_path, tensors):
 
 
 def test_sentencepiece_tokenizer_adds_its_bos(tmp_path, tensors):
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    words = ["▁", "t", "h", "e", "▁t", "he", "▁the"]
-    scores = [0.0] * len(pieces) + [-7.0, -8.0, -9.0, -10.0, -2.0, -3.0, -1.0]
-    tokenizer = {
-        "model": "llama",
-        "tokens": pieces + words,
-        "scores": scores,
-        "token_type": [2, 3, 3] + [6] * 256 + [1] * len(words),
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "unknown_token_id": 0,
-    }
+    tokenizer = sentencepiece_tokenizer()
     path = write_gguf(tmp_path / "m.gguf", small_vocab(tensors), LLAMA_CONFIG, tokenizer=tokenizer)
     convert(str(path), tmp_path / "out")
     loaded = qs_jax.load_tokenizer(tmp_path / "out")
@@ -157,16 +133,19 @@ def test_llama3_frequency_factors_are_recognised(tmp_path, tensors):
 
 
 def test_rope_scaling_metadata(tmp_path, tensors):
+    """A factor without a type is linear, as in llama.cpp."""
+
     def converted(name, **scaling):
         extra = {f"llama.rope.scaling.{key}": value for key, value in scaling.items()}
         path = write_gguf(tmp_path / f"{name}.gguf", tensors, LLAMA_CONFIG, extra=extra)
         return convert(str(path), tmp_path / name, tokenizer=False)[0].rope_scaling
 
     assert converted("none", type="none") is None
-    linear = converted("linear", type="linear", factor=4.0)
-    assert linear is not None
-    assert (linear.rope_type, linear.factor) == ("linear", 4.0)
-    yarn = converted("yarn", type="yarn", factor=2.0, original_context_length=64)
+    for kind in ({"type": "linear"}, {}):
+        linear = converted(f"linear{len(kind)}", factor=4.0, **kind)
+        assert linear is not None
+        assert (linear.rope_type, linear.factor) == ("linear", 4.0)
+    yarn = converted("yarn", type="yarn", factor=2.0, original_context_length=64, attn_factor=1.0)
     assert yarn is not None
     assert (yarn.rope_type, yarn.original_max_positions) == ("yarn", 64)
 
@@ -176,9 +155,11 @@ def test_rope_scaling_metadata(tmp_path, tensors):
     [
         ({"extra": {"llama.expert_count": 8}}, "llama.expert_count = 8 is not known"),
         ({"extra": {"llama.rope.scaling.type": "longrope"}}, "'longrope' is not implemented"),
+        ({"extra": {"llama.rope.scaling.attn_factor": 0.5}}, "attn_factor = 0.5 is not known"),
         ({"extra": {"llama.attention.value_length": 4}}, "llama.attention.value_length = 4"),
         ({"tokenizer": byte_level_tokenizer(pre="qwen2")}, "pre-tokenizer 'qwen2'"),
         ({"tokenizer": byte_level_tokenizer(model="bert")}, "tokenizer 'bert' is not implemented"),
+        ({"tokenizer": byte_level_tokenizer(model="llama")}, "metadata is incomplete or damaged"),
         ({}, "has no tokenizer"),
     ],
 )
@@ -187,6 +168,26 @@ def test_what_is_not_implemented_is_refused_by_name(tmp_path, tensors, options, 
     with pytest.raises(ConversionError, match=message):
         convert(str(path), tmp_path / "out")
     assert os.listdir(tmp_path) == ["m.gguf"]
+
+
+def test_every_end_token_ends(tmp_path, tensors):
+    tokenizer = byte_level_tokenizer(eot_token_id=5, eom_token_id=0)
+    path = write_gguf(tmp_path / "m.gguf", small_vocab(tensors), LLAMA_CONFIG, tokenizer=tokenizer)
+    assert convert(str(path), tmp_path / "out")[0].eos_token_ids == (0, 5)
+
+
+def test_metadata_without_sizes(tmp_path):
+    import gguf
+
+    path = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(ConversionError, match="metadata is incomplete or damaged"):
+        convert(str(path), tmp_path / "out")
+    with pytest.raises(ConversionError, match=r"gone\.gguf: no such file"):
+        convert(str(tmp_path / "gone.gguf"), tmp_path / "out")
 
 
 def test_other_architectures_are_refused(tmp_path):

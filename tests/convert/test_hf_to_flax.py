@@ -144,6 +144,26 @@ def test_harmless_leftovers_are_ignored(tmp_path, tensors):
         ({"rope_scaling": {"type": "linear", "factor": 4.0, "alpha": 2}}, "alpha = 2 is not known"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "needs low_freq_factor"),
         ({"rope_scaling": {"rope_type": "linear"}}, "'linear' needs factor"),
+        ({"rope_scaling": {"factor": 4.0}}, "factor = 4.0 is not known without a rope_type"),
+        ({"rope_scaling": {"type": "linear", "factor": "4"}}, "factor = '4' must be a number"),
+        (
+            {
+                "rope_scaling": {"type": "linear", "factor": 4.0},
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+            },
+            "rope_parameters and rope_scaling disagree",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+            "rope_theta is given as 500000.0 and 10000.0",
+        ),
+        ({"rope_theta": 0}, "needs a positive rope_theta"),
+        ({"rope_theta": "abc"}, "rope_theta = 'abc' must be int or float"),
+        ({"rope_scaling": [1, 2]}, "rope_scaling = [1, 2] must be dict"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps = '1e-5' must be int or float"),
+        ({"hidden_act": ["silu"]}, "hidden_act = ['silu'] must be str"),
+        ({"eos_token_id": "2"}, "eos_token_id = '2' must be int or list"),
+        ({"attention_bias": 1}, "attention_bias = 1 must be bool"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not implemented"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"num_hidden_layers": None}, "num_hidden_layers is missing"),
@@ -371,6 +391,128 @@ def test_the_command_line(source, tmp_path, capsys):
     assert qs_jax.load(tmp_path / "out")[1].dtype == "bfloat16"
     assert hf_to_flax.main(arguments) == 1
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_the_same_rope_in_both_spellings_is_fine(tmp_path, tensors):
+    both = {
+        "rope_scaling": {"type": "linear", "factor": 4.0},
+        "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
+    }
+    source = write_folder(tmp_path / "hf", tensors, LLAMA_CONFIG | both)
+    model, _ = convert(str(source), tmp_path / "out")
+    assert model.rope_scaling is not None
+    assert model.rope_scaling.factor == 4.0
+
+
+def test_tensors_that_are_not_floating_point_numbers(tmp_path, tensors):
+    name = "model.layers.0.mlp.up_proj.weight"
+    for dtype in (np.int8, np.bool_):
+        source = write_folder(tmp_path / "hf", tensors | {name: tensors[name].astype(dtype)})
+        assert f"tensor dtypes (1):\n    - {name}: " in refused(source, tmp_path)
+    source = write_folder(tmp_path / "hf", tensors | {name: tensors[name].astype(np.float64)})
+    _, notes = convert(str(source), tmp_path / "out")
+    assert notes == ["1 float64 tensor(s) are rounded"]
+
+
+def test_weights_that_overflow_their_new_dtype(tmp_path, tensors):
+    name = "model.layers.0.mlp.up_proj.weight"
+    large = tensors[name].copy()
+    large[0, 0] = 3.4e38
+    source = write_folder(tmp_path / "hf", tensors | {name: large})
+    assert f"{name} holds NaN or infinite weights in bfloat16" in refused(
+        source, tmp_path, dtype="bfloat16"
+    )
+
+
+@pytest.mark.hf
+def test_old_and_odd_pytorch_files(source, tmp_path, tensors):
+    torch = pytest.importorskip("torch")
+    (source / "model.safetensors").unlink()
+    file = source / "pytorch_model.bin"
+    parameters = {k: torch.nn.Parameter(torch.tensor(v)) for k, v in tensors.items()}
+    torch.save(parameters, file, _use_new_zipfile_serialization=False)
+    convert(str(source), tmp_path / "out")
+    assert_same_tree(qs_jax.load(tmp_path / "out")[0], llama_tensors()[1])
+    torch.save({"state_dict": parameters}, file)
+    assert "is not a plain dictionary of tensors" in refused(source, tmp_path / "second")
+
+
+def test_a_symbolic_link_as_target(source, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    convert(str(source), tmp_path / "link")
+    convert(str(source), tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert_same_tree(qs_jax.load(tmp_path / "link")[0], llama_tensors()[1])
+    assert sorted(os.listdir(tmp_path)) == ["hf", "link", "real"]
+
+
+def test_an_overwrite_that_fails_at_the_last_step_restores_the_old(source, tmp_path, monkeypatch):
+    convert(str(source), tmp_path / "out")
+    rename = Path.rename
+
+    def failing(self, target):
+        if "partial" in self.name:
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(ConversionError, match="nothing was kept"):
+        convert(str(source), tmp_path / "out", overwrite=True)
+    monkeypatch.undo()
+    assert_same_tree(qs_jax.load(tmp_path / "out")[0], llama_tensors()[1])
+    assert sorted(os.listdir(tmp_path)) == ["hf", "out"]
+
+
+def test_a_target_moved_aside_by_a_killed_overwrite_comes_back(source, tmp_path):
+    convert(str(source), tmp_path / "out")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / "out").rename(tmp_path / f".out.replaced-{dead.pid}")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (source / name).unlink()
+    with pytest.raises(ConversionError, match="has no tokenizer"):
+        convert(str(source), tmp_path / "out")
+    assert_same_tree(qs_jax.load(tmp_path / "out")[0], llama_tensors()[1])
+    assert sorted(os.listdir(tmp_path)) == ["hf", "out"]
+
+
+def test_parents_made_for_nothing_go_again(tmp_path, tensors):
+    source = write_folder(tmp_path / "hf", tensors, tokenizer=False)
+    with pytest.raises(ConversionError, match="has no tokenizer"):
+        convert(str(source), tmp_path / "n1" / "n2" / "out")
+    assert os.listdir(tmp_path) == ["hf"]
+
+
+def test_ctrl_c_half_way_leaves_nothing(source, tmp_path):
+    script = textwrap.dedent(
+        """
+        import sys, time
+        from convert import hf_to_flax, sources
+        read = sources.HuggingFaceFolder.read
+        def slow(self, name):
+            if "layers.1.mlp" in name:
+                print("half-way", flush=True)
+                time.sleep(3)
+            return read(self, name)
+        sources.HuggingFaceFolder.read = slow
+        sys.exit(hf_to_flax.main(sys.argv[1:]))
+        """
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, "--source", str(source), "--out", str(tmp_path / "out")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline().strip() == "half-way"
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert error.splitlines()[-1] == "interrupted, nothing was kept"
+    assert "Traceback" not in error
+    assert sorted(os.listdir(tmp_path)) == ["hf"]
 
 
 def test_sources_satisfy_the_protocol(source):

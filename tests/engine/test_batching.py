@@ -49,6 +49,8 @@ def test_lists_lengths_and_masks_say_the_same(rows):
 
 
 def test_one_row_is_a_batch_of_one():
+    assert make_batch([1, 2, 3], MODEL, lengths=2).tokens_BT.tolist() == [[1, 2]]
+    assert make_batch([1, 2, 3], MODEL, attention_mask=[0, 1, 1]).tokens_BT.tolist() == [[2, 3]]
     assert make_batch([1, 2, 3], MODEL).tokens_BT.tolist() == [[1, 2, 3]]
     assert make_batch(np.array([1, 2, 3]), MODEL).tokens_BT.tolist() == [[1, 2, 3]]
 
@@ -64,6 +66,10 @@ def test_one_row_is_a_batch_of_one():
         ([[1, -1]], {}, "token id -1"),
         ([[1.5, 2.0]], {}, "must be integers"),
         (np.zeros((1, 2, 3), int), {}, r"must be \[B, T\]"),
+        ([1, [2, 3]], {}, "not a regular array"),
+        (None, {}, "must be"),
+        (5, {}, "must be"),
+        ([[1, 2]], {"attention_mask": [[1], [1, 1]]}, "attention_mask is not a regular array"),
         ([[1, 2, 3]], {"lengths": [4]}, "lengths\\[0\\] is 4"),
         ([[1, 2, 3]], {"lengths": [0]}, "row 0 is empty"),
         ([[1, 2, 3]], {"lengths": [1, 2]}, "must be 1 integers"),

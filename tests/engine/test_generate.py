@@ -10,10 +10,10 @@ import pytest
 
 import qs_jax
 from qs_jax.config import Config
+from qs_jax.engine import dense, scoring
 from qs_jax.engine import generate as engine
-from qs_jax.engine import scoring
 from qs_jax.engine.batching import bucket_size
-from qs_jax.errors import InputError, NonFiniteError
+from qs_jax.errors import ConfigError, InputError, NonFiniteError
 from qs_jax.testing import tiny_model, tiny_params
 from tests.support import random_tokens
 
@@ -159,6 +159,35 @@ def test_the_last_position_can_be_used(model, params):
         qs_jax.score(params, random_tokens(model, width=129), cfg)
 
 
+def test_long_rows_attend_block_by_block(model, params, monkeypatch):
+    """Blocks of queries give what one block gives, and still no future leaks."""
+    tokens_BT, cfg = random_tokens(model, width=112), Config(model)
+    whole = qs_jax.score(params, tokens_BT, cfg, return_logits=True).logits
+    monkeypatch.setattr(dense, "QUERY_BLOCK", 24)
+    program = jax.jit(lambda *a, model: scoring.all_logits(*a, model), static_argnames="model")
+    monkeypatch.setattr(scoring, "jit_logits", program)
+    blocks = qs_jax.score(params, tokens_BT, cfg, return_logits=True).logits
+    np.testing.assert_allclose(blocks, whole, atol=1e-4)
+    tokens_BT[:, 50] = (tokens_BT[:, 50] + 1) % model.vocab_size
+    after = qs_jax.score(params, tokens_BT, cfg, return_logits=True).logits
+    np.testing.assert_array_equal(after[:, :50], blocks[:, :50])
+    assert (after[:, 50] != blocks[:, 50]).any()
+
+
+def test_parameters_of_another_model_are_refused(model, params):
+    other = Config(model.replace(num_layers=4))
+    for call in (qs_jax.generate, qs_jax.stream, qs_jax.score):
+        with pytest.raises(ConfigError, match=r"attn_norm/\w+ is float32\[3, 32\], .*\[4, 32\]"):
+            call(params, [[1, 2]], other)
+    untied, tied_params = tiny_model("gpt2", tie_embeddings=False), tiny_params(tiny_model("gpt2"))
+    with pytest.raises(ConfigError, match="head/tokens is absent"):
+        qs_jax.score(tied_params, [[1, 2]], Config(untied))
+
+
+def test_nothing_scored_is_not_a_perplexity_of_one(model, params):
+    assert np.isnan(qs_jax.score(params, [[1]], Config(model)).perplexity)
+
+
 def test_not_a_number_is_reported_not_returned(model, params):
     broken = jax.tree.map(lambda leaf: leaf, params)
     broken["layers"]["down"]["kernel"] = broken["layers"]["down"]["kernel"].at[1, 0, 0].set(jnp.nan)
@@ -211,7 +240,7 @@ def test_long_rows_are_scored_in_chunks_of_the_head(monkeypatch):
     model = tiny_model()
     params, tokens_BT = tiny_params(model), random_tokens(model, width=100)
     whole = qs_jax.score(params, tokens_BT, Config(model)).logprobs
-    monkeypatch.setattr(scoring, "HEAD_CHUNK", 24)
+    monkeypatch.setattr(scoring, "HEAD_ELEMENTS", 24 * 2 * 97)
     monkeypatch.setattr(
         scoring,
         "jit_score",
