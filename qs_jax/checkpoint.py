@@ -74,10 +74,9 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder} has format {version}, this library reads {FORMAT_VERSION}. Convert again."
         )
-    if missing:
-        raise CheckpointError(
-            f"{folder / MANIFEST} is damaged: it lacks {', '.join(sorted(missing))}. Convert again."
-        )
+    if missing or not isinstance(manifest["model"], dict):
+        lacking = ", ".join(sorted(missing)) or "a model configuration"
+        raise CheckpointError(f"{folder / MANIFEST} is damaged: it lacks {lacking}. Convert again.")
     return manifest
 
 
