@@ -119,10 +119,7 @@ def convert(
     check_target(target, overwrite, MANIFEST)
     opened = open_source(source, revision) if isinstance(source, str) else source
     problems = Problems()
-    try:
-        model, notes = model_config(opened.config, dtype, problems, opened.generation_config)
-    except QuickSilverError as error:
-        raise ConversionError(f"{opened.description}: {error}") from error
+    model, notes = model_config(opened.config, dtype, problems, opened.generation_config)
     table, names = None, {}
     if model is not None:
         table = mapping.table_of(model)
@@ -156,12 +153,13 @@ def _lazy_tree(
 ) -> dict[str, Any]:
     """Our tree, each leaf knowing how to read itself from the source."""
     tree: dict[str, Any] = {}
+    abstract = abstract_params(model)
     for target in dict.fromkeys(rule.target for rule in table.rules):
         rules = [rule for rule in table.rules if rule.target == target]
-        node, shape = tree, _leaf_at(abstract_params(model), target)
+        node, shape = tree, _leaf_at(abstract, target).shape
         for part in target[:-1]:
             node = node.setdefault(part, {})
-        node[target[-1]] = _lazy_leaf(source, rules, names, model, shape.shape, advance)
+        node[target[-1]] = _lazy_leaf(source, rules, names, model, shape, advance)
     return tree
 
 

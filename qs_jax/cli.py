@@ -181,11 +181,10 @@ def encode_prompt(
     """
     if not prompt:
         raise InputError("the prompt is empty.")
-    if not (prompt + (system or "")).isprintable():
-        try:
-            (prompt + (system or "")).encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise InputError("the prompt is not valid UTF-8.") from error
+    try:
+        (prompt + (system or "")).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError("the prompt is not valid UTF-8.") from error
     if system is not None and not chat:
         raise InputError("--system needs --chat.")
     if not chat:
