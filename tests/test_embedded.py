@@ -1,10 +1,9 @@
 """The embedded real model: SmolLM2-135M-Instruct."""
 
-import numpy as np
 import pytest
 
 import qs_jax
-from convert import flax_to_hf
+from benchmarks import parity
 from qs_jax.cli import encode_prompt
 
 pytestmark = pytest.mark.xdist_group("embedded")
@@ -45,25 +44,10 @@ def test_its_shape_is_that_of_the_published_model(loaded):
 
 @pytest.mark.slow
 @pytest.mark.hf
-def test_perplexity_equals_hugging_face_on_the_same_weights(
-    loaded, embedded_checkpoint, research_data, tmp_path
-):
+def test_perplexity_equals_hugging_face_on_the_same_weights(embedded_checkpoint, research_data):
     """First 8 windows of 512 tokens of WikiText validation, float32, within 1 %."""
-    torch = pytest.importorskip("torch")
-    from transformers import AutoModelForCausalLM
-
-    params, model, tokenizer = loaded
-    text = (research_data / "wikitext" / "wiki.valid.raw").read_text(encoding="utf-8")
-    windows = np.array(tokenizer(text).input_ids[: 8 * 512]).reshape(8, 512)
-    ours = qs_jax.score(params, windows, qs_jax.Config(model=model))
-    hf = AutoModelForCausalLM.from_pretrained(
-        flax_to_hf.export(embedded_checkpoint, tmp_path / "hf"), dtype=torch.float32
-    )
-    with torch.no_grad():
-        losses = [
-            hf(torch.tensor(row[None]), labels=torch.tensor(row[None])).loss for row in windows
-        ]
-    theirs = float(torch.stack(losses).mean().exp())
-    print(f"perplexity: ours {ours.perplexity:.4f}, Hugging Face {theirs:.4f}")
-    assert abs(ours.perplexity / theirs - 1) < 0.01
+    pytest.importorskip("torch")
+    result = parity.measure(embedded_checkpoint, research_data / "wikitext" / "wiki.valid.raw")
+    theirs = result["hugging_face_perplexity"]
+    assert abs(result["perplexity"] / theirs - 1) < 0.01
     assert 20 < theirs < 23
