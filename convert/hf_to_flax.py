@@ -32,7 +32,7 @@ from convert.mapping import Rule, Table
 from convert.sources import HuggingFaceFolder, Source
 from convert.staging import check_target, staging, write_json
 from convert.writer import LazyArray, write_tree
-from qs_jax.checkpoint import FORMAT_VERSION, MANIFEST, PARAMS, folder_size
+from qs_jax.checkpoint import FORMAT_VERSION, MANIFEST, PARAMS, fingerprint
 from qs_jax.config import ModelConfig
 from qs_jax.errors import QuickSilverError
 from qs_jax.hf import read_tokenizer
@@ -277,7 +277,7 @@ def _manifest(folder: Path, model: ModelConfig, source: Source) -> dict[str, Any
         "format_version": FORMAT_VERSION,
         "model": model.to_dict(),
         "num_params": count_params(model),
-        "params": folder_size(folder / PARAMS),
+        "params": fingerprint(folder / PARAMS),
         "source": source.description,
         "versions": versions,
     }

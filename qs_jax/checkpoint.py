@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,10 +81,17 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def folder_size(folder: Path) -> dict[str, int]:
-    """Number of files below a folder, and their bytes."""
-    sizes = [file.stat().st_size for file in folder.rglob("*") if file.is_file()]
-    return {"files": len(sizes), "bytes": sum(sizes)}
+def fingerprint(folder: Path) -> dict[str, int]:
+    """Files below a folder, their bytes, and one CRC-32 over their names and contents."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    total = checksum = 0
+    for path in files:
+        checksum = zlib.crc32(path.relative_to(folder).as_posix().encode(), checksum)
+        with path.open("rb") as file:
+            while block := file.read(2**24):
+                checksum = zlib.crc32(block, checksum)
+                total += len(block)
+    return {"files": len(files), "bytes": total, "crc32": checksum}
 
 
 def load(
@@ -91,7 +99,7 @@ def load(
     *,
     dtype: str | None = None,
     devices: Sequence[jax.Device] | None = None,
-    check_finite: bool = True,
+    verify: bool = True,
 ) -> tuple[Params, ModelConfig]:
     """Read a converted checkpoint.
 
@@ -100,7 +108,8 @@ def load(
       dtype: "float32" or "bfloat16" to convert while reading; None keeps the stored dtype.
       devices: Shard the parameters over these, tensor-parallel; None puts them on the default
         device.
-      check_finite: Refuse NaN and infinite weights (one pass over them).
+      verify: Compare the files with their checksum and refuse NaN and infinite weights (one pass
+        over each).
 
     Returns:
       The stacked parameter tree, and the configuration with the dtype it has now.
@@ -119,15 +128,12 @@ def load(
     if devices is not None and len(devices) == 0:
         raise ConfigError("devices is empty; None takes the default device.")
     folder = Path(path).resolve() / PARAMS
-    # TensorStore reads a missing chunk as zeros, so a lost file must be noticed here.
-    if folder_size(folder) != manifest["params"]:
-        raise CheckpointError(
-            f"{folder} holds {folder_size(folder)}, the manifest says {manifest['params']}: files "
-            "were lost or changed. Convert again."
-        )
+    # TensorStore reads a missing chunk as zeros, and Orbax leaves reads pending when one fails.
+    if verify and fingerprint(folder) != manifest["params"]:
+        raise CheckpointError(f"{folder}: files were lost or changed. Convert again.")
     target = _placed(abstract_params(model), devices)
     params = _restore(folder, target)
-    if check_finite:
+    if verify:
         _check_finite(params, path)
     return params, model
 
