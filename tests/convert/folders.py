@@ -1,15 +1,21 @@
 """Hugging Face folders made without torch, so that conversion is tested where torch is not."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import pytest
 from safetensors.numpy import save_file
 
+import qs_jax
+from convert.errors import ConversionError
 from convert.flax_to_hf import hf_tensors
+from convert.hf_to_flax import convert
 from qs_jax.config import ModelConfig
+from qs_jax.errors import CheckpointError
 from qs_jax.models import Params
 from qs_jax.testing import tiny_model, tiny_params, toy_tokenizer
 
@@ -55,3 +61,15 @@ def write_folder(
 def assert_same_tree(ours: Params, expected: Params) -> None:
     assert jax.tree.structure(ours) == jax.tree.structure(expected)
     jax.tree.map(np.testing.assert_array_equal, ours, expected)
+
+
+def refused(source, tmp_path, **options):
+    """The message of the refusal; asserts that nothing is left behind."""
+    tmp_path.mkdir(exist_ok=True)
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(ConversionError) as caught:
+        convert(str(source), tmp_path / "out", **options)
+    assert sorted(os.listdir(tmp_path)) == before, "nothing may be left behind"
+    with pytest.raises(CheckpointError):
+        qs_jax.load(tmp_path / "out")
+    return str(caught.value)

@@ -1,0 +1,198 @@
+"""What stands at the target is whole or absent, whatever interrupts a conversion."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import qs_jax
+from convert import hf_to_flax
+from convert.errors import ConversionError
+from convert.hf_to_flax import convert
+from qs_jax.errors import CheckpointError
+from tests.convert.folders import (
+    assert_same_tree,
+    llama_tensors,
+    refused,
+    write_folder,
+)
+
+
+def test_an_existing_target_is_kept_unless_asked(source, tmp_path):
+    convert(str(source), tmp_path / "out")
+    with pytest.raises(ConversionError, match="exists; pass --overwrite"):
+        convert(str(source), tmp_path / "out")
+    other, expected, _ = llama_tensors(seed=1)
+    write_folder(tmp_path / "hf", other)
+    convert(str(source), tmp_path / "out", overwrite=True)
+    assert_same_tree(qs_jax.load(tmp_path / "out")[0], expected)
+    assert sorted(os.listdir(tmp_path)) == ["hf", "out"]
+    with pytest.raises(ConversionError, match="not a converted checkpoint; not overwriting"):
+        convert(str(source), source, overwrite=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConversionError, match="not a folder"):
+        convert(str(source), tmp_path / "file")
+
+
+def test_a_failed_overwrite_keeps_the_old_checkpoint(source, tmp_path):
+    convert(str(source), tmp_path / "out")
+    file = source / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ConversionError):
+        convert(str(source), tmp_path / "out", overwrite=True)
+    assert_same_tree(qs_jax.load(tmp_path / "out")[0], llama_tensors()[1])
+
+
+def test_too_little_space_is_noticed_before_writing(source, tmp_path, monkeypatch):
+    usage = hf_to_flax.shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000)
+    monkeypatch.setattr(hf_to_flax.shutil, "disk_usage", lambda _: usage)
+    assert "GB free, the checkpoint may need" in refused(source, tmp_path)
+
+
+def test_a_disk_that_fills_up_while_writing(source, tmp_path):
+    """A real write failure: the kernel refuses files above a limit, in a process of its own."""
+    script = textwrap.dedent(
+        """
+        import resource, signal, sys
+        from convert.hf_to_flax import main
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
+        sys.exit(main(sys.argv[1:]))
+        """
+    )
+    out = tmp_path / "out"
+    arguments = ["--source", str(source), "--out", str(out), "--no-tokenizer", "--quiet"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    assert "nothing was kept" in done.stderr
+    assert "File too large" in done.stderr
+    assert sorted(os.listdir(tmp_path)) == ["hf"]
+
+
+def test_killed_half_way_leaves_nothing_that_loads(source, tmp_path):
+    """SIGKILL while tensors are being written; then a second run succeeds and cleans up."""
+    script = textwrap.dedent(
+        """
+        import sys, time
+        from convert import hf_to_flax, sources
+        read = sources.HuggingFaceFolder.read
+        def slow(self, name):
+            if "layers.1.mlp" in name:
+                print("half-way", flush=True)
+                time.sleep(60)
+            return read(self, name)
+        sources.HuggingFaceFolder.read = slow
+        hf_to_flax.main(sys.argv[1:])
+        """
+    )
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, "--source", str(source), "--out", str(out), "--quiet"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline().strip() == "half-way"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    left = [path for path in tmp_path.iterdir() if path.name != "hf"]
+    assert len(left) == 1, "the folder under construction"
+    for folder in (out, *left):
+        with pytest.raises(CheckpointError):
+            qs_jax.load(folder)
+    convert(str(source), out)
+    assert_same_tree(qs_jax.load(out)[0], llama_tensors()[1])
+    assert sorted(os.listdir(tmp_path)) == ["hf", "out"]
+
+
+def test_two_conversions_at_once_do_not_disturb_each_other(source, tmp_path):
+    """A folder under construction belongs to its process as long as that lives."""
+    staged = tmp_path / f".out.partial-{os.getppid()}"
+    staged.mkdir()
+    convert(str(source), tmp_path / "out")
+    assert staged.is_dir()
+
+
+def test_a_symbolic_link_as_target(source, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    convert(str(source), tmp_path / "link")
+    convert(str(source), tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert_same_tree(qs_jax.load(tmp_path / "link")[0], llama_tensors()[1])
+    assert sorted(os.listdir(tmp_path)) == ["hf", "link", "real"]
+
+
+def test_an_overwrite_that_fails_at_the_last_step_restores_the_old(source, tmp_path, monkeypatch):
+    convert(str(source), tmp_path / "out")
+    rename = Path.rename
+
+    def failing(self, target):
+        if "partial" in self.name:
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(ConversionError, match="nothing was kept"):
+        convert(str(source), tmp_path / "out", overwrite=True)
+    monkeypatch.undo()
+    assert_same_tree(qs_jax.load(tmp_path / "out")[0], llama_tensors()[1])
+    assert sorted(os.listdir(tmp_path)) == ["hf", "out"]
+
+
+def test_a_target_moved_aside_by_a_killed_overwrite_comes_back(source, tmp_path):
+    convert(str(source), tmp_path / "out")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / "out").rename(tmp_path / f".out.replaced-{dead.pid}")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (source / name).unlink()
+    with pytest.raises(ConversionError, match="has no tokenizer"):
+        convert(str(source), tmp_path / "out")
+    assert_same_tree(qs_jax.load(tmp_path / "out")[0], llama_tensors()[1])
+    assert sorted(os.listdir(tmp_path)) == ["hf", "out"]
+
+
+def test_parents_made_for_nothing_go_again(tmp_path, tensors):
+    source = write_folder(tmp_path / "hf", tensors, tokenizer=False)
+    with pytest.raises(ConversionError, match="has no tokenizer"):
+        convert(str(source), tmp_path / "n1" / "n2" / "out")
+    assert os.listdir(tmp_path) == ["hf"]
+
+
+def test_ctrl_c_half_way_leaves_nothing(source, tmp_path):
+    script = textwrap.dedent(
+        """
+        import sys, time
+        from convert import hf_to_flax, sources
+        read = sources.HuggingFaceFolder.read
+        def slow(self, name):
+            if "layers.1.mlp" in name:
+                print("half-way", flush=True)
+                time.sleep(3)
+            return read(self, name)
+        sources.HuggingFaceFolder.read = slow
+        sys.exit(hf_to_flax.main(sys.argv[1:]))
+        """
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, "--source", str(source), "--out", str(tmp_path / "out")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline().strip() == "half-way"
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert error.splitlines()[-1] == "interrupted, nothing was kept"
+    assert "Traceback" not in error
+    assert sorted(os.listdir(tmp_path)) == ["hf"]
