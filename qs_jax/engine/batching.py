@@ -98,6 +98,28 @@ def pad_batch(batch: Batch, width: int) -> Batch:
     return Batch(np.pad(batch.tokens_BT, ((0, 0), (0, extra))), batch.lengths_B)
 
 
+def prepare_batch(
+    tokens: TokensLike,
+    model: ModelConfig,
+    *,
+    new_tokens: int = 0,
+    lengths: Any = None,
+    attention_mask: Any = None,
+) -> tuple[Batch, Batch]:
+    """What every entry point does with its tokens: check them and pad them to a bucket.
+
+    Returns:
+      The batch as given, as wide as its longest row, and the same padded to its bucket.
+
+    Raises:
+      InputError: As `make_batch` and `check_positions`.
+    """
+    batch = make_batch(tokens, model, lengths=lengths, attention_mask=attention_mask)
+    width = batch.tokens_BT.shape[1]
+    check_positions(width, new_tokens, model)
+    return batch, pad_batch(batch, bucket_size(width, model.max_positions))
+
+
 def check_positions(longest: int, new_tokens: int, model: ModelConfig) -> None:
     """Refuse what would run past the position limit.
 

@@ -169,28 +169,6 @@ def advance(
     return emit(moved, logits_BV, numbers, plan)
 
 
-def generate_tokens(
-    params: Params,
-    tokens_BT: Int[Array, "B T"],
-    lengths_B: Int[Array, "B"],
-    numbers: DecodeNumbers,
-    model: ModelConfig,
-    plan: DecodePlan,
-) -> DecodeState:
-    """The whole call: prompts in, finished rows out, no host in between."""
-
-    def unfinished(state: DecodeState) -> Array:
-        # Two ways to stop: the token budget is used up, or every row has ended.
-        return (state.step < numbers.max_new_tokens) & ~state.done_B.all()
-
-    def body(state: DecodeState) -> DecodeState:
-        return advance(params, state, numbers, model, plan)
-
-    return lax.while_loop(
-        unfinished, body, start(params, tokens_BT, lengths_B, numbers, model, plan)
-    )
-
-
 def generate_result(
     params: Params,
     tokens_BT: Int[Array, "B T"],
@@ -199,8 +177,17 @@ def generate_result(
     model: ModelConfig,
     plan: DecodePlan,
 ) -> dict[str, Array]:
-    """`generate_tokens` without the cache, so that it is freed on the device."""
-    state = generate_tokens(params, tokens_BT, lengths_B, numbers, model, plan)
+    """The whole call: prompts in, finished rows out, no host in between; the cache is freed."""
+
+    def unfinished(state: DecodeState) -> Array:
+        # Two ways to stop: the token budget is used up, or every row has ended.
+        return (state.step < numbers.max_new_tokens) & ~state.done_B.all()
+
+    def body(state: DecodeState) -> DecodeState:
+        return advance(params, state, numbers, model, plan)
+
+    started = start(params, tokens_BT, lengths_B, numbers, model, plan)
+    state = lax.while_loop(unfinished, body, started)
     return {
         "tokens": state.tokens_BM,
         "lengths": state.lengths_B,
@@ -220,10 +207,13 @@ def _prepare(
 ) -> tuple[batching.Batch, batching.Batch, DecodeNumbers, DecodePlan]:
     """The batch as given, the batch as padded to its bucket, and the two halves of the call."""
     model = cfg.model
-    batch = batching.make_batch(tokens, model, lengths=lengths, attention_mask=attention_mask)
-    width = batch.tokens_BT.shape[1]
-    batching.check_positions(width, cfg.max_new_tokens, model)
-    padded = batching.pad_batch(batch, batching.bucket_size(width, model.max_positions))
+    batch, padded = batching.prepare_batch(
+        tokens,
+        model,
+        new_tokens=cfg.max_new_tokens,
+        lengths=lengths,
+        attention_mask=attention_mask,
+    )
     sampling_plan, sampling_numbers = sampling.plan_of(cfg)
     plan = DecodePlan(
         new_capacity=batching.bucket_size(cfg.max_new_tokens),

@@ -118,10 +118,10 @@ def score(
     """
     model = cfg.model
     check_params(params, model)
-    batch = batching.make_batch(tokens, model, lengths=lengths, attention_mask=attention_mask)
+    batch, padded = batching.prepare_batch(
+        tokens, model, lengths=lengths, attention_mask=attention_mask
+    )
     width = batch.tokens_BT.shape[1]
-    batching.check_positions(width, 0, model)
-    padded = batching.pad_batch(batch, batching.bucket_size(width, model.max_positions))
     column_1T = np.arange(width)[None, :]
     mask_BT = (column_1T < batch.lengths_B[:, None]) & (column_1T > 0)
     logprobs_BT = np.asarray(jit_score(params, padded.tokens_BT, model=model))[:, :width]
