@@ -43,8 +43,8 @@ class Block(layers.PreNormBlock):
         del pos_BT  # positions are in the embedding
         return layers.split_heads(self.qkv(x_BTD), self.model)
 
-    def mlp(self, x_BTD: Array) -> Array:
-        return self.down(layers.ACTIVATIONS[self.model.activation](self.up(x_BTD)))
+    def mlp(self, x_BTD: Array, cast: layers.Cast) -> Array:
+        return self.down(cast(layers.ACTIVATIONS[self.model.activation](self.up(x_BTD))))
 
 
 class FinalNorm(nn.Module):
@@ -56,4 +56,4 @@ class FinalNorm(nn.Module):
         self.norm = layers.layer_norm(self.model)
 
     def __call__(self, h: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        return layers.in_float32(self.norm, h)
+        return layers.normed(self.norm, h)

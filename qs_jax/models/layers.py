@@ -21,6 +21,9 @@ from qs_jax.config import ModelConfig
 # The engine owns the keys: which exist, where they are stored, who may see them.
 Attend: TypeAlias = Callable[[Array, Array, Array], tuple[Array, Any]]
 
+# Applied to the input of each of the four projections; quantisation enters here.
+Cast: TypeAlias = Callable[[Array], Array]
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_new": lambda x: nn.gelu(x, approximate=True),
     "gelu_pytorch_tanh": lambda x: nn.gelu(x, approximate=True),
@@ -28,6 +31,11 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": nn.relu,
     "silu": nn.silu,
 }
+
+
+def as_it_is(x: Array) -> Array:
+    """No cast."""
+    return x
 
 
 class PreNormBlock(nn.Module):
@@ -42,33 +50,43 @@ class PreNormBlock(nn.Module):
         """Queries `[B, T, N, H]`, keys and values `[B, T, K, H]` of normed states."""
         raise NotImplementedError
 
-    def mlp(self, x_BTD: Array) -> Array:
-        """The MLP of normed states."""
+    def mlp(self, x_BTD: Array, cast: Cast) -> Array:
+        """The MLP of normed states; `cast` is applied to the input of the down projection."""
         raise NotImplementedError
 
     def __call__(
-        self, h_BTD: Float[Array, "B T D"], pos_BT: Int[Array, "B T"], attend: Attend
+        self,
+        h_BTD: Float[Array, "B T D"],
+        pos_BT: Int[Array, "B T"],
+        attend: Attend,
+        cast: Cast = as_it_is,
     ) -> tuple[Float[Array, "B T D"], Any]:
         with jax.named_scope("attn"):
-            q, k, v = self.project(in_float32(self.attn_norm, h_BTD), pos_BT)
+            q, k, v = self.project(cast(normed(self.attn_norm, h_BTD)), pos_BT)
             context_BTNH, kept = attend(q, k, v)
-            h_BTD = h_BTD + self.out(context_BTNH.reshape(*h_BTD.shape[:2], -1))
+            h_BTD = h_BTD + self.out(cast(context_BTNH.reshape(*h_BTD.shape[:2], -1)))
         with jax.named_scope("mlp"):
-            return h_BTD + self.mlp(in_float32(self.mlp_norm, h_BTD)), kept
+            return h_BTD + self.mlp(cast(normed(self.mlp_norm, h_BTD)), cast), kept
+
+
+def exact_dtype(dtype: Any) -> Any:
+    """What norms, softmax and logits are computed in: at least float32."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def rms_norm(model: ModelConfig) -> nn.Module:
-    """Root-mean-square norm (Zhang & Sennrich 2019), float32 inside."""
-    return nn.RMSNorm(epsilon=model.norm_eps, dtype=jnp.float32)
+    """Root-mean-square norm (Zhang & Sennrich 2019), at least float32 inside."""
+    return nn.RMSNorm(epsilon=model.norm_eps, dtype=exact_dtype(model.dtype))
 
 
 def layer_norm(model: ModelConfig) -> nn.Module:
-    """Layer norm (Ba et al. 2016), float32 inside."""
-    return nn.LayerNorm(epsilon=model.norm_eps, dtype=jnp.float32, use_fast_variance=False)
+    """Layer norm (Ba et al. 2016), at least float32 inside."""
+    dtype = exact_dtype(model.dtype)
+    return nn.LayerNorm(epsilon=model.norm_eps, dtype=dtype, use_fast_variance=False)
 
 
-def in_float32(norm: Callable[[Array], Array], h: Float[Array, "*batch D"]) -> Array:
-    """Apply a float32 norm and return to the dtype of the residual stream."""
+def normed(norm: Callable[[Array], Array], h: Float[Array, "*batch D"]) -> Array:
+    """Apply a norm and return to the dtype of the residual stream."""
     return norm(h).astype(h.dtype)
 
 
@@ -86,5 +104,6 @@ def embed_lookup(table_VD: Float[Array, "V D"], ids: Int[Array, "*batch"]) -> Ar
 
 
 def unembed(h: Float[Array, "*batch D"], table_VD: Float[Array, "V D"]) -> Array:
-    """Logits `[..., V]`, accumulated and returned in float32 (Press & Wolf 2017 when tied)."""
-    return jnp.einsum("...d,vd->...v", h, table_VD, preferred_element_type=jnp.float32)
+    """Logits `[..., V]`, accumulated in at least float32 (Press & Wolf 2017 when tied)."""
+    dtype = exact_dtype(h.dtype)
+    return jnp.einsum("...d,vd->...v", h, table_VD, preferred_element_type=dtype)

@@ -44,9 +44,9 @@ class Block(layers.PreNormBlock):
         q, k, v = layers.split_heads(self.qkv(x_BTD), self.model)
         return rope.rotate(q, pos_BT, self.model), rope.rotate(k, pos_BT, self.model), v
 
-    def mlp(self, x_BTD: Array) -> Array:
+    def mlp(self, x_BTD: Array, cast: layers.Cast) -> Array:
         gate_BTF, up_BTF = jnp.split(self.gate_up(x_BTD), 2, axis=-1)
-        return self.down(layers.ACTIVATIONS[self.model.activation](gate_BTF) * up_BTF)
+        return self.down(cast(layers.ACTIVATIONS[self.model.activation](gate_BTF) * up_BTF))
 
 
 class FinalNorm(nn.Module):
@@ -58,4 +58,4 @@ class FinalNorm(nn.Module):
         self.norm = layers.rms_norm(self.model)
 
     def __call__(self, h: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        return layers.in_float32(self.norm, h)
+        return layers.normed(self.norm, h)

@@ -28,7 +28,7 @@ def inverse_frequencies(model: ModelConfig) -> tuple[np.ndarray, float]:
       model: A configuration with `rope_theta`.
 
     Returns:
-      float32 `[H/2]` in radians a token, and the attention factor (1 for all but `yarn`).
+      float64 `[H/2]` in radians a token, and the attention factor (1 for all but `yarn`).
     """
     assert model.rope_theta is not None
     exponents = np.arange(0, model.head_dim, 2, dtype=np.float64) / model.head_dim
@@ -40,7 +40,7 @@ def inverse_frequencies(model: ModelConfig) -> tuple[np.ndarray, float]:
         freqs = stretch_llama3(freqs, scaling)
     elif scaling is not None and scaling.rope_type == "yarn":
         freqs, factor = _yarn(freqs, model.rope_theta, scaling), _yarn_attention_factor(scaling)
-    return freqs.astype(np.float32), factor
+    return freqs, factor
 
 
 def stretch_llama3(freqs: np.ndarray, scaling: RopeScaling) -> np.ndarray:
@@ -95,10 +95,11 @@ def rotate(x_BTXH: Float[Array, "B T X H"], pos_BT: Int[Array, "B T"], model: Mo
       model: A configuration with `rope_theta`.
 
     Returns:
-      `[B, T, X, H]` in the dtype of `x_BTXH`; the rotation itself is float32.
+      `[B, T, X, H]` in the dtype of `x_BTXH`; the rotation itself is at least float32.
     """
     freqs, factor = inverse_frequencies(model)
-    angle_BT1F = pos_BT[:, :, None, None].astype(jnp.float32) * freqs[None, None, None, :]
+    exact = jnp.promote_types(x_BTXH.dtype, jnp.float32)
+    angle_BT1F = pos_BT[:, :, None, None].astype(exact) * freqs.astype(exact)[None, None, None, :]
     cos, sin = jnp.cos(angle_BT1F) * factor, jnp.sin(angle_BT1F) * factor
-    x1, x2 = jnp.split(x_BTXH.astype(jnp.float32), 2, axis=-1)
+    x1, x2 = jnp.split(x_BTXH.astype(exact), 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).astype(x_BTXH.dtype)

@@ -1,16 +1,12 @@
-"""Frozen configuration: what a model is (`ModelConfig`) and what a call should do (`Config`).
-
-Everything here is hashable and therefore static to `jax.jit`, except the sampling numbers of
-`Config`, which the engines pass on as arrays so that a sweep over them compiles once.
-"""
+"""The architecture of a checkpoint. Hashable, and static to `jax.jit`."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import operator
-from typing import Any, no_type_check
+from typing import Any
 
+from qs_jax.config.checks import require
 from qs_jax.errors import ConfigError
 
 # What each RoPE scaling needs besides its factor.
@@ -20,27 +16,6 @@ ROPE_SCALINGS: dict[str, tuple[str, ...]] = {
     "llama3": ("original_max_positions", "low_freq_factor", "high_freq_factor"),
     "yarn": ("original_max_positions",),
 }
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-def _as_integer(name: str, value: Any) -> int | None:
-    """An int of anything that is one (NumPy scalars too)."""
-    try:
-        return None if value is None else operator.index(value)
-    except TypeError as error:
-        raise ConfigError(f"{name} must be an integer, got {value!r}.") from error
-
-
-def _as_float(name: str, value: Any) -> float | None:
-    """A float of any number."""
-    try:
-        return None if value is None else float(value)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{name} must be a number, got {value!r}.") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,19 +52,19 @@ class RopeScaling:
     truncate: bool = True
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.rope_type in ROPE_SCALINGS,
             f"RoPE scaling {self.rope_type!r} is not implemented "
             f"(known: {', '.join(ROPE_SCALINGS)}).",
         )
         missing = [name for name in ROPE_SCALINGS[self.rope_type] if getattr(self, name) is None]
-        _require(not missing, f"RoPE scaling {self.rope_type!r} needs {', '.join(missing)}.")
-        _require(
+        require(not missing, f"RoPE scaling {self.rope_type!r} needs {', '.join(missing)}.")
+        require(
             math.isfinite(self.factor) and self.factor >= 1.0,
             f"RoPE scaling factor must be a number >= 1, got {self.factor}.",
         )
         if self.low_freq_factor is not None and self.high_freq_factor is not None:
-            _require(
+            require(
                 0 < self.low_freq_factor < self.high_freq_factor,
                 "llama3 RoPE scaling needs 0 < low_freq_factor < high_freq_factor, got "
                 f"{self.low_freq_factor} and {self.high_freq_factor}.",
@@ -117,7 +92,8 @@ class ModelConfig:
       mlp_bias: Projections of the MLP have biases.
       rope_theta: RoPE base; None for learned positions.
       rope_scaling: RoPE stretch; None for plain RoPE.
-      dtype: Of the parameters and of the residual stream. Norms, softmax and logits are float32.
+      dtype: Of the parameters and of the residual stream. Norms, softmax and logits are float32,
+        or float64 where this is.
       bos_token_id: First token of a document, if the model has one.
       eos_token_ids: Any of these ends a row.
       pad_token_id: Fills rows after their end; None means 0.
@@ -159,30 +135,31 @@ class ModelConfig:
             "max_positions",
         ]:
             value = getattr(self, name)
-            _require(value >= 1, f"{name} must be at least 1, got {value}.")
-        _require(
+            require(value >= 1, f"{name} must be at least 1, got {value}.")
+        require(
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
             f"({self.num_kv_heads}).",
         )
-        _require(self.norm_eps > 0, f"norm_eps must be positive, got {self.norm_eps}.")
-        _require(
-            self.dtype in ("float32", "bfloat16"),
-            f"dtype {self.dtype!r} is not supported: float32 or bfloat16.",
+        require(self.norm_eps > 0, f"norm_eps must be positive, got {self.norm_eps}.")
+        require(
+            self.dtype in ("float32", "bfloat16", "float64"),
+            f"dtype {self.dtype!r} is not supported: float32 or bfloat16 (or float64, to check "
+            "results, with jax_enable_x64).",
         )
         if self.model_type == "llama":
-            _require(
+            require(
                 self.rope_theta is not None and self.rope_theta > 0,
                 f"a llama model needs a positive rope_theta, got {self.rope_theta}.",
             )
-            _require(self.head_dim % 2 == 0, f"RoPE needs an even head_dim, got {self.head_dim}.")
+            require(self.head_dim % 2 == 0, f"RoPE needs an even head_dim, got {self.head_dim}.")
         for name in ("bos_token_id", "pad_token_id"):
             self._check_token_id(name, getattr(self, name))
         for token in self.eos_token_ids:
             self._check_token_id("eos_token_ids", token)
 
     def _check_token_id(self, name: str, token: int | None) -> None:
-        _require(
+        require(
             token is None or 0 <= token < self.vocab_size,
             f"{name} {token} is outside the vocabulary of {self.vocab_size}.",
         )
@@ -220,93 +197,3 @@ class ModelConfig:
             return cls(**fields)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"not a model configuration: {error}") from error
-
-
-@dataclasses.dataclass(frozen=True)
-class QuickSilverConfig:
-    """Which mechanisms run. None has landed yet, so the only value is the dense model."""
-
-
-@no_type_check  # it checks and converts what users give it itself
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """What one call of `generate`, `stream` or `score` should do.
-
-    Attributes:
-      model: Architecture, from `qs_jax.load`.
-      quicksilver: Mechanisms, from `qs_jax.presets`; None is the dense model.
-      max_new_tokens: Longest continuation of a row, in tokens.
-      temperature: Divides the logits; 0 is greedy.
-      top_k: Sample among the k most likely tokens only; None for all.
-      top_p: Sample among the smallest set that holds this probability; None for all.
-      repetition_penalty: Above 1 makes tokens of the prompt and continuation less likely
-        (Keskar et al. 2019, the rule Hugging Face uses); 1 is off.
-      seed: Row b of a batch draws from `fold_in(key(seed), b)`.
-      eos_token_ids: Tokens that end a row; None takes the model's, () never stops.
-
-    Raises:
-      ConfigError: A value is outside its range.
-    """
-
-    model: ModelConfig
-    quicksilver: QuickSilverConfig | None = None
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    repetition_penalty: float = 1.0
-    seed: int = 0
-    eos_token_ids: tuple[int, ...] | None = None
-
-    def __post_init__(self) -> None:
-        _require(
-            isinstance(self.model, ModelConfig),
-            f"model must be the ModelConfig that qs_jax.load returns, got {self.model!r}.",
-        )
-        _require(
-            self.quicksilver is None or isinstance(self.quicksilver, QuickSilverConfig),
-            f"quicksilver must come from qs_jax.presets, got {self.quicksilver!r}.",
-        )
-        for name in ("max_new_tokens", "top_k", "seed"):
-            object.__setattr__(self, name, _as_integer(name, getattr(self, name)))
-        for name in ("temperature", "top_p", "repetition_penalty"):
-            object.__setattr__(self, name, _as_float(name, getattr(self, name)))
-        if self.eos_token_ids is not None:
-            given = self.eos_token_ids
-            listed = given if isinstance(given, tuple | list) else [given]
-            ids = tuple(_as_integer("eos_token_ids", token) for token in listed)
-            object.__setattr__(self, "eos_token_ids", ids)
-        _require(
-            self.max_new_tokens >= 1,
-            f"max_new_tokens must be at least 1, got {self.max_new_tokens}.",
-        )
-        _require(
-            math.isfinite(self.temperature) and self.temperature >= 0,
-            f"temperature must be 0 (greedy) or positive, got {self.temperature}.",
-        )
-        _require(
-            self.top_k is None or self.top_k >= 1, f"top_k must be at least 1, got {self.top_k}."
-        )
-        _require(
-            self.top_p is None or 0 < self.top_p <= 1,
-            f"top_p must be above 0 and at most 1, got {self.top_p}.",
-        )
-        _require(
-            math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
-            f"repetition_penalty must be positive, got {self.repetition_penalty}.",
-        )
-        _require(0 <= self.seed < 2**32, f"seed must be in [0, 2**32), got {self.seed}.")
-        for token in self.eos_token_ids or ():
-            _require(
-                0 <= token < self.model.vocab_size,
-                f"eos_token_ids holds {token}, outside the vocabulary of {self.model.vocab_size}.",
-            )
-
-    def replace(self, **changes: Any) -> Config:
-        """A copy with `changes` applied and checked again."""
-        return dataclasses.replace(self, **changes)
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        """The token ids that end a row of this call."""
-        return self.model.eos_token_ids if self.eos_token_ids is None else self.eos_token_ids

@@ -1,0 +1,19 @@
+"""Frozen, hashable configuration: what a model is, which mechanisms run, what a call should do."""
+
+from qs_jax.config.call import Config
+from qs_jax.config.mechanisms import AMQConfig, FusionConfig, HaltingConfig, KVSkipConfig
+from qs_jax.config.model import ROPE_SCALINGS, ModelConfig, RopeScaling
+from qs_jax.config.quicksilver import PROTOCOLS, QuickSilverConfig
+
+__all__ = [
+    "AMQConfig",
+    "Config",
+    "FusionConfig",
+    "HaltingConfig",
+    "KVSkipConfig",
+    "ModelConfig",
+    "PROTOCOLS",
+    "QuickSilverConfig",
+    "ROPE_SCALINGS",
+    "RopeScaling",
+]
