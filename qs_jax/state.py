@@ -66,3 +66,113 @@ class DecodeState(flax.struct.PyTreeNode):
     logprobs_BM: Float[Array, "B M"]
     lengths_B: Int[Array, "B"]
     cache: KVCache
+
+
+@no_type_check
+class TokenState(flax.struct.PyTreeNode):
+    """The carry of the masked engine's scan over layers.
+
+    Attributes:
+      h_BTD: States; frozen where a token no longer computes.
+      halt_layer_BT: Layers the token runs; L until it halts. `layer > halt_layer_BT` is the
+        complement of the active-token mask.
+      hidden_from_BT: Fused-index map as it grows: position of the first token that absorbed this
+        one; NEVER if none has.
+      hidden_after_BT: Layer after which that happened first; NEVER if it has not.
+      size_BT: Tokens the state stands for.
+      bits_BT: Bit-width vector: 2, 4, 8, or 16 for not quantised.
+      similarity_BTW: Sum over layers of query-key cosines with the W positions before; or None.
+      received_BTS: Attention received by each key (`kv_skip.Keys.received_BTS`); or None.
+      shortlist_BTX: Ids of the shortlist entropy; or None.
+      taken_BW: Which of the W tokens before the call's first it has absorbed; or None.
+    """
+
+    h_BTD: Float[Array, "B T D"]
+    halt_layer_BT: Int[Array, "B T"]
+    hidden_from_BT: Int[Array, "B T"]
+    hidden_after_BT: Int[Array, "B T"]
+    size_BT: Float[Array, "B T"]
+    bits_BT: Int[Array, "B T"]
+    similarity_BTW: Float[Array, "B T W"] | None
+    received_BTS: Float[Array, "B T S"] | None
+    shortlist_BTX: Int[Array, "B T X"] | None
+    taken_BW: Bool[Array, "B W"] | None
+
+
+@no_type_check
+class LayerRecord(flax.struct.PyTreeNode):
+    """Evidence of one layer, or of all layers on a leading axis of L; what was in force in it.
+
+    Attributes:
+      active_BT: The token ran this layer.
+      written_BT: Its keys and values were written at this layer.
+      visible_BT: Keys its query could see, itself included; 0 where it did not run.
+      bits_BT: Bits of its activations; 16 is not quantised.
+      fused_BT: Fused-index map: position of its representative, its own if it has none.
+      drift_BT: Layer drift; nan where it did not run or halting is off.
+      entropy_BT: Entropy the halting decision read, in nats; nan where it read none.
+      weighed_BT: The token took part in a fusion at the end of this layer.
+    """
+
+    active_BT: Bool[Array, "*L B T"]
+    written_BT: Bool[Array, "*L B T"]
+    visible_BT: Int[Array, "*L B T"]
+    bits_BT: Int[Array, "*L B T"]
+    fused_BT: Int[Array, "*L B T"]
+    drift_BT: Float[Array, "*L B T"]
+    entropy_BT: Float[Array, "*L B T"]
+    weighed_BT: Bool[Array, "*L B T"]
+
+
+@no_type_check
+class Past(flax.struct.PyTreeNode):
+    """What a later token needs of the tokens before it, under the mechanisms.
+
+    Attributes:
+      cache: Keys and values of every slot; whether a query sees one is decided by what follows.
+      halt_layer_BS: Layers each token ran.
+      hidden_after_BS: Its keys are gone after this layer (fusion).
+      hidden_from_BS: Position of the first token that absorbed it; NEVER if none.
+      retain_BS: Its keys are always written.
+      received_BS: Most attention it got in the last layer where every query could see it; or None.
+      size_LBS: Tokens each key stands for, at each layer; None unless attention is proportional.
+      window: Fusion only, the last W tokens: see `FusionWindow`.
+      previous_B: Entropy of the model's output after the last token, in nats.
+      record: Evidence of every token so far, `[L, B, S]`.
+    """
+
+    cache: KVCache
+    halt_layer_BS: Int[Array, "B S"]
+    hidden_after_BS: Int[Array, "B S"]
+    hidden_from_BS: Int[Array, "B S"]
+    retain_BS: Bool[Array, "B S"]
+    received_BS: Float[Array, "B S"] | None
+    size_LBS: Float[Array, "L B S"] | None
+    window: FusionWindow | None
+    previous_B: Float[Array, "B"]
+    record: LayerRecord
+
+
+@no_type_check
+class FusionWindow(flax.struct.PyTreeNode):
+    """The last W tokens of each row, oldest first.
+
+    Attributes:
+      before_LBWD: States of each layer before fusion.
+      after_LBWD: And after it.
+      mass_LBW: Sum of the weights in each state.
+      size_LBW: Tokens each state stands for after that layer.
+      exempt_BW: Protected, padding or not there.
+      embedded_BCD: Input embeddings of the last tokens; None without the context filter.
+      embedded_real_BC: Which of them exist.
+      context_BWD: Contexts of the last W tokens; None likewise.
+    """
+
+    before_LBWD: Float[Array, "L B W D"]
+    after_LBWD: Float[Array, "L B W D"]
+    mass_LBW: Float[Array, "L B W"]
+    size_LBW: Float[Array, "L B W"]
+    exempt_BW: Bool[Array, "B W"]
+    embedded_BCD: Float[Array, "B C D"] | None
+    embedded_real_BC: Bool[Array, "B C"] | None
+    context_BWD: Float[Array, "B W D"] | None

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from qs_jax.config import ModelConfig
+from qs_jax.config import Config, ModelConfig
 from qs_jax.errors import InputError
 
 TokensLike: TypeAlias = Any  # [B, T] array, one row [T], or a sequence of rows of any lengths
@@ -118,6 +118,40 @@ def prepare_batch(
     width = batch.tokens_BT.shape[1]
     check_positions(width, new_tokens, model)
     return batch, pad_batch(batch, bucket_size(width, model.max_positions))
+
+
+def split_prompts(lengths_B: np.ndarray, prompt_lengths: Any, cfg: Config) -> np.ndarray:
+    """Tokens of each row's prompt: what "continuation" acts on and does not score.
+
+    Args:
+      lengths_B: Tokens of each row.
+      prompt_lengths: As the caller gave them, or None.
+      cfg: Protocol and default length of the continuation.
+
+    Returns:
+      int32 `[B]`; 0 under "teacher-forced".
+
+    Raises:
+      InputError: They do not fit the rows, or the protocol has no prompts.
+    """
+    if cfg.protocol != "continuation":
+        if prompt_lengths is not None:
+            raise InputError("prompt_lengths is for protocol 'continuation'.")
+        return np.zeros(len(lengths_B), np.int32)
+    if prompt_lengths is None:
+        ends_B = lengths_B - cfg.continuation_tokens
+        if (ends_B < 1).any():
+            raise InputError(
+                f"a row of {lengths_B.min()} tokens has no prompt before its last "
+                f"{cfg.continuation_tokens}: give prompt_lengths, or lower continuation_tokens."
+            )
+        return ends_B.astype(np.int32)
+    ends_B = np.atleast_1d(_as_array("prompt_lengths", prompt_lengths))
+    if ends_B.shape != lengths_B.shape or not np.issubdtype(ends_B.dtype, np.integer):
+        raise InputError(f"prompt_lengths must be {len(lengths_B)} integers.")
+    if ((ends_B < 1) | (ends_B >= lengths_B)).any():
+        raise InputError("each of prompt_lengths must leave at least one token on both sides.")
+    return ends_B.astype(np.int32)
 
 
 def check_positions(longest: int, new_tokens: int, model: ModelConfig) -> None:

@@ -10,6 +10,8 @@ import numpy as np
 
 from qs_jax.config import ModelConfig
 from qs_jax.errors import ConfigError, NonFiniteError
+from qs_jax.mechanisms.kv_maps import require_maps
+from qs_jax.mechanisms.plan import Plan
 from qs_jax.models import Params, abstract_params
 
 
@@ -32,7 +34,8 @@ def check_params(params: Params, model: ModelConfig) -> None:
     Raises:
       ConfigError: They are another model's, or were changed.
     """
-    given, expected = _signature(params), _expected(model)
+    given = _signature({name: part for name, part in params.items() if name != "kv_maps"})
+    expected = _expected(model)
     if given == expected:
         return
     name = next(n for n in (*expected, *given) if given.get(n) != expected.get(n))
@@ -40,6 +43,18 @@ def check_params(params: Params, model: ModelConfig) -> None:
         f"these parameters are not those of cfg.model: {name} is {_told(given.get(name))}, "
         f"expected {_told(expected.get(name))}. Use the pair that qs_jax.load returns."
     )
+
+
+def check_maps(params: Params, plan: Plan, model: ModelConfig) -> None:
+    """A policy that extrapolates needs the maps of its halting layers.
+
+    Raises:
+      ConfigError: They are absent, or of other layers or another model.
+    """
+    if plan.policy == "extrapolate":
+        assert plan.halting is not None
+        assert plan.halting.layers is not None
+        require_maps(params, plan.halting.layers, model)
 
 
 def _told(entry: Any) -> str:

@@ -15,7 +15,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from qs_jax.config import ModelConfig
-from qs_jax.models import Params, family_of, layers
+from qs_jax.models import Params, family_of
+from qs_jax.models.head import logits
 from qs_jax.state import KVCache
 
 # Queries whose attention weights exist at a time.
@@ -66,17 +67,6 @@ def run_layers(
     (h_BTD, cache), _ = lax.scan(layer, (h_BTD, cache), scanned)
     normed: Any = family.final_norm(model).apply({"params": params["final_norm"]}, h_BTD)
     return normed, cache
-
-
-def head_table(params: Params) -> Float[Array, "V D"]:
-    """The output embedding: the head's own, or the token embedding when tied."""
-    return params["head"]["tokens"] if "head" in params else params["embed"]["tokens"]
-
-
-def logits(params: Params, h: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-    """float32 logits of normed states."""
-    with jax.named_scope("head"):
-        return layers.unembed(h, head_table(params))
 
 
 def causal_attention(

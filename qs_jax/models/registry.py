@@ -13,16 +13,24 @@ from qs_jax.models import gpt2, layers, llama
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """The three modules a decoder is made of; each takes the `ModelConfig`."""
+    """The three modules a decoder is made of; each takes the `ModelConfig`.
+
+    Attributes:
+      embed: Token ids to states.
+      block: One layer.
+      final_norm: Before the head.
+      rotates: Keys are rotated by their position (RoPE).
+    """
 
     embed: type[nn.Module]
     block: type[layers.PreNormBlock]
     final_norm: type[nn.Module]
+    rotates: bool
 
 
 FAMILIES: dict[str, Family] = {
-    "gpt2": Family(gpt2.Embed, gpt2.Block, gpt2.FinalNorm),
-    "llama": Family(llama.Embed, llama.Block, llama.FinalNorm),
+    "gpt2": Family(gpt2.Embed, gpt2.Block, gpt2.FinalNorm, rotates=False),
+    "llama": Family(llama.Embed, llama.Block, llama.FinalNorm, rotates=True),
 }
 
 

@@ -14,6 +14,7 @@ from qs_jax.engine import dense, scoring
 from qs_jax.engine import generate as engine
 from qs_jax.engine.batching import bucket_size
 from qs_jax.errors import ConfigError, InputError, NonFiniteError
+from qs_jax.models import head
 from qs_jax.testing import tiny_model, tiny_params
 from tests.support import random_tokens
 
@@ -240,7 +241,7 @@ def test_long_rows_are_scored_in_chunks_of_the_head(monkeypatch):
     model = tiny_model()
     params, tokens_BT = tiny_params(model), random_tokens(model, width=100)
     whole = qs_jax.score(params, tokens_BT, Config(model)).logprobs
-    monkeypatch.setattr(scoring, "HEAD_ELEMENTS", 24 * 2 * 97)
+    monkeypatch.setattr(head, "HEAD_ELEMENTS", 24 * 2 * 97)
     monkeypatch.setattr(
         scoring,
         "jit_score",

@@ -1,0 +1,60 @@
+"""What a caller may decide about single tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, no_type_check
+
+import numpy as np
+
+from qs_jax.errors import InputError
+from qs_jax.mechanisms.decide import Overrides
+from qs_jax.mechanisms.plan import NEVER
+
+
+@no_type_check
+@dataclasses.dataclass(frozen=True)
+class TokenOverrides:
+    """Overrides of single tokens; arrays over `[B, T]`, aligned with right-padded rows.
+
+    Attributes:
+      full_processing: bool: never halts, fuses, loses its keys or goes below 8 bits.
+      forced_halt: int: layer at which the token halts at the latest; 0 for none.
+      retain_kv: bool: its keys and values are always written.
+    """
+
+    full_processing: Any = None
+    forced_halt: Any = None
+    retain_kv: Any = None
+
+
+def arrays_of(overrides: TokenOverrides | None, shape: tuple[int, int]) -> Overrides | None:
+    """Arrays of a padded batch.
+
+    Raises:
+      InputError: An array has more rows or columns than the batch, or the wrong kind of numbers.
+    """
+    if overrides is None:
+        return None
+
+    def fill(name: str, empty: Any, dtype: Any) -> np.ndarray:
+        out = np.full(shape, empty, dtype)
+        given = getattr(overrides, name)
+        if given is None:
+            return out
+        array = np.atleast_2d(np.asarray(given))
+        fits = array.ndim == 2 and array.shape[0] == shape[0] and array.shape[1] <= shape[1]
+        if not fits or not (array.dtype == bool or np.issubdtype(array.dtype, np.integer)):
+            raise InputError(
+                f"overrides.{name} has shape {array.shape} and dtype {array.dtype}; expected one "
+                f"number or truth value for each token of {shape[0]} rows."
+            )
+        out[:, : array.shape[1]] = array
+        return out
+
+    forced = fill("forced_halt", 0, np.int32)
+    return Overrides(
+        full_BT=fill("full_processing", False, bool),
+        forced_layer_BT=np.where(forced > 0, forced, NEVER).astype(np.int32),
+        retain_BT=fill("retain_kv", False, bool),
+    )

@@ -1,0 +1,1 @@
+"""The four mechanisms, as pure functions over arrays."""

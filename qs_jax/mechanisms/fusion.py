@@ -1,0 +1,196 @@
+"""Contextual token fusion (paper 2.3, D; the causal reading of DESIGN 6.3).
+
+A pair (t, u), t before u, is decided when u is there: u absorbs t, takes the weighted mean of both
+as its state, and t's keys are gone for queries at or after u. A run of adjacent pairs therefore
+gives each member the mean of the run up to itself, and the last member is the super-token.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from qs_jax.config import FusionConfig
+from qs_jax.mechanisms.plan import NEVER, Numbers
+from qs_jax.models.layers import exact_dtype
+
+
+class Tokens(NamedTuple):
+    """Tokens that may fuse, along an axis of X positions.
+
+    Attributes:
+      pos_BX: Positions.
+      h_BXD: States after the layer, before fusion.
+      ready_BX: Real, neither halted nor exempt.
+      hidden_from_BX: Queries from here on have lost the token (absorbed at an earlier layer).
+      context_BXD: Mean input embedding of the last tokens; None without the context filter.
+    """
+
+    pos_BX: Int[Array, "B X"]
+    h_BXD: Float[Array, "B X D"]
+    ready_BX: Bool[Array, "B X"]
+    hidden_from_BX: Int[Array, "B X"]
+    context_BXD: Float[Array, "B X D"] | None
+
+
+class Merged(NamedTuple):
+    """States after fusion, along X positions.
+
+    Attributes:
+      h_BXD: Weighted means; a token that absorbed nothing keeps its state, bit for bit.
+      mass_BX: Sum of the weights in it.
+      size_BX: Tokens in it.
+    """
+
+    h_BXD: Float[Array, "B X D"]
+    mass_BX: Float[Array, "B X"]
+    size_BX: Float[Array, "B X"]
+
+
+def back(array_BX: Array, distance: int, width: int) -> Array:
+    """What lies `distance` positions before each of the last `width` positions."""
+    start = array_BX.shape[1] - width - distance
+    return array_BX[:, start : start + width]
+
+
+def distances(a: Array, b: Array, kind: str) -> Array:
+    """||a - b||_2, or that over the mean of the two norms."""
+    exact = exact_dtype(a.dtype)
+    a, b = a.astype(exact), b.astype(exact)
+    apart = jnp.linalg.norm(a - b, axis=-1)
+    if kind == "raw":
+        return apart
+    mean = (jnp.linalg.norm(a, axis=-1) + jnp.linalg.norm(b, axis=-1)) / 2
+    return apart / jnp.maximum(mean, 1e-12)
+
+
+def similarity(
+    q_BTNH: Float[Array, "B T N H"], k_BXKH: Float[Array, "B X K H"], window: int
+) -> Float[Array, "B T W"]:
+    """Cosine of each query with the keys 1..W positions back, mean over heads; X = W + T."""
+    exact = exact_dtype(q_BTNH.dtype)
+    q, k = q_BTNH.astype(exact), k_BXKH.astype(exact)
+    q = q / jnp.maximum(jnp.linalg.norm(q, axis=-1, keepdims=True), 1e-12)
+    k = k / jnp.maximum(jnp.linalg.norm(k, axis=-1, keepdims=True), 1e-12)
+    k = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
+    width = q.shape[1]
+    found = [(q * back(k, d, width)).sum(-1).mean(-1) for d in range(1, window + 1)]
+    return jnp.stack(found, axis=-1)
+
+
+def pairs(
+    tokens: Tokens,
+    width: int,
+    similarity_BTW: Float[Array, "B T W"] | None,
+    tau_fuse: Float[Array, ""],
+    fusion: FusionConfig,
+    numbers: Numbers,
+) -> Bool[Array, "B T W"]:
+    """Which of the W tokens before each of the last `width` tokens it may absorb (2.3, D.8).
+
+    Args:
+      tokens: W earlier tokens, then `width` tokens; X = W + T.
+      width: T.
+      similarity_BTW: Running mean over layers of query-key cosines; None for adjacency only.
+      tau_fuse: Of this layer.
+      fusion: Distance and filters.
+      numbers: `tau_attn`, `tau_ctx`.
+    """
+    pos_BT, h_BTD = tokens.pos_BX[:, -width:], tokens.h_BXD[:, -width:]
+    found = []
+    for d in range(1, fusion.window + 1):
+        near_BT = distances(h_BTD, back(tokens.h_BXD, d, width), fusion.distance) < tau_fuse
+        both_BT = tokens.ready_BX[:, -width:] & back(tokens.ready_BX, d, width)
+        still_BT = pos_BT < back(tokens.hidden_from_BX, d, width)
+        ok_BT = near_BT & both_BT & still_BT
+        if d > 1:
+            assert similarity_BTW is not None
+            ok_BT &= similarity_BTW[..., d - 1] > numbers.tau_attn
+        if tokens.context_BXD is not None:
+            mine, theirs = tokens.context_BXD[:, -width:], back(tokens.context_BXD, d, width)
+            ok_BT &= distances(mine, theirs, fusion.distance) < numbers.tau_ctx
+        found.append(ok_BT)
+    return jnp.stack(found, axis=-1)
+
+
+def merge(
+    h_BTD: Float[Array, "B T D"],
+    pairs_BTW: Bool[Array, "B T W"],
+    weight_BT: Float[Array, "B T"],
+    paid_BTW: Float[Array, "B T W"] | None,
+    size_BT: Float[Array, "B T"],
+    earlier: Merged,
+) -> tuple[Merged, Bool[Array, "B T W"]]:
+    """Run along the row as a decoder would: each token absorbs what nobody has absorbed before.
+
+    The mean is (w_u h_u + sum_t w_t m_t) / (w_u + sum_t w_t), where m_t is t's state with all it
+    has absorbed. With weights of their own (`paid_BTW` None), w_t is the sum over t's members; else
+    it is what u pays to t.
+
+    Args:
+      h_BTD: States before fusion.
+      pairs_BTW: From `pairs`.
+      weight_BT: A token's own weight.
+      paid_BTW: Weights u gives to the W tokens before it, or None.
+      size_BT: Tokens each state stands for already.
+      earlier: The W tokens before the first, oldest first.
+
+    Returns:
+      States after fusion, and which pairs took place.
+    """
+    window = pairs_BTW.shape[-1]
+    newest = jax.tree.map(lambda leaf: leaf[:, ::-1], earlier)  # distance 1 first
+
+    def step(carry, x):
+        ring, gone_BW = carry
+        h_BD, pair_BW, own_B, paid_BW, size_B = x
+        take_BW = pair_BW & ~gone_BW
+        weights_BW = jnp.where(take_BW, ring.mass_BX if paid_BTW is None else paid_BW, 0)
+        mass_B = own_B + weights_BW.sum(1)
+        mixed_BD = (own_B[:, None] * h_BD + (weights_BW[..., None] * ring.h_BXD).sum(1)) / (
+            jnp.maximum(mass_B, 1e-30)[:, None]
+        )
+        merged_BD = jnp.where(take_BW.any(1)[:, None], mixed_BD.astype(h_BD.dtype), h_BD)
+        size_B = size_B + jnp.where(take_BW, ring.size_BX, 0).sum(1)
+        new = Merged(merged_BD, mass_B, size_B)
+
+        def push(old: Array, entry: Array) -> Array:
+            return jnp.concatenate([entry[:, None], old[:, : window - 1]], axis=1)
+
+        ring = Merged(*(push(old, entry) for old, entry in zip(ring, new, strict=True)))
+        gone_BW = push(gone_BW | take_BW, jnp.zeros_like(take_BW[:, 0]))
+        return (ring, gone_BW), (new, take_BW)
+
+    paid = jnp.zeros(pairs_BTW.shape, weight_BT.dtype) if paid_BTW is None else paid_BTW
+    xs = jax.tree.map(
+        lambda leaf: jnp.moveaxis(leaf, 1, 0), (h_BTD, pairs_BTW, weight_BT, paid, size_BT)
+    )
+    gone_BW = jnp.zeros_like(pairs_BTW[:, 0])
+    _, ys = lax.scan(step, (newest, gone_BW), xs)
+    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), ys)
+
+
+def absorbers(takes_BTW: Bool[Array, "B T W"], pos_BT: Int[Array, "B T"]) -> Int[Array, "B X"]:
+    """Position of the first token that absorbs each of the W + T tokens now; NEVER if none."""
+    batch, width, window = takes_BTW.shape
+    found_BX = jnp.full((batch, window + width), NEVER, jnp.int32)
+    for d in range(window, 0, -1):
+        by_BT = jnp.where(takes_BTW[..., d - 1], pos_BT, NEVER)
+        found_BX = found_BX.at[:, window - d : window - d + width].min(by_BT)
+    return found_BX
+
+
+def contexts(embedded_BXD: Float[Array, "B X D"], real_BX: Bool[Array, "B X"], length: int):
+    """Mean input embedding of the last `length` tokens up to each one (D.8, read causally)."""
+    exact = exact_dtype(embedded_BXD.dtype)
+    x = jnp.where(real_BX[..., None], embedded_BXD.astype(exact), 0)
+    width = x.shape[1]
+    padded = jnp.pad(x, ((0, 0), (length - 1, 0), (0, 0)))
+    counts = jnp.pad(real_BX, ((0, 0), (length - 1, 0))).astype(exact)
+    total = sum(padded[:, length - 1 - d : length - 1 - d + width] for d in range(length))
+    count = sum(counts[:, length - 1 - d : length - 1 - d + width] for d in range(length))
+    return total / jnp.maximum(count, 1)[..., None]

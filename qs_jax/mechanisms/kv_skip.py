@@ -1,0 +1,109 @@
+"""KV cache skipping: which keys exist in the layers a halted token does not run (paper 2.2, C)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from qs_jax.mechanisms.kv_maps import rms_normalised
+from qs_jax.mechanisms.plan import Numbers, Plan
+
+
+class Keys(NamedTuple):
+    """What is known of every key at one layer.
+
+    Attributes:
+      pos_BS: Positions.
+      real_BS: Not padding, and not an empty slot.
+      halt_layer_BS: Layers the token runs.
+      hidden_from_BS: The key is gone for queries at or after this position (fusion).
+      retain_BS: Always written.
+      received_BTS: "attended": most attention the key got from queries up to each query, in the
+        last layer where every query could see it; None under other policies.
+    """
+
+    pos_BS: Int[Array, "B S"]
+    real_BS: Bool[Array, "B S"]
+    halt_layer_BS: Int[Array, "B S"]
+    hidden_from_BS: Int[Array, "B S"]
+    retain_BS: Bool[Array, "B S"]
+    received_BTS: Float[Array, "B T S"] | None
+
+
+def written(keys: Keys, layer: Int[Array, ""], plan: Plan, numbers: Numbers) -> Array:
+    """Keys that exist at a layer for every query, `[B, S]`."""
+    if plan.policy in ("propagate", "extrapolate"):
+        return jnp.ones_like(keys.real_BS)
+    return (layer <= keys.halt_layer_BS + numbers.delay) | keys.retain_BS
+
+
+def visible(
+    query_pos_BT: Int[Array, "B T"],
+    keys: Keys,
+    layer: Int[Array, ""],
+    plan: Plan,
+    numbers: Numbers,
+) -> Bool[Array, "B T S"]:
+    """The attention mask of one layer: a query sees itself and every earlier key that exists."""
+    query_BT1, key_B1S = query_pos_BT[:, :, None], keys.pos_BS[:, None, :]
+    exists_BTS = written(keys, layer, plan, numbers)[:, None, :]
+    if plan.policy == "attended":
+        assert keys.received_BTS is not None
+        exists_BTS = exists_BTS | (keys.received_BTS > numbers.tau_kv)
+    seen_BTS = keys.real_BS[:, None, :] & exists_BTS & (query_BT1 < keys.hidden_from_BS[:, None, :])
+    return (query_BT1 == key_B1S) | ((key_B1S < query_BT1) & seen_BTS)
+
+
+def running_maximum(
+    weights_BTS: Float[Array, "B T S"],
+    query_pos_BT: Int[Array, "B T"],
+    keys: Keys,
+    asking_BT: Bool[Array, "B T"],
+    before_BS: Float[Array, "B S"] | None,
+) -> Float[Array, "B T S"]:
+    """Most attention each key got from later queries up to each query (C.4, read causally).
+
+    Args:
+      weights_BTS: Maximum over heads of this layer's attention weights.
+      query_pos_BT: Positions of the queries.
+      keys: Positions of the keys.
+      asking_BT: Queries that exist.
+      before_BS: What earlier calls found; None for nothing.
+    """
+    later_BTS = asking_BT[:, :, None] & (keys.pos_BS[:, None, :] < query_pos_BT[:, :, None])
+    found_BTS = jax.lax.cummax(jnp.where(later_BTS, weights_BTS, 0), axis=1)
+    return found_BTS if before_BS is None else jnp.maximum(found_BTS, before_BS[:, None, :])
+
+
+def extrapolate(
+    features_BTF: Float[Array, "B T F"],
+    maps_XFO: Float[Array, "X F O"],
+    halt_layer_BT: Int[Array, "B T"],
+    layers: Sequence[int],
+) -> Float[Array, "B T O"]:
+    """Keys and values of halted tokens by the map of the layer they halted at.
+
+    Args:
+      features_BTF: Of the frozen states, a constant 1 among them.
+      maps_XFO: This layer's maps, one for each halting layer.
+      halt_layer_BT: Where each token halted.
+      layers: The halting layers, in the order of the maps.
+    """
+    out = jnp.zeros((*features_BTF.shape[:2], maps_XFO.shape[-1]), features_BTF.dtype)
+    for index, layer in enumerate(layers):
+        here_BT1 = (halt_layer_BT == layer)[..., None]
+        out = jnp.where(here_BT1, features_BTF @ maps_XFO[index], out)
+    return out
+
+
+def features(
+    h_BTD: Float[Array, "B T D"], embedded_BTD: Float[Array, "B T D"], names: Sequence[str]
+) -> Float[Array, "B T F"]:
+    """What the maps read: RMS-normalised frozen state, input embedding if asked for, and 1."""
+    sources = {"state": h_BTD, "embedding": embedded_BTD}
+    parts = [rms_normalised(sources[name]) for name in names]
+    return jnp.concatenate([*parts, jnp.ones_like(h_BTD[..., :1])], axis=-1)

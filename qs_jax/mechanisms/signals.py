@@ -1,0 +1,130 @@
+"""What decisions read: how far a layer moved a token, and how unsure the token still is.
+
+Sources: paper 2.1 and B.1 (drift, entropy), 2.5 and E.1 (entropy for AMQ), FAQ (latent variance).
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from qs_jax.config import ModelConfig
+from qs_jax.models import Params, head
+from qs_jax.models.layers import exact_dtype
+
+_TINY = 1e-12
+
+
+def drift(
+    kind: str, after_BTD: Float[Array, "B T D"], before_BTD: Float[Array, "B T D"]
+) -> Float[Array, "B T"]:
+    """Distance a layer moved each token.
+
+    Args:
+      kind: "raw": ||after - before||_2 (the paper). "relative": over ||after||_2. "cosine":
+        1 - cos(after, before).
+      after_BTD: States after the layer.
+      before_BTD: States before it.
+    """
+    exact = exact_dtype(after_BTD.dtype)
+    after, before = after_BTD.astype(exact), before_BTD.astype(exact)
+    if kind == "cosine":
+        norms = jnp.linalg.norm(after, axis=-1) * jnp.linalg.norm(before, axis=-1)
+        return 1 - (after * before).sum(-1) / jnp.maximum(norms, _TINY)
+    moved = jnp.linalg.norm(after - before, axis=-1)
+    if kind == "raw":
+        return moved
+    return moved / jnp.maximum(jnp.linalg.norm(after, axis=-1), _TINY)
+
+
+def entropy_of(logits: Float[Array, "*batch V"]) -> Float[Array, "*batch"]:
+    """Entropy of softmax(logits), in nats: -sum p log p."""
+    logp = jax.nn.log_softmax(logits, axis=-1)
+    return -(jnp.exp(logp) * logp).sum(-1)
+
+
+def entropy(
+    kind: str,
+    h_BTD: Float[Array, "B T D"],
+    params: Params,
+    model: ModelConfig,
+    shortlist_BTX: Int[Array, "B T X"] | None,
+    previous_BT: Float[Array, "B T"] | None,
+) -> Float[Array, "B T"]:
+    """Entropy of each token by one of the estimators, in nats.
+
+    Args:
+      kind: "vocab": the exact logit lens. "shortlist": softmax over the ids in `shortlist_BTX`
+        only. "latent": softmax over the RMS-normalised state. "variance": log variance of the
+        state's channels (not an entropy; it can be negative). "final_prev": the entropy of the
+        model's output one position earlier.
+      h_BTD: States of one layer.
+      params: For the lens.
+      model: Architecture.
+      shortlist_BTX: Ids picked by `pick_shortlist`.
+      previous_BT: Output entropies one position earlier.
+    """
+    h = h_BTD.astype(exact_dtype(h_BTD.dtype))
+    if kind == "vocab":
+
+        def exact(h_BCD: Array) -> Array:
+            return entropy_of(head.lens(params, h_BCD, model))
+
+        return head.map_positions(exact, model.vocab_size, h_BTD)
+    if kind == "shortlist":
+        assert shortlist_BTX is not None
+        table_VD = head.head_table(params)
+
+        def short(h_BCD: Array, ids_BCX: Array) -> Array:
+            rows_BCXD = jnp.take(table_VD, ids_BCX, axis=0, mode="clip")
+            normed = head.normed(params, h_BCD, model)
+            dtype = exact_dtype(normed.dtype)
+            return entropy_of(
+                jnp.einsum("bcd,bcxd->bcx", normed, rows_BCXD, preferred_element_type=dtype)
+            )
+
+        width = shortlist_BTX.shape[-1] * model.hidden_size
+        return head.map_positions(short, width, h_BTD, shortlist_BTX)
+    if kind == "latent":
+        rms = jnp.sqrt((h * h).mean(-1, keepdims=True))
+        return entropy_of(h / jnp.maximum(rms, _TINY))
+    if kind == "variance":
+        return jnp.log(jnp.maximum(h.var(-1), _TINY))
+    assert kind == "final_prev"
+    assert previous_BT is not None
+    return previous_BT
+
+
+def largest_entropy(kind: str, model: ModelConfig, shortlist_size: int) -> float:
+    """The largest value an estimator can give, in nats."""
+    sizes = {"shortlist": shortlist_size, "latent": model.hidden_size}
+    return math.log(sizes.get(kind, model.vocab_size))
+
+
+def pick_shortlist(
+    h_BTD: Float[Array, "B T D"], params: Params, model: ModelConfig, size: int
+) -> Int[Array, "B T X"]:
+    """The `size` most likely ids of each token by the logit lens of this layer."""
+
+    def pick(h_BCD: Array) -> Array:
+        return jax.lax.top_k(head.lens(params, h_BCD, model), size)[1].astype(jnp.int32)
+
+    return head.map_positions(pick, model.vocab_size, h_BTD)
+
+
+def token_probability(
+    h_BTD: Float[Array, "B T D"],
+    tokens_BT: Int[Array, "B T"],
+    params: Params,
+    model: ModelConfig,
+) -> Float[Array, "B T"]:
+    """Probability of each token by the logit lens of the state given for it."""
+
+    def probability(h_BCD: Array, ids_BC: Array) -> Array:
+        logp = jax.nn.log_softmax(head.lens(params, h_BCD, model), axis=-1)
+        return jnp.exp(jnp.take_along_axis(logp, ids_BC[..., None], axis=-1)[..., 0])
+
+    return head.map_positions(probability, model.vocab_size, h_BTD, tokens_BT)

@@ -1,0 +1,119 @@
+"""What the mechanisms did, token by token and layer by layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+NEVER = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """Evidence of one call: L layers, B rows, T positions. Padding counts as inactive.
+
+    Row l - 1 of a layer axis is layer l. Savings read from it are simulated as long as the masked
+    engine runs: it computes every token and selects.
+
+    Attributes:
+      active: bool `[L, B, T]`, the token ran this layer.
+      kv_written: bool `[L, B, T]`, its keys and values were written at this layer.
+      kv_held: bool `[L, B, T]`, and are still needed after the last token.
+      visible_keys: int `[L, B, T]`, keys its query could see, itself included; 0 where inactive.
+      bits: int `[L, B, T]`, bits of its activations in this layer; 16 is not quantised.
+      fused: int `[L, B, T]`, fused-index map in force in this layer: position of the
+        representative, its own where it has none.
+      drift: float `[L, B, T]`, layer drift; nan where not computed.
+      entropy: float `[L, B, T]`, what the halting decision read, in nats; nan where it read none.
+      weighed: bool `[L, B, T]`, took part in a fusion at the end of this layer.
+      depth: int `[B, T]`, layers the token ran before it halted; L if it did not.
+      representative: int `[B, T]`, the fused-index map after the last layer.
+      lengths: int `[B]`, tokens of each row.
+      prompt_lengths: int `[B]`, tokens of its prompt.
+    """
+
+    active: Bool[np.ndarray, "L B T"]
+    kv_written: Bool[np.ndarray, "L B T"]
+    kv_held: Bool[np.ndarray, "L B T"]
+    visible_keys: Int[np.ndarray, "L B T"]
+    bits: Int[np.ndarray, "L B T"]
+    fused: Int[np.ndarray, "L B T"]
+    drift: Float[np.ndarray, "L B T"]
+    entropy: Float[np.ndarray, "L B T"]
+    weighed: Bool[np.ndarray, "L B T"]
+    depth: Int[np.ndarray, "B T"]
+    representative: Int[np.ndarray, "B T"]
+    lengths: Int[np.ndarray, "B"]
+    prompt_lengths: Int[np.ndarray, "B"]
+
+    @property
+    def real(self) -> Bool[np.ndarray, "B T"]:
+        """True where a row has a token."""
+        return np.arange(self.depth.shape[1])[None] < self.lengths[:, None]
+
+    @property
+    def active_counts(self) -> Int[np.ndarray, "L B"]:
+        """Tokens of each row that ran each layer."""
+        return self.active.sum(-1)
+
+    @property
+    def layer_tokens_saved(self) -> float:
+        """Share of (layer, token) pairs that were not needed."""
+        return 1 - float(self.active.sum()) / (len(self.active) * float(self.lengths.sum()))
+
+    @classmethod
+    def of(
+        cls,
+        evidence: dict[str, Any],
+        width: int,
+        lengths: np.ndarray,
+        prompt_lengths: np.ndarray,
+    ) -> Record:
+        """Build from a program's arrays, cut to `width` positions and emptied in the padding."""
+        layers = evidence["layers"]
+        real = np.arange(width)[None] < lengths[:, None]
+
+        def cut(array: Any) -> np.ndarray:
+            return np.asarray(array)[..., :width]
+
+        active, written = cut(layers.active_BT) & real, cut(layers.written_BT) & real
+        layer_number = np.arange(1, len(active) + 1)[:, None, None]
+        after = cut(evidence["hidden_after"])
+        absorbed = np.where(after < NEVER, cut(evidence["hidden_from"]), NEVER)
+        return cls(
+            active=active,
+            kv_written=written,
+            kv_held=written & (layer_number <= after),
+            visible_keys=np.where(active, cut(layers.visible_BT), 0),
+            bits=cut(layers.bits_BT),
+            fused=resolve(cut(layers.fused_BT)),
+            drift=np.where(active, cut(layers.drift_BT), np.nan),
+            entropy=np.where(real, cut(layers.entropy_BT), np.nan),
+            weighed=cut(layers.weighed_BT) & real,
+            depth=np.where(real, cut(evidence["halt_layer"]), 0),
+            representative=resolve(absorbed),
+            lengths=lengths,
+            prompt_lengths=prompt_lengths,
+        )
+
+
+def resolve(absorber: Int[np.ndarray, "*batch T"]) -> Int[np.ndarray, "*batch T"]:
+    """Fused-index map of absorbing positions: follows absorber to absorber.
+
+    Args:
+      absorber: Position of the token that absorbed each one; anything at or past T for none.
+
+    Returns:
+      Each token's representative, itself if it has none. Idempotent; never before the token.
+    """
+    width = absorber.shape[-1]
+    positions = np.broadcast_to(np.arange(width), absorber.shape)
+    fused = np.where(absorber < width, absorber, positions)
+    while True:
+        further = np.take_along_axis(fused, fused, axis=-1)
+        if (further == fused).all():
+            return fused
+        fused = further
