@@ -40,35 +40,6 @@ class KVCache(flax.struct.PyTreeNode):
 
 
 @no_type_check
-class DecodeState(flax.struct.PyTreeNode):
-    """The carry of the token loop: everything the next step needs, and what was produced so far.
-
-    Attributes:
-      step: Tokens produced so far, the column of `tokens_BM` written next.
-      last_B: Token of each row that has not been run through the model yet.
-      pos_B: Position of `last_B` in its row.
-      done_B: The row has ended; it is carried along unchanged.
-      finite_B: Every logit of the row was finite so far.
-      seen_BV: Token ids of the prompt and continuation (repetition penalty), V = 1 when unused.
-      tokens_BM: Output buffer; M is the capacity for new tokens.
-      logprobs_BM: Log-probability of each produced token under the plain model, in nats.
-      lengths_B: Tokens each row has produced, the end token included.
-      cache: Keys and values of all positions before `pos_B`.
-    """
-
-    step: Int[Array, ""]
-    last_B: Int[Array, "B"]
-    pos_B: Int[Array, "B"]
-    done_B: Bool[Array, "B"]
-    finite_B: Bool[Array, "B"]
-    seen_BV: Bool[Array, "B V"]
-    tokens_BM: Int[Array, "B M"]
-    logprobs_BM: Float[Array, "B M"]
-    lengths_B: Int[Array, "B"]
-    cache: KVCache
-
-
-@no_type_check
 class TokenState(flax.struct.PyTreeNode):
     """The carry of the masked engine's scan over layers.
 
@@ -176,3 +147,32 @@ class FusionWindow(flax.struct.PyTreeNode):
     embedded_BCD: Float[Array, "B C D"] | None
     embedded_real_BC: Bool[Array, "B C"] | None
     context_BWD: Float[Array, "B W D"] | None
+
+
+@no_type_check
+class DecodeState(flax.struct.PyTreeNode):
+    """The carry of the token loop: everything the next step needs, and what was produced so far.
+
+    Attributes:
+      step: Tokens produced so far, the column of `tokens_BM` written next.
+      last_B: Token of each row that has not been run through the model yet.
+      pos_B: Position of `last_B` in its row.
+      done_B: The row has ended; it is carried along unchanged.
+      finite_B: Every logit of the row was finite so far.
+      seen_BV: Token ids of the prompt and continuation (repetition penalty), V = 1 when unused.
+      tokens_BM: Output buffer; M is the capacity for new tokens.
+      logprobs_BM: Log-probability of each produced token in nats.
+      lengths_B: Tokens each row has produced, the end token included.
+      cache: Keys and values of all positions before `pos_B`; a `Past` under the mechanisms.
+    """
+
+    step: Int[Array, ""]
+    last_B: Int[Array, "B"]
+    pos_B: Int[Array, "B"]
+    done_B: Bool[Array, "B"]
+    finite_B: Bool[Array, "B"]
+    seen_BV: Bool[Array, "B V"]
+    tokens_BM: Int[Array, "B M"]
+    logprobs_BM: Float[Array, "B M"]
+    lengths_B: Int[Array, "B"]
+    cache: KVCache | Past

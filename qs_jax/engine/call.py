@@ -39,6 +39,16 @@ class Call(NamedTuple):
     keeps: bool
     context_BXD: Float[Array, "B X D"] | None
 
+    @property
+    def decides(self) -> bool:
+        """Tokens of this call may be touched; new ones are not under "continuation"."""
+        return not (self.plan.continuation and self.past is not None)
+
+    @property
+    def fuses(self) -> bool:
+        """Fusion may happen."""
+        return self.plan.fusion is not None and self.decides
+
     def stopped(self, state: TokenState) -> Array:
         """Absorbed tokens that are no longer computed, `[B, T]`."""
         absorbed_BT = state.hidden_from_BT != NEVER

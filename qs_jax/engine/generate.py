@@ -16,9 +16,13 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from qs_jax.config import Config, ModelConfig
-from qs_jax.engine import batching, dense, sampling
-from qs_jax.engine.checks import check_finite, check_params
+from qs_jax.engine import batching, dense, sampling, tokenwise
+from qs_jax.engine.checks import check_finite, check_maps, check_params
+from qs_jax.engine.overrides import TokenOverrides, arrays_of
+from qs_jax.mechanisms import decide
+from qs_jax.mechanisms.plan import Numbers, Plan, bind
 from qs_jax.models import Params
+from qs_jax.record import Record
 from qs_jax.state import DecodeState
 
 
@@ -30,12 +34,14 @@ class DecodePlan(NamedTuple):
       stop_ids: Token ids that end a row.
       pad_id: Fills a row after its end.
       sampling: Which filters run.
+      mechanisms: Static half of the mechanisms; None is the dense model.
     """
 
     new_capacity: int
     stop_ids: tuple[int, ...]
     pad_id: int
     sampling: sampling.SamplingPlan
+    mechanisms: Plan | None
 
 
 class DecodeNumbers(NamedTuple):
@@ -44,6 +50,8 @@ class DecodeNumbers(NamedTuple):
     max_new_tokens: Int[Array, ""]
     seed: UInt[Array, ""]
     sampling: sampling.SamplingNumbers
+    mechanisms: Numbers | None
+    overrides: decide.Overrides | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +61,12 @@ class GenerateOutput:
     Attributes:
       tokens: int32 `[B, M]`, the new tokens only, the end token included; padding after it.
       lengths: int32 `[B]`, new tokens of each row.
-      logprobs: float32 `[B, M]`, log-probability of each new token under the plain model, before
+      logprobs: float32 `[B, M]`, log-probability of each new token as the model ran, before
         temperature, filters and penalties, in nats; 0 in the padding.
       prompt_tokens: int32 `[B, T]`, the right-padded prompts.
       prompt_lengths: int32 `[B]`.
-      record: What the mechanisms did; None for the dense model.
+      record: What the mechanisms did to every token that was run: the prompt and all new tokens but
+        the last of each row. None for the dense model.
     """
 
     tokens: Int[np.ndarray, "B M"]
@@ -65,7 +74,7 @@ class GenerateOutput:
     logprobs: Float[np.ndarray, "B M"]
     prompt_tokens: Int[np.ndarray, "B T"]
     prompt_lengths: Int[np.ndarray, "B"]
-    record: None = None
+    record: Record | None = None
 
     @property
     def sequences(self) -> list[list[int]]:
@@ -136,7 +145,14 @@ def start(
     """Run the prompts and choose the first token of each row."""
     batch, width = tokens_BT.shape
     capacity = width + plan.new_capacity
-    logits_BV, cache = dense.prefill(params, tokens_BT, lengths_B, model, capacity)
+    if plan.mechanisms is None:
+        logits_BV, cache = dense.prefill(params, tokens_BT, lengths_B, model, capacity)
+    else:
+        assert numbers.mechanisms is not None
+        prompt = tokenwise.Prompt(tokens_BT, lengths_B, lengths_B, numbers.overrides)
+        logits_BV, cache = tokenwise.run_prompt(
+            params, prompt, model, plan.mechanisms, numbers.mechanisms, capacity
+        )
     seen_BV = jnp.zeros((batch, model.vocab_size if plan.sampling.penalize else 1), bool)
     if plan.sampling.penalize:
         real_BT = jnp.arange(width)[None, :] < lengths_B[:, None]
@@ -149,7 +165,7 @@ def start(
         finite_B=jnp.ones(batch, bool),
         seen_BV=seen_BV,
         tokens_BM=jnp.full((batch, plan.new_capacity), plan.pad_id, jnp.int32),
-        logprobs_BM=jnp.zeros((batch, plan.new_capacity), jnp.float32),
+        logprobs_BM=jnp.zeros((batch, plan.new_capacity), logits_BV.dtype),
         lengths_B=jnp.zeros(batch, jnp.int32),
         cache=cache,
     )
@@ -164,7 +180,16 @@ def advance(
     plan: DecodePlan,
 ) -> DecodeState:
     """Run each row's last token through the model and choose the next one."""
-    logits_BV, cache = dense.decode_step(params, state.last_B, state.pos_B, state.cache, model)
+    if plan.mechanisms is None:
+        logits_BV, cache = dense.decode_step(params, state.last_B, state.pos_B, state.cache, model)
+    else:
+        assert numbers.mechanisms is not None
+        nothing_B = jnp.zeros_like(state.pos_B)  # under "continuation" no new token is a subject
+        columns = (state.last_B[:, None], state.pos_B[:, None], ~state.done_B[:, None])
+        rows = decide.rows(*columns, nothing_B, None, plan.mechanisms, numbers.mechanisms)
+        _, logits_BV, cache = tokenwise.step(
+            params, rows, state.cache, model, plan.mechanisms, numbers.mechanisms
+        )
     moved = state.replace(cache=cache, pos_B=state.pos_B + ~state.done_B)
     return emit(moved, logits_BV, numbers, plan)
 
@@ -176,7 +201,7 @@ def generate_result(
     numbers: DecodeNumbers,
     model: ModelConfig,
     plan: DecodePlan,
-) -> dict[str, Array]:
+) -> dict[str, Any]:
     """The whole call: prompts in, finished rows out, no host in between; the cache is freed."""
 
     def unfinished(state: DecodeState) -> Array:
@@ -188,12 +213,15 @@ def generate_result(
 
     started = start(params, tokens_BT, lengths_B, numbers, model, plan)
     state = lax.while_loop(unfinished, body, started)
-    return {
+    out = {
         "tokens": state.tokens_BM,
         "lengths": state.lengths_B,
         "logprobs": state.logprobs_BM,
         "finite": state.finite_B,
     }
+    if plan.mechanisms is not None:
+        out["evidence"] = tokenwise.evidence(state.cache)
+    return out
 
 
 _STATIC = ("model", "plan")
@@ -203,7 +231,12 @@ jit_advance = jax.jit(advance, static_argnames=_STATIC, donate_argnames=("state"
 
 
 def _prepare(
-    tokens: batching.TokensLike, cfg: Config, lengths: Any, attention_mask: Any
+    params: Params,
+    tokens: batching.TokensLike,
+    cfg: Config,
+    lengths: Any,
+    attention_mask: Any,
+    overrides: TokenOverrides | None,
 ) -> tuple[batching.Batch, batching.Batch, DecodeNumbers, DecodePlan]:
     """The batch as given, the batch as padded to its bucket, and the two halves of the call."""
     model = cfg.model
@@ -215,16 +248,22 @@ def _prepare(
         attention_mask=attention_mask,
     )
     sampling_plan, sampling_numbers = sampling.plan_of(cfg)
+    bound = bind(cfg.quicksilver, model, cfg.protocol)
+    if bound is not None:
+        check_maps(params, bound[0], model)
     plan = DecodePlan(
         new_capacity=batching.bucket_size(cfg.max_new_tokens),
         stop_ids=cfg.stop_ids,
         pad_id=model.pad_token_id or 0,
         sampling=sampling_plan,
+        mechanisms=bound and bound[0],
     )
     numbers = DecodeNumbers(
         max_new_tokens=jnp.int32(cfg.max_new_tokens),
         seed=jnp.uint32(cfg.seed),
         sampling=sampling_numbers,
+        mechanisms=bound and bound[1],
+        overrides=arrays_of(overrides, padded.tokens_BT.shape) if bound is not None else None,
     )
     return batch, padded, numbers, plan
 
@@ -236,6 +275,7 @@ def generate(
     *,
     lengths: Sequence[int] | np.ndarray | None = None,
     attention_mask: Any = None,
+    overrides: TokenOverrides | None = None,
 ) -> GenerateOutput:
     """Continue every row until an end token or `cfg.max_new_tokens`.
 
@@ -244,27 +284,34 @@ def generate(
     Args:
       params: From `qs_jax.load`.
       tokens: int `[B, T]`, one row `[T]`, or rows of different lengths.
-      cfg: Model, budget and sampling.
+      cfg: Model, mechanisms and their protocol, budget and sampling.
       lengths: `[B]` valid tokens of each right-padded row.
       attention_mask: `[B, T]`, true for real tokens; left or right padding.
+      overrides: What to do with single tokens of the prompts, whatever their signals say.
 
     Returns:
-      The new tokens, their count and their log-probabilities.
+      The new tokens, their count and log-probabilities, and the record of the mechanisms.
 
     Raises:
+      ConfigError: The parameters are another model's, or the maps a policy needs are missing.
       InputError: Tokens cannot be used, or prompt + budget exceed the position limit.
       NonFiniteError: The model produced NaN or infinite logits.
     """
     check_params(params, cfg.model)
-    batch, padded, numbers, plan = _prepare(tokens, cfg, lengths, attention_mask)
+    batch, padded, numbers, plan = _prepare(params, tokens, cfg, lengths, attention_mask, overrides)
     out = jax.device_get(jit_generate(params, *padded, numbers, model=cfg.model, plan=plan))
     check_finite(out["finite"])
+    record = None
+    if "evidence" in out:
+        ran_B = batch.lengths_B + np.maximum(out["lengths"] - 1, 0)
+        record = Record.of(out["evidence"], int(ran_B.max()), ran_B, batch.lengths_B)
     return GenerateOutput(
         tokens=out["tokens"][:, : cfg.max_new_tokens],
         lengths=out["lengths"],
         logprobs=out["logprobs"][:, : cfg.max_new_tokens],
         prompt_tokens=batch.tokens_BT,
         prompt_lengths=batch.lengths_B,
+        record=record,
     )
 
 
@@ -275,6 +322,7 @@ def stream(
     *,
     lengths: Sequence[int] | np.ndarray | None = None,
     attention_mask: Any = None,
+    overrides: TokenOverrides | None = None,
 ) -> Iterator[StreamStep]:
     """`generate`, one token a row at a time: same arguments, same tokens.
 
@@ -288,7 +336,7 @@ def stream(
       NonFiniteError: As `generate`, while iterating.
     """
     check_params(params, cfg.model)
-    _, padded, numbers, plan = _prepare(tokens, cfg, lengths, attention_mask)
+    _, padded, numbers, plan = _prepare(params, tokens, cfg, lengths, attention_mask, overrides)
     return _stream(params, padded, numbers, cfg, plan)
 
 

@@ -101,8 +101,9 @@ def run(
             {"params": params["embed"]}, rows.tokens_BT, rows.pos_BT
         )
     keeps = past is not None or capacity is not None
-    context_BXD = pasts.contexts(embedded, rows, plan, past)
-    call = Call(params, model, plan, numbers, rows, embedded, past, keeps, context_BXD)
+    call = Call(params, model, plan, numbers, rows, embedded, past, keeps, None)
+    if call.fuses:
+        call = call._replace(context_BXD=pasts.contexts(embedded, rows, plan, past))
     cache = past.cache if past is not None else None
     if capacity is not None:
         cache = KVCache.zeros(model, rows.tokens_BT.shape[0], capacity)
@@ -134,9 +135,9 @@ def _start(call: Call) -> TokenState:
     shape, exact = call.rows.pos_BT.shape, exact_dtype(model.dtype)
     never_BT = jnp.full(shape, NEVER, jnp.int32)
     similarity = received = shortlist = taken = None
-    if plan.fusion is not None:
+    if call.fuses:
         taken = jnp.zeros((shape[0], plan.fusion.window), bool)
-    if plan.fusion is not None and plan.fusion.window > 1:
+    if call.fuses and plan.fusion.window > 1:
         similarity = jnp.zeros((*shape, plan.fusion.window), exact)
     if plan.policy == "attended":
         received = jnp.zeros((*shape, shape[1]), exact)
@@ -234,7 +235,7 @@ def _decide(call: Call, state: TokenState, attended: Attended, ran_BT, before_BT
                 lambda: in_force.shortlist_BTX,
             )
         )
-    if plan.halting is not None:
+    if plan.halting is not None and call.decides:
         with jax.named_scope("halt"):
             state, drift_BT, entropy_BT = _halt(
                 call, state, attended, ran_BT, stopped_BT, before_BTD, at
@@ -243,10 +244,10 @@ def _decide(call: Call, state: TokenState, attended: Attended, ran_BT, before_BT
         state = state.replace(received_BTS=_received(call, state, attended, ran_BT, at.layer))
     fused = (None, None, None)
     weighed_BT = jnp.zeros_like(ran_BT)
-    if plan.fusion is not None:
+    if call.fuses:
         with jax.named_scope("fuse"):
             state, fused, weighed_BT = _fuse(call, state, attended, stopped_BT, at, past_l)
-    if plan.amq is not None:
+    if plan.amq is not None and call.decides:
         with jax.named_scope("amq"):
             state = _quantize(call, state, ran_BT, at)
     record = LayerRecord(

@@ -20,17 +20,19 @@ class Family:
       block: One layer.
       final_norm: Before the head.
       rotates: Keys are rotated by their position (RoPE).
+      mlp_products: Matrix products of width D x F in the MLP.
     """
 
     embed: type[nn.Module]
     block: type[layers.PreNormBlock]
     final_norm: type[nn.Module]
     rotates: bool
+    mlp_products: int
 
 
 FAMILIES: dict[str, Family] = {
-    "gpt2": Family(gpt2.Embed, gpt2.Block, gpt2.FinalNorm, rotates=False),
-    "llama": Family(llama.Embed, llama.Block, llama.FinalNorm, rotates=True),
+    "gpt2": Family(gpt2.Embed, gpt2.Block, gpt2.FinalNorm, rotates=False, mlp_products=2),
+    "llama": Family(llama.Embed, llama.Block, llama.FinalNorm, rotates=True, mlp_products=3),
 }
 
 

@@ -1,0 +1,180 @@
+"""Floating-point operations, counted from the recorded masks.
+
+Two accounts. `exact`: every matrix product the decisions leave to be done, attention over the keys
+each query really sees, and every signal, rotation, map and test the mechanisms add; a multiply-add
+is two. Elementwise work of the plain model (norms, RoPE, softmax, activations) is left out on both
+sides. `paper`: the formula of the paper's appendix J, which does not fit Llama (two MLP products of
+width 4D, attention logarithmic in length) and charges nothing for signals.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from qs_jax.config import ModelConfig, QuickSilverConfig
+from qs_jax.models import family_of
+from qs_jax.record import Record
+
+# Cost of a bit width relative to 8 bits (appendix J) and to 16 bits (Tables 3 and 10).
+BETA = {
+    "8bit": {16: 1.0, 8: 1.0, 4: 0.5, 2: 0.25},
+    "16bit": {16: 1.0, 8: 0.5, 4: 0.25, 2: 0.125},
+}
+
+
+def linear_flops(model: ModelConfig) -> int:
+    """The four projections of one layer for one token: 2 D (Q + 2 KV) + 2 Q D + MLP."""
+    d, q, kv = model.hidden_size, model.q_size, model.kv_size
+    mlp = 2 * d * model.mlp_size * family_of(model).mlp_products
+    return 2 * d * (q + 2 * kv) + 2 * q * d + mlp
+
+
+def key_flops(model: ModelConfig) -> int:
+    """Attention of one query to one key, all heads: scores and weighted sum."""
+    return 4 * model.q_size
+
+
+def head_flops(model: ModelConfig) -> int:
+    """Logits of one position."""
+    return 2 * model.hidden_size * model.vocab_size
+
+
+def kv_only_flops(model: ModelConfig, features: int | None = None) -> int:
+    """Keys and values of a token that does not run the layer: projection, or a linear map."""
+    rows = model.hidden_size if features is None else features
+    return 2 * rows * 2 * model.kv_size
+
+
+def entropy_flops(kind: str | None, model: ModelConfig, shortlist_size: int) -> int:
+    """One evaluation of an entropy estimator."""
+    vocab = head_flops(model) + 4 * model.vocab_size
+    short = 2 * model.hidden_size * shortlist_size + 4 * shortlist_size
+    channels = 6 * model.hidden_size
+    costs = {"vocab": vocab, "shortlist": short, "latent": channels, "variance": channels}
+    return costs.get(kind or "", 0)
+
+
+def model_flops(
+    active: np.ndarray, visible: np.ndarray, model: ModelConfig
+) -> Int[np.ndarray, "L B T"]:
+    """Projections and attention of each (layer, token) that ran."""
+    return active * linear_flops(model) + visible.astype(np.int64) * key_flops(model)
+
+
+def added_flops(
+    record: Record, model: ModelConfig, qs: QuickSilverConfig, features: int | None
+) -> Int[np.ndarray, "L B T"]:
+    """What the mechanisms add to each (layer, token).
+
+    Args:
+      record: Evidence.
+      model: Sizes.
+      qs: Which mechanisms ran.
+      features: Rows of an extrapolation map; None where keys come from the projection.
+    """
+    added = (record.kv_written & ~record.active) * kv_only_flops(model, features)
+    if qs.halting is not None:
+        added = added + _halting_flops(record, model, qs)
+    if qs.fusion is not None:
+        added = added + _fusion_flops(record, model, qs)
+    if qs.amq is not None:
+        added = added + _amq_flops(record, model, qs)
+    return added
+
+
+def _halting_flops(record: Record, model: ModelConfig, qs: QuickSilverConfig) -> np.ndarray:
+    halting = qs.halting
+    assert halting is not None
+    d, layers = model.hidden_size, len(record.active)
+    number = np.arange(1, layers + 1)
+    first, last = halting.window or (1, layers - 1)
+    at = (number >= max(first, halting.min_layer)) & (number <= last)
+    if halting.layers is not None:
+        at &= np.isin(number, halting.layers)
+    here = at[:, None, None] & record.active
+    reads_drift = halting.rule == "dual" or halting.score == "drift"
+    added = here * (4 * d if reads_drift else 0)
+    read = ~np.isnan(record.entropy)
+    added = added + read * entropy_flops(halting.entropy_used, model, qs.shortlist_size)
+    if halting.entropy_used == "shortlist":
+        picks = (number == qs.shortlist_layer)[:, None, None] & record.active
+        added = added + picks * head_flops(model)
+    if halting.rule == "quota" and halting.score == "attention":
+        pos = np.arange(record.depth.shape[1])[None]
+        ends = record.prompt_lengths[:, None]
+        asking = (pos >= ends - halting.score_queries) & (pos < ends)
+        added = added + here * asking * record.visible_keys * model.num_heads
+    if qs.kv_skip is not None and qs.kv_skip.policy == "attended":
+        added = added + record.visible_keys * model.num_heads
+    return added
+
+
+def _fusion_flops(record: Record, model: ModelConfig, qs: QuickSilverConfig) -> np.ndarray:
+    fusion = qs.fusion
+    assert fusion is not None
+    d, layers = model.hidden_size, len(record.active)
+    number = np.arange(1, layers + 1)[:, None, None]
+    last = fusion.last_layer or layers - 1
+    tested = (number >= fusion.first_layer) & (number <= last) & record.active
+    added = tested * (fusion.window * 3 * d)
+    if fusion.window > 1:
+        added = added + (record.active & (number <= last)) * (fusion.window * 2 * model.q_size)
+    if fusion.tau_ctx is not None:
+        added = added + tested * (fusion.window * 3 * d)
+    added = added + record.weighed * (3 * d)
+    if fusion.alpha == "probability":
+        added = added + record.weighed * (head_flops(model) + 4 * model.vocab_size)
+    return added
+
+
+def _amq_flops(record: Record, model: ModelConfig, qs: QuickSilverConfig) -> np.ndarray:
+    amq = qs.amq
+    assert amq is not None
+    number = np.arange(1, len(record.active) + 1)[:, None, None]
+    quantised = record.bits < 16
+    deeper = quantised[-1:]  # bits hold to the last layer, so these are all that got some
+    assigned = (number == amq.layer) & deeper
+    added = assigned * entropy_flops(amq.entropy, model, qs.shortlist_size)
+    # Quantise and dequantise a channel: 6 operations; a rotation there and back: 2 G each.
+    channel = 6 + (4 * amq.group if amq.rotate else 0)
+    inputs = 2 * model.hidden_size + model.q_size + model.mlp_size
+    ran, kept = record.active & quantised, record.kv_written & quantised
+    if "linear" in amq.targets:
+        added = added + ran * (inputs * channel)
+    if "hidden" in amq.targets:
+        added = added + (record.active & deeper & (number >= amq.layer)) * (
+            model.hidden_size * channel
+        )
+    if "kv" in amq.targets:
+        added = added + kept * (2 * model.kv_size * channel)
+    return added
+
+
+def paper_layer_flops(model: ModelConfig, tokens: int) -> float:
+    """The paper's cost of one layer for one token of a row of N (appendix J).
+
+    4 d^2 + 2 h (d + h log N) for attention and 8 d^2 for the MLP, natural logarithm.
+    """
+    d, h = model.hidden_size, model.num_heads
+    return 4 * d * d + 2 * h * (d + h * math.log(max(tokens, 1))) + 8 * d * d
+
+
+def paper_flops(record: Record, model: ModelConfig, relative_to: str) -> Float[np.ndarray, "L B T"]:
+    """The paper's cost of each (layer, token): N_active * FLOPs * beta.
+
+    A token counts while it is neither halted nor absorbed, whatever the protocol makes of it.
+
+    Args:
+      record: Evidence.
+      model: Sizes.
+      relative_to: "8bit" or "16bit": what a bit width is compared with.
+    """
+    alone = record.fused == np.arange(record.fused.shape[-1])
+    table = np.zeros(17)
+    for bits, beta in BETA[relative_to].items():
+        table[bits] = beta
+    per_row = np.array([paper_layer_flops(model, int(length)) for length in record.lengths])
+    return (record.active & alone) * table[record.bits] * per_row[None, :, None]

@@ -1,0 +1,37 @@
+"""Bytes of the KV cache, counted from the recorded masks."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from qs_jax.config import AMQConfig, ModelConfig
+from qs_jax.record import Record
+
+
+def entry_bytes(model: ModelConfig, amq: AMQConfig | None = None) -> Float[np.ndarray, "17"]:
+    """Bytes of one token's keys and values at one layer, by its bits; 16 is the model's dtype.
+
+    Quantised entries carry two float16 numbers (low and range) for each group.
+    """
+    values = 2 * model.kv_size
+    table = np.full(17, values * jnp.dtype(model.dtype).itemsize, float)
+    if amq is not None and "kv" in amq.targets:
+        for bits in (2, 4, 8):
+            table[bits] = values * bits / 8 + values / amq.group * 4
+    return table
+
+
+def kv_bytes(
+    entries: np.ndarray, record: Record, model: ModelConfig, amq: AMQConfig | None
+) -> Float[np.ndarray, "L B T"]:
+    """Bytes of the entries chosen by a mask, `record.kv_written` or `record.kv_held`."""
+    return entries * entry_bytes(model, amq)[record.bits]
+
+
+def paper_saved_values(record: Record, model: ModelConfig) -> Int[np.ndarray, ""]:
+    """The paper's Delta M (appendix J): 2 * KV heads * head width for each halted token-layer."""
+    number = np.arange(1, len(record.active) + 1)[:, None, None]
+    halted = (number > record.depth[None]) & record.real[None]
+    return halted.sum() * 2 * model.kv_size

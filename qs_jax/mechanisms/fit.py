@@ -1,0 +1,136 @@
+"""Fit the extrapolation maps: ridge least squares in closed form, nothing trained by gradient."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from tqdm import tqdm
+
+from qs_jax.config import ModelConfig
+from qs_jax.engine import batching, dense
+from qs_jax.engine.checks import check_params
+from qs_jax.errors import ConfigError, InputError
+from qs_jax.mechanisms import kv_skip
+from qs_jax.mechanisms.kv_maps import FEATURES, KVMaps
+from qs_jax.models import Params, family_of, layers
+
+
+def fit_kv_maps(
+    params: Params,
+    tokens: batching.TokensLike,
+    layers: Sequence[int],
+    model: ModelConfig,
+    *,
+    features: Sequence[str] = ("state",),
+    ridge: float = 1e-3,
+    skip_first: int = 4,
+    batch_size: int = 8,
+    data: str = "",
+    progress: bool = False,
+) -> KVMaps:
+    """Fit, for each halting layer, one linear map to each deeper layer's keys and values.
+
+    One dense pass over the tokens accumulates the Gram matrices X'X and X'Y of each pair of layers
+    in float64, batch by batch; the maps solve (X'X + ridge n I) M = X'Y.
+
+    Args:
+      params: From `qs_jax.load`.
+      tokens: int `[N, T]` windows, or rows of different lengths; some tens of thousands of tokens,
+        other than those the maps are judged on.
+      layers: Halting layers, 1 to L - 1.
+      model: From `qs_jax.load`.
+      features: What a map reads: ("state",), or ("state", "embedding").
+      ridge: Relative to the features' mean square, which is 1.
+      skip_first: Positions left out at the start of each row: attention sinks are not typical.
+      batch_size: Rows at a time.
+      data: Name of the data, for the provenance.
+      progress: Show a progress bar.
+
+    Returns:
+      Maps to put into `params["kv_maps"]`, or to save beside the checkpoint.
+
+    Raises:
+      ConfigError: Layers or features that do not exist.
+      InputError: Too few tokens to determine the maps.
+    """
+    check_params(params, model)
+    chosen = tuple(sorted({int(layer) for layer in layers}))
+    if not chosen or chosen[0] < 1 or chosen[-1] > model.num_layers - 1:
+        raise ConfigError(f"layers must be between 1 and {model.num_layers - 1}, got {layers}.")
+    unknown = [name for name in features if name not in FEATURES]
+    if unknown or "state" not in features:
+        raise ConfigError(f"features must hold 'state' and may hold 'embedding', got {features}.")
+    batch = batching.make_batch(tokens, model)
+    batching.check_positions(batch.tokens_BT.shape[1], 0, model)
+    count = int(np.maximum(batch.lengths_B - skip_first, 0).sum())
+    size = len(features) * model.hidden_size + 1
+    if count < size:
+        raise InputError(
+            f"{count} tokens cannot determine maps of {size} rows: give several times that."
+        )
+    gram, cross = None, None
+    program = jax.jit(_moments, static_argnames=("model", "chosen", "features"))
+    for start in tqdm(range(0, len(batch.tokens_BT), batch_size), "fitting", disable=not progress):
+        rows = slice(start, start + batch_size)
+        tokens_BT, lengths_B = batch.tokens_BT[rows], batch.lengths_B[rows]
+        pos_BT = np.arange(tokens_BT.shape[1])[None]
+        counted_BT = (pos_BT >= skip_first) & (pos_BT < lengths_B[:, None])
+        found = program(
+            params, tokens_BT, counted_BT, model=model, chosen=chosen, features=tuple(features)
+        )
+        one, two = (np.asarray(part, np.float64) for part in found)
+        gram, cross = (one, two) if gram is None else (gram + one, cross + two)
+    assert gram is not None
+    penalty = np.eye(size) * ridge * count
+    penalty[-1, -1] = 0  # the constant is free
+    maps = np.stack(
+        [np.linalg.solve(gram[x] + penalty, cross[:, x]) for x in range(len(chosen))], axis=1
+    )
+    provenance = {"data": data, "tokens": count, "rows": len(batch.tokens_BT), "ridge": ridge}
+    return KVMaps(
+        maps_LXFO=jnp.asarray(maps, jnp.float32),
+        layers=chosen,
+        features=tuple(features),
+        provenance=json.dumps(provenance | {"skip_first": skip_first}),
+    )
+
+
+def _moments(params: Params, tokens_BT, counted_BT, model: ModelConfig, chosen, features):
+    """X'X `[X, F, F]` and X'Y `[L, X, F, O]` of one batch; Y before RoPE."""
+    family, batch = family_of(model), tokens_BT.shape
+    block = family.block(model)
+    pos_BT = jnp.broadcast_to(jnp.arange(batch[1])[None], batch)
+    embedded: Any = family.embed(model).apply({"params": params["embed"]}, tokens_BT, pos_BT)
+    boundary_X = jnp.asarray(chosen)
+    used_BT1 = counted_BT[..., None].astype(embedded.dtype)
+
+    def read(h_BTD):
+        return kv_skip.features(h_BTD, embedded, features) * used_BT1
+
+    def unrotated(block, h_BTD):
+        _, k, v = block.project(layers.normed(block.attn_norm, h_BTD), jnp.zeros_like(pos_BT))
+        return k, v
+
+    def layer(carry, scanned):
+        h_BTD, read_XBTF = carry
+        number, params_l = scanned
+        k, v = block.apply({"params": params_l}, h_BTD, method=unrotated)
+        target = jnp.concatenate([k.reshape(*batch, -1), v.reshape(*batch, -1)], axis=-1)
+        cross_XFO = jnp.einsum("xbtf,bto->xfo", read_XBTF, target)
+        deeper_X11 = (number > boundary_X)[:, None, None]
+        attend = lambda q, k, v: (dense.causal_attention(q, k, v), None)  # noqa: E731
+        out: Any = block.apply({"params": params_l}, h_BTD, pos_BT, attend)
+        here_X = (number == boundary_X)[:, None, None, None]
+        read_XBTF = jnp.where(here_X, read(out[0])[None], read_XBTF)
+        return (out[0], read_XBTF), jnp.where(deeper_X11, cross_XFO, 0)
+
+    empty = jnp.zeros((len(chosen), *batch, len(features) * model.hidden_size + 1), embedded.dtype)
+    numbers = jnp.arange(1, model.num_layers + 1)
+    (_, read_XBTF), cross = lax.scan(layer, (embedded, empty), (numbers, params["layers"]))
+    return jnp.einsum("xbtf,xbtg->xfg", read_XBTF, read_XBTF), cross
