@@ -2,8 +2,17 @@
 
 from qs_jax import presets
 from qs_jax.checkpoint import load, load_tokenizer
-from qs_jax.config import Config, ModelConfig, QuickSilverConfig
+from qs_jax.config import (
+    AMQConfig,
+    Config,
+    FusionConfig,
+    HaltingConfig,
+    KVSkipConfig,
+    ModelConfig,
+    QuickSilverConfig,
+)
 from qs_jax.engine.generate import GenerateOutput, StreamStep, generate, stream
+from qs_jax.engine.overrides import TokenOverrides
 from qs_jax.engine.scoring import ScoreOutput, score
 from qs_jax.errors import (
     CheckpointError,
@@ -12,6 +21,9 @@ from qs_jax.errors import (
     NonFiniteError,
     QuickSilverError,
 )
+from qs_jax.mechanisms.fit import fit_kv_maps
+from qs_jax.mechanisms.kv_maps import KVMaps
+from qs_jax.record import Record
 
 __all__ = [
     # Checkpoints
@@ -24,11 +36,20 @@ __all__ = [
     "GenerateOutput",
     "ScoreOutput",
     "StreamStep",
+    "Record",
+    "TokenOverrides",
     # Configuration
     "Config",
     "ModelConfig",
     "QuickSilverConfig",
+    "HaltingConfig",
+    "KVSkipConfig",
+    "FusionConfig",
+    "AMQConfig",
     "presets",
+    # Maps of the "extrapolate" policy
+    "KVMaps",
+    "fit_kv_maps",
     # Errors
     "CheckpointError",
     "ConfigError",

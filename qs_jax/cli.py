@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from qs_jax.commands.evaluate import Evaluate
 from qs_jax.errors import InputError, QuickSilverError
 
 if TYPE_CHECKING:
@@ -208,6 +209,7 @@ def encode_prompt(
 
 Command = (
     Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Info, tyro.conf.subcommand("info")]
 )
 

@@ -1,9 +1,31 @@
-"""Named mechanism settings. Only the dense model exists so far."""
+"""Named mechanism settings, and presets as JSON files.
+
+`off` is the dense model. `paper` holds the paper's own numbers, scaled to the model's depth; where
+the paper gives several, the others are named variants (`NAMES`). `balanced` and `aggressive` are
+ours, and act on prompts only: that is where the embedded model forgives.
+"""
 
 from __future__ import annotations
 
-from qs_jax.config import ModelConfig, QuickSilverConfig
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from qs_jax.config import (
+    AMQConfig,
+    FusionConfig,
+    HaltingConfig,
+    KVSkipConfig,
+    ModelConfig,
+    QuickSilverConfig,
+)
 from qs_jax.errors import ConfigError
+
+_FORMAT = "qs-jax preset"
+_PAPER_DEPTH = 30
 
 
 def off(model: ModelConfig) -> QuickSilverConfig:
@@ -12,13 +34,173 @@ def off(model: ModelConfig) -> QuickSilverConfig:
     return QuickSilverConfig()
 
 
+def paper(model: ModelConfig, **changes: Any) -> QuickSilverConfig:
+    """The paper's numbers, with layers scaled from its 30 to the model's depth.
+
+    Raw drift below 1.0 and logit-lens entropy below 1.15 bits over layers 6 to 24, not before layer
+    5; keys of halted tokens skipped; adjacent tokens closer than 0.15 fused from layer 12; bits at
+    layer 15 by entropy in nats (1.0, 2.3). Sources: B.2, G.2 to G.4, FAQ; DESIGN section 9.
+
+    Args:
+      model: Depth and sizes.
+      **changes: "tau_drift", "normalization", "tau_low", "tau_high" of the variants.
+    """
+    layers = model.num_layers
+
+    def at(layer: int) -> int:
+        return min(max(round(layer / _PAPER_DEPTH * layers), 1), max(layers - 1, 1))
+
+    first, last = at(6), at(24)
+    amq = {key: changes[key] for key in ("normalization", "tau_low", "tau_high") if key in changes}
+    return QuickSilverConfig(
+        halting=HaltingConfig(
+            tau_drift=changes.get("tau_drift", 1.0),
+            tau_halt=1.15 * 0.6931471805599453,
+            window=(first, last),
+            min_layer=min(at(5), last),
+        ),
+        kv_skip=KVSkipConfig(policy="skip"),
+        fusion=FusionConfig(tau_fuse=0.15, first_layer=at(12)),
+        amq=AMQConfig(layer=at(15), group=_group(model), **amq),
+        provenance={
+            "source": "QuickSilver paper, sections B.2, C, D.3, E, G.2 to G.4",
+            "calibrated_on": None,
+            **changes,
+        },
+    )
+
+
+def balanced(model: ModelConfig) -> QuickSilverConfig:
+    """Prompts only: the least attended half of a prompt stops at 0.8 of the depth.
+
+    Its keys are skipped from there on. Chosen on the embedded model to stay within 0.2 of its dense
+    perplexity; the measured cost is in docs/mechanisms.md. For another model it is a starting
+    point, not a promise.
+    """
+    layers = _layers(model, 0.8)
+    return QuickSilverConfig(
+        halting=HaltingConfig(rule="quota", layers=layers, quota=(0.5,), entropy=None),
+        kv_skip=KVSkipConfig(policy="skip"),
+        provenance=_SHIPPED,
+    )
+
+
+def aggressive(model: ModelConfig) -> QuickSilverConfig:
+    """Prompts only: all four mechanisms, for savings whose price shows in the perplexity.
+
+    Half of the prompt stops at two thirds of the depth and the rest at 0.9 of it, keys of halted
+    tokens are skipped unless attended to, near-identical neighbours fuse, and activations keep 8
+    bits from the middle on. The measured cost is in docs/mechanisms.md.
+    """
+    layers = _layers(model, 2 / 3, 0.9)
+    middle = max(model.num_layers // 2, 1)
+    return QuickSilverConfig(
+        halting=HaltingConfig(
+            rule="quota", layers=layers, quota=_shares(layers, 0.5, 0.9), entropy=None
+        ),
+        kv_skip=KVSkipConfig(policy="attended", tau_kv=0.05),
+        fusion=FusionConfig(tau_fuse=0.35, distance="relative", first_layer=middle),
+        amq=AMQConfig.uniform(8, layer=middle, group=_group(model)),
+        provenance=_SHIPPED,
+    )
+
+
+_SHIPPED: Mapping[str, Any] = {
+    "source": "shipped with qs-jax",
+    "chosen_on": "SmolLM2-135M-Instruct, WikiText-103 validation, 16 windows of 512, continuation",
+}
+
+
+def _variant(**changes: Any) -> Callable[[ModelConfig], QuickSilverConfig]:
+    return lambda model: paper(model, **changes)
+
+
+# Every preset by name; the paper's other values are its variants.
+NAMES: dict[str, Callable[[ModelConfig], QuickSilverConfig]] = {
+    "off": off,
+    "paper": paper,
+    "balanced": balanced,
+    "aggressive": aggressive,
+    "paper-drift-0.045": _variant(tau_drift=0.045),  # B.2
+    "paper-drift-0.001": _variant(tau_drift=1e-3),  # G.2
+    "paper-drift-0.9": _variant(tau_drift=0.9),  # FAQ
+    "paper-drift-1.1": _variant(tau_drift=1.1),  # FAQ
+    "paper-bits-minmax": _variant(normalization="minmax", tau_low=0.3, tau_high=0.6),  # E.2
+    "paper-bits-log-vocab": _variant(normalization="log_vocab", tau_low=0.25, tau_high=0.65),  # O
+}
+
+
 def by_name(name: str, model: ModelConfig) -> QuickSilverConfig:
-    """The preset called `name`.
+    """The preset called `name`, or read from the JSON file of that name.
 
     Raises:
-      ConfigError: There is no such preset.
+      ConfigError: There is neither, or it does not fit the model.
     """
-    presets = {"off": off}
-    if name not in presets:
-        raise ConfigError(f"unknown preset {name!r}; known: {', '.join(presets)}.")
-    return presets[name](model)
+    if name in NAMES:
+        return NAMES[name](model)
+    if name.endswith(".json") or os.sep in name:
+        return load(name, model)
+    raise ConfigError(f"unknown preset {name!r}; known: {', '.join(NAMES)}, or a FILE.json.")
+
+
+def save(
+    path: str | Path, quicksilver: QuickSilverConfig, model: ModelConfig | None = None
+) -> Path:
+    """Write a preset with its provenance as JSON.
+
+    Args:
+      path: File to write.
+      quicksilver: Settings; `provenance` goes along.
+      model: Notes the architecture it was made for, so that `load` can refuse another depth.
+    """
+    path, fields = Path(path), quicksilver.to_dict()
+    provenance = fields.pop("provenance")
+    if model is not None:
+        provenance |= {"model_type": model.model_type, "num_layers": model.num_layers}
+    content = {"format": _FORMAT, "version": 1, "quicksilver": fields, "provenance": provenance}
+    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    return path
+
+
+def load(path: str | Path, model: ModelConfig) -> QuickSilverConfig:
+    """Read a preset written by `save`.
+
+    Raises:
+      ConfigError: It cannot be read, is of another format or model, or does not fit.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the preset {path}: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise ConfigError(f"{path} is not a preset: it has no format {_FORMAT!r}.")
+    if content.get("version") != 1:
+        raise ConfigError(f"{path} is a preset of version {content.get('version')}, known: 1.")
+    provenance = content.get("provenance", {})
+    for name in ("model_type", "num_layers"):
+        made_for = provenance.get(name)
+        if made_for is not None and made_for != getattr(model, name):
+            raise ConfigError(
+                f"{path} was made for a model with {name} {made_for}, this one has "
+                f"{getattr(model, name)}."
+            )
+    quicksilver = QuickSilverConfig.from_dict(content["quicksilver"])
+    quicksilver = dataclasses.replace(quicksilver, provenance=provenance)
+    quicksilver.check(model, "teacher-forced" if not quicksilver.prompts_only else "continuation")
+    return quicksilver
+
+
+def _group(model: ModelConfig) -> int:
+    """The largest group up to 16 channels that divides every width."""
+    widths = (model.hidden_size, model.q_size, model.mlp_size, model.head_dim)
+    return next(g for g in (16, 8, 4, 2, 1) if all(width % g == 0 for width in widths))
+
+
+def _layers(model: ModelConfig, *fractions: float) -> tuple[int, ...]:
+    deepest = max(model.num_layers - 1, 1)
+    return tuple(sorted({min(max(round(f * model.num_layers), 1), deepest) for f in fractions}))
+
+
+def _shares(layers: tuple[int, ...], *shares: float) -> tuple[float, ...]:
+    """One share a layer: in a shallow model two fractions of the depth can be one layer."""
+    return shares[: len(layers)]

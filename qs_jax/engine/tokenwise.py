@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -120,7 +119,7 @@ def run_prompt(
     return logits_BV, remember(past, logits_BV, jnp.ones_like(prompt.lengths_B, bool), plan)
 
 
-def evidence(past: Past) -> dict[str, jax.Array]:
+def evidence(past: Past) -> dict[str, Any]:
     """What a `Record` is made of, `[L, B, S]` and `[B, S]`."""
     return {
         "layers": past.record,

@@ -50,7 +50,7 @@ def assign_bits(
 
 def code(
     x: Float[Array, "*batch C"], amq: AMQConfig
-) -> tuple[Int[Array, "*batch C"], Array, Array]:
+) -> tuple[Int[Array, "*batch M G"], Array, Array]:
     """8-bit codes with the scale of each group: floor(256 (x - low) / range).
 
     A floor nests: the top 4 or 2 bits are floor(16 ...) and floor(4 ...), the codes a direct

@@ -1,0 +1,198 @@
+"""The rows of the tables in docs/mechanisms.md: which configuration, under which protocol."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+import qs_jax
+from qs_jax import presets
+from qs_jax.config import (
+    AMQConfig,
+    Config,
+    FusionConfig,
+    HaltingConfig,
+    KVSkipConfig,
+    ModelConfig,
+    QuickSilverConfig,
+)
+from qs_jax.engine import dense
+from qs_jax.mechanisms import fusion
+from qs_jax.models import Params, family_of
+
+TEACHER, CONTINUATION = "teacher-forced", "continuation"
+MAP_LAYERS = (15, 20, 24)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of a table."""
+
+    section: str
+    name: str
+    protocol: str
+    quicksilver: QuickSilverConfig
+
+    @property
+    def key(self) -> str:
+        """Its name in the JSON file."""
+        return f"{self.section} | {self.name} | {self.protocol}"
+
+
+def percentiles(params: Params, rows_NT: np.ndarray, model: ModelConfig) -> dict[str, Any]:
+    """Thresholds by the paper's rules: B.2 (25th percentile) and D.3 (15th).
+
+    Returns:
+      "layers" and, for each, "tau_drift" (raw) and "tau_halt" (nats, logit lens); "tau_fuse" raw.
+    """
+    layers = (12, 18, 24)
+    never = QuickSilverConfig(
+        halting=HaltingConfig(
+            tau_drift=float("inf"), tau_halt=float("-inf"), layers=layers, window=None
+        ),
+        sink_tokens=0,
+        protect_special=False,
+    )
+    record = qs_jax.score(params, rows_NT, Config(model, never)).record
+    assert record is not None
+    at = [layer - 1 for layer in layers]
+    distances = adjacent_distances(params, rows_NT, model)
+    return {
+        "layers": layers,
+        "tau_drift": [float(np.nanpercentile(record.drift[i], 25)) for i in at],
+        "tau_halt": [float(np.nanpercentile(record.entropy[i], 25)) for i in at],
+        "tau_fuse": float(np.percentile(distances[[9, 14, 19]], 15)),
+        "median_drift": [float(np.nanmedian(layer)) for layer in record.drift],
+        "median_adjacent_distance": [float(np.median(layer)) for layer in distances],
+    }
+
+
+def adjacent_distances(params: Params, rows_NT: np.ndarray, model: ModelConfig) -> np.ndarray:
+    """Raw L2 distance of each token's state to the one before it, `[L, N, T - 1]`."""
+    family = family_of(model)
+    block = family.block(model)
+
+    @jax.jit
+    def run(tokens_BT):
+        pos_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
+        h_BTD = family.embed(model).apply({"params": params["embed"]}, tokens_BT, pos_BT)
+
+        def attend(q, k, v):
+            return dense.causal_attention(q, k, v), None
+
+        def layer(h_BTD, params_l):
+            h_BTD, _ = block.apply({"params": params_l}, h_BTD, pos_BT, attend)
+            return h_BTD, fusion.distances(h_BTD[:, 1:], h_BTD[:, :-1], "raw")
+
+        return lax.scan(layer, h_BTD, params["layers"])[1]
+
+    return np.asarray(run(jnp.asarray(rows_NT)))
+
+
+def quota(layer: int, share: float, policy: str, score: str = "attention") -> QuickSilverConfig:
+    """Halt a share of the prompt at one layer."""
+    tau_kv = 0.05 if policy == "attended" else None
+    return QuickSilverConfig(
+        halting=HaltingConfig(
+            rule="quota", layers=(layer,), quota=(share,), score=score, entropy=None
+        ),
+        kv_skip=KVSkipConfig(policy=policy, tau_kv=tau_kv),
+    )
+
+
+def all_rows(model: ModelConfig, fitted: dict[str, Any]) -> Iterator[Row]:
+    """Every row, the tables in the order of the page."""
+    for protocol in (TEACHER, CONTINUATION):
+        yield Row("presets", "off", protocol, presets.off(model))
+    for name in ("balanced", "aggressive"):
+        yield Row("presets", name, CONTINUATION, presets.NAMES[name](model))
+    yield from policy_rows()
+    yield from bit_rows(model)
+    for protocol in (TEACHER, CONTINUATION):
+        for name, make in presets.NAMES.items():
+            minmax = name.endswith("minmax") and protocol == TEACHER
+            if name.startswith("paper") and not minmax:
+                yield Row("paper", name, protocol, make(model))
+    for protocol in (TEACHER, CONTINUATION):
+        yield from ablation(protocol, "paper numbers", presets.paper(model))
+        yield from ablation(protocol, "percentiles", by_percentiles(model, fitted))
+
+
+def policy_rows() -> Iterator[Row]:
+    """KV policies side by side; then what the quota's score is worth."""
+    for layer, share in ((24, 0.5), (20, 0.5), (24, 1.0), (15, 0.5), (20, 1.0), (15, 1.0)):
+        for policy in ("skip", "attended", "propagate", "extrapolate"):
+            name = f"{share:.0%} at layer {layer} | {policy}"
+            yield Row("policies", name, CONTINUATION, quota(layer, share, policy))
+    for score in ("attention", "random", "drift"):
+        qs = quota(20, 0.5, "extrapolate", score)
+        yield Row("scores", f"50% at layer 20, lowest {score} first", CONTINUATION, qs)
+
+
+def bit_rows(model: ModelConfig) -> Iterator[Row]:
+    """Uniform and adaptive bits, plain and rotated."""
+    middle = model.num_layers // 2
+    grouped = {"group": 16, "rotate": True}
+    settings = {
+        "8 bits": AMQConfig.uniform(8, middle, **grouped),
+        "4 bits": AMQConfig.uniform(4, middle, **grouped),
+        "4 bits, no rotation": AMQConfig.uniform(4, middle, group=16),
+        "4 bits, symmetric, group 32": AMQConfig.uniform(4, middle, group=32, symmetric=True),
+        "2 bits": AMQConfig.uniform(2, middle, **grouped),
+        "adaptive, nats (1.0, 2.3)": AMQConfig(middle, **grouped),
+        "adaptive, no 2 bits": AMQConfig(middle, tau_low=float("-inf"), **grouped),
+        "8 bits, keys and values": AMQConfig.uniform(8, middle, targets=("kv",), **grouped),
+    }
+    for protocol in (TEACHER, CONTINUATION):
+        for name, amq in settings.items():
+            yield Row("bits", name, protocol, QuickSilverConfig(amq=amq))
+
+
+def by_percentiles(model: ModelConfig, fitted: dict[str, Any]) -> QuickSilverConfig:
+    """The paper preset with thresholds that act: its own percentile rules on this model."""
+    base = presets.paper(model)
+    tau_drift, tau_halt = [0.0] * model.num_layers, [0.0] * model.num_layers
+    for layer, drift, halt in zip(
+        fitted["layers"], fitted["tau_drift"], fitted["tau_halt"], strict=True
+    ):
+        tau_drift[layer - 1], tau_halt[layer - 1] = drift, halt
+    assert base.halting is not None
+    assert base.fusion is not None
+    return dataclasses.replace(
+        base,
+        halting=dataclasses.replace(
+            base.halting,
+            layers=tuple(fitted["layers"]),
+            tau_drift=tuple(tau_drift),
+            tau_halt=tuple(tau_halt),
+        ),
+        fusion=dataclasses.replace(base.fusion, tau_fuse=fitted["tau_fuse"]),
+    )
+
+
+def ablation(protocol: str, label: str, full: QuickSilverConfig) -> Iterator[Row]:
+    """H, K, F, Q alone, then added one after the other (paper Table 11)."""
+    assert full.halting is not None
+    none = QuickSilverConfig()
+    flags_only = dataclasses.replace(full.halting, freeze=False)
+    rows = {
+        "H": dataclasses.replace(none, halting=full.halting),
+        "K": dataclasses.replace(none, halting=flags_only, kv_skip=full.kv_skip),
+        "F": dataclasses.replace(none, fusion=full.fusion),
+        "Q": dataclasses.replace(none, amq=full.amq),
+        "H+K": dataclasses.replace(none, halting=full.halting, kv_skip=full.kv_skip),
+        "H+K+F": dataclasses.replace(full, amq=None),
+        "H+K+F+Q": full,
+    }
+    for name, qs in rows.items():
+        yield Row(f"ablation, {label}", name, protocol, qs)
+
+
+# Fusion and AMQ settings are spelled out by the rows above; these names are what they are made of.
+__all__ = ["FusionConfig", "MAP_LAYERS", "Row", "all_rows", "percentiles"]

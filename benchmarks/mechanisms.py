@@ -1,0 +1,149 @@
+"""What each mechanism does to perplexity and to the counted work, on a real model and text.
+
+`python -m benchmarks.mechanisms --ckpt DIR --text FILE` scores the first windows of a text under
+every row of the tables in docs/mechanisms.md, writes benchmarks/results/mechanisms.json after each
+row (a stopped run goes on where it was), and rewrites the tables. Maps and percentiles are fitted
+on the windows that follow the scored ones. All savings are simulated: counted from masks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+import qs_jax
+from benchmarks import environment, mechanism_rows, mechanism_tables
+from qs_jax import accounting
+from qs_jax.checkpoint import read_manifest
+from qs_jax.config import Config
+from qs_jax.mechanisms.kv_maps import select
+from qs_jax.models import Params
+
+
+@dataclasses.dataclass
+class Arguments:
+    """Measure every row and rewrite the tables."""
+
+    ckpt: Path
+    """Folder written by convert.hf_to_flax."""
+    text: Path
+    """UTF-8 text, tokenised whole and cut into windows."""
+    windows: int = 16
+    """Windows scored."""
+    seq_len: int = 512
+    """Tokens a window."""
+    fit_windows: int = 64
+    """Windows after those, for maps and percentiles."""
+    batch_size: int = 4
+    """Windows at a time."""
+    out: Path = environment.RESULTS / "mechanisms.json"
+    """JSON file."""
+    docs: Path = Path("docs/mechanisms.md")
+    """Page whose tables are rewritten."""
+    tables_only: bool = False
+    """Rewrite the tables from the JSON file, measure nothing."""
+
+
+def score_rows(
+    params: Params, rows_NT: np.ndarray, cfg: Config, batch_size: int, map_features: int | None
+) -> dict[str, Any]:
+    """Per-window negative log-likelihood and the tally of one configuration."""
+    nll, tokens, counted = [], [], None
+    for start in range(0, len(rows_NT), batch_size):
+        rows = rows_NT[start : start + batch_size]
+        out = qs_jax.score(params, rows, cfg)
+        nll += (-out.logprobs.sum(1, dtype=np.float64)).tolist()
+        tokens += out.mask.sum(1).tolist()
+        if out.record is None:
+            lengths = np.full(len(rows), rows.shape[1])
+            continuation = cfg.protocol == "continuation"
+            ends = lengths - cfg.continuation_tokens if continuation else 0 * lengths
+            part = accounting.dense_tally(lengths, ends, cfg.model)
+        else:
+            part = accounting.tally(out.record, cfg.model, cfg.quicksilver, map_features)
+        counted = part if counted is None else accounting.add(counted, part)
+    assert counted is not None
+    return {"nll": nll, "tokens": tokens, "saved": accounting.summary(counted)}
+
+
+def measure(args: Arguments) -> dict[str, Any]:
+    """Score all rows, one after the other, into the JSON file."""
+    params, model = qs_jax.load(args.ckpt, dtype="float32")
+    ids = qs_jax.load_tokenizer(args.ckpt)(
+        args.text.read_text(encoding="utf-8"), verbose=False
+    ).input_ids
+    count = args.windows + args.fit_windows
+    windows = np.array(ids[: count * args.seq_len], np.int32).reshape(count, args.seq_len)
+    scored, fitting = windows[: args.windows], windows[args.windows :]
+    about = {
+        "model": read_manifest(args.ckpt)["source"],
+        "text": args.text.name,
+        "windows": args.windows,
+        "seq_len": args.seq_len,
+        "fit_windows": args.fit_windows,
+        "batch_size": args.batch_size,
+        "dtype": "float32",
+    }
+    done = _read(args.out, about)
+    if "fitted" not in done:
+        done["fitted"] = mechanism_rows.percentiles(params, fitting[:4], model)
+        _write(args.out, about, done)
+    maps_file = args.out.with_suffix(".maps.safetensors")
+    if maps_file.exists():
+        maps = qs_jax.KVMaps.load(maps_file)
+    else:
+        layers = mechanism_rows.MAP_LAYERS
+        maps = qs_jax.fit_kv_maps(params, fitting, layers, model, progress=True)
+        maps.save(maps_file)
+    rows = list(mechanism_rows.all_rows(model, done["fitted"]))
+    for row in tqdm([row for row in rows if row.key not in done["rows"]], "rows"):
+        cfg = Config(model, row.quicksilver, protocol=row.protocol)
+        here, features = params, None
+        skip, halting = row.quicksilver.kv_skip, row.quicksilver.halting
+        if skip is not None and skip.policy == "extrapolate":
+            chosen = select(maps, halting.layers)
+            here, features = {**params, "kv_maps": chosen}, chosen.maps_LXFO.shape[2]
+        result = score_rows(here, scored, cfg, args.batch_size, features)
+        done["rows"][row.key] = result | {"quicksilver": row.quicksilver.to_dict()}
+        _write(args.out, about, done)
+    maps_file.unlink()
+    return done
+
+
+def _read(path: Path, about: dict[str, Any]) -> dict[str, Any]:
+    if not path.exists():
+        return {"rows": {}}
+    content = json.loads(path.read_text())
+    if content["about"] != about:
+        raise SystemExit(f"{path} holds other measurements ({content['about']}): move it away.")
+    return content
+
+
+def _write(path: Path, about: dict[str, Any], done: dict[str, Any]) -> None:
+    environment.write(path.stem, {**done, "about": about}, path)
+
+
+def _sections(path: Path) -> Iterator[tuple[str, str]]:
+    content = json.loads(path.read_text())
+    yield from mechanism_tables.render(content)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    args = tyro.cli(Arguments, prog="python -m benchmarks.mechanisms", args=argv)
+    if not args.tables_only:
+        measure(args)
+    for name, table in _sections(args.out):
+        mechanism_tables.replace(args.docs, name, table)
+    print(f"{args.out} and the tables of {args.docs} are up to date.")
+
+
+if __name__ == "__main__":
+    main()

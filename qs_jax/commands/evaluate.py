@@ -1,0 +1,243 @@
+"""`python -m qs_jax evaluate`: perplexity of a checkpoint on a text, and what a preset saves."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from qs_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from qs_jax.config import Config
+    from qs_jax.evaluation.journal import Journal
+    from qs_jax.evaluation.perplexity import Windows
+    from qs_jax.mechanisms.kv_maps import KVMaps
+    from qs_jax.models import Params
+
+_SAVED = {
+    "layer_tokens_saved": "layer-tokens saved",
+    "exact_flops_saved": "FLOPs saved (exact count)",
+    "paper_flops_saved": "FLOPs saved (the paper's count)",
+    "kv_bytes_saved": "KV bytes saved",
+}
+
+
+class Job(NamedTuple):
+    """A run with everything but the weights.
+
+    Attributes:
+      cfg: Model, mechanisms, protocol.
+      windows: What to score.
+      maps: For the "extrapolate" policy.
+      identity: What makes two runs the same; all of it is in the results.
+      extra: Further facts for the results, which follow from these.
+    """
+
+    cfg: Config
+    windows: Windows
+    maps: KVMaps | None
+    identity: dict[str, Any]
+    extra: dict[str, Any]
+
+
+@dataclasses.dataclass
+class Evaluate:
+    """Measure perplexity in fixed windows, and what a preset saves."""
+
+    ckpt: Path
+    """Folder written by convert.hf_to_flax."""
+    data: str
+    """wikitext-103, c4, or a file: .jsonl, .jsonl.gz, .json.gz (field "text"), or plain text."""
+    out: Path
+    """Results, as JSON; finished batches of an unfinished run are in OUT.partial."""
+    protocol: Literal["teacher-forced", "continuation"] | None = None
+    """Score every position; or let mechanisms act on a prompt and score what follows. By default
+    teacher-forced, unless the preset can act on prompts only."""
+    seq_len: int = 512
+    """Tokens of each window."""
+    batch_size: int = 8
+    """Windows scored at a time."""
+    preset: str = "off"
+    """Mechanisms to run: a name, or FILE.json; off is the dense model."""
+    engine: Literal["masked"] = "masked"
+    """masked computes everything and selects: savings are simulated."""
+    limit_windows: int | None = None
+    """Score the first N windows only."""
+    continuation_tokens: int = 128
+    """Under continuation: the last tokens of each window, which are scored."""
+    kv_maps: Path | None = None
+    """Maps of the "extrapolate" policy; by default kv_maps.safetensors in the checkpoint folder."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Convert parameters while loading."""
+    resume: bool = False
+    """Continue a run that was killed; the results are those of a run that was not."""
+    overwrite: bool = False
+    """Replace --out, and forget an unfinished run."""
+
+    def run(self) -> None:
+        """Check, score, write, report."""
+        from qs_jax.checkpoint import load
+        from qs_jax.evaluation.journal import Journal, check_target, is_complete, write_json
+        from qs_jax.evaluation.perplexity import results
+
+        check_target(self.out, resume=self.resume, overwrite=self.overwrite)
+        if self.batch_size < 1:
+            raise InputError(f"--batch-size must be at least 1, got {self.batch_size}.")
+        job = self._job()
+        if self.resume and is_complete(self.out, job.identity):
+            print(f"{self.out} is complete; it was left as it is.")
+            return
+        with Journal(self.out, job.identity, resume=self.resume) as journal:
+            params, _ = load(self.ckpt, dtype=self.dtype)
+            if job.maps is not None:
+                params["kv_maps"] = job.maps
+            self._score(params, job, journal)
+            measured = results(journal.entries, dense=_is_dense(job.cfg))
+            write_json(self.out, measured | job.extra | job.identity)
+            journal.remove()
+        self._report(measured, job)
+
+    def _job(self) -> Job:
+        """Everything that can be wrong is looked at here, before the weights are read."""
+        from qs_jax import Config, ModelConfig, load_tokenizer, presets
+        from qs_jax.checkpoint import read_manifest
+        from qs_jax.evaluation.perplexity import check_width, git_hash, read_windows, versions
+
+        manifest = read_manifest(self.ckpt)
+        model = ModelConfig.from_dict(manifest["model"])
+        model = model.replace(dtype=self.dtype or model.dtype)
+        quicksilver = presets.by_name(self.preset, model)
+        cfg = Config(
+            model=model,
+            quicksilver=quicksilver,
+            protocol=self.protocol,
+            continuation_tokens=self.continuation_tokens,
+        )
+        check_width(self.seq_len, cfg)
+        maps, maps_hash = self._maps(cfg)
+        tokenizer = load_tokenizer(self.ckpt)
+        text, windows = read_windows(self.data, tokenizer, self.seq_len, self.limit_windows)
+        check_width(windows.tokens_WT.shape[1], cfg)
+        config = self._settings(cfg) | {
+            "data": text.name,
+            "data_sha256": text.sha256,
+            "tokens_sha256": windows.sha256,
+            "kv_maps_sha256": maps_hash,
+        }
+        identity = {
+            "config": dict(sorted(config.items())),
+            "model": {
+                "source": manifest["source"],
+                "config": model.to_dict(),
+                "fingerprint": manifest["params"],
+            },
+            "versions": versions(),
+            "git": git_hash(),
+        }
+        told = {
+            "characters": len(text.text),
+            "joined": text.joined,
+            "tokens": windows.tokens_in_text,
+            "tokens_left_over": windows.left_over,
+        }
+        return Job(cfg, windows, maps, identity, {"text": told})
+
+    def _settings(self, cfg: Config) -> dict[str, Any]:
+        """The options that decide the numbers; paths go by their last name."""
+        import jax
+
+        assert cfg.quicksilver is not None
+        continued = cfg.protocol == "continuation"
+        return {
+            "backend": jax.default_backend(),
+            "batch_size": self.batch_size,
+            "continuation_tokens": cfg.continuation_tokens if continued else None,
+            "dtype": cfg.model.dtype,
+            "engine": self.engine,
+            "limit_windows": self.limit_windows,
+            "preset": Path(self.preset).name,
+            "protocol": cfg.protocol,
+            "quicksilver": cfg.quicksilver.to_dict(),
+            "seq_len": self.seq_len,
+        }
+
+    def _maps(self, cfg: Config) -> tuple[KVMaps | None, str | None]:
+        """The maps of the halting layers, if the policy reads them, and the file's SHA-256."""
+        from qs_jax.mechanisms.kv_maps import FILE_NAME, KVMaps, select
+
+        qs = cfg.quicksilver
+        if qs is None or qs.kv_skip is None or qs.kv_skip.policy != "extrapolate":
+            if self.kv_maps is not None:
+                raise InputError(
+                    "--kv-maps is for presets whose kv_skip.policy is 'extrapolate'; preset "
+                    f"{self.preset!r} reads none."
+                )
+            return None, None
+        assert qs.halting is not None
+        assert qs.halting.layers is not None
+        path = self.kv_maps or self.ckpt / FILE_NAME
+        maps = select(KVMaps.load(path), qs.halting.layers)
+        maps.check(cfg.model)
+        path = path / FILE_NAME if path.is_dir() else path
+        return maps, hashlib.sha256(path.read_bytes()).hexdigest()
+
+    def _score(self, params: Params, job: Job, journal: Journal) -> None:
+        """Score what the journal does not have yet, with a bar on standard error."""
+        from tqdm import tqdm
+
+        from qs_jax.evaluation.perplexity import exp, mean_nll, score_windows
+
+        done = sum(len(entry["tokens"]) for entry in journal.entries)
+        total = len(job.windows.tokens_WT)
+        batches = score_windows(
+            params,
+            job.windows,
+            job.cfg,
+            batch_size=self.batch_size,
+            first=len(journal.entries),
+        )
+        try:
+            with tqdm(total=total, initial=done, unit="window", desc="evaluating") as bar:
+                for entry in batches:
+                    journal.append(entry)
+                    perplexity = exp(mean_nll(journal.entries)) or float("inf")
+                    bar.set_postfix_str(f"perplexity {perplexity:.2f}", refresh=False)
+                    bar.update(len(entry["tokens"]))
+        except KeyboardInterrupt:
+            if journal.entries:
+                print(f"finished batches are in {journal.path}; --resume goes on", file=sys.stderr)
+            raise
+
+    def _report(self, measured: dict[str, Any], job: Job) -> None:
+        """Print the table of what was measured."""
+        from rich.console import Console
+        from rich.table import Table
+
+        config = job.identity["config"]
+        table = Table(title=f"{config['data']} · {config['protocol']}", show_header=False)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        table.add_row("perplexity", _told(measured["perplexity"]))
+        if measured["perplexity_interval"] is not None:
+            low, high = measured["perplexity_interval"]
+            table.add_row("95 % interval over windows", f"{_told(low)} to {_told(high)}")
+        width = job.windows.tokens_WT.shape[1]
+        table.add_row("windows", f"{measured['windows']:,} of {width} tokens")
+        table.add_row("tokens scored", f"{measured['tokens_scored']:,}")
+        table.add_row("preset", config["preset"])
+        if measured["simulated"]:
+            for name, label in _SAVED.items():
+                table.add_row(f"{label}, simulated", f"{measured[name]:.1%}")
+        table.add_row("results", str(self.out))
+        Console().print(table)
+
+
+def _is_dense(cfg: Config) -> bool:
+    return cfg.quicksilver is None or cfg.quicksilver.is_off
+
+
+def _told(perplexity: float | None) -> str:
+    return "beyond float64" if perplexity is None else f"{perplexity:,.4g}"

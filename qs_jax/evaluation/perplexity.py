@@ -1,0 +1,245 @@
+"""Perplexity in fixed windows: the text tokenised whole, cut, and scored batch by batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import math
+import platform
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Int
+
+from qs_jax import accounting
+from qs_jax.config import Config
+from qs_jax.engine.scoring import score
+from qs_jax.errors import InputError
+from qs_jax.evaluation.datasets import Text, read_text
+from qs_jax.models import Params
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Of English in any subword vocabulary; where it is too few, documents are taken again.
+_CHARS_PER_TOKEN = 8
+_VERSIONED = ("jax", "jaxlib", "flax", "numpy", "qs-jax")
+_SAVED = ("paper_flops_saved", "exact_flops_saved", "kv_bytes_saved", "layer_tokens_saved")
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """A tokenised text in windows.
+
+    Attributes:
+      tokens_WT: int32 `[W, T]`, consecutive windows.
+      tokens_in_text: Tokens of the whole text.
+      left_over: Tokens after the last window that fits, in no window because they do not fill one.
+      sha256: Of all windows' token ids as little-endian int32.
+    """
+
+    tokens_WT: Int[np.ndarray, "W T"]
+    tokens_in_text: int
+    left_over: int
+    sha256: str
+
+
+def cut_windows(ids: Sequence[int], seq_len: int, limit: int | None = None) -> Windows:
+    """Cut tokens into consecutive windows.
+
+    Args:
+      ids: Tokens of the whole text.
+      seq_len: Tokens of each window. A last one that is shorter is left out, unless it is the only
+        one.
+      limit: Keep this many windows from the start; None keeps all.
+
+    Raises:
+      InputError: Fewer than two tokens: a window's first token is never scored.
+    """
+    if seq_len < 2:
+        raise InputError(f"--seq-len must be at least 2, got {seq_len}: the first is not scored.")
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit-windows must be at least 1, got {limit}.")
+    if len(ids) < 2:
+        raise InputError(
+            f"the text has {len(ids)} token{'' if len(ids) == 1 else 's'}; there is nothing to "
+            "predict below 2."
+        )
+    width = min(seq_len, len(ids))
+    whole = len(ids) // width
+    tokens_WT = np.asarray(ids[: whole * width], np.int32).reshape(whole, width)[:limit]
+    digest = hashlib.sha256(tokens_WT.astype("<i4").tobytes()).hexdigest()
+    return Windows(tokens_WT, len(ids), len(ids) - whole * width, digest)
+
+
+def read_windows(
+    data: str, tokenizer: PreTrainedTokenizerBase, seq_len: int, limit: int | None = None
+) -> tuple[Text, Windows]:
+    """Read a text, tokenise it whole and cut it.
+
+    Args:
+      data: As `read_text`.
+      tokenizer: Of the checkpoint; what it puts before a text, it puts once.
+      seq_len: Tokens of each window.
+      limit: Number of windows; None takes all.
+
+    Raises:
+      InputError: As `read_text` and `cut_windows`.
+    """
+    needed = None if limit is None else limit * seq_len
+    limit_chars = None if needed is None else needed * _CHARS_PER_TOKEN
+    while True:
+        text = read_text(data, limit_chars)
+        ids = tokenizer(text.text, verbose=False).input_ids
+        if text.complete or needed is None or len(ids) >= needed:
+            return text, cut_windows(ids, seq_len, limit)
+        assert limit_chars is not None
+        limit_chars *= 2
+
+
+def check_width(width: int, cfg: Config) -> None:
+    """Refuse windows the model or the protocol has no room for, before anything is computed.
+
+    Raises:
+      InputError: Longer than the model's positions, or no longer than the continuation.
+    """
+    if width > cfg.model.max_positions:
+        raise InputError(
+            f"windows of {width} tokens exceed this model's {cfg.model.max_positions} positions: "
+            "lower --seq-len."
+        )
+    if cfg.protocol == "continuation" and width <= cfg.continuation_tokens:
+        raise InputError(
+            f"windows of {width} tokens have no prompt before their last "
+            f"{cfg.continuation_tokens}: raise --seq-len, lower --continuation-tokens, or give "
+            "more text."
+        )
+
+
+def score_windows(
+    params: Params, windows: Windows, cfg: Config, *, batch_size: int, first: int = 0
+) -> Iterator[dict[str, Any]]:
+    """Score batch after batch; a window's result depends on no other window.
+
+    Args:
+      params: From `qs_jax.load`.
+      windows: What to score.
+      cfg: Model, mechanisms and protocol.
+      batch_size: Windows at a time.
+      first: Index of the first batch to score.
+
+    Yields:
+      Per batch: "nll", each window's total negative log-likelihood in nats (float64); "tokens",
+      each window's scored positions; "counts", the tally of `qs_jax.accounting`.
+    """
+    maps = params.get("kv_maps")
+    features = None if maps is None else maps.maps_LXFO.shape[2]
+    for start in range(first * batch_size, len(windows.tokens_WT), batch_size):
+        tokens_BT = windows.tokens_WT[start : start + batch_size]
+        out = score(params, tokens_BT, cfg)
+        if out.record is None:
+            lengths_B = np.full(len(tokens_BT), tokens_BT.shape[1])
+            prompts_B = lengths_B - cfg.continuation_tokens
+            prompts_B = prompts_B if cfg.protocol == "continuation" else np.zeros_like(lengths_B)
+            counts = accounting.dense_tally(lengths_B, prompts_B, cfg.model)
+        else:
+            counts = accounting.tally(out.record, cfg.model, cfg.quicksilver, features)
+        yield {
+            "nll": (-out.logprobs.sum(axis=1, dtype=np.float64)).tolist(),
+            "tokens": out.mask.sum(axis=1).tolist(),
+            "counts": counts,
+        }
+
+
+def mean_nll(entries: Sequence[dict[str, Any]]) -> float:
+    """Negative log-likelihood of all scored tokens so far, in nats per token."""
+    total = math.fsum(value for entry in entries for value in entry["nll"])
+    return total / sum(sum(entry["tokens"]) for entry in entries)
+
+
+def results(entries: Sequence[dict[str, Any]], *, dense: bool) -> dict[str, Any]:
+    """What all batches say together.
+
+    Args:
+      entries: Of `score_windows`, at least one.
+      dense: No mechanism ran.
+
+    Returns:
+      Perplexity with its interval, per-window records, counts and savings, as plain JSON types. A
+      perplexity beyond the range of float64 is None.
+    """
+    tokens = np.array([count for entry in entries for count in entry["tokens"]])
+    per_window = np.array([value for entry in entries for value in entry["nll"]]) / tokens
+    counts = functools.reduce(accounting.add, [entry["counts"] for entry in entries])
+    summary = accounting.summary(counts)
+    nll = mean_nll(entries)
+    note = "the dense model: nothing is saved"
+    if not dense:
+        note = "savings are counted from the mechanisms' record; the masked engine computes all"
+    return {
+        "perplexity": exp(nll),
+        "tokens_scored": int(tokens.sum()),
+        **{name: summary[name] for name in _SAVED},
+        "nll": nll,
+        "perplexity_interval": interval(per_window),
+        "windows": len(tokens),
+        "per_window": {"nll": per_window.tolist(), "tokens": tokens.tolist()},
+        "counts": counts,
+        "summary": summary,
+        "simulated": not dense,
+        "note": note,
+    }
+
+
+def interval(nll_W: np.ndarray, level: float = 0.95) -> list[float | None] | None:
+    """Student-t confidence interval of the perplexity, windows being the sample.
+
+    Args:
+      nll_W: Mean negative log-likelihood of each window, in nats.
+      level: Of confidence.
+
+    Returns:
+      Both ends, or None for a single window.
+    """
+    from scipy.stats import t
+
+    if len(nll_W) < 2:
+        return None
+    error = nll_W.std(ddof=1) / math.sqrt(len(nll_W))
+    half = float(t.ppf((1 + level) / 2, len(nll_W) - 1) * error)
+    mean = float(nll_W.mean())
+    return [exp(mean - half), exp(mean + half)]
+
+
+def exp(value: float) -> float | None:
+    """Its exponential, or None where float64 has no such number."""
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return None
+
+
+def versions() -> dict[str, str]:
+    """What computes, by name."""
+    found = {name.replace("-", "_"): importlib.metadata.version(name) for name in _VERSIONED}
+    return {"python": platform.python_version()} | found
+
+
+def git_hash() -> str | None:
+    """The commit this library was installed from, or None if it is not in a git repository."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # not a repository around it
+        return git("rev-parse", "HEAD")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,74 @@
+"""Configurations every engine must hold the laws under: add a row, get all tests."""
+
+from qs_jax import presets
+from qs_jax.config import (
+    AMQConfig,
+    FusionConfig,
+    HaltingConfig,
+    KVSkipConfig,
+    ModelConfig,
+    QuickSilverConfig,
+)
+from qs_jax.testing import tiny_model, tiny_params
+
+LAYERS = 6
+SCALE = 30.0  # of the embeddings: entropies between 0 and log V, so thresholds have something to do
+
+HALT = HaltingConfig(drift="relative", tau_drift=0.6, tau_halt=3.8, window=(1, 4))
+FLAG = HaltingConfig(drift="relative", tau_drift=0.6, tau_halt=3.8, window=(1, 4), freeze=False)
+SKIP = KVSkipConfig("attended", tau_kv=0.15)
+FUSE = FusionConfig(
+    tau_fuse=1.2,
+    distance="relative",
+    window=3,
+    tau_attn=-0.05,
+    alpha="attention",
+    proportional_attention=True,
+)
+BITS = AMQConfig(layer=2, tau_low=1.0, tau_high=3.0, targets=("linear", "hidden", "kv"), group=8)
+QUOTA = HaltingConfig(rule="quota", layers=(2, 4), quota=(0.4, 0.8), entropy=None)
+
+
+def settings(**parts) -> QuickSilverConfig:
+    return QuickSilverConfig(sink_tokens=1, recent_tokens=3, **parts)
+
+
+# H, K, F, Q alone, all pairs, all together, and the quota rule. K alone flags tokens and skips
+# their keys without stopping them.
+MATRIX = {
+    "H": settings(halting=HALT),
+    "K": settings(halting=FLAG, kv_skip=SKIP),
+    "F": settings(fusion=FUSE),
+    "Q": settings(amq=BITS),
+    "HK": settings(halting=HALT, kv_skip=SKIP),
+    "HF": settings(halting=HALT, fusion=FUSE),
+    "HQ": settings(halting=HALT, amq=BITS),
+    "KF": settings(halting=FLAG, kv_skip=SKIP, fusion=FUSE),
+    "KQ": settings(halting=FLAG, kv_skip=SKIP, amq=BITS),
+    "FQ": settings(fusion=FUSE, amq=BITS),
+    "HKFQ": settings(halting=HALT, kv_skip=SKIP, fusion=FUSE, amq=BITS),
+    "quota": settings(halting=QUOTA, kv_skip=KVSkipConfig("skip", delay=1), fusion=FUSE, amq=BITS),
+}
+
+
+def model_of(kind: str, **changes) -> ModelConfig:
+    return tiny_model(kind, num_layers=LAYERS, **changes)
+
+
+def params_of(model: ModelConfig):
+    return tiny_params(model, scale=SCALE)
+
+
+def cases():
+    """(name, family, configuration, protocol) of the whole matrix and every preset."""
+    for name, qs in MATRIX.items():
+        for protocol in ("teacher-forced", "continuation"):
+            if protocol == "continuation" or qs.prompts_only is None:
+                yield f"{name}-llama", "llama", qs, protocol
+    for name in ("H", "HKFQ"):
+        yield f"{name}-gpt2", "gpt2", MATRIX[name], "teacher-forced"
+    yield "HKFQ-gpt2", "gpt2", MATRIX["HKFQ"], "continuation"
+    for name in ("off", "paper", "balanced", "aggressive"):
+        qs = presets.NAMES[name](model_of("llama"))
+        protocol = "continuation" if qs.prompts_only else "teacher-forced"
+        yield f"preset-{name}", "llama", qs, protocol

@@ -1,0 +1,179 @@
+"""The laws of every mechanism, alone and together: causality, decode == score, independence."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+import qs_jax
+from qs_jax.config import Config
+from qs_jax.engine import masked, scoring, tokenwise
+from qs_jax.mechanisms import fusion
+from qs_jax.mechanisms.plan import bind
+from tests.engine.contract import MATRIX, cases, model_of, params_of
+from tests.support import random_tokens
+
+CASES = list(cases())
+PROMPT, WIDTH = 16, 26
+
+
+@pytest.fixture(params=CASES, ids=[f"{name}-{protocol}" for name, _, _, protocol in CASES])
+def case(request):
+    _, kind, qs, protocol = request.param
+    model = model_of(kind)
+    return params_of(model), Config(
+        model, qs, protocol=protocol, max_new_tokens=8, eos_token_ids=()
+    )
+
+
+def score(params, rows, cfg, prompt=PROMPT, **kwargs):
+    if cfg.protocol == "continuation":
+        kwargs["prompt_lengths"] = [prompt] * len(rows)
+    return qs_jax.score(params, rows, cfg, return_logits=True, **kwargs)
+
+
+def assert_the_future_stays_away(logits_of, tokens_BT, first, vocab):
+    """Bit for bit: changing token j changes no logit before j, and changes some from j on."""
+    before = logits_of(tokens_BT)
+    for j in range(first, tokens_BT.shape[1], 4):
+        changed_BT = tokens_BT.copy()
+        changed_BT[0, j] = (changed_BT[0, j] + 1) % vocab
+        after = logits_of(changed_BT)
+        np.testing.assert_array_equal(after[:, first - 1 : j], before[:, first - 1 : j])
+        assert (after[:, j:] != before[:, j:]).any()
+
+
+def test_the_future_touches_no_earlier_prediction(case):
+    params, cfg = case
+    tokens_BT = random_tokens(cfg.model, batch=1, width=WIDTH)
+    first = PROMPT if cfg.protocol == "continuation" else 1
+    assert_the_future_stays_away(
+        lambda tokens: score(params, tokens, cfg).logits, tokens_BT, first, cfg.model.vocab_size
+    )
+
+
+def test_decoding_equals_scoring(case):
+    params, cfg = case
+    rows = [random_tokens(cfg.model, 1, width, seed=width)[0].tolist() for width in (9, 16, 4)]
+    out = qs_jax.generate(params, rows, cfg)
+    kwargs = {}
+    if cfg.protocol == "continuation":
+        kwargs["prompt_lengths"] = out.prompt_lengths
+    scores = qs_jax.score(params, out.sequences, cfg, **kwargs)
+    for row, start in enumerate(out.prompt_lengths):
+        np.testing.assert_allclose(
+            scores.logprobs[row, start : start + 8], out.logprobs[row], atol=1e-4
+        )
+    if out.record is not None:
+        assert_same_decisions(out.record, scores.record)
+    tokens_BM = np.stack([step.tokens for step in qs_jax.stream(params, rows, cfg)], axis=1)
+    np.testing.assert_array_equal(tokens_BM, out.tokens)
+
+
+def assert_same_decisions(decoded, scored):
+    """Scoring runs one token more: it may absorb one before it and look at old keys once more."""
+    for row, length in enumerate(decoded.lengths):
+        for name in ("active", "visible_keys", "bits"):
+            ours = getattr(decoded, name)[:, row, :length]
+            np.testing.assert_array_equal(ours, getattr(scored, name)[:, row, :length], name)
+        np.testing.assert_array_equal(decoded.depth[row, :length], scored.depth[row, :length])
+
+
+def test_rows_do_not_depend_on_batch_mates_or_padding(case):
+    params, cfg = case
+    rows = [random_tokens(cfg.model, 1, width, seed=width)[0].tolist() for width in (22, 26)]
+    alone = [score(params, [row], cfg) for row in rows]
+    mates = score(params, [*rows, [3] * 60, [5] * 17], cfg)
+    for index, row in enumerate(rows):
+        one, width = alone[index], len(row)
+        np.testing.assert_allclose(
+            mates.logprobs[index, :width], one.logprobs[0], atol=2e-5, err_msg=str(index)
+        )
+        if one.record is not None:
+            for name in ("active", "kv_written", "kv_held", "visible_keys", "bits", "weighed"):
+                together = getattr(mates.record, name)[:, index, :width]
+                np.testing.assert_array_equal(together, getattr(one.record, name)[:, 0], name)
+
+
+def test_decisions_only_ever_stop_work(case):
+    """Halting is monotone; the fused map is idempotent and points forward; bits stay assigned."""
+    params, cfg = case
+    tokens_BT = random_tokens(cfg.model, batch=2, width=WIDTH)
+    record = score(params, tokens_BT, cfg).record
+    if record is None:
+        assert cfg.quicksilver.is_off
+        return
+    number = np.arange(1, cfg.model.num_layers + 1)[:, None, None]
+    if cfg.quicksilver.halting is not None and cfg.quicksilver.halting.freeze:
+        assert not record.active[number > record.depth].any()
+    assert (np.diff(record.active.astype(int), axis=0) <= 0).all(), "a stopped token runs again"
+    positions = np.arange(WIDTH)
+    for fused in (*record.fused, record.representative):
+        np.testing.assert_array_equal(np.take_along_axis(fused, fused, -1), fused)
+        assert (fused >= positions).all()
+        if cfg.quicksilver.fusion is not None and cfg.quicksilver.fusion.window == 1:
+            assert (np.diff(fused, axis=-1) >= 0).all(), "order is kept where runs are adjacent"
+    if cfg.quicksilver.amq is not None:
+        layer = cfg.quicksilver.amq.layer
+        assert (record.bits[:layer] == 16).all()
+        assert (record.bits[layer:] == record.bits[-1]).all()
+    assert (record.kv_held <= record.kv_written).all()
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_each_mechanism_changes_something(name):
+    """No switch is a silent no-op: the records say how much, and the logits show it."""
+    qs, model = MATRIX[name], model_of("llama")
+    cfg = Config(model, qs, protocol=None)
+    params, tokens_BT = params_of(model), random_tokens(model, batch=2, width=WIDTH)
+    dense = score(params, tokens_BT, Config(model)).logits
+    out = score(params, tokens_BT, cfg)
+    assert (out.logits != dense).any()
+    record = out.record
+    if qs.halting is not None:
+        assert (record.depth < model.num_layers).any()
+        if qs.halting.freeze:
+            assert record.layer_tokens_saved > 0
+    if qs.kv_skip is not None:
+        assert not record.kv_written.all()
+    if qs.fusion is not None:
+        assert (record.representative != np.arange(WIDTH)).any()
+        assert not record.kv_held.all()
+    if qs.amq is not None:
+        assert {2, 4, 8} <= set(np.unique(record.bits))
+
+
+def leaky_merge(*args):
+    """What 6.3 forbids: the earlier member of a pair takes the mean as well."""
+    merged, takes_BTW = fusion.merge(*args)
+    takes_BT = takes_BTW[..., 0]  # the token right before
+    next_BTD = jax.numpy.roll(merged.h_BXD, -1, axis=1)
+    next_takes_BT = jax.numpy.roll(takes_BT, -1, axis=1).at[:, -1].set(False)
+    h_BTD = jax.numpy.where(next_takes_BT[..., None], next_BTD, merged.h_BXD)
+    return merged._replace(h_BXD=h_BTD), takes_BTW
+
+
+def test_a_leaky_fusion_is_caught(monkeypatch):
+    """The causality test can fail: with the answer averaged into the state before it, it does."""
+    model, qs = model_of("llama"), MATRIX["F"]
+    params, tokens_BT = params_of(model), random_tokens(model, batch=1, width=WIDTH)
+    plan, numbers = bind(qs, model, "teacher-forced")
+
+    def logits_of(tokens_BT):
+        program = jax.jit(
+            functools.partial(scoring.score_masked, model=model, plan=plan, return_logits=True)
+        )
+        zeros = np.zeros(1, np.int32)
+        prompt = tokenwise.Prompt(tokens_BT, zeros + WIDTH, zeros, None)
+        return np.asarray(program(params, prompt, numbers)["logits"])
+
+    assert_the_future_stays_away(logits_of, tokens_BT, 1, model.vocab_size)
+
+    class Leaky:
+        def __getattr__(self, name):
+            return leaky_merge if name == "merge" else getattr(fusion, name)
+
+    monkeypatch.setattr(masked, "fusion", Leaky())
+    with pytest.raises(AssertionError):
+        assert_the_future_stays_away(logits_of, tokens_BT, 1, model.vocab_size)

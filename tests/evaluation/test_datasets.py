@@ -1,0 +1,170 @@
+"""Texts by name and from files; what cannot be read is refused in one line."""
+
+import gzip
+import hashlib
+import json
+import types
+
+import datasets
+import pytest
+
+from qs_jax.errors import InputError
+from qs_jax.evaluation import perplexity
+from qs_jax.evaluation.datasets import read_text
+from qs_jax.evaluation.perplexity import cut_windows
+
+DOCUMENTS = ["one document", "another, a little longer", "the third", "and the last of them"]
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that serves `DOCUMENTS`, and lists what it was asked for."""
+    asked = []
+
+    def load_dataset(repo, config, *, split, streaming=False):
+        asked.append((repo, config, split, streaming))
+        rows = datasets.Dataset.from_dict({"text": DOCUMENTS})
+        return rows.to_iterable_dataset() if streaming else rows
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return asked
+
+
+def refused(data, **options):
+    with pytest.raises(InputError) as caught:
+        read_text(str(data), **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_wikitext_is_joined_as_the_hugging_face_recipe_does(hub):
+    text = read_text("wikitext-103")
+    assert hub == [("Salesforce/wikitext", "wikitext-103-raw-v1", "validation", False)]
+    assert (text.name, text.text, text.complete) == ("wikitext-103", "\n\n".join(DOCUMENTS), True)
+    assert text.sha256 == hashlib.sha256(text.text.encode()).hexdigest()
+    assert text.joined == "4 rows joined by a blank line"
+
+
+@pytest.mark.parametrize(("limit", "count"), [(1, 1), (12, 1), (13, 2), (1000, 4)])
+def test_c4_takes_as_many_documents_as_it_takes(hub, limit, count):
+    text = read_text("c4", limit)
+    assert hub == [("allenai/c4", "en", "validation", True)]
+    assert text.text == "\n\n".join(DOCUMENTS[:count])
+    assert text.joined == f"first {count} documents joined by a blank line"
+    assert text.complete is (count == 4)
+
+
+def test_c4_is_taken_again_when_the_guess_was_too_short(hub, monkeypatch):
+    monkeypatch.setattr(perplexity, "_CHARS_PER_TOKEN", 1)
+
+    def words(text, verbose):
+        return types.SimpleNamespace(input_ids=list(range(len(text.split()))))
+
+    text, windows = perplexity.read_windows("c4", words, 3, limit=2)
+    assert len(hub) == 3  # 6, 12 and 24 characters
+    assert text.text == "\n\n".join(DOCUMENTS[:2])
+    assert windows.tokens_WT.shape == (2, 3)
+
+
+def test_c4_needs_a_limit(hub):
+    assert "--limit-windows" in refused("c4")
+    assert hub == []
+
+
+def broken(*args, **options):
+    raise ConnectionError("no route\nto the hub")
+
+
+def breaks_later(*args, **options):
+    def rows():
+        yield {"text": "first"}
+        broken()
+
+    return datasets.IterableDataset.from_generator(rows)
+
+
+@pytest.mark.parametrize("load_dataset", [broken, breaks_later])
+@pytest.mark.parametrize("name", ["wikitext-103", "c4"])
+def test_a_hub_out_of_reach(monkeypatch, name, load_dataset):
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    message = refused(name, limit_chars=100)
+    assert "could not be read from the Hugging Face Hub (ConnectionError: no route)" in message
+    assert "give a local file" in message
+
+
+def test_a_text_file_is_read_as_it_stands(tmp_path):
+    content = "Ein Satz.\r\nNoch einer: \u00e4\u2028\n"
+    (tmp_path / "a.txt").write_bytes(content.encode())
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(content.encode()))
+    plain, packed = (read_text(str(tmp_path / name)) for name in ("a.txt", "b.txt.gz"))
+    assert plain.text == packed.text == content
+    assert plain.sha256 == packed.sha256
+    assert (plain.name, packed.name) == ("a.txt", "b.txt.gz")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "c4-validation.json.gz"])
+def test_lines_of_json(tmp_path, name):
+    lines = [json.dumps({"text": document, "url": "x"}) for document in [*DOCUMENTS, "\u2028"]]
+    content = ("\r\n".join(lines) + "\n\n").encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    text = read_text(str(tmp_path / name))
+    assert text.text == "\n\n".join([*DOCUMENTS, "\u2028"])
+    assert text.joined.startswith("5 lines")
+
+
+BAD_FILES = {
+    "empty.txt": (b"", "empty.txt is empty"),
+    "latin.txt": ("na\u00efve".encode("latin-1"), "not UTF-8 text: byte 2 is 0xef"),
+    "no.jsonl": (b"\n", "no.jsonl is empty"),
+    "bad.jsonl": (b'{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
+    "other.jsonl": (b'{"content": "a"}\n', 'line 1 has no "text" field'),
+    "number.jsonl": (b'{"text": 3}\n', 'line 1 has no "text" field'),
+    "list.jsonl": (b"[1]\n", 'line 1 has no "text" field'),
+    "half.jsonl": (b'{"text": "\\ud800"}\n', "surrogate"),
+    "bytes.jsonl": (b'{"text": "\xff"}\n', "not UTF-8"),
+    "plain.txt.gz": (b"not packed", "not a whole gzip file"),
+    "torn.txt.gz": (gzip.compress(b"some text" * 99)[:-9], "not a whole gzip file"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files(tmp_path, name):
+    content, message = BAD_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    assert message in refused(tmp_path / name)
+
+
+def test_names_of_nothing(tmp_path):
+    assert "known names are wikitext-103, c4" in refused("wikitext-2")
+    assert "is a folder" in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("count", "seq_len", "limit", "shape", "left_over"),
+    [
+        (30, 10, None, (3, 10), 0),
+        (39, 10, None, (3, 10), 9),
+        (39, 10, 2, (2, 10), 9),
+        (7, 10, None, (1, 7), 0),
+        (2, 10, 5, (1, 2), 0),
+    ],
+)
+def test_windows(count, seq_len, limit, shape, left_over):
+    windows = cut_windows(range(count), seq_len, limit)
+    assert windows.tokens_WT.shape == shape
+    assert windows.tokens_WT.ravel().tolist() == list(range(shape[0] * shape[1]))
+    assert (windows.tokens_in_text, windows.left_over) == (count, left_over)
+
+
+@pytest.mark.parametrize(
+    ("count", "seq_len", "limit", "message"),
+    [
+        (1, 10, None, "the text has 1 token;"),
+        (0, 10, None, "the text has 0 tokens;"),
+        (9, 1, None, "--seq-len must be at least 2"),
+        (9, 3, 0, "--limit-windows must be at least 1"),
+    ],
+)
+def test_windows_that_cannot_be(count, seq_len, limit, message):
+    with pytest.raises(InputError, match=message):
+        cut_windows(range(count), seq_len, limit)

@@ -1,0 +1,371 @@
+"""`python -m qs_jax evaluate` on a tiny model: its numbers, its file, kill and resume, mistakes."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import scipy.special
+
+import qs_jax
+from convert.hf_to_flax import convert
+from qs_jax import cli, presets
+from qs_jax.config import HaltingConfig, KVSkipConfig, QuickSilverConfig
+from qs_jax.evaluation import journal, perplexity
+from qs_jax.mechanisms.kv_maps import KVMaps
+from tests.convert.folders import llama_tensors, write_folder
+
+# Nine windows of 24 and 5 tokens over; batches of 4, 4 and 1.
+TEXT = ("the quick brown fox jumps over the lazy dog; " * 5)[:221]
+WIDTH, WINDOWS, CONTINUED = 24, 9, 8
+TOP = ["perplexity", "tokens_scored", "paper_flops_saved", "exact_flops_saved", "kv_bytes_saved"]
+TOP += ["layer_tokens_saved", "nll", "perplexity_interval", "windows", "per_window", "counts"]
+TOP += ["summary", "simulated", "note", "text", "config", "model", "versions", "git"]
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate")
+    convert(str(write_folder(folder / "hf", llama_tensors()[0])), folder / "ckpt")
+    return folder / "ckpt"
+
+
+@pytest.fixture
+def run(ckpt, tmp_path):
+    """Runs the command in a fresh folder that holds the text; returns its exit code."""
+    (tmp_path / "text.txt").write_text(TEXT)
+
+    def run(*flags, data=tmp_path / "text.txt", out="out.json"):
+        command = ["evaluate", "--ckpt", str(ckpt), "--data", str(data)]
+        command += ["--out", str(tmp_path / out), "--batch-size", "4"]
+        command += [] if "--seq-len" in flags else ["--seq-len", str(WIDTH)]
+        return cli.main([*command, *flags])
+
+    return run
+
+
+@pytest.fixture
+def use_preset(monkeypatch):
+    """Makes every preset name mean this configuration."""
+
+    def use(quicksilver):
+        monkeypatch.setattr(presets, "by_name", lambda name, model: quicksilver)
+
+    return use
+
+
+def halting(policy="skip", **settings):
+    halt = {"entropy": None, "tau_drift": 1e9, "layers": (1, 2)} | settings
+    return QuickSilverConfig(
+        halting=HaltingConfig(**halt), kv_skip=KVSkipConfig(policy), recent_tokens=2
+    )
+
+
+def read(tmp_path, name="out.json"):
+    return json.loads((tmp_path / name).read_text())
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def direct_nll(ckpt, protocol="teacher-forced", quicksilver=None):
+    """Each window's negative log-likelihoods, from logits, in NumPy."""
+    params, model = qs_jax.load(ckpt)
+    ids = qs_jax.load_tokenizer(ckpt)(TEXT).input_ids
+    rows = np.array(ids[: WINDOWS * WIDTH]).reshape(WINDOWS, WIDTH)
+    cfg = qs_jax.Config(
+        model=model, quicksilver=quicksilver, protocol=protocol, continuation_tokens=CONTINUED
+    )
+    logits = qs_jax.score(params, rows, cfg, return_logits=True).logits.astype(np.float64)
+    logprobs = scipy.special.log_softmax(logits, axis=-1)
+    first = 1 if protocol == "teacher-forced" else WIDTH - CONTINUED
+    picked = np.take_along_axis(logprobs[:, :-1], rows[:, 1:, None], axis=-1)[..., 0]
+    return -picked[:, first - 1 :]
+
+
+@pytest.mark.parametrize("quicksilver", [None, halting()])
+@pytest.mark.parametrize("protocol", ["teacher-forced", "continuation"])
+def test_perplexity_is_that_of_the_logits(
+    ckpt, run, use_preset, tmp_path, capsys, protocol, quicksilver
+):
+    if quicksilver is not None:
+        use_preset(quicksilver)
+    assert run("--protocol", protocol, "--continuation-tokens", str(CONTINUED)) == 0
+    nll = direct_nll(ckpt, protocol, quicksilver)
+    got = read(tmp_path)
+    assert list(got) == TOP
+    assert got["perplexity"] == pytest.approx(np.exp(nll.mean()), rel=1e-5)
+    assert got["nll"] == pytest.approx(nll.mean(), rel=1e-5)
+    assert got["tokens_scored"] == nll.size
+    assert got["per_window"]["nll"] == pytest.approx(nll.mean(axis=1), rel=1e-5)
+    assert got["per_window"]["tokens"] == [nll.shape[1]] * WINDOWS
+    half = 2.306004 * nll.mean(axis=1).std(ddof=1) / 3  # Student's t for 8 degrees of freedom
+    expected = np.exp([nll.mean() - half, nll.mean() + half])
+    assert got["perplexity_interval"] == pytest.approx(expected, rel=1e-5)
+    assert got["simulated"] is (quicksilver is not None)
+    for name in TOP[2:6]:
+        assert 0 < got[name] < 1 if got["simulated"] else got[name] == 0
+        assert got["summary"][name] == got[name]
+    assert len(got["counts"]["prefill"]["per_layer"]["layer_tokens"]) == 3
+    shown = capsys.readouterr()
+    assert f"{got['perplexity']:,.4g}" in shown.out
+    assert ("simulated" in shown.out) is got["simulated"]
+    assert "perplexity" in shown.err
+    assert sorted(content(tmp_path)) == ["out.json", "text.txt"]
+
+
+def test_the_file_says_what_was_run(ckpt, run, tmp_path):
+    assert run("--limit-windows", "5") == 0
+    got = read(tmp_path)
+    assert got["windows"] == 5
+    assert got["text"] == {
+        "characters": 221,
+        "joined": "one file as it stands",
+        "tokens": 221,
+        "tokens_left_over": 5,
+    }
+    config = got["config"]
+    assert config["protocol"] == "teacher-forced"
+    assert config["continuation_tokens"] is None
+    assert (config["seq_len"], config["batch_size"], config["limit_windows"]) == (WIDTH, 4, 5)
+    assert (config["preset"], config["engine"], config["dtype"]) == ("off", "masked", "float32")
+    assert config["quicksilver"] == QuickSilverConfig().to_dict()
+    assert config["data"] == "text.txt"
+    assert got["model"]["config"] == qs_jax.load(ckpt)[1].to_dict()
+    assert set(got["versions"]) == {"python", "jax", "jaxlib", "flax", "numpy", "qs_jax"}
+    assert str(tmp_path) not in json.dumps(got["config"])
+
+
+def test_a_text_shorter_than_a_window_and_one_window(run, tmp_path):
+    (tmp_path / "short.txt").write_text("hello")
+    assert run(data=tmp_path / "short.txt") == 0
+    got = read(tmp_path)
+    assert (got["windows"], got["tokens_scored"]) == (1, 4)
+    assert got["perplexity_interval"] is None
+
+
+def test_lines_of_json_and_other_dtype(run, tmp_path):
+    lines = [json.dumps({"text": part}) for part in (TEXT[:50], TEXT[50:100])]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    assert run("--dtype", "bfloat16", data=tmp_path / "text.jsonl") == 0
+    got = read(tmp_path)
+    assert got["config"]["dtype"] == got["model"]["config"]["dtype"] == "bfloat16"
+    assert got["windows"] == 4
+
+
+def kill_after(monkeypatch, batches):
+    """Ctrl-C in the batch that follows."""
+    calls = []
+
+    def score(*args, **options):
+        calls.append(None)
+        if len(calls) > batches:
+            raise KeyboardInterrupt
+        return qs_jax.score(*args, **options)
+
+    monkeypatch.setattr(perplexity, "score", score)
+    return calls
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"nll": [1.0, 2'])
+@pytest.mark.parametrize("quicksilver", [QuickSilverConfig(), halting()])
+def test_killed_and_resumed_is_the_same_file(
+    run, use_preset, tmp_path, monkeypatch, capsys, quicksilver, torn
+):
+    use_preset(quicksilver)
+    assert run(out="whole.json") == 0
+    with monkeypatch.context() as patch:
+        kill_after(patch, 2)
+        assert run() == 130
+    assert "--resume goes on" in capsys.readouterr().err
+    assert sorted(content(tmp_path)) == ["out.json.partial", "text.txt", "whole.json"]
+    with (tmp_path / "out.json.partial").open("ab") as file:
+        file.write(torn)
+    calls = kill_after(monkeypatch, 99)
+    assert run("--resume") == 0
+    assert len(calls) == 1
+    assert (tmp_path / "out.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+    assert sorted(content(tmp_path)) == ["out.json", "text.txt", "whole.json"]
+
+
+def test_killed_twice(run, tmp_path, monkeypatch):
+    assert run("--batch-size", "2", out="whole.json") == 0
+    for batches in (1, 2):
+        with monkeypatch.context() as patch:
+            kill_after(patch, batches)
+            assert run("--batch-size", "2", "--resume") == 130
+    assert run("--batch-size", "2", "--resume") == 0
+    assert (tmp_path / "out.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+
+
+def test_killed_before_the_results_were_written(run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "write_json", lambda path, content: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run()
+    calls = kill_after(monkeypatch, 0)
+    assert run("--resume") == 0
+    assert calls == []
+    assert read(tmp_path)["windows"] == WINDOWS
+
+
+def test_a_run_that_finished_nothing_leaves_nothing(run, tmp_path, monkeypatch):
+    kill_after(monkeypatch, 0)
+    assert run() == 130
+    assert sorted(content(tmp_path)) == ["text.txt"]
+
+
+def test_a_process_killed_by_the_system(run, ckpt, tmp_path):
+    (tmp_path / "long.txt").write_text(TEXT * 4)
+    flags = ["--seq-len", "4", "--batch-size", "1"]
+    command = [sys.executable, "-m", "qs_jax", "evaluate", "--ckpt", str(ckpt), *flags]
+    command += ["--data", str(tmp_path / "long.txt"), "--out", str(tmp_path / "out.json")]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    partial = tmp_path / "out.json.partial"
+    deadline = time.monotonic() + 120
+    while not partial.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert partial.exists()
+    assert run("--resume", *flags, data=tmp_path / "long.txt") == 0
+    assert run(*flags, data=tmp_path / "long.txt", out="whole.json") == 0
+    assert (tmp_path / "out.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+    assert not partial.exists()
+
+
+def error_of(capsys, code):
+    captured = capsys.readouterr().err
+    assert code == 1
+    lines = [line for line in captured.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, captured
+    assert captured.endswith(lines[0] + "\n")
+    return lines[0]
+
+
+MISTAKES = {
+    "seq-len": (["--seq-len", "129"], "windows of 129 tokens exceed this model's 128 positions"),
+    "preset": (["--preset", "fast"], "unknown preset 'fast'"),
+    "data": (["--data", "wikitext-2"], "unknown data 'wikitext-2'"),
+    "c4": (["--data", "c4"], "--limit-windows"),
+    "offline": (["--data", "wikitext-103"], "give a local file"),
+    "continuation": (["--protocol", "continuation"], "raise --seq-len, lower --continuation"),
+    "batch": (["--batch-size", "0"], "--batch-size must be at least 1"),
+    "windows": (["--limit-windows", "0"], "--limit-windows must be at least 1"),
+    "maps": (["--kv-maps", "maps.safetensors"], "--kv-maps is for presets"),
+    "both": (["--resume", "--overwrite"], "give one"),
+    "ckpt": (["--ckpt", "nowhere"], "is not a folder"),
+    "folder": (["--out", os.path.join("nowhere", "out.json")], "there is no folder"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_one_clear_line(run, tmp_path, capsys, name):
+    flags, message = MISTAKES[name]
+    assert message in error_of(capsys, run(*flags))
+    assert sorted(content(tmp_path)) == ["text.txt"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(b"", "is empty"), (b"x", "the text has 1 token;"), (b"ab\xff", "is not UTF-8 text: byte 2")],
+)
+def test_texts_that_cannot_be_scored(run, tmp_path, capsys, text, message):
+    (tmp_path / "bad.txt").write_bytes(text)
+    for existing in (None, b"precious"):
+        if existing is not None:
+            (tmp_path / "out.json").write_bytes(existing)
+        before = content(tmp_path)
+        flags = [] if existing is None else ["--overwrite"]
+        assert message in error_of(capsys, run(*flags, data=tmp_path / "bad.txt"))
+        assert content(tmp_path) == before
+
+
+def test_results_are_not_replaced_unasked(run, tmp_path, capsys, monkeypatch):
+    assert run() == 0
+    before = content(tmp_path)
+    assert "--overwrite" in error_of(capsys, run())
+    monkeypatch.setattr(perplexity, "git_hash", lambda: "a later commit")
+    assert run("--resume") == 0
+    assert "is complete" in capsys.readouterr().out
+    error = error_of(capsys, run("--resume", "--batch-size", "3", "--limit-windows", "2"))
+    assert "config.batch_size is 4, now 3; config.limit_windows is null, now 2;" in error
+    assert content(tmp_path) == before
+    assert run("--overwrite", "--limit-windows", "2") == 0
+    assert read(tmp_path)["windows"] == 2
+
+
+def test_unfinished_runs_are_not_replaced_unasked(run, tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        kill_after(patch, 1)
+        assert run() == 130
+    capsys.readouterr()
+    before = content(tmp_path)
+    error = error_of(capsys, run())
+    assert "--resume" in error
+    assert "--overwrite" in error
+    (tmp_path / "other.txt").write_text(TEXT[::-1])
+    other = error_of(capsys, run("--resume", data=tmp_path / "other.txt"))
+    assert 'config.data is "text.txt", now "other.txt"' in other
+    assert "config.data_sha256" in other
+    assert {k: v for k, v in content(tmp_path).items() if k != "other.txt"} == before
+    monkeypatch.setattr(perplexity, "git_hash", lambda: "another commit")
+    assert "git is" in error_of(capsys, run("--resume"))
+    assert run("--overwrite") == 0
+    assert not (tmp_path / "out.json.partial").exists()
+
+
+@pytest.mark.parametrize("text", ["", "notes", "[]", '{"config": {}}'])
+def test_resume_does_not_take_any_file_for_results(run, tmp_path, capsys, text):
+    (tmp_path / "out.json").write_text(text)
+    assert "is not a results file" in error_of(capsys, run("--resume"))
+    assert (tmp_path / "out.json").read_text() == text
+
+
+def test_a_damaged_journal(run, tmp_path, capsys):
+    partial = tmp_path / "out.json.partial"
+    for text in ("notes\n", "[]\n", '{"config": {}}\nnotes\n'):
+        partial.write_text(text)
+        assert "is damaged" in error_of(capsys, run("--resume"))
+        assert partial.read_text() == text
+
+
+def test_maps_of_the_checkpoint_or_of_a_file(ckpt, run, use_preset, tmp_path, capsys):
+    use_preset(halting("extrapolate", layers=(2,)))
+    assert "there are no KV maps" in error_of(capsys, run())
+    model = qs_jax.load(ckpt)[1]
+    shape = (model.num_layers, 2, model.hidden_size + 1, 2 * model.kv_size)
+    rng = np.random.default_rng(0)
+    for name, path in (("a.json", tmp_path / "maps.safetensors"), ("b.json", ckpt)):
+        maps = rng.normal(size=shape).astype(np.float32)
+        path = KVMaps(maps_LXFO=maps, layers=(1, 2), features=("state",)).save(path)
+        flags = ["--protocol", "continuation", "--continuation-tokens", str(CONTINUED)]
+        flags += ["--kv-maps", str(path)] if name == "a.json" else []
+        assert run(*flags, out=name) == 0
+        if path.parent == ckpt:
+            path.unlink()
+    one, two = read(tmp_path, "a.json"), read(tmp_path, "b.json")
+    assert one["config"]["kv_maps_sha256"] != two["config"]["kv_maps_sha256"]
+    assert one["perplexity"] != two["perplexity"]
+
+
+def test_identical_windows_and_huge_numbers():
+    assert perplexity.interval(np.array([2.0, 2.0])) == [np.exp(2.0)] * 2
+    low, high = perplexity.interval(np.array([700.0, 800.0]))
+    assert low is not None
+    assert high is None
+
+
+def test_git_hash_outside_a_repository(monkeypatch, tmp_path):
+    monkeypatch.setattr(perplexity, "__file__", str(tmp_path / "perplexity.py"))
+    assert perplexity.git_hash() is None
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        journal.write_json(tmp_path / "a.json", {"x": float("nan")})
+    assert content(tmp_path) == {}
