@@ -64,6 +64,7 @@ def tally(
         & record.real,
         "fused": (record.fused != np.arange(record.fused.shape[-1])) & record.real,
         "entropy_read": ~np.isnan(record.entropy),
+        "paper_kv_values_saved": memory.paper_saved_values(record, model),
         **{f"bits_{b}": (record.bits == b) & record.real for b in (2, 4, 8, 16)},
     }
     return _split(counts, record.lengths, record.prompt_lengths, model)
@@ -110,7 +111,8 @@ def _split(
     ends = np.where(prompt_lengths > 0, prompt_lengths, lengths)[:, None]
     parts = {"prefill": real & (pos < ends), "decode": real & (pos >= ends)}
     head, layers = flops.head_flops(model), model.num_layers
-    paper_row = np.array([flops.paper_layer_flops(model, int(n)) for n in lengths])[:, None]
+    # Summed as the record's own costs are: a dense record saves exactly nothing.
+    paper_dense = flops.paper_flops(dense_record(lengths, prompt_lengths, model), model, "8bit")
     out: dict[str, Any] = {}
     for name, mask in parts.items():
         tokens = int(mask.sum())
@@ -128,7 +130,7 @@ def _split(
             "readouts": readouts,
             "layer_tokens_dense": tokens * layers,
             "exact_flops_dense": exact + readouts * head,
-            "paper_flops_dense": float((mask * paper_row).sum() * layers),
+            "paper_flops_dense": sum((paper_dense * mask).sum((1, 2)).tolist()),
             "kv_bytes_dense": float(tokens * layers * memory.entry_bytes(model)[16]),
             "per_layer": per_layer,
         }

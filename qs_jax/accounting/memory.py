@@ -30,8 +30,8 @@ def kv_bytes(
     return entries * entry_bytes(model, amq)[record.bits]
 
 
-def paper_saved_values(record: Record, model: ModelConfig) -> Int[np.ndarray, ""]:
+def paper_saved_values(record: Record, model: ModelConfig) -> Int[np.ndarray, "L B T"]:
     """The paper's Delta M (appendix J): 2 * KV heads * head width for each halted token-layer."""
     number = np.arange(1, len(record.active) + 1)[:, None, None]
     halted = (number > record.depth[None]) & record.real[None]
-    return halted.sum() * 2 * model.kv_size
+    return halted * (2 * model.kv_size)

@@ -80,6 +80,12 @@ class QuickSilverConfig:
                 "kv_skip.policy 'extrapolate' needs forced_layer to be one of halting.layers.",
             )
         require(
+            "final_prev" not in self.entropies
+            or self.amq is None
+            or self.amq.normalization != "minmax",
+            "final_prev runs token by token, min-max looks at all tokens at once: not both.",
+        )
+        require(
             "shortlist" not in self.entropies or self.shortlist_layer is not None,
             "the shortlist entropy needs shortlist_layer, the layer whose lens picks the ids.",
         )

@@ -263,7 +263,7 @@ def _prepare(
         seed=jnp.uint32(cfg.seed),
         sampling=sampling_numbers,
         mechanisms=bound and bound[1],
-        overrides=arrays_of(overrides, padded.tokens_BT.shape) if bound is not None else None,
+        overrides=arrays_of(overrides, padded.tokens_BT.shape, cfg),
     )
     return batch, padded, numbers, plan
 

@@ -7,6 +7,7 @@ from typing import Any, no_type_check
 
 import numpy as np
 
+from qs_jax.config import Config
 from qs_jax.errors import InputError
 from qs_jax.mechanisms.decide import Overrides
 from qs_jax.mechanisms.plan import NEVER
@@ -28,14 +29,18 @@ class TokenOverrides:
     retain_kv: Any = None
 
 
-def arrays_of(overrides: TokenOverrides | None, shape: tuple[int, int]) -> Overrides | None:
+def arrays_of(
+    overrides: TokenOverrides | None, shape: tuple[int, int], cfg: Config
+) -> Overrides | None:
     """Arrays of a padded batch.
 
     Raises:
-      InputError: An array has more rows or columns than the batch, or the wrong kind of numbers.
+      InputError: An array has more rows or columns than the batch, the wrong kind of numbers, or no
+        effect under this configuration.
     """
     if overrides is None:
         return None
+    _refuse_no_effect(overrides, cfg)
 
     def fill(name: str, empty: Any, dtype: Any) -> np.ndarray:
         out = np.full(shape, empty, dtype)
@@ -58,3 +63,21 @@ def arrays_of(overrides: TokenOverrides | None, shape: tuple[int, int]) -> Overr
         forced_layer_BT=np.where(forced > 0, forced, NEVER).astype(np.int32),
         retain_BT=fill("retain_kv", False, bool),
     )
+
+
+def _refuse_no_effect(overrides: TokenOverrides, cfg: Config) -> None:
+    qs, deepest = cfg.quicksilver, cfg.model.num_layers - 1
+    if qs is None or qs.is_off:
+        raise InputError("overrides have no effect: every mechanism is off.")
+    if overrides.forced_halt is not None:
+        if qs.halting is None:
+            raise InputError("overrides.forced_halt has no effect: halting is off.")
+        largest = np.max(overrides.forced_halt, initial=0)
+        if largest > deepest:
+            raise InputError(
+                f"overrides.forced_halt holds layer {largest}: only layers 1 to {deepest} leave any "
+                "to save."
+            )
+    policy = qs.kv_skip.policy if qs.kv_skip is not None else None
+    if overrides.retain_kv is not None and policy not in ("skip", "attended"):
+        raise InputError("overrides.retain_kv has no effect: no keys are skipped.")

@@ -159,6 +159,7 @@ def score(
     first_B1 = np.maximum(ends_B, 1)[:, None]
     mask_BT = (column_1T < batch.lengths_B[:, None]) & (column_1T >= first_B1)
     bound = bind(cfg.quicksilver, model, cfg.protocol)
+    chosen = arrays_of(overrides, padded.tokens_BT.shape, cfg)
     record = logits_BTV = None
     if bound is None:
         logprobs_BT = np.asarray(jit_score(params, padded.tokens_BT, model=model))
@@ -167,7 +168,7 @@ def score(
     else:
         plan, numbers = bound
         check_maps(params, plan, model)
-        prompt = tokenwise.Prompt(*padded, ends_B, arrays_of(overrides, padded.tokens_BT.shape))
+        prompt = tokenwise.Prompt(*padded, ends_B, chosen)
         out = jax.device_get(
             jit_score_masked(
                 params, prompt, numbers, model=model, plan=plan, return_logits=return_logits

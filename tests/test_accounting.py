@@ -1,0 +1,173 @@
+"""Counts against closed forms and against XLA's own count of the unrolled dense program."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qs_jax
+from qs_jax import accounting
+from qs_jax.accounting import flops, memory
+from qs_jax.config import AMQConfig, Config, HaltingConfig, KVSkipConfig, QuickSilverConfig
+from qs_jax.models import family_of, head, layers
+from qs_jax.testing import tiny_model, tiny_params
+from tests.engine.contract import MATRIX, model_of, params_of
+from tests.support import random_tokens
+
+# Wide enough that norms, RoPE and softmax, which the count leaves out, are far below 1 %.
+WIDE = {"hidden_size": 1024, "num_heads": 8, "head_dim": 128, "mlp_size": 4096, "vocab_size": 4096}
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_dense_run_agrees_with_xla(kind):
+    """The unrolled program, attending position by position to exactly the keys it sees."""
+    kv = {"num_kv_heads": 4} if kind == "llama" else {"num_kv_heads": 8}
+    model = tiny_model(kind, **WIDE, **kv, num_layers=2)
+    width, family = 12, family_of(model)
+    params = jax.eval_shape(lambda: tiny_params(model))
+
+    def attend(q, k, v):
+        outs = [
+            jax.nn.dot_product_attention(q[:, i : i + 1], k[:, : i + 1], v[:, : i + 1])
+            for i in range(width)
+        ]
+        return jnp.concatenate(outs, axis=1), None
+
+    def unrolled(params, tokens_BT):
+        pos_BT = jnp.broadcast_to(jnp.arange(width)[None], tokens_BT.shape)
+        h_BTD = family.embed(model).apply({"params": params["embed"]}, tokens_BT, pos_BT)
+        for index in range(model.num_layers):
+            params_l = jax.tree.map(lambda leaf, i=index: leaf[i], params["layers"])
+            h_BTD, _ = family.block(model).apply({"params": params_l}, h_BTD, pos_BT, attend)
+        return layers.unembed(head.normed(params, h_BTD, model), head.head_table(params))
+
+    tokens = jax.ShapeDtypeStruct((1, width), jnp.int32)
+    theirs = jax.jit(unrolled).lower(params, tokens).compile().cost_analysis()["flops"]
+    counted = accounting.dense_tally(np.array([width]), np.array([0]), model)["prefill"]
+    assert counted["exact_flops"] == counted["exact_flops_dense"]
+    assert counted["exact_flops"] == pytest.approx(theirs, rel=0.01)
+
+
+def test_the_formulas_by_hand():
+    """Llama: N = 4, K = 2, H = 8, D = 32, F = 48; 2 operations a multiply-add."""
+    model = tiny_model("llama")
+    assert flops.linear_flops(model) == 2 * (32 * (32 + 2 * 16) + 32 * 32 + 3 * 32 * 48)
+    assert flops.key_flops(model) == 2 * 2 * 32
+    assert flops.head_flops(model) == 2 * 32 * 97
+    assert memory.entry_bytes(model)[16] == 2 * 16 * 4
+    assert memory.entry_bytes(model.replace(dtype="bfloat16"))[16] == 2 * 16 * 2
+    amq = AMQConfig.uniform(4, 1, targets=("kv",), group=8)
+    assert memory.entry_bytes(model, amq)[4] == 32 * 4 / 8 + (32 / 8) * 4
+    gpt2 = tiny_model("gpt2")
+    assert flops.linear_flops(gpt2) == 2 * (32 * 96 + 32 * 32 + 2 * 32 * 48)
+    expected = 4 * 32**2 + 2 * 4 * (32 + 4 * np.log(10)) + 8 * 32**2
+    assert flops.paper_layer_flops(model, 10) == pytest.approx(expected)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return model_of("llama")
+
+
+@pytest.fixture(scope="module")
+def params(model):
+    return params_of(model)
+
+
+def forced(policy, layer=2, **extra):
+    """Every eligible prompt token stops at one layer: savings have a closed form."""
+    return QuickSilverConfig(
+        halting=HaltingConfig(rule="quota", layers=(layer,), quota=(1.0,), entropy=None),
+        kv_skip=KVSkipConfig(policy, **extra),
+        sink_tokens=2,
+        recent_tokens=4,
+        protect_special=False,
+    )
+
+
+def test_forced_halting_saves_what_arithmetic_says(model, params):
+    """10 of 16 prompt tokens stop after 2 of 6 layers; 6 continuation tokens run dense."""
+    tokens_BT = random_tokens(model, batch=3, width=22)
+    cfg = Config(model, forced("skip"), continuation_tokens=6)
+    record = qs_jax.score(params, tokens_BT, cfg).record
+    counted = accounting.tally(record, model, cfg.quicksilver)
+    prefill, decode = counted["prefill"], counted["decode"]
+    assert prefill["tokens"] == 3 * 16
+    assert decode["tokens"] == 3 * 6
+    assert prefill["layer_tokens"] == 3 * (16 * 6 - 10 * 4)
+    assert decode["layer_tokens"] == decode["layer_tokens_dense"] == 3 * 6 * 6
+    saved = accounting.summary(counted)
+    assert saved["prefill"]["layer_tokens_saved"] == pytest.approx(10 * 4 / (16 * 6))
+    assert saved["kv_bytes_saved"] == pytest.approx(10 * 4 / (22 * 6))
+    assert saved["paper_flops_saved"] == pytest.approx(10 * 4 / (22 * 6))
+    # Keys seen: layers 1 and 2 all, then positions 0, 1, 12.. only.
+    kept = [0, 1, *range(12, 22)]
+    keys = 2 * sum(range(1, 23)) + 4 * sum(1 + sum(k < i for k in kept) for i in kept)
+    assert prefill["visible_keys"] + decode["visible_keys"] == 3 * keys
+    asked = 3 * sum(i + 1 for i in range(16)) * model.num_heads  # the score looks at all 16 queries
+    exact = (
+        3 * (22 * 6 - 10 * 4) * flops.linear_flops(model)
+        + 3 * keys * flops.key_flops(model)
+        + 3 * (1 + 6) * flops.head_flops(model)
+        + asked
+    )
+    assert prefill["exact_flops"] + decode["exact_flops"] == exact
+    assert prefill["paper_kv_values_saved"] == 3 * 10 * 4 * 2 * model.kv_size
+
+
+def test_propagated_keys_are_charged(model, params):
+    tokens_BT = random_tokens(model, batch=1, width=22)
+    parts = {}
+    for policy in ("skip", "propagate"):
+        cfg = Config(model, forced(policy), continuation_tokens=6)
+        record = qs_jax.score(params, tokens_BT, cfg).record
+        parts[policy] = accounting.tally(record, model, cfg.quicksilver)["prefill"]
+    kv = 10 * 4 * 2 * model.hidden_size * 2 * model.kv_size
+    assert parts["propagate"]["added_flops"] - parts["skip"]["added_flops"] == kv
+    assert parts["propagate"]["kv_bytes_held"] == parts["propagate"]["kv_bytes_dense"]
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_every_mechanism_is_charged_for_its_signals(model, params, name):
+    cfg = Config(model, MATRIX[name], continuation_tokens=6)
+    record = qs_jax.score(params, random_tokens(model, batch=1, width=26), cfg).record
+    counted = accounting.tally(record, model, cfg.quicksilver)
+    assert counted["prefill"]["added_flops"] > 0
+    read = int((~np.isnan(record.entropy)).sum())
+    assert counted["prefill"]["entropy_read"] + counted["decode"]["entropy_read"] == read
+    layers_seen = sum(counted[part]["per_layer"]["layer_tokens"][0] for part in counted)
+    assert layers_seen == 26
+
+
+def test_tallies_add_up(model, params):
+    """Rows counted together or one by one give the same sums."""
+    cfg = Config(model, MATRIX["HKFQ"])
+    rows = [random_tokens(model, 1, 26, seed=seed)[0].tolist() for seed in range(3)]
+    whole = qs_jax.score(params, rows, cfg).record
+    together = accounting.tally(whole, model, cfg.quicksilver)
+    fields = [f.name for f in dataclasses.fields(whole)]
+
+    def row(index):
+        arrays = {name: getattr(whole, name) for name in fields}
+        one = slice(index, index + 1)
+        cut = {n: a[:, one] if a.ndim == 3 else a[one] for n, a in arrays.items()}
+        return accounting.tally(type(whole)(**cut), model, cfg.quicksilver)
+
+    total = accounting.add(accounting.add(row(0), row(1)), row(2))
+    for part in ("prefill", "decode"):
+        flat = {**together[part], "per_layer": together[part]["per_layer"]["exact_flops"]}
+        total[part]["per_layer"] = total[part]["per_layer"]["exact_flops"]
+        for key, value in flat.items():
+            assert total[part][key] == pytest.approx(value), key
+
+
+def test_nothing_saved_is_exactly_nothing():
+    model = tiny_model("llama", num_layers=30)
+    counted = accounting.dense_tally(np.array([512, 77, 3]), np.array([384, 0, 1]), model)
+    saved = accounting.summary(counted)
+    for part in (saved, saved["prefill"], saved["decode"]):
+        assert part["exact_flops_saved"] == 0
+        assert part["paper_flops_saved"] == 0
+        assert part["kv_bytes_saved"] == 0
