@@ -75,7 +75,7 @@ def _refuse_no_effect(overrides: TokenOverrides, cfg: Config) -> None:
         largest = np.max(overrides.forced_halt, initial=0)
         if largest > deepest:
             raise InputError(
-                f"overrides.forced_halt holds layer {largest}: only layers 1 to {deepest} leave any "
+                f"overrides.forced_halt holds layer {largest}: layers 1 to {deepest} leave any "
                 "to save."
             )
     policy = qs.kv_skip.policy if qs.kv_skip is not None else None

@@ -1,0 +1,133 @@
+"""The fit against an independent least squares, and maps that must be there."""
+
+import numpy as np
+import pytest
+
+import qs_jax
+from qs_jax import ConfigError, InputError
+from qs_jax.config import Config, HaltingConfig, KVSkipConfig, QuickSilverConfig
+from qs_jax.errors import CheckpointError
+from qs_jax.mechanisms.kv_maps import KVMaps, select
+from qs_jax.testing import oracle_model, tiny_model, tiny_params
+from tests.support import random_tokens
+
+MODEL = tiny_model("llama", num_layers=4)
+QS = QuickSilverConfig(
+    halting=HaltingConfig(rule="quota", layers=(1, 2), quota=(0.3, 1.0), entropy=None),
+    kv_skip=KVSkipConfig("extrapolate"),
+    recent_tokens=2,
+)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return tiny_params(MODEL)
+
+
+@pytest.fixture(scope="module")
+def maps(params):
+    return qs_jax.fit_kv_maps(params, random_tokens(MODEL, 12, 40), (1, 2), MODEL, batch_size=5)
+
+
+def test_the_fit_is_ridge_least_squares(params, maps):
+    """States and pre-RoPE keys come from the engine's own parameters, by NumPy alone."""
+    tokens_NT = random_tokens(MODEL, 12, 40)
+    states, keys_values = dense_states(params, tokens_NT)
+    for index, at in enumerate((1, 2)):
+        x = states[at][:, 4:].reshape(-1, MODEL.hidden_size).astype(np.float64)
+        x /= np.sqrt((x**2).mean(-1, keepdims=True))
+        x = np.concatenate([x, np.ones((len(x), 1))], axis=1)
+        penalty = np.sqrt(1e-3 * len(x)) * np.eye(x.shape[1])
+        penalty[-1, -1] = 0
+        for layer in range(at + 1, MODEL.num_layers + 1):
+            y = keys_values[layer][:, 4:].reshape(len(x), -1)
+            padded = np.concatenate([y, np.zeros((x.shape[1], y.shape[1]))])
+            expected = np.linalg.lstsq(np.concatenate([x, penalty]), padded, rcond=None)[0]
+            ours = np.asarray(maps.maps_LXFO[layer - 1, index])
+            np.testing.assert_allclose(ours, expected, atol=2e-4)
+        assert not np.asarray(maps.maps_LXFO[:at, index]).any()
+
+
+def dense_states(params, tokens_NT):
+    """States after each layer, and unrotated keys and values of each layer."""
+    weights = oracle_model.OracleModel(params, MODEL)
+    states, keys_values = {}, {}
+    h = np.stack([[weights.embed(int(t), i) for i, t in enumerate(row)] for row in tokens_NT])
+    for layer in range(1, MODEL.num_layers + 1):
+        rows = [dense_layer(weights, layer, row) for row in h]
+        keys_values[layer] = np.stack([kv for kv, _ in rows])
+        h = states[layer] = np.stack([after for _, after in rows])
+    return states, keys_values
+
+
+def dense_layer(weights, layer, h):
+    """One layer over one row, token by token; returns its keys and values, and the states."""
+    normed = [weights.norm("attn_norm", layer, x) for x in h]
+    queries, kv = zip(*[weights.qkv(layer, x) for x in normed], strict=True)
+    cut, heads = MODEL.kv_size, (MODEL.num_kv_heads, MODEL.head_dim)
+    keys = np.stack([weights.rotate(x[:cut].reshape(heads), i) for i, x in enumerate(kv)])
+    values = np.stack([x[cut:].reshape(heads) for x in kv])
+    after, share = np.empty_like(h), MODEL.num_heads // MODEL.num_kv_heads
+    for i, query in enumerate(queries):
+        context = []
+        for n, q in enumerate(weights.rotate(query, i)):
+            scores = keys[: i + 1, n // share] @ q / np.sqrt(MODEL.head_dim)
+            context.append(oracle_model.softmax(scores) @ values[: i + 1, n // share])
+        x = h[i] + weights.linear("out", layer, np.concatenate(context))
+        inner = weights.mlp_inner(layer, weights.norm("mlp_norm", layer, x))
+        after[i] = x + weights.linear("down", layer, inner)
+    return np.stack(kv), after
+
+
+def test_saved_maps_come_back(maps, tmp_path):
+    path = maps.save(tmp_path)
+    again = KVMaps.load(path)
+    assert (again.layers, again.features) == (maps.layers, maps.features)
+    assert "tokens" in again.provenance
+    np.testing.assert_array_equal(again.maps_LXFO, maps.maps_LXFO)
+    np.testing.assert_array_equal(select(again, (2,)).maps_LXFO[:, 0], maps.maps_LXFO[:, 1])
+    with pytest.raises(ConfigError, match=r"none for \[3\]"):
+        select(maps, (3,))
+    with pytest.raises(CheckpointError, match="no KV maps"):
+        KVMaps.load(tmp_path / "other.safetensors")
+    (tmp_path / "junk").write_text("not a file of tensors")
+    with pytest.raises(CheckpointError, match="does not hold KV maps"):
+        KVMaps.load(tmp_path / "junk")
+
+
+def test_extrapolation_refuses_to_run_without_its_maps(params, maps):
+    cfg, tokens_BT = Config(MODEL, QS, continuation_tokens=8), random_tokens(MODEL, width=24)
+    for call in (qs_jax.score, qs_jax.generate, qs_jax.stream):
+        with pytest.raises(ConfigError, match="needs maps"):
+            call(params, tokens_BT, cfg)
+    with pytest.raises(ConfigError, match="halting layers"):
+        qs_jax.score({**params, "kv_maps": select(maps, (1,))}, tokens_BT, cfg)
+    other = tiny_model("llama", num_layers=4, hidden_size=16, head_dim=4)
+    with pytest.raises(ConfigError, match="not of this model"):
+        qs_jax.score(
+            {**tiny_params(other), "kv_maps": maps},
+            tokens_BT,
+            Config(other, QS, continuation_tokens=8),
+        )
+
+
+def test_maps_change_the_result_and_are_charged(params, maps):
+    tokens_BT = random_tokens(MODEL, width=24)
+    with_maps = {**params, "kv_maps": maps}
+    cfg = Config(MODEL, QS, continuation_tokens=8)
+    propagate = QuickSilverConfig(halting=QS.halting, recent_tokens=2)
+    a = qs_jax.score(with_maps, tokens_BT, cfg)
+    b = qs_jax.score(params, tokens_BT, Config(MODEL, propagate, continuation_tokens=8))
+    assert (a.logprobs != b.logprobs).any()
+    out = qs_jax.generate(with_maps, tokens_BT, Config(MODEL, QS, max_new_tokens=4))
+    assert out.tokens.shape == (2, 4)
+
+
+def test_bad_fits_are_refused(params):
+    tokens_BT = random_tokens(MODEL, 12, 40)
+    with pytest.raises(ConfigError, match="between 1 and 3"):
+        qs_jax.fit_kv_maps(params, tokens_BT, (4,), MODEL)
+    with pytest.raises(ConfigError, match="'state'"):
+        qs_jax.fit_kv_maps(params, tokens_BT, (1,), MODEL, features=("lag",))
+    with pytest.raises(InputError, match="cannot determine"):
+        qs_jax.fit_kv_maps(params, tokens_BT[:1, :10], (1,), MODEL)

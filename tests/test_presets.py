@@ -1,0 +1,147 @@
+"""Presets as functions and files, and configurations that are refused with the reason."""
+
+import json
+
+import pytest
+
+from qs_jax import ConfigError, presets
+from qs_jax.config import (
+    AMQConfig,
+    Config,
+    FusionConfig,
+    HaltingConfig,
+    KVSkipConfig,
+    QuickSilverConfig,
+)
+from qs_jax.testing import tiny_model
+
+MODEL = tiny_model("llama", num_layers=6)
+DEEP = tiny_model("llama", num_layers=30)
+
+
+@pytest.mark.parametrize("name", presets.NAMES)
+@pytest.mark.parametrize("layers", [2, 6, 30])
+def test_every_preset_fits_every_depth_and_survives_its_file(name, layers, tmp_path):
+    model = tiny_model("gpt2", num_layers=layers)
+    qs = presets.by_name(name, model)
+    Config(model, qs)
+    path = presets.save(tmp_path / "preset.json", qs, model)
+    again = presets.by_name(str(path), model)
+    assert again == qs
+    assert dict(again.provenance).items() >= dict(qs.provenance).items()
+
+
+def test_the_paper_preset_holds_the_papers_numbers():
+    """DESIGN section 9, for the paper's depth of 30."""
+    qs = presets.paper(DEEP)
+    assert qs.halting.tau_drift == 1.0
+    assert qs.halting.tau_halt == pytest.approx(0.797, abs=1e-3)
+    assert (qs.halting.window, qs.halting.min_layer) == ((6, 24), 5)
+    assert (qs.fusion.tau_fuse, qs.fusion.first_layer) == (0.15, 12)
+    assert (qs.amq.layer, qs.amq.tau_low, qs.amq.tau_high) == (15, 1.0, 2.3)
+    assert presets.by_name("paper-drift-0.045", DEEP).halting.tau_drift == 0.045
+    minmax = presets.by_name("paper-bits-minmax", DEEP).amq
+    assert (minmax.normalization, minmax.tau_low, minmax.tau_high) == ("minmax", 0.3, 0.6)
+
+
+def test_files_that_are_no_presets(tmp_path):
+    path = tmp_path / "p.json"
+    with pytest.raises(ConfigError, match="unknown preset 'fast'; known: off, paper"):
+        presets.by_name("fast", MODEL)
+    with pytest.raises(ConfigError, match="cannot read"):
+        presets.load(path, MODEL)
+    for text, told in (
+        ("{", "cannot read"),
+        ("[]", "not a preset"),
+        ('{"format": "qs-jax preset", "version": 2}', "version 2"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=told):
+            presets.load(path, MODEL)
+    presets.save(path, presets.paper(DEEP), DEEP)
+    with pytest.raises(ConfigError, match="num_layers 30"):
+        presets.load(path, MODEL)
+    content = json.loads(path.read_text())
+    content["provenance"] = {}
+    content["quicksilver"]["halting"]["tau_dift"] = 1.0
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="tau_dift"):
+        presets.load(path, DEEP)
+
+
+def halting(**fields):
+    return QuickSilverConfig(halting=HaltingConfig(**fields))
+
+
+QUOTA = {"rule": "quota", "layers": (2,), "quota": (0.5,), "entropy": None}
+MINMAX = AMQConfig(2, normalization="minmax", tau_low=0.3, tau_high=0.6, group=8)
+REFUSED = {
+    "tau_low.*above": lambda: AMQConfig(2, tau_low=3.0, tau_high=1.0),
+    "must be a number": lambda: HaltingConfig(tau_drift=float("nan")),
+    "one of 'raw'": lambda: HaltingConfig(drift="L2"),
+    "rising layer numbers": lambda: HaltingConfig(layers=(3, 2)),
+    "needs halting.layers": lambda: HaltingConfig(rule="quota"),
+    "rising shares": lambda: HaltingConfig(rule="quota", layers=(1, 2), quota=(0.5, 0.2)),
+    "is for rule 'quota'": lambda: HaltingConfig(quota=(0.5,)),
+    "go together": lambda: HaltingConfig(forced_ids=(3,)),
+    "needs kv_skip.tau_kv": lambda: KVSkipConfig("attended"),
+    "no effect under 'skip'": lambda: KVSkipConfig("skip", tau_kv=0.1),
+    "writes every key": lambda: KVSkipConfig("propagate", delay=1),
+    "tau_attn and a fusion.window": lambda: FusionConfig(window=3),
+    "positive before fusion.first_layer": lambda: FusionConfig(tau_fuse=(0.1,) * 6, first_layer=3),
+    "must be infinite": lambda: AMQConfig(2, entropy=None),
+    "no largest value": lambda: AMQConfig(2, entropy="variance", normalization="log_vocab"),
+    "nothing would be quantised": lambda: AMQConfig(2, targets=()),
+    "power of two": lambda: AMQConfig(2, group=12, rotate=True),
+    "switch halting on": lambda: QuickSilverConfig(kv_skip=KVSkipConfig()),
+    "freeze=False does nothing": lambda: halting(freeze=False),
+    "name the few": lambda: QuickSilverConfig(
+        halting=HaltingConfig(), kv_skip=KVSkipConfig("extrapolate")
+    ),
+    "needs shortlist_layer": lambda: halting(entropy="shortlist"),
+    "final_prev runs token by token": lambda: QuickSilverConfig(
+        amq=AMQConfig(2, entropy="final_prev", normalization="minmax", allow_noncausal=True)
+    ),
+    "end of halting.window is layer 6": lambda: Config(MODEL, halting(window=(2, 6))),
+    "leaves no layer": lambda: Config(MODEL, halting(window=(1, 3), min_layer=4)),
+    "outside the window": lambda: Config(MODEL, halting(window=(2, 4), layers=(1,))),
+    "fusion.first_layer is layer 0": lambda: Config(
+        MODEL, QuickSilverConfig(fusion=FusionConfig(first_layer=0))
+    ),
+    "comes before fusion.first_layer": lambda: Config(
+        MODEL, QuickSilverConfig(fusion=FusionConfig(first_layer=4, last_layer=2))
+    ),
+    "has 2 entries for 6 layers": lambda: Config(MODEL, halting(tau_drift=(1.0, 2.0))),
+    "does not divide": lambda: Config(MODEL, QuickSilverConfig(amq=AMQConfig(2, group=5))),
+    "amq.layer is layer 9": lambda: Config(MODEL, QuickSilverConfig(amq=AMQConfig(9, group=8))),
+    "outside the vocabulary": lambda: Config(
+        MODEL, QuickSilverConfig(fusion=FusionConfig(), protect_ids=(97,))
+    ),
+    "before shortlist_layer": lambda: Config(
+        MODEL,
+        QuickSilverConfig(
+            halting=HaltingConfig(entropy="shortlist"), shortlist_layer=3, shortlist_size=4
+        ),
+    ),
+    "ranks a whole prompt": lambda: Config(MODEL, halting(**QUOTA), protocol="teacher-forced"),
+    "looks at later tokens": lambda: Config(
+        MODEL, QuickSilverConfig(amq=MINMAX), protocol="teacher-forced"
+    ),
+    "a prompt, which runs in one pass": lambda: Config(
+        MODEL, halting(entropy="final_prev"), protocol="continuation"
+    ),
+    "protocol must be one of": lambda: Config(MODEL, protocol="prefill"),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_contradictions_are_refused_with_the_reason(reason):
+    with pytest.raises(ConfigError, match=reason):
+        REFUSED[reason]()
+
+
+def test_the_protocol_follows_what_the_mechanisms_can_do():
+    assert Config(MODEL, halting()).protocol == "teacher-forced"
+    assert Config(MODEL, halting(**QUOTA)).protocol == "continuation"
+    assert Config(MODEL, QuickSilverConfig(amq=MINMAX)).protocol == "continuation"
+    assert Config(MODEL).protocol is None
