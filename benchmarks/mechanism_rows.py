@@ -95,9 +95,11 @@ def adjacent_distances(params: Params, rows_NT: np.ndarray, model: ModelConfig) 
     return np.asarray(run(jnp.asarray(rows_NT)))
 
 
-def quota(layer: int, share: float, policy: str, score: str = "attention") -> QuickSilverConfig:
-    """Halt a share of the prompt at one layer."""
-    tau_kv = 0.05 if policy == "attended" else None
+def quota(
+    layer: int, share: float, policy: str, score: str = "attention", tau_kv: float = 0.05
+) -> QuickSilverConfig:
+    """Halt a share of the prompt at one layer; `tau_kv` is for "attended"."""
+    tau_kv = tau_kv if policy == "attended" else None
     return QuickSilverConfig(
         halting=HaltingConfig(
             rule="quota", layers=(layer,), quota=(share,), score=score, entropy=None
@@ -130,6 +132,10 @@ def policy_rows() -> Iterator[Row]:
         for policy in ("skip", "attended", "propagate", "extrapolate"):
             name = f"{share:.0%} at layer {layer} | {policy}"
             yield Row("policies", name, CONTINUATION, quota(layer, share, policy))
+    for tau_kv in (0.1, 0.2, 0.4, 0.8):
+        for layer in (24, 20):
+            qs = quota(layer, 0.5, "attended", tau_kv=tau_kv)
+            yield Row("attended", f"50% at layer {layer}, tau_kv {tau_kv}", CONTINUATION, qs)
     for score in ("attention", "random", "drift"):
         qs = quota(20, 0.5, "extrapolate", score)
         yield Row("scores", f"50% at layer 20, lowest {score} first", CONTINUATION, qs)

@@ -45,8 +45,8 @@ class Arguments:
     """Windows at a time."""
     out: Path = environment.RESULTS / "mechanisms.json"
     """JSON file."""
-    docs: Path = Path("docs/mechanisms.md")
-    """Page whose tables are rewritten."""
+    docs: tuple[Path, ...] = (Path("docs/mechanisms.md"), Path("README.md"))
+    """Pages whose tables are rewritten."""
     tables_only: bool = False
     """Rewrite the tables from the JSON file, measure nothing."""
 
@@ -141,8 +141,9 @@ def main(argv: list[str] | None = None) -> None:
     if not args.tables_only:
         measure(args)
     for name, table in _sections(args.out):
-        mechanism_tables.replace(args.docs, name, table)
-    print(f"{args.out} and the tables of {args.docs} are up to date.")
+        for page in args.docs:
+            mechanism_tables.replace(page, name, table)
+    print(f"{args.out} and the tables of {', '.join(map(str, args.docs))} are up to date.")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """QuickSilver in JAX: a frozen language model that does less work per token."""
 
-from qs_jax import presets
+from qs_jax import accounting, presets
 from qs_jax.checkpoint import load, load_tokenizer
 from qs_jax.config import (
     AMQConfig,
@@ -47,6 +47,8 @@ __all__ = [
     "FusionConfig",
     "AMQConfig",
     "presets",
+    # Counting what was saved
+    "accounting",
     # Maps of the "extrapolate" policy
     "KVMaps",
     "fit_kv_maps",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from qs_jax.commands.evaluate import Evaluate
+from qs_jax.commands.maps import find_maps
 from qs_jax.errors import InputError, QuickSilverError
 
 if TYPE_CHECKING:
@@ -31,7 +32,12 @@ class Generate:
     prompt: str
     """Text to continue; - reads it from standard input."""
     preset: str = "off"
-    """Mechanisms to run: off (dense). More are to come."""
+    """Mechanisms to run: off (dense), paper, balanced, aggressive, another name, or FILE.json."""
+    protocol: Literal["teacher-forced", "continuation"] | None = None
+    """Mechanisms act on every token, or on the prompt only. By default on every token, unless the
+    preset can act on prompts only."""
+    kv_maps: Path | None = None
+    """Maps of the "extrapolate" policy; by default kv_maps.safetensors in the checkpoint folder."""
     max_new_tokens: int = 64
     """Longest continuation, in tokens."""
     temperature: float = 0.0
@@ -64,6 +70,7 @@ class Generate:
         cfg = Config(
             model=model,
             quicksilver=presets.by_name(self.preset, model),
+            protocol=self.protocol,
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             top_k=self.top_k,
@@ -71,6 +78,9 @@ class Generate:
             repetition_penalty=self.repetition_penalty,
             seed=self.seed,
         )
+        maps, _ = find_maps(cfg, self.ckpt, self.kv_maps)
+        if maps is not None:
+            params["kv_maps"] = maps
         stream = TextStream(params, tokenizer, ids, cfg)
         if not self.quiet and not self.chat:
             print(prompt, end="", flush=True)

@@ -88,9 +88,9 @@ def balanced(model: ModelConfig) -> QuickSilverConfig:
 def aggressive(model: ModelConfig) -> QuickSilverConfig:
     """Prompts only: all four mechanisms, for savings whose price shows in the perplexity.
 
-    Half of the prompt stops at two thirds of the depth and the rest at 0.9 of it, keys of halted
-    tokens are skipped unless attended to, near-identical neighbours fuse, and activations keep 8
-    bits from the middle on. The measured cost is in docs/mechanisms.md.
+    Half of the prompt stops at two thirds of the depth and nearly all of it at 0.9, keys of halted
+    tokens are skipped, near-identical neighbours fuse, and activations keep 8 bits from the middle
+    on. The measured cost is in docs/mechanisms.md.
     """
     layers = _layers(model, 2 / 3, 0.9)
     middle = max(model.num_layers // 2, 1)
@@ -98,7 +98,7 @@ def aggressive(model: ModelConfig) -> QuickSilverConfig:
         halting=HaltingConfig(
             rule="quota", layers=layers, quota=_shares(layers, 0.5, 0.9), entropy=None
         ),
-        kv_skip=KVSkipConfig(policy="attended", tau_kv=0.05),
+        kv_skip=KVSkipConfig(policy="skip"),
         fusion=FusionConfig(tau_fuse=0.35, distance="relative", first_layer=middle),
         amq=AMQConfig.uniform(8, layer=middle, group=_group(model)),
         provenance=_SHIPPED,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from qs_jax.commands.maps import find_maps
 from qs_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class Evaluate:
             continuation_tokens=self.continuation_tokens,
         )
         check_width(self.seq_len, cfg)
-        maps, maps_hash = self._maps(cfg)
+        maps, maps_hash = find_maps(cfg, self.ckpt, self.kv_maps)
         tokenizer = load_tokenizer(self.ckpt)
         text, windows = read_windows(self.data, tokenizer, self.seq_len, self.limit_windows)
         check_width(windows.tokens_WT.shape[1], cfg)
@@ -163,26 +163,6 @@ class Evaluate:
             "quicksilver": cfg.quicksilver.to_dict(),
             "seq_len": self.seq_len,
         }
-
-    def _maps(self, cfg: Config) -> tuple[KVMaps | None, str | None]:
-        """The maps of the halting layers, if the policy reads them, and the file's SHA-256."""
-        from qs_jax.mechanisms.kv_maps import FILE_NAME, KVMaps, select
-
-        qs = cfg.quicksilver
-        if qs is None or qs.kv_skip is None or qs.kv_skip.policy != "extrapolate":
-            if self.kv_maps is not None:
-                raise InputError(
-                    "--kv-maps is for presets whose kv_skip.policy is 'extrapolate'; preset "
-                    f"{self.preset!r} reads none."
-                )
-            return None, None
-        assert qs.halting is not None
-        assert qs.halting.layers is not None
-        path = self.kv_maps or self.ckpt / FILE_NAME
-        maps = select(KVMaps.load(path), qs.halting.layers)
-        maps.check(cfg.model)
-        path = path / FILE_NAME if path.is_dir() else path
-        return maps, hashlib.sha256(path.read_bytes()).hexdigest()
 
     def _score(self, params: Params, job: Job, journal: Journal) -> None:
         """Score what the journal does not have yet, with a bar on standard error."""

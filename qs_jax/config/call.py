@@ -60,10 +60,11 @@ class Config:
             f"quicksilver must come from qs_jax.presets, got {self.quicksilver!r}.",
         )
         if self.quicksilver is not None:
-            if self.protocol is None:
-                only = self.quicksilver.prompts_only is not None
-                object.__setattr__(self, "protocol", PROTOCOLS[only])
-            self.quicksilver.check(self.model, self.protocol)
+            protocol = self.protocol
+            if protocol is None:
+                protocol = PROTOCOLS[self.quicksilver.prompts_only is not None]
+                object.__setattr__(self, "protocol", protocol)
+            self.quicksilver.check(self.model, protocol)
         require(
             self.protocol is None or self.protocol in PROTOCOLS,
             f"protocol must be one of {PROTOCOLS}, got {self.protocol!r}.",

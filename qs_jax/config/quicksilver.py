@@ -70,11 +70,13 @@ class QuickSilverConfig:
                 "halting with freeze=False does nothing unless kv_skip skips keys.",
             )
         if skip is not None and skip.policy == "extrapolate":
+            assert halting is not None  # required above
             require(
                 halting.layers is not None,
                 "kv_skip.policy 'extrapolate' has one set of maps per halting layer: name the few "
                 "halting.layers.",
             )
+            assert halting.layers is not None
             require(
                 halting.forced_layer is None or halting.forced_layer in halting.layers,
                 "kv_skip.policy 'extrapolate' needs forced_layer to be one of halting.layers.",
@@ -217,8 +219,11 @@ def _check_layers(qs: QuickSilverConfig, deepest: int) -> None:
     if "shortlist" in qs.entropies:
         _within("shortlist_layer", qs.shortlist_layer, deepest)
     for name, start, entropy in first_uses:
+        if entropy != "shortlist":
+            continue
+        assert qs.shortlist_layer is not None  # required by __post_init__
         require(
-            entropy != "shortlist" or qs.shortlist_layer <= start,
+            qs.shortlist_layer <= start,
             f"{name} reads the shortlist at layer {start}, before shortlist_layer "
             f"{qs.shortlist_layer} has picked it.",
         )

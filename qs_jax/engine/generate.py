@@ -23,7 +23,7 @@ from qs_jax.mechanisms import decide
 from qs_jax.mechanisms.plan import Numbers, Plan, bind
 from qs_jax.models import Params
 from qs_jax.record import Record
-from qs_jax.state import DecodeState
+from qs_jax.state import DecodeState, KVCache, Past
 
 
 class DecodePlan(NamedTuple):
@@ -181,9 +181,11 @@ def advance(
 ) -> DecodeState:
     """Run each row's last token through the model and choose the next one."""
     if plan.mechanisms is None:
+        assert isinstance(state.cache, KVCache)
         logits_BV, cache = dense.decode_step(params, state.last_B, state.pos_B, state.cache, model)
     else:
         assert numbers.mechanisms is not None
+        assert isinstance(state.cache, Past)
         nothing_B = jnp.zeros_like(state.pos_B)  # under "continuation" no new token is a subject
         columns = (state.last_B[:, None], state.pos_B[:, None], ~state.done_B[:, None])
         rows = decide.rows(*columns, nothing_B, None, plan.mechanisms, numbers.mechanisms)
@@ -213,13 +215,14 @@ def generate_result(
 
     started = start(params, tokens_BT, lengths_B, numbers, model, plan)
     state = lax.while_loop(unfinished, body, started)
-    out = {
+    out: dict[str, Any] = {
         "tokens": state.tokens_BM,
         "lengths": state.lengths_B,
         "logprobs": state.logprobs_BM,
         "finite": state.finite_B,
     }
     if plan.mechanisms is not None:
+        assert isinstance(state.cache, Past)
         out["evidence"] = tokenwise.evidence(state.cache)
     return out
 

@@ -78,6 +78,7 @@ def run(
     (state, cache), (record, kept) = lax.scan(layer, (_start(call), cache), scanned)
     following = None
     if cache is not None:
+        assert kept is not None
         follow = pasts.begin if past is None else pasts.extend
         following = follow(call, state, record, kept, cache)
     return head.normed(params, state.h_BTD, model), state, record, following
@@ -89,9 +90,10 @@ def _start(call: Call) -> TokenState:
     never_BT = jnp.full(shape, NEVER, jnp.int32)
     similarity = received = shortlist = taken = None
     if call.fuses:
+        assert plan.fusion is not None
         taken = jnp.zeros((shape[0], plan.fusion.window), bool)
-    if call.fuses and plan.fusion.window > 1:
-        similarity = jnp.zeros((*shape, plan.fusion.window), exact)
+        if plan.fusion.window > 1:
+            similarity = jnp.zeros((*shape, plan.fusion.window), exact)
     if plan.policy == "attended":
         received = jnp.zeros((*shape, shape[1]), exact)
         if past is not None:
@@ -295,7 +297,7 @@ def _fuse(call: Call, state: TokenState, attended: Attended, stopped_BT, at, pas
     ready_BT = decide.eligible(rows, stopped_BT) & (at.layer < state.halt_layer_BT)
     own = fusion.Tokens(rows.pos_BT, state.h_BTD, ready_BT, call.hidden_from(state), None)
     joined = [jnp.concatenate(both, 1) for both in zip(before.tokens[:4], own[:4], strict=True)]
-    tokens = fusion.Tokens(*joined, call.context_BXD)
+    tokens = fusion.Tokens(*joined, context_BXD=call.context_BXD)
     mean_BTW = None
     if setting.window > 1:
         k_BXKH = pasts.last_keys(call, attended.k_BSKH, setting.window)
@@ -324,6 +326,7 @@ def _fuse(call: Call, state: TokenState, attended: Attended, stopped_BT, at, pas
     took_BW = absorbed_BX[:, :-width] != NEVER
     fused = (state.h_BTD, merged, took_BW)
     after_BT = jnp.where(now_BT, at.layer, NEVER)
+    assert state.taken_BW is not None
     state = state.replace(
         h_BTD=merged.h_BXD,
         size_BT=merged.size_BX,

@@ -125,7 +125,9 @@ def contexts(embedded_BTD: Array, rows: Rows, plan: Plan, past: Past | None) -> 
         return jnp.pad(own_BTD, ((0, 0), (setting.window, 0), (0, 0)))
     window = past.window
     assert window is not None
+    assert window.embedded_BCD is not None
     assert window.embedded_real_BC is not None
+    assert window.context_BWD is not None
     all_BCD = jnp.concatenate([window.embedded_BCD, embedded_BTD], axis=1)
     real_BC = jnp.concatenate([window.embedded_real_BC, jnp.ones_like(rows.real_BT)], axis=1)
     own_B1D = fusion.contexts(all_BCD, real_BC, setting.context)[:, -1:]
@@ -157,6 +159,7 @@ def earlier(call: Call, state: TokenState, past_l: PastLayer | None, layer: Arra
         return Earlier(tokens, fusion.Merged(h_BWD, zeros_BW, zeros_BW))
     assert past.window is not None
     assert past_l is not None
+    assert past_l.before_BWD is not None
     assert past_l.merged is not None
     slots_BW = _last_slots(pos_BT, count)
     runs_BW = _take(past.halt_layer_BS, slots_BW) > layer
@@ -259,6 +262,7 @@ def _window(call: Call, kept: Kept) -> FusionWindow | None:
     setting, past = call.plan.fusion, call.past
     if setting is None or kept.merged is None:
         return None
+    assert kept.before_BWD is not None
     old = past.window if past is not None else None
     rows = call.rows
     exempt_BT = ~rows.subject_BT | rows.full_BT | ~rows.real_BT
@@ -337,7 +341,7 @@ def extend(call: Call, state: TokenState, record: LayerRecord, kept: Kept, cache
         hidden_from_BS=hidden_from_BS,
         retain_BS=put(past.retain_BS, rows.retain_BT),
         received_BS=received_BS,
-        size_LBS=None if kept.size_BT is None else put_layers(past.size_LBS, kept.size_BT),
+        size_LBS=jax.tree.map(put_layers, past.size_LBS, kept.size_BT),  # both may be None
         window=_window(call, kept),
         record=records,
     )

@@ -168,7 +168,8 @@ def score(
     else:
         plan, numbers = bound
         check_maps(params, plan, model)
-        prompt = tokenwise.Prompt(*padded, ends_B, chosen)
+        host: Any = (*padded, ends_B)  # NumPy arrays until the program takes them
+        prompt = tokenwise.Prompt(*host, overrides=chosen)
         out = jax.device_get(
             jit_score_masked(
                 params, prompt, numbers, model=model, plan=plan, return_logits=return_logits

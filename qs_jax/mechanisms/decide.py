@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.mechanisms import halting
@@ -24,9 +25,9 @@ class Overrides(NamedTuple):
       retain_BT: Keys that are always written.
     """
 
-    full_BT: Bool[Array, "B T"]
-    forced_layer_BT: Int[Array, "B T"]
-    retain_BT: Bool[Array, "B T"]
+    full_BT: Bool[Array | np.ndarray, "B T"]
+    forced_layer_BT: Int[Array | np.ndarray, "B T"]
+    retain_BT: Bool[Array | np.ndarray, "B T"]
 
 
 class Rows(NamedTuple):

@@ -74,19 +74,20 @@ def fit_kv_maps(
         raise InputError(
             f"{count} tokens cannot determine maps of {size} rows: give several times that."
         )
-    gram, cross = None, None
+    sums = None
     program = jax.jit(_moments, static_argnames=("model", "chosen", "features"))
     for start in tqdm(range(0, len(batch.tokens_BT), batch_size), "fitting", disable=not progress):
         rows = slice(start, start + batch_size)
         tokens_BT, lengths_B = batch.tokens_BT[rows], batch.lengths_B[rows]
         pos_BT = np.arange(tokens_BT.shape[1])[None]
         counted_BT = (pos_BT >= skip_first) & (pos_BT < lengths_B[:, None])
-        found = program(
+        moments = program(
             params, tokens_BT, counted_BT, model=model, chosen=chosen, features=tuple(features)
         )
-        one, two = (np.asarray(part, np.float64) for part in found)
-        gram, cross = (one, two) if gram is None else (gram + one, cross + two)
-    assert gram is not None
+        found = [np.asarray(part, np.float64) for part in moments]
+        sums = found if sums is None else [a + b for a, b in zip(sums, found, strict=True)]
+    assert sums is not None
+    gram, cross = sums
     penalty = np.eye(size) * ridge * count
     penalty[-1, -1] = 0  # the constant is free
     maps = np.stack(
@@ -120,7 +121,8 @@ def _moments(params: Params, tokens_BT, counted_BT, model: ModelConfig, chosen, 
     def layer(carry, scanned):
         h_BTD, read_XBTF = carry
         number, params_l = scanned
-        k, v = block.apply({"params": params_l}, h_BTD, method=unrotated)
+        projected: Any = block.apply({"params": params_l}, h_BTD, method=unrotated)
+        k, v = projected
         target = jnp.concatenate([k.reshape(*batch, -1), v.reshape(*batch, -1)], axis=-1)
         cross_XFO = jnp.einsum("xbtf,bto->xfo", read_XBTF, target)
         deeper_X11 = (number > boundary_X)[:, None, None]

@@ -1,0 +1,48 @@
+"""Finding the maps that a preset's KV policy reads."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qs_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from qs_jax.config import Config
+    from qs_jax.mechanisms.kv_maps import KVMaps
+
+
+def find_maps(cfg: Config, ckpt: Path, given: Path | None) -> tuple[KVMaps | None, str | None]:
+    """The maps of the configuration's halting layers, if its policy reads any.
+
+    Args:
+      cfg: Its `kv_skip.policy` decides.
+      ckpt: Checkpoint folder, where the maps are by default.
+      given: Another file, or None.
+
+    Returns:
+      The maps and the file's SHA-256, or None twice.
+
+    Raises:
+      CheckpointError: There is no such file.
+      ConfigError: The maps are of other layers or another model.
+      InputError: A file was given though the policy reads none.
+    """
+    from qs_jax.mechanisms.kv_maps import FILE_NAME, KVMaps, select
+
+    qs = cfg.quicksilver
+    if qs is None or qs.kv_skip is None or qs.kv_skip.policy != "extrapolate":
+        if given is not None:
+            raise InputError(
+                "--kv-maps is for presets whose kv_skip.policy is 'extrapolate'; this preset reads "
+                "none."
+            )
+        return None, None
+    assert qs.halting is not None
+    assert qs.halting.layers is not None
+    path = given or ckpt / FILE_NAME
+    path = path / FILE_NAME if path.is_dir() else path
+    maps = select(KVMaps.load(path), qs.halting.layers)
+    maps.check(cfg.model)
+    return maps, hashlib.sha256(path.read_bytes()).hexdigest()
