@@ -36,6 +36,20 @@ def test_generate_prints_prompt_text_and_timings(ckpt, capsys):
         assert word in captured.err
 
 
+def test_generate_takes_a_preset_by_name_or_file(ckpt, capsys, tmp_path):
+    command = ["generate", "--ckpt", str(ckpt), "--prompt", "ab" * 20, "--max-new-tokens", "4"]
+    assert cli.main([*command, "--preset", "balanced"]) == 0
+    by_name = capsys.readouterr().out
+    _, model = qs_jax.load(ckpt)
+    path = qs_jax.presets.save(tmp_path / "mine.json", qs_jax.presets.balanced(model), model)
+    assert cli.main([*command, "--preset", str(path)]) == 0
+    assert capsys.readouterr().out == by_name
+    assert cli.main([*command, "--preset", "balanced", "--protocol", "teacher-forced"]) == 1
+    assert "ranks a whole prompt" in capsys.readouterr().err
+    assert cli.main([*command, "--preset", "paper", "--kv-maps", str(path)]) == 1
+    assert "--kv-maps is for presets" in capsys.readouterr().err
+
+
 def test_quiet_prints_the_continuation_only(ckpt, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("abc"))
     settings = {"temperature": 0.8, "top_k": 9, "seed": 3}

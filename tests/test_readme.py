@@ -11,11 +11,16 @@ pytestmark = pytest.mark.xdist_group("embedded")
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_the_python_example_runs(embedded_checkpoint, capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    code = code.replace("ckpt/smollm2-135m", str(embedded_checkpoint))
-    exec(compile(code, "README.md", "exec"), {})
+def test_the_python_examples_run(embedded_checkpoint, capsys):
+    """One after the other, as a reader would type them."""
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    names: dict = {}
+    for code in blocks:
+        code = code.replace("ckpt/smollm2-135m", str(embedded_checkpoint))
+        exec(compile(code, "README.md", "exec"), names)
     printed = capsys.readouterr().out
+    assert len(blocks) == 2
+    assert names["saved"]["layer_tokens_saved"] >= 0
     assert printed.startswith("The capital of France is")
     assert "\nOnce upon a time" in printed
 
@@ -25,6 +30,9 @@ def test_the_demo_runs(embedded_checkpoint, capsys):
     printed = capsys.readouterr().out
     assert "The capital of France is Paris." in printed
     assert "decode" in printed
+    assert "simulated" in printed
+    for preset in ("off", "paper", "balanced", "aggressive"):
+        assert f" {preset} " in printed
 
 
 def test_it_stays_short():

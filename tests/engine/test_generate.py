@@ -10,12 +10,13 @@ import pytest
 
 import qs_jax
 from qs_jax.config import Config
-from qs_jax.engine import dense, scoring
+from qs_jax.engine import dense, scoring, tokenwise
 from qs_jax.engine import generate as engine
 from qs_jax.engine.batching import bucket_size
 from qs_jax.errors import ConfigError, InputError, NonFiniteError
 from qs_jax.models import head
 from qs_jax.testing import tiny_model, tiny_params
+from tests.engine.contract import MATRIX, model_of, params_of
 from tests.support import random_tokens
 
 MODELS = {
@@ -285,14 +286,37 @@ def test_norms_softmax_and_logits_are_float32_in_a_bfloat16_model(model_type):
     assert re.search(r":bf16\[2,16,\d+\] = dot_general", text), "the layers compute in bfloat16"
 
 
+@pytest.mark.parametrize("name", ["HKFQ", "quota"])
+def test_mechanisms_run_in_bfloat16(name):
+    half = model_of("llama", dtype="bfloat16")
+    params = params_of(half)
+    tokens_BT = random_tokens(half, width=24)
+    cfg = Config(half, MATRIX[name], max_new_tokens=6, continuation_tokens=6)
+    scores = qs_jax.score(params, tokens_BT, cfg, return_logits=True)
+    assert scores.logits.dtype == np.float32
+    assert not scores.record.active.all()
+    out = qs_jax.generate(params, tokens_BT, cfg)
+    assert (out.lengths >= 1).all()
+    assert not out.record.active.all()
+
+
 ENTRY_POINTS = ("generate", "start", "advance", "score", "logits")
+VARIANTS = {
+    "greedy": {},
+    "sampled": SAMPLED,
+    "HKFQ": {"quicksilver": MATRIX["HKFQ"]},
+    "quota": {"quicksilver": MATRIX["quota"]},
+}
 
 
-@pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("entry", ENTRY_POINTS)
-def test_every_program_lowers_for_cuda(model, params, entry, sampling):
-    cfg = Config(model, max_new_tokens=16, **sampling)
-    _, padded, numbers, plan = engine._prepare(random_tokens(model, width=16), cfg, None, None)
+def test_every_program_lowers_for_cuda(entry, variant):
+    model = model_of("llama")
+    params = params_of(model)
+    cfg = Config(model, max_new_tokens=16, **VARIANTS[variant])
+    tokens_BT = random_tokens(model, width=16)
+    _, padded, numbers, plan = engine._prepare(params, tokens_BT, cfg, None, None, None)
     static = {"model": model, "plan": plan}
     if entry == "generate":
         traced = engine.jit_generate.trace(params, *padded, numbers, **static)
@@ -303,6 +327,16 @@ def test_every_program_lowers_for_cuda(model, params, entry, sampling):
             lambda *args: engine.start(*args, model, plan), params, *padded, numbers
         )
         traced = engine.jit_advance.trace(params, state, numbers, **static)
+    elif plan.mechanisms is not None:
+        prompt = tokenwise.Prompt(*padded, padded.lengths_B - 4, None)
+        traced = scoring.jit_score_masked.trace(
+            params,
+            prompt,
+            numbers.mechanisms,
+            model=model,
+            plan=plan.mechanisms,
+            return_logits=entry == "logits",
+        )
     else:
         program = scoring.jit_score if entry == "score" else scoring.jit_logits
         traced = program.trace(params, padded.tokens_BT, model=model)
