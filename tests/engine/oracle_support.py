@@ -1,0 +1,107 @@
+"""Tiny models and the comparison of engine and oracle."""
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+import qs_jax
+from qs_jax.config import (
+    Config,
+    ModelConfig,
+    QuickSilverConfig,
+)
+from qs_jax.engine.overrides import TokenOverrides
+from qs_jax.mechanisms.kv_maps import KVMaps
+from qs_jax.testing import oracle_score, tiny_model, tiny_params
+
+VOCAB, DEPTH, WIDTH = 31, 4, 12
+LENGTHS, PROMPTS = (12, 9), (10, 7)
+COUNTED = "active kv_written kv_held visible_keys bits fused depth representative weighed".split()
+MEASURED = ("drift", "entropy")
+
+
+def architecture(kind: str, dtype: str) -> ModelConfig:
+    return tiny_model(
+        kind,
+        num_layers=DEPTH,
+        hidden_size=16,
+        num_heads=4,
+        num_kv_heads=2 if kind == "llama" else 4,
+        head_dim=4,
+        mlp_size=24,
+        vocab_size=VOCAB,
+        bos_token_id=0,
+        eos_token_ids=(1,),
+        dtype=dtype,
+    )
+
+
+@functools.cache
+def a_model(kind: str, dtype: str) -> tuple[ModelConfig, Any]:
+    """A random model whose norms and biases are not the identity."""
+    model, rng = architecture(kind, dtype), np.random.default_rng(1)
+    with jax.enable_x64(dtype == "float64"):
+        params = tiny_params(model, scale=30.0)
+        nudge = lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape).astype(dtype)  # noqa: E731
+        return model, jax.tree.map(nudge, params)
+
+
+def with_maps(params: Any, layers: tuple[int, ...], features: tuple[str, ...], seed: int) -> Any:
+    kv = params["layers"]["qkv"]["kernel"].shape[-1] - 16
+    dtype = params["final_norm"]["norm"]["scale"].dtype
+    shape = (DEPTH, len(layers), 16 * len(features) + 1, kv)
+    maps = np.random.default_rng(seed).standard_normal(shape).astype(dtype) / 4
+    array = jax.numpy.asarray(maps)
+    return params | {"kv_maps": KVMaps(maps_LXFO=array, layers=layers, features=features)}
+
+
+def rows_of(seed: int, repeats: bool) -> list[list[int]]:
+    """Random ids; with `repeats`, few of them, so that neighbours are often alike."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 6 if repeats else VOCAB, n).tolist() for n in LENGTHS]
+
+
+def check(
+    kind: str,
+    quicksilver: QuickSilverConfig,
+    protocol: str,
+    *,
+    seed: int = 0,
+    repeats: bool = False,
+    overrides: dict[str, np.ndarray] | None = None,
+    features: tuple[str, ...] = ("state",),
+    dtype: str = "float64",
+    atol: float = 1e-6,
+    knife: float = 1e-9,
+) -> Any:
+    """The oracle's output, held against the engine's; None at a knife's edge."""
+    model, params = a_model(kind, dtype)
+    cfg = Config(model=model, quicksilver=quicksilver, protocol=protocol)
+    tokens = rows_of(seed, repeats)
+    skip = quicksilver.kv_skip
+    with jax.enable_x64(dtype == "float64"):
+        if skip is not None and skip.policy == "extrapolate":
+            assert quicksilver.halting is not None
+            params = with_maps(params, quicksilver.halting.layers, features, seed)
+        options: dict[str, Any] = {}
+        if protocol == "continuation":
+            options["prompt_lengths"] = PROMPTS
+        if overrides is not None:
+            options["overrides"] = TokenOverrides(**overrides)
+        expected = oracle_score(params, tokens, cfg, **options)
+        if expected.margin < knife:
+            return None
+        found = qs_jax.score(params, tokens, cfg, return_logits=True, **options)
+    real = np.arange(WIDTH) < np.array(LENGTHS)[:, None]
+    if found.record is not None:
+        for name in COUNTED:
+            one, other = getattr(found.record, name), getattr(expected, name)
+            np.testing.assert_array_equal(one[..., real], other[..., real], err_msg=name)
+        for name in MEASURED:
+            one, other = getattr(found.record, name), getattr(expected, name)
+            both = real & np.isfinite(one) & np.isfinite(other)
+            np.testing.assert_allclose(one[both], other[both], atol=atol, err_msg=name)
+    np.testing.assert_allclose(found.logits[real], expected.logits[real], atol=atol)
+    return expected
