@@ -36,8 +36,8 @@ def _line(row: dict[str, Any], dense: dict[str, Any]) -> list[str]:
     shown = f"{perplexity:,.0f}" if perplexity >= 1000 else f"{perplexity:.2f}"
     saved = row["saved"]
     cells = [shown, change]
-    cells += [f"{saved['prefill'][share]:.1%}" for share in _SHARES]
-    return [*cells, f"{saved['prefill']['paper_flops_saved_16bit']:.1%}"]
+    shares = [saved["prefill"][name] for name in (*_SHARES, "paper_flops_saved_16bit")]
+    return cells + [f"{share:.1%}".replace("-0.0%", "0.0%") for share in shares]
 
 
 def render(content: dict[str, Any]) -> Iterator[tuple[str, str]]:
