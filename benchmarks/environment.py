@@ -14,6 +14,14 @@ RESULTS = Path(__file__).with_name("results")
 _PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "tensorstore", "safetensors", "numpy")
 
 
+def commit() -> str | None:
+    """Short hash of the working tree's commit."""
+    found = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or None
+
+
 def describe() -> dict[str, Any]:
     """Versions, processor, cores and commit of this run."""
     model = next(
@@ -24,15 +32,12 @@ def describe() -> dict[str, Any]:
         ),
         platform.processor(),
     )
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
     return {
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "processor": model,
         "cores": os.cpu_count(),
-        "commit": commit.stdout.strip() or None,
+        "commit": commit(),
     }
 
 

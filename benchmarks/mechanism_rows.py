@@ -16,7 +16,6 @@ from qs_jax import presets
 from qs_jax.config import (
     AMQConfig,
     Config,
-    FusionConfig,
     HaltingConfig,
     KVSkipConfig,
     ModelConfig,
@@ -198,7 +197,3 @@ def ablation(protocol: str, label: str, full: QuickSilverConfig) -> Iterator[Row
     }
     for name, qs in rows.items():
         yield Row(f"ablation, {label}", name, protocol, qs)
-
-
-# Fusion and AMQ settings are spelled out by the rows above; these names are what they are made of.
-__all__ = ["FusionConfig", "MAP_LAYERS", "Row", "all_rows", "percentiles"]

@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-_COLUMNS = ("perplexity", "change, 95 % interval", "layer-tokens", "exact FLOPs", "paper FLOPs")
+_COLUMNS = (
+    "perplexity, 95 % interval",
+    "change, 95 % interval",
+    "layer-tokens",
+    "exact FLOPs",
+    "paper FLOPs",
+)
 _SHARES = ("layer_tokens_saved", "exact_flops_saved", "paper_flops_saved", "kv_bytes_saved")
 
 
@@ -33,7 +39,8 @@ def _line(row: dict[str, Any], dense: dict[str, Any]) -> list[str]:
         change = "none"
     elif perplexity > 10 * base:
         change = f"{perplexity - base:+,.0f}"
-    shown = f"{perplexity:,.0f}" if perplexity >= 1000 else f"{perplexity:.2f}"
+    _, lowest, highest = np.exp(interval(mine))
+    shown = f"{perplexity:.4g} ({lowest:.3g} to {highest:.3g})"
     saved = row["saved"]
     cells = [shown, change]
     shares = [saved["prefill"][name] for name in (*_SHARES, "paper_flops_saved_16bit")]
@@ -84,9 +91,9 @@ def _about(about: dict[str, Any], made_with: dict[str, Any]) -> str:
     packages = made_with["packages"]
     return (
         f"{about['model']}, {about['text']} (first {about['windows']} windows of "
-        f"{about['seq_len']} tokens; maps and percentiles from the {about['fit_windows']} windows "
-        f"after them), {about['dtype']}, batch {about['batch_size']}, Python "
-        f"{made_with['python']}, jax {packages['jax']}, {made_with['processor']}, "
+        f"{about['seq_len']} tokens; maps from the {about['fit_windows']} windows after them, "
+        f"percentiles from the first 4 of those), {about['dtype']}, batch {about['batch_size']}, "
+        f"Python {made_with['python']}, jax {packages['jax']}, {made_with['processor']}, "
         f"{made_with['cores']} cores, commit {made_with['commit']}."
     )
 

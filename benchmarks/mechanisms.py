@@ -63,7 +63,7 @@ def score_rows(
         tokens += out.mask.sum(1).tolist()
         if out.record is None:
             lengths = np.full(len(rows), rows.shape[1])
-            continuation = cfg.protocol == "continuation"
+            continuation = cfg.effective_protocol == "continuation"
             ends = lengths - cfg.continuation_tokens if continuation else 0 * lengths
             part = accounting.dense_tally(lengths, ends, cfg.model)
         else:
@@ -103,7 +103,13 @@ def measure(args: Arguments) -> dict[str, Any]:
         maps = qs_jax.fit_kv_maps(params, fitting, layers, model, progress=True)
         maps.save(maps_file)
     rows = list(mechanism_rows.all_rows(model, done["fitted"]))
-    for row in tqdm([row for row in rows if row.key not in done["rows"]], "rows"):
+    stale = [
+        row
+        for row in rows
+        if _settings(done["rows"].get(row.key, {}).get("quicksilver", {}))
+        != _settings(row.quicksilver.to_dict())
+    ]
+    for row in tqdm(stale, "rows"):
         cfg = Config(model, row.quicksilver, protocol=row.protocol)
         here, features = params, None
         skip, halting = row.quicksilver.kv_skip, row.quicksilver.halting
@@ -111,10 +117,18 @@ def measure(args: Arguments) -> dict[str, Any]:
             chosen = select(maps, halting.layers)
             here, features = {**params, "kv_maps": chosen}, chosen.maps_LXFO.shape[2]
         result = score_rows(here, scored, cfg, args.batch_size, features)
-        done["rows"][row.key] = result | {"quicksilver": row.quicksilver.to_dict()}
+        about_row = {"quicksilver": row.quicksilver.to_dict(), "commit": environment.commit()}
+        done["rows"][row.key] = result | about_row
         _write(args.out, about, done)
-    maps_file.unlink()
+    done["rows"] = {row.key: done["rows"][row.key] for row in rows}
+    _write(args.out, about, done)
+    maps_file.unlink(missing_ok=True)
     return done
+
+
+def _settings(quicksilver: dict[str, Any]) -> dict[str, Any]:
+    """What decides a result: everything but where it comes from."""
+    return {name: value for name, value in quicksilver.items() if name != "provenance"}
 
 
 def _read(path: Path, about: dict[str, Any]) -> dict[str, Any]:

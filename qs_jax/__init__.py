@@ -11,6 +11,7 @@ from qs_jax.config import (
     ModelConfig,
     QuickSilverConfig,
 )
+from qs_jax.engine.fit_maps import fit_kv_maps
 from qs_jax.engine.generate import GenerateOutput, StreamStep, generate, stream
 from qs_jax.engine.overrides import TokenOverrides
 from qs_jax.engine.scoring import ScoreOutput, score
@@ -21,7 +22,6 @@ from qs_jax.errors import (
     NonFiniteError,
     QuickSilverError,
 )
-from qs_jax.mechanisms.fit import fit_kv_maps
 from qs_jax.mechanisms.kv_maps import KVMaps
 from qs_jax.record import Record
 

@@ -34,7 +34,14 @@ def off(model: ModelConfig) -> QuickSilverConfig:
     return QuickSilverConfig()
 
 
-def paper(model: ModelConfig, **changes: Any) -> QuickSilverConfig:
+def paper(
+    model: ModelConfig,
+    *,
+    tau_drift: float = 1.0,
+    normalization: str = "nats",
+    tau_low: float = 1.0,
+    tau_high: float = 2.3,
+) -> QuickSilverConfig:
     """The paper's numbers, with layers scaled from its 30 to the model's depth.
 
     Raw drift below 1.0 and logit-lens entropy below 1.15 bits over layers 6 to 24, not before layer
@@ -43,7 +50,10 @@ def paper(model: ModelConfig, **changes: Any) -> QuickSilverConfig:
 
     Args:
       model: Depth and sizes.
-      **changes: "tau_drift", "normalization", "tau_low", "tau_high" of the variants.
+      tau_drift: Raw drift; the paper also has 0.045, 1e-3, 0.9 and 1.1.
+      normalization: Of the entropy for AMQ.
+      tau_low: Of AMQ; 0.3 with "minmax", 0.25 with "log_vocab".
+      tau_high: Of AMQ; 0.6 and 0.65.
     """
     layers = model.num_layers
 
@@ -51,21 +61,25 @@ def paper(model: ModelConfig, **changes: Any) -> QuickSilverConfig:
         return min(max(round(layer / _PAPER_DEPTH * layers), 1), max(layers - 1, 1))
 
     first, last = at(6), at(24)
-    amq = {key: changes[key] for key in ("normalization", "tau_low", "tau_high") if key in changes}
     return QuickSilverConfig(
         halting=HaltingConfig(
-            tau_drift=changes.get("tau_drift", 1.0),
+            tau_drift=tau_drift,
             tau_halt=1.15 * 0.6931471805599453,
             window=(first, last),
             min_layer=min(at(5), last),
         ),
         kv_skip=KVSkipConfig(policy="skip"),
         fusion=FusionConfig(tau_fuse=0.15, first_layer=at(12)),
-        amq=AMQConfig(layer=at(15), group=_group(model), **amq),
+        amq=AMQConfig(
+            layer=at(15),
+            normalization=normalization,
+            tau_low=tau_low,
+            tau_high=tau_high,
+            group=_group(model),
+        ),
         provenance={
             "source": "QuickSilver paper, sections B.2, C, D.3, E, G.2 to G.4",
             "calibrated_on": None,
-            **changes,
         },
     )
 
@@ -130,12 +144,13 @@ NAMES: dict[str, Callable[[ModelConfig], QuickSilverConfig]] = {
 }
 
 
-def by_name(name: str, model: ModelConfig) -> QuickSilverConfig:
+def by_name(name: str | os.PathLike[str], model: ModelConfig) -> QuickSilverConfig:
     """The preset called `name`, or read from the JSON file of that name.
 
     Raises:
       ConfigError: There is neither, or it does not fit the model.
     """
+    name = os.fspath(name)
     if name in NAMES:
         return NAMES[name](model)
     if name.endswith(".json") or os.sep in name:
@@ -174,6 +189,9 @@ def load(path: str | Path, model: ModelConfig) -> QuickSilverConfig:
         raise ConfigError(f"cannot read the preset {path}: {error}") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ConfigError(f"{path} is not a preset: it has no format {_FORMAT!r}.")
+    for part in ("quicksilver", "provenance"):
+        if not isinstance(content.get(part, {}), dict):
+            raise ConfigError(f"{path} is not a preset: its {part} is not an object.")
     if content.get("version") != 1:
         raise ConfigError(f"{path} is a preset of version {content.get('version')}, known: 1.")
     provenance = content.get("provenance", {})
@@ -184,6 +202,8 @@ def load(path: str | Path, model: ModelConfig) -> QuickSilverConfig:
                 f"{path} was made for a model with {name} {made_for}, this one has "
                 f"{getattr(model, name)}."
             )
+    if "quicksilver" not in content:
+        raise ConfigError(f"{path} is not a preset: it has no quicksilver settings.")
     quicksilver = QuickSilverConfig.from_dict(content["quicksilver"])
     quicksilver = dataclasses.replace(quicksilver, provenance=provenance)
     quicksilver.check(model, "teacher-forced" if not quicksilver.prompts_only else "continuation")

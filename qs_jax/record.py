@@ -32,7 +32,8 @@ class Record:
       depth: int `[B, T]`, layers the token ran before it halted; L if it did not.
       representative: int `[B, T]`, the fused-index map after the last layer.
       lengths: int `[B]`, tokens of each row.
-      prompt_lengths: int `[B]`, tokens of its prompt.
+      prompt_lengths: int `[B]`, tokens of its prompt; 0 where rows were scored teacher-forced.
+      protocol: "teacher-forced" or "continuation".
     """
 
     active: Bool[np.ndarray, "L B T"]
@@ -48,6 +49,14 @@ class Record:
     representative: Int[np.ndarray, "B T"]
     lengths: Int[np.ndarray, "B"]
     prompt_lengths: Int[np.ndarray, "B"]
+    protocol: str = "teacher-forced"
+
+    @property
+    def subject(self) -> Bool[np.ndarray, "B T"]:
+        """Tokens the mechanisms look at: under "continuation" those of the prompt."""
+        if self.protocol != "continuation":
+            return self.real
+        return np.arange(self.depth.shape[1])[None] < self.prompt_lengths[:, None]
 
     @property
     def real(self) -> Bool[np.ndarray, "B T"]:
@@ -71,6 +80,7 @@ class Record:
         width: int,
         lengths: np.ndarray,
         prompt_lengths: np.ndarray,
+        protocol: str,
     ) -> Record:
         """Build from a program's arrays, cut to `width` positions and emptied in the padding."""
         layers = evidence["layers"]
@@ -97,6 +107,7 @@ class Record:
             representative=resolve(absorbed),
             lengths=lengths,
             prompt_lengths=prompt_lengths,
+            protocol=protocol,
         )
 
 

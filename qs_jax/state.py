@@ -79,7 +79,8 @@ class LayerRecord(flax.struct.PyTreeNode):
       written_BT: Its keys and values were written at this layer.
       visible_BT: Keys its query could see, itself included; 0 where it did not run.
       bits_BT: Bits of its activations; 16 is not quantised.
-      fused_BT: Fused-index map: position of its representative, its own if it has none.
+      fused_BT: Position of the first token that has absorbed it; NEVER if none has. `Record.fused`
+        is the map it resolves to.
       drift_BT: Layer drift; nan where it did not run or halting is off.
       entropy_BT: Entropy the halting decision read, in nats; nan where it read none.
       weighed_BT: The token took part in a fusion at the end of this layer.

@@ -141,6 +141,50 @@ def test_every_mechanism_is_charged_for_its_signals(model, params, name):
     assert layers_seen == 26
 
 
+def per_token(quicksilver, model, params):
+    """Operations the mechanisms add to 20 real tokens, none exempt."""
+    cfg = Config(model, quicksilver)
+    record = qs_jax.score(params, random_tokens(model, batch=1, width=20), cfg).record
+    counted = accounting.tally(record, model, cfg.quicksilver)["prefill"]
+    return counted, record
+
+
+@pytest.mark.parametrize("kind", ["vocab", "shortlist", "latent", "variance", "final_prev"])
+def test_each_estimator_costs_what_it_computes(model, params, kind):
+    """One evaluation a token at the AMQ layer; the shortlist is picked by one exact lens."""
+    base = {"sink_tokens": 0, "protect_special": False}
+    amq = AMQConfig(3, entropy=kind, group=8)
+    options = {"shortlist_layer": 2, "shortlist_size": 5} if kind == "shortlist" else {}
+    uniform = QuickSilverConfig(amq=AMQConfig.uniform(8, 3, group=8), **base)
+    plain, _ = per_token(uniform, model, params)
+    counted, _ = per_token(QuickSilverConfig(amq=amq, **base, **options), model, params)
+    d, v = model.hidden_size, model.vocab_size
+    cost = {
+        "vocab": 2 * d * v + 4 * v,
+        "shortlist": 2 * d * v + 2 * d * 5 + 4 * 5,
+        "latent": 6 * d,
+        "variance": 6 * d,
+        "final_prev": 4 * v,  # every position is read out when scoring anyway
+    }[kind]
+    assert counted["added_flops"] - plain["added_flops"] == 20 * cost
+
+
+def test_new_tokens_are_not_charged_under_continuation(model, params):
+    qs = dataclasses.replace(MATRIX["HF"], recent_tokens=3)
+    cfg = Config(model, qs, protocol="continuation", continuation_tokens=6)
+    record = qs_jax.score(params, random_tokens(model, 1, 26), cfg).record
+    counted = accounting.tally(record, model, qs)
+    assert counted["prefill"]["added_flops"] > 0
+    assert counted["decode"]["added_flops"] == 0
+
+
+def test_maps_must_be_named_to_be_charged(model, params):
+    qs = dataclasses.replace(forced("skip"), kv_skip=KVSkipConfig("extrapolate"))
+    record = accounting.dense_record(np.array([9]), np.array([4]), model)
+    with pytest.raises(qs_jax.ConfigError, match="map_features"):
+        accounting.tally(record, model, qs)
+
+
 def test_tallies_add_up(model, params):
     """Rows counted together or one by one give the same sums."""
     cfg = Config(model, MATRIX["HKFQ"])
@@ -152,7 +196,10 @@ def test_tallies_add_up(model, params):
     def row(index):
         arrays = {name: getattr(whole, name) for name in fields}
         one = slice(index, index + 1)
-        cut = {n: a[:, one] if a.ndim == 3 else a[one] for n, a in arrays.items()}
+        cut = {
+            n: a if isinstance(a, str) else a[:, one] if a.ndim == 3 else a[one]
+            for n, a in arrays.items()
+        }
         return accounting.tally(type(whole)(**cut), model, cfg.quicksilver)
 
     total = accounting.add(accounting.add(row(0), row(1)), row(2))

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from qs_jax import ConfigError, presets
@@ -54,6 +55,8 @@ def test_files_that_are_no_presets(tmp_path):
         ("{", "cannot read"),
         ("[]", "not a preset"),
         ('{"format": "qs-jax preset", "version": 2}', "version 2"),
+        ('{"format": "qs-jax preset", "version": 1}', "no quicksilver"),
+        ('{"format": "qs-jax preset", "version": 1, "provenance": []}', "not an object"),
     ):
         path.write_text(text)
         with pytest.raises(ConfigError, match=told):
@@ -134,14 +137,41 @@ REFUSED = {
 }
 
 
+MORE = {
+    "protect_ids must be a list": lambda: QuickSilverConfig(protect_ids=5),
+    "protect_ids must be an integer": lambda: QuickSilverConfig(protect_ids=(3.9,)),
+    "forced_ids must be a list": lambda: HaltingConfig(forced_ids=(None,), forced_layer=2),
+    "sink_tokens must be an integer": lambda: QuickSilverConfig(sink_tokens=4.7),
+    "recent_tokens must be an integer": lambda: QuickSilverConfig(recent_tokens="3"),
+    "min_layer must be 1 or more": lambda: HaltingConfig(min_layer=None),
+    "amq.layer must be 0 or more": lambda: AMQConfig(layer=None),
+    "list of shares": lambda: HaltingConfig(rule="quota", layers=(1,), quota=0.5),
+    "freeze must be true or false": lambda: HaltingConfig(freeze="no"),
+    "from 0 to below 1": lambda: KVSkipConfig("attended", tau_kv=7),
+    "halting must be a HaltingConfig": lambda: QuickSilverConfig(halting=True),
+}
+REFUSED |= MORE
+
+
 @pytest.mark.parametrize("reason", REFUSED)
 def test_contradictions_are_refused_with_the_reason(reason):
     with pytest.raises(ConfigError, match=reason):
         REFUSED[reason]()
 
 
+def test_numpy_thresholds_are_taken():
+    assert HaltingConfig(tau_drift=np.ones(6)).tau_drift == (1.0,) * 6
+    assert AMQConfig(2, targets="kv").targets == ("kv",)
+
+
 def test_the_protocol_follows_what_the_mechanisms_can_do():
-    assert Config(MODEL, halting()).protocol == "teacher-forced"
-    assert Config(MODEL, halting(**QUOTA)).protocol == "continuation"
-    assert Config(MODEL, QuickSilverConfig(amq=MINMAX)).protocol == "continuation"
-    assert Config(MODEL).protocol is None
+    dual, quota = Config(MODEL, halting()), Config(MODEL, halting(**QUOTA))
+    assert dual.effective_protocol == "teacher-forced"
+    assert quota.effective_protocol == "continuation"
+    assert Config(MODEL, QuickSilverConfig(amq=MINMAX)).effective_protocol == "continuation"
+    assert Config(MODEL).effective_protocol is None
+    # It is worked out anew when the mechanisms are replaced, unless it was named.
+    assert quota.replace(quicksilver=halting()) == dual
+    assert dual.replace(quicksilver=halting(**QUOTA)) == quota
+    named = Config(MODEL, halting(**QUOTA), protocol="continuation")
+    assert named.replace(quicksilver=halting()).effective_protocol == "continuation"

@@ -13,6 +13,7 @@ import numpy as np
 
 from qs_jax.accounting import flops, memory
 from qs_jax.config import ModelConfig, QuickSilverConfig
+from qs_jax.errors import ConfigError
 from qs_jax.record import Record
 
 _SAVED = {
@@ -37,8 +38,8 @@ def tally(
       record: Its evidence.
       model: Sizes.
       quicksilver: Mechanisms that ran; None for none.
-      map_features: Rows of the extrapolation maps, if the policy used them; by default those of
-        maps that read the frozen state only.
+      map_features: Rows of the extrapolation maps (`maps_LXFO.shape[2]`) where the policy is
+        "extrapolate".
 
     Returns:
       {"prefill": part, "decode": part}; a part has totals, their dense counterparts, the cost of
@@ -47,7 +48,7 @@ def tally(
     qs = quicksilver or QuickSilverConfig()
     policy = qs.kv_skip.policy if qs.kv_skip is not None else "propagate"
     if policy == "extrapolate" and map_features is None:
-        map_features = model.hidden_size + 1
+        raise ConfigError("give map_features, the rows of the maps: they decide what a key costs.")
     features = map_features if policy == "extrapolate" else None
     added = flops.added_flops(record, model, qs, features)
     counts = {
@@ -67,7 +68,9 @@ def tally(
         "paper_kv_values_saved": memory.paper_saved_values(record, model),
         **{f"bits_{b}": (record.bits == b) & record.real for b in (2, 4, 8, 16)},
     }
-    return _split(counts, record.lengths, record.prompt_lengths, model)
+    return _split(
+        counts, record.lengths, record.prompt_lengths, model, "final_prev" in qs.entropies
+    )
 
 
 def dense_tally(
@@ -104,6 +107,7 @@ def _split(
     lengths: np.ndarray,
     prompt_lengths: np.ndarray,
     model: ModelConfig,
+    token_by_token: bool,
 ) -> dict[str, Any]:
     width = counts["layer_tokens"].shape[-1]
     pos = np.arange(width)[None]
@@ -125,6 +129,10 @@ def _split(
         exact = layers * (tokens * flops.linear_flops(model) + keys * flops.key_flops(model))
         part: dict[str, Any] = {key: sum(values) for key, values in per_layer.items()}
         part["exact_flops"] += readouts * head
+        if token_by_token:  # every output is read, and its entropy taken
+            extra = (tokens - readouts) * head + tokens * 4 * model.vocab_size
+            part["exact_flops"] += extra
+            part["added_flops"] += extra
         out[name] = part | {
             "tokens": tokens,
             "readouts": readouts,

@@ -49,7 +49,7 @@ def kv_only_flops(model: ModelConfig, features: int | None = None) -> int:
 
 
 def entropy_flops(kind: str | None, model: ModelConfig, shortlist_size: int) -> int:
-    """One evaluation of an entropy estimator."""
+    """One evaluation of an entropy estimator; "final_prev" is charged as a readout."""
     vocab = head_flops(model) + 4 * model.vocab_size
     short = 2 * model.hidden_size * shortlist_size + 4 * shortlist_size
     channels = 6 * model.hidden_size
@@ -82,6 +82,10 @@ def added_flops(
         added = added + _fusion_flops(record, model, qs)
     if qs.amq is not None:
         added = added + _amq_flops(record, model, qs)
+    if "shortlist" in qs.entropies:
+        number = np.arange(1, len(record.active) + 1)[:, None, None]
+        picks = (number == qs.shortlist_layer) & record.active & record.subject
+        added = added + picks * head_flops(model)
     return added
 
 
@@ -94,14 +98,11 @@ def _halting_flops(record: Record, model: ModelConfig, qs: QuickSilverConfig) ->
     at = (number >= max(first, halting.min_layer)) & (number <= last)
     if halting.layers is not None:
         at &= np.isin(number, halting.layers)
-    here = at[:, None, None] & record.active
+    here = at[:, None, None] & record.active & record.subject
     reads_drift = halting.rule == "dual" or halting.score == "drift"
     added = here * (4 * d if reads_drift else 0)
     read = ~np.isnan(record.entropy)
     added = added + read * entropy_flops(halting.entropy_used, model, qs.shortlist_size)
-    if halting.entropy_used == "shortlist":
-        picks = (number == qs.shortlist_layer)[:, None, None] & record.active
-        added = added + picks * head_flops(model)
     if halting.rule == "quota" and halting.score == "attention":
         pos = np.arange(record.depth.shape[1])[None]
         ends = record.prompt_lengths[:, None]
@@ -118,10 +119,11 @@ def _fusion_flops(record: Record, model: ModelConfig, qs: QuickSilverConfig) -> 
     d, layers = model.hidden_size, len(record.active)
     number = np.arange(1, layers + 1)[:, None, None]
     last = fusion.last_layer or layers - 1
-    tested = (number >= fusion.first_layer) & (number <= last) & record.active
+    ran = record.active & record.subject
+    tested = (number >= fusion.first_layer) & (number <= last) & ran
     added = tested * (fusion.window * 3 * d)
     if fusion.window > 1:
-        added = added + (record.active & (number <= last)) * (fusion.window * 2 * model.q_size)
+        added = added + (ran & (number <= last)) * (fusion.window * 2 * model.q_size)
     if fusion.tau_ctx is not None:
         added = added + tested * (fusion.window * 3 * d)
     added = added + record.weighed * (3 * d)
@@ -143,7 +145,8 @@ def _amq_flops(record: Record, model: ModelConfig, qs: QuickSilverConfig) -> np.
     inputs = 2 * model.hidden_size + model.q_size + model.mlp_size
     ran, kept = record.active & quantised, record.kv_written & quantised
     if "linear" in amq.targets:
-        added = added + ran * (inputs * channel)
+        keys_only = record.kv_written & ~record.active & quantised
+        added = added + ran * (inputs * channel) + keys_only * (model.hidden_size * channel)
     if "hidden" in amq.targets:
         added = added + (record.active & deeper & (number >= amq.layer)) * (
             model.hidden_size * channel

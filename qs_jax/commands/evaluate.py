@@ -150,7 +150,7 @@ class Evaluate:
         import jax
 
         assert cfg.quicksilver is not None
-        continued = cfg.protocol == "continuation"
+        continued = cfg.effective_protocol == "continuation"
         return {
             "backend": jax.default_backend(),
             "batch_size": self.batch_size,
@@ -159,7 +159,7 @@ class Evaluate:
             "engine": self.engine,
             "limit_windows": self.limit_windows,
             "preset": Path(self.preset).name,
-            "protocol": cfg.protocol,
+            "protocol": cfg.effective_protocol,
             "quicksilver": cfg.quicksilver.to_dict(),
             "seq_len": self.seq_len,
         }

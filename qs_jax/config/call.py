@@ -21,8 +21,7 @@ class Config:
       quicksilver: Mechanisms, from `qs_jax.presets`; None is the dense model.
       protocol: What the mechanisms act on. "teacher-forced": every token, prompt or new, as if it
         had just been generated. "continuation": the prompt only, whose readouts nobody needs; the
-        tokens after it run dense. None takes "teacher-forced" unless the mechanisms can act on
-        prompts only (`QuickSilverConfig.prompts_only`).
+        tokens after it run dense. None takes what the mechanisms can do: see `effective_protocol`.
       continuation_tokens: `score` under "continuation" takes the last tokens of each row as the
         continuation, unless it is given prompt lengths.
       max_new_tokens: Longest continuation of a row, in tokens.
@@ -59,16 +58,12 @@ class Config:
             self.quicksilver is None or isinstance(self.quicksilver, QuickSilverConfig),
             f"quicksilver must come from qs_jax.presets, got {self.quicksilver!r}.",
         )
-        if self.quicksilver is not None:
-            protocol = self.protocol
-            if protocol is None:
-                protocol = PROTOCOLS[self.quicksilver.prompts_only is not None]
-                object.__setattr__(self, "protocol", protocol)
-            self.quicksilver.check(self.model, protocol)
         require(
             self.protocol is None or self.protocol in PROTOCOLS,
             f"protocol must be one of {PROTOCOLS}, got {self.protocol!r}.",
         )
+        if self.quicksilver is not None:
+            self.quicksilver.check(self.model, self.effective_protocol or PROTOCOLS[0])
         for name in ("max_new_tokens", "top_k", "seed", "continuation_tokens"):
             object.__setattr__(self, name, as_integer(name, getattr(self, name)))
         for name in ("temperature", "top_p", "repetition_penalty"):
@@ -111,6 +106,17 @@ class Config:
     def replace(self, **changes: Any) -> Config:
         """A copy with `changes` applied and checked again."""
         return dataclasses.replace(self, **changes)
+
+    @property
+    def effective_protocol(self) -> str | None:
+        """The protocol of this call.
+
+        As given; else "teacher-forced", unless the mechanisms can act on prompts only
+        (`QuickSilverConfig.prompts_only`). None where there are neither.
+        """
+        if self.protocol is not None or self.quicksilver is None:
+            return self.protocol
+        return PROTOCOLS[self.quicksilver.prompts_only is not None]
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

@@ -11,7 +11,16 @@ import dataclasses
 import math
 from typing import Any, no_type_check
 
-from qs_jax.config.checks import as_float, as_integer, require
+import numpy as np
+
+from qs_jax.config.checks import (
+    as_bool,
+    as_count,
+    as_float,
+    as_integer,
+    as_integers,
+    require,
+)
 
 INF = float("inf")
 ENTROPIES = ("vocab", "shortlist", "latent", "variance", "final_prev")
@@ -31,14 +40,9 @@ def _number(name: str, value: Any) -> float:
 
 
 def _threshold(name: str, value: Any) -> Threshold:
-    if isinstance(value, list | tuple):
+    if np.ndim(value) == 1:
         return tuple(_number(name, entry) for entry in value)
     return _number(name, value)
-
-
-def _integers(name: str, values: Any) -> tuple[int, ...]:
-    require(isinstance(values, list | tuple), f"{name} must be a list of integers.")
-    return tuple(as_integer(name, value) or 0 for value in values)
 
 
 def _set(config: Any, **values: Any) -> None:
@@ -99,19 +103,23 @@ class HaltingConfig:
             self,
             tau_drift=_threshold("halting.tau_drift", self.tau_drift),
             tau_halt=_threshold("halting.tau_halt", self.tau_halt),
-            min_layer=as_integer("halting.min_layer", self.min_layer),
-            forced_ids=_integers("halting.forced_ids", self.forced_ids),
+            min_layer=as_count("halting.min_layer", self.min_layer, 1),
+            score_queries=as_count("halting.score_queries", self.score_queries, 1),
+            seed=as_count("halting.seed", self.seed),
+            freeze=as_bool("halting.freeze", self.freeze),
+            forced_ids=as_integers("halting.forced_ids", self.forced_ids),
             forced_layer=as_integer("halting.forced_layer", self.forced_layer),
-            quota=tuple(_number("halting.quota", share) for share in self.quota),
         )
+        require(np.ndim(self.quota) == 1, "halting.quota must be a list of shares.")
+        _set(self, quota=tuple(_number("halting.quota", share) for share in self.quota))
         if self.window is not None:
-            _set(self, window=_integers("halting.window", self.window))
+            _set(self, window=as_integers("halting.window", self.window))
             require(
                 len(self.window) == 2 and self.window[0] <= self.window[1],
                 f"halting.window must be (first, last) layer, got {self.window}.",
             )
         if self.layers is not None:
-            _set(self, layers=_integers("halting.layers", self.layers))
+            _set(self, layers=as_integers("halting.layers", self.layers))
             require(
                 len(self.layers) > 0 and list(self.layers) == sorted(set(self.layers)),
                 f"halting.layers must be rising layer numbers, got {self.layers}.",
@@ -132,7 +140,6 @@ class HaltingConfig:
             )
         else:
             require(not self.quota, "halting.quota is for rule 'quota'; this is 'dual'.")
-        require(self.score_queries >= 1, "halting.score_queries must be at least 1.")
         require(
             bool(self.forced_ids) == (self.forced_layer is not None),
             "halting.forced_ids and halting.forced_layer go together.",
@@ -171,13 +178,17 @@ class KVSkipConfig:
         _one_of("kv_skip.policy", self.policy, known)
         _set(
             self,
-            delay=as_integer("kv_skip.delay", self.delay),
-            retain_ids=_integers("kv_skip.retain_ids", self.retain_ids),
+            delay=as_count("kv_skip.delay", self.delay),
+            retain_ids=as_integers("kv_skip.retain_ids", self.retain_ids),
         )
-        require(self.delay >= 0, f"kv_skip.delay must be 0 or more layers, got {self.delay}.")
         if self.policy == "attended":
             require(self.tau_kv is not None, "kv_skip.policy 'attended' needs kv_skip.tau_kv.")
             _set(self, tau_kv=_number("kv_skip.tau_kv", self.tau_kv))
+            require(
+                0 <= self.tau_kv < 1,
+                f"kv_skip.tau_kv is an attention weight from 0 to below 1, got {self.tau_kv}; "
+                "policy 'skip' keeps nothing, 'propagate' keeps all.",
+            )
         else:
             require(self.tau_kv is None, f"kv_skip.tau_kv has no effect under {self.policy!r}.")
         if self.policy in ("propagate", "extrapolate"):
@@ -226,13 +237,11 @@ class FusionConfig:
         _set(
             self,
             tau_fuse=_threshold("fusion.tau_fuse", self.tau_fuse),
-            first_layer=as_integer("fusion.first_layer", self.first_layer),
+            first_layer=as_count("fusion.first_layer", self.first_layer),
             last_layer=as_integer("fusion.last_layer", self.last_layer),
-            window=as_integer("fusion.window", self.window),
-            context=as_integer("fusion.context", self.context),
+            window=as_count("fusion.window", self.window, 1),
+            context=as_count("fusion.context", self.context, 1),
         )
-        require(self.window >= 1, f"fusion.window must be 1 or more, got {self.window}.")
-        require(self.context >= 1, f"fusion.context must be 1 or more, got {self.context}.")
         require(
             (self.window > 1) == (self.tau_attn is not None),
             "fusion.tau_attn and a fusion.window beyond 1 go together: adjacent tokens need no "
@@ -294,11 +303,11 @@ class AMQConfig:
         _one_of("amq.execution", self.execution, ("fake",))
         _set(
             self,
-            layer=as_integer("amq.layer", self.layer),
+            layer=as_count("amq.layer", self.layer),
             tau_low=_number("amq.tau_low", self.tau_low),
             tau_high=_number("amq.tau_high", self.tau_high),
-            targets=tuple(self.targets),
-            group=as_integer("amq.group", self.group),
+            targets=(self.targets,) if isinstance(self.targets, str) else tuple(self.targets),
+            group=as_count("amq.group", self.group, 1),
         )
         require(
             self.tau_low <= self.tau_high,
@@ -316,7 +325,6 @@ class AMQConfig:
         require(len(set(self.targets)) == len(self.targets), "amq.targets repeats a name.")
         for target in self.targets:
             _one_of("amq.targets", target, ("linear", "hidden", "kv"))
-        require(self.group >= 1, f"amq.group must be 1 or more channels, got {self.group}.")
         require(
             not self.rotate or (self.group & (self.group - 1)) == 0,
             f"amq.rotate needs a group that is a power of two, got {self.group}.",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from typing import Any, no_type_check
 
-from qs_jax.config.checks import require
+import numpy as np
+
+from qs_jax.config.checks import as_count, as_integers, require
 from qs_jax.config.mechanisms import AMQConfig, FusionConfig, HaltingConfig, KVSkipConfig
 from qs_jax.config.model import ModelConfig
 from qs_jax.errors import ConfigError
@@ -31,8 +32,9 @@ class QuickSilverConfig:
       protect_ids: Token ids that never halt, fuse, lose their keys or go below 8 bits.
       protect_special: The same for the model's BOS, EOS and padding ids.
       sink_tokens: The same for the first positions of a row: attention sinks look converged first.
-      recent_tokens: Under "continuation": the last tokens of a prompt are left alone altogether.
-        The last one always is, because the first new token is read from it.
+      recent_tokens: Under "continuation": the last tokens of a prompt are left alone altogether, so
+        a prompt no longer than that runs dense. The last one always does, because the first new
+        token is read from it.
       shortlist_layer: Layer whose logit lens picks the ids of the "shortlist" entropy.
       shortlist_size: How many ids.
       provenance: Where the numbers come from; plays no part in equality.
@@ -54,10 +56,15 @@ class QuickSilverConfig:
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "protect_ids", tuple(int(i) for i in self.protect_ids))
-        require(self.sink_tokens >= 0, "sink_tokens must be 0 or more.")
-        require(self.recent_tokens >= 0, "recent_tokens must be 0 or more.")
-        require(self.shortlist_size >= 2, "shortlist_size must be at least 2.")
+        object.__setattr__(self, "protect_ids", as_integers("protect_ids", self.protect_ids))
+        for name, least in (("sink_tokens", 0), ("recent_tokens", 0), ("shortlist_size", 2)):
+            object.__setattr__(self, name, as_count(name, getattr(self, name), least))
+        for name, part in _PARTS.items():
+            value = getattr(self, name)
+            require(
+                value is None or isinstance(value, part),
+                f"{name} must be a {part.__name__} or None, got {value!r}.",
+            )
         halting, skip = self.halting, self.kv_skip
         require(
             skip is None or halting is not None,
@@ -267,7 +274,7 @@ def _plain(value: Any) -> Any:
         return [_plain(entry) for entry in value]
     if isinstance(value, float) and math.isinf(value):
         return "inf" if value > 0 else "-inf"
-    return json.loads(json.dumps(value))
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _tuples(value: Any) -> Any:

@@ -134,7 +134,7 @@ def split_prompts(lengths_B: np.ndarray, prompt_lengths: Any, cfg: Config) -> np
     Raises:
       InputError: They do not fit the rows, or the protocol has no prompts.
     """
-    if cfg.protocol != "continuation":
+    if cfg.effective_protocol != "continuation":
         if prompt_lengths is not None:
             raise InputError("prompt_lengths is for protocol 'continuation'.")
         return np.zeros(len(lengths_B), np.int32)

@@ -251,7 +251,7 @@ def _prepare(
         attention_mask=attention_mask,
     )
     sampling_plan, sampling_numbers = sampling.plan_of(cfg)
-    bound = bind(cfg.quicksilver, model, cfg.protocol)
+    bound = bind(cfg.quicksilver, model, cfg.effective_protocol)
     if bound is not None:
         check_maps(params, bound[0], model)
     plan = DecodePlan(
@@ -266,7 +266,7 @@ def _prepare(
         seed=jnp.uint32(cfg.seed),
         sampling=sampling_numbers,
         mechanisms=bound and bound[1],
-        overrides=arrays_of(overrides, padded.tokens_BT.shape, cfg),
+        overrides=arrays_of(overrides, padded.tokens_BT.shape, batch.tokens_BT.shape[1], cfg),
     )
     return batch, padded, numbers, plan
 
@@ -307,7 +307,9 @@ def generate(
     record = None
     if "evidence" in out:
         ran_B = batch.lengths_B + np.maximum(out["lengths"] - 1, 0)
-        record = Record.of(out["evidence"], int(ran_B.max()), ran_B, batch.lengths_B)
+        record = Record.of(
+            out["evidence"], int(ran_B.max()), ran_B, batch.lengths_B, cfg.effective_protocol
+        )
     return GenerateOutput(
         tokens=out["tokens"][:, : cfg.max_new_tokens],
         lengths=out["lengths"],

@@ -328,7 +328,11 @@ def extend(call: Call, state: TokenState, record: LayerRecord, kept: Kept, cache
         taken_LBW = kept.absorbed_BW & live_B[None, :, None]
         slots_BW = jnp.maximum(_last_slots(rows.pos_BT, taken_LBW.shape[2]), 0)
         weighed_LBS = records.weighed_BT.at[:, batch_B[:, None], slots_BW].max(taken_LBW)
-        records = records.replace(weighed_BT=weighed_LBS)
+        layer_L11 = call.numbers.layers.layer[:, None, None]
+        first_BW = jnp.where(taken_LBW, layer_L11, NEVER).min(0)
+        by_LBW = jnp.where(layer_L11 > first_BW[None], rows.pos_BT[None], NEVER)
+        fused_LBS = records.fused_BT.at[:, batch_B[:, None], slots_BW].min(by_LBW)
+        records = records.replace(weighed_BT=weighed_LBS, fused_BT=fused_LBS)
     if kept.seen_BS is not None:
         slots_1S = jnp.arange(past.halt_layer_BS.shape[1])[None]
         others_BS = (slots_1S < pos_B[:, None]) & live_B[:, None]

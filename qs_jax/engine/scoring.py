@@ -126,8 +126,8 @@ def score(
     """Log-probability of every token given the tokens before it in its row.
 
     A row's result depends neither on padding nor on the other rows, and a token touches no earlier
-    position. Under "continuation" the mechanisms act on each row's prompt and only the tokens after
-    it are scored.
+    position (min-max entropy, which looks at the whole batch, is the one exception). Under
+    "continuation" the mechanisms act on each row's prompt and only the tokens after it are scored.
 
     Args:
       params: From `qs_jax.load`.
@@ -158,8 +158,8 @@ def score(
     ends_B = batching.split_prompts(batch.lengths_B, prompt_lengths, cfg)
     first_B1 = np.maximum(ends_B, 1)[:, None]
     mask_BT = (column_1T < batch.lengths_B[:, None]) & (column_1T >= first_B1)
-    bound = bind(cfg.quicksilver, model, cfg.protocol)
-    chosen = arrays_of(overrides, padded.tokens_BT.shape, cfg)
+    bound = bind(cfg.quicksilver, model, cfg.effective_protocol)
+    chosen = arrays_of(overrides, padded.tokens_BT.shape, width, cfg)
     record = logits_BTV = None
     if bound is None:
         logprobs_BT = np.asarray(jit_score(params, padded.tokens_BT, model=model))
@@ -176,7 +176,7 @@ def score(
             )
         )
         logprobs_BT, logits_BTV = out["logprobs"], out.get("logits")
-        record = Record.of(out["evidence"], width, batch.lengths_B, ends_B)
+        record = Record.of(out["evidence"], width, batch.lengths_B, ends_B, cfg.effective_protocol)
     logprobs_BT = np.where(mask_BT, logprobs_BT[:, :width], np.zeros((), logprobs_BT.dtype))
     check_finite(np.all(np.isfinite(logprobs_BT), axis=1))
     if logits_BTV is not None:

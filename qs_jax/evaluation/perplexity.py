@@ -113,7 +113,7 @@ def check_width(width: int, cfg: Config) -> None:
             f"windows of {width} tokens exceed this model's {cfg.model.max_positions} positions: "
             "lower --seq-len."
         )
-    if cfg.protocol == "continuation" and width <= cfg.continuation_tokens:
+    if cfg.effective_protocol == "continuation" and width <= cfg.continuation_tokens:
         raise InputError(
             f"windows of {width} tokens have no prompt before their last "
             f"{cfg.continuation_tokens}: raise --seq-len, lower --continuation-tokens, or give "
@@ -145,7 +145,9 @@ def score_windows(
         if out.record is None:
             lengths_B = np.full(len(tokens_BT), tokens_BT.shape[1])
             prompts_B = lengths_B - cfg.continuation_tokens
-            prompts_B = prompts_B if cfg.protocol == "continuation" else np.zeros_like(lengths_B)
+            prompts_B = (
+                prompts_B if cfg.effective_protocol == "continuation" else np.zeros_like(lengths_B)
+            )
             counts = accounting.dense_tally(lengths_B, prompts_B, cfg.model)
         else:
             counts = accounting.tally(out.record, cfg.model, cfg.quicksilver, features)

@@ -28,7 +28,7 @@ class KVMaps(flax.struct.PyTreeNode):
         constant 1 last. Entry [l - 1, x] is zero where layer l is not deeper than `layers[x]`.
       layers: X halting layers.
       features: What the maps read: "state", or "state" and "embedding", each RMS-normalised.
-      provenance: JSON text: data, tokens, ridge, checkpoint.
+      provenance: JSON text: data, tokens, rows, ridge.
     """
 
     maps_LXFO: Float[Array, "L X F O"]

@@ -119,7 +119,7 @@ def bind(
         halting=_static_halting(qs.halting, qs.kv_skip),
         kv_skip=qs.kv_skip
         and dataclasses.replace(
-            qs.kv_skip, tau_kv=qs.kv_skip.tau_kv and 0.5, delay=0, retain_ids=()
+            qs.kv_skip, tau_kv=None if qs.kv_skip.tau_kv is None else 0.5, delay=0, retain_ids=()
         ),
         fusion=qs.fusion and _static_fusion(qs.fusion),
         amq=qs.amq and _static_amq(qs.amq),

@@ -49,7 +49,7 @@ class Row:
         depth, count = m.num_layers, len(tokens)
         self.net, self.maps, self.model, self.qs, self.judge = net, maps, m, qs, judge
         self.tokens, self.prompt, self.depth, self.count = tokens, prompt, depth, count
-        self.online = cfg.protocol != "continuation"
+        self.online = cfg.effective_protocol != "continuation"
         special = {m.bos_token_id, m.pad_token_id, *m.eos_token_ids} if qs.protect_special else ()
         self.touched = [self.online or t < prompt - max(qs.recent_tokens, 1) for t in range(count)]
         self.full = [

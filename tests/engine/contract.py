@@ -1,5 +1,7 @@
 """Configurations every engine must hold the laws under: add a row, get all tests."""
 
+import dataclasses
+
 from qs_jax import presets
 from qs_jax.config import (
     AMQConfig,
@@ -68,7 +70,28 @@ def cases():
     for name in ("H", "HKFQ"):
         yield f"{name}-gpt2", "gpt2", MATRIX[name], "teacher-forced"
     yield "HKFQ-gpt2", "gpt2", MATRIX["HKFQ"], "continuation"
-    for name in ("off", "paper", "balanced", "aggressive"):
-        qs = presets.NAMES[name](model_of("llama"))
-        protocol = "continuation" if qs.prompts_only else "teacher-forced"
-        yield f"preset-{name}", "llama", qs, protocol
+    for name, qs in preset_settings().items():
+        for protocol in ("teacher-forced", "continuation"):
+            if protocol == "continuation" or qs.prompts_only is None:
+                yield f"preset-{name}", "llama", qs, protocol
+
+
+def preset_settings() -> dict[str, QuickSilverConfig]:
+    """Every preset; with exemptions short enough for these rows, and once with the paper's
+    thresholds scaled to states this small, so that each mechanism in it acts."""
+    model = model_of("llama")
+    found = {
+        name: dataclasses.replace(presets.NAMES[name](model), sink_tokens=1, recent_tokens=3)
+        for name in ("off", "paper", "balanced", "aggressive")
+    }
+    paper = found["paper"]
+    found["paper-scaled"] = dataclasses.replace(
+        paper,
+        halting=dataclasses.replace(paper.halting, drift="relative", tau_drift=0.7, tau_halt=4.2),
+        fusion=dataclasses.replace(paper.fusion, distance="relative", tau_fuse=1.2),
+    )
+    aggressive = found["aggressive"]
+    found["aggressive-scaled"] = dataclasses.replace(
+        aggressive, fusion=dataclasses.replace(aggressive.fusion, tau_fuse=1.2)
+    )
+    return found

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import qs_jax
-from qs_jax import InputError, TokenOverrides
+from qs_jax import InputError, KVMaps, TokenOverrides
 from qs_jax.config import Config, HaltingConfig, KVSkipConfig, QuickSilverConfig
 from tests.engine.contract import MATRIX, model_of, params_of
 from tests.support import random_tokens
@@ -76,6 +76,11 @@ def test_protected_ids_and_sinks_are_left_alone(params):
 
 def test_overrides_that_make_no_sense(params):
     mask = np.ones((2, 20), bool)
+    extrapolate = QuickSilverConfig(
+        halting=HaltingConfig(layers=(1, 3)), kv_skip=KVSkipConfig("extrapolate")
+    )
+    mapped = Config(MODEL, extrapolate)
+    params = {**params, "kv_maps": KVMaps(np.zeros((6, 2, 33, 32), np.float32), (1, 3), ("state",))}
     halts, fuses = Config(MODEL, MATRIX["H"]), Config(MODEL, MATRIX["F"])
     for cfg, overrides, told in (
         (Config(MODEL), TokenOverrides(full_processing=mask), "every mechanism is off"),
@@ -84,6 +89,10 @@ def test_overrides_that_make_no_sense(params):
         (halts, TokenOverrides(forced_halt=mask * 6), "layer 6"),
         (halts, TokenOverrides(full_processing=np.ones((3, 20), bool)), "shape"),
         (halts, TokenOverrides(full_processing=np.ones((2, 20))), "dtype"),
+        (halts, TokenOverrides(full_processing=np.ones((2, 22), bool)), "shape"),
+        (halts, TokenOverrides(forced_halt=[[1], [1, 2]]), "not a regular array"),
+        (halts, {"full_processing": mask}, "TokenOverrides"),
+        (mapped, TokenOverrides(forced_halt=mask * 2), "there are maps for"),
     ):
         with pytest.raises(InputError, match=told):
             qs_jax.score(params, TOKENS, cfg, overrides=overrides)

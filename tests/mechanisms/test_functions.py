@@ -140,7 +140,7 @@ def states_by_layer(cfg, params, tokens_BT):
     for depth in range(1, cfg.model.num_layers + 1):
         model = cfg.model.replace(num_layers=depth)
         cut = {**params, "layers": jax.tree.map(lambda leaf, d=depth: leaf[:d], params["layers"])}
-        plan, numbers = bind(cfg.quicksilver, cfg.model, cfg.protocol)
+        plan, numbers = bind(cfg.quicksilver, cfg.model, cfg.effective_protocol)
         shallow = numbers._replace(
             layers=jax.tree.map(lambda leaf, d=depth: leaf[:d], numbers.layers)
         )

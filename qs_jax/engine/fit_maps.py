@@ -13,6 +13,7 @@ from jax import lax
 from tqdm import tqdm
 
 from qs_jax.config import ModelConfig
+from qs_jax.config.checks import as_count, as_integers
 from qs_jax.engine import batching, dense
 from qs_jax.engine.checks import check_params
 from qs_jax.errors import ConfigError, InputError
@@ -24,7 +25,7 @@ from qs_jax.models import Params, family_of, layers
 def fit_kv_maps(
     params: Params,
     tokens: batching.TokensLike,
-    layers: Sequence[int],
+    layers: Any,
     model: ModelConfig,
     *,
     features: Sequence[str] = ("state",),
@@ -60,7 +61,11 @@ def fit_kv_maps(
       InputError: Too few tokens to determine the maps.
     """
     check_params(params, model)
-    chosen = tuple(sorted({int(layer) for layer in layers}))
+    chosen = tuple(sorted(set(as_integers("layers", layers))))
+    skip_first = as_count("skip_first", skip_first)
+    batch_size = as_count("batch_size", batch_size, 1)
+    if not ridge > 0:
+        raise ConfigError(f"ridge must be positive, got {ridge}.")
     if not chosen or chosen[0] < 1 or chosen[-1] > model.num_layers - 1:
         raise ConfigError(f"layers must be between 1 and {model.num_layers - 1}, got {layers}.")
     unknown = [name for name in features if name not in FEATURES]
