@@ -22,8 +22,8 @@ import qs_jax
 from benchmarks import environment, mechanism_rows, mechanism_tables
 from qs_jax import accounting
 from qs_jax.checkpoint import read_manifest
-from qs_jax.config import Config
-from qs_jax.mechanisms.kv_maps import select
+from qs_jax.config import Config, ModelConfig
+from qs_jax.mechanisms.kv_maps import KVMaps, select
 from qs_jax.models import Params
 
 
@@ -95,13 +95,6 @@ def measure(args: Arguments) -> dict[str, Any]:
     if "fitted" not in done:
         done["fitted"] = mechanism_rows.percentiles(params, fitting[:4], model)
         _write(args.out, about, done)
-    maps_file = args.out.with_suffix(".maps.safetensors")
-    if maps_file.exists():
-        maps = qs_jax.KVMaps.load(maps_file)
-    else:
-        layers = mechanism_rows.MAP_LAYERS
-        maps = qs_jax.fit_kv_maps(params, fitting, layers, model, progress=True)
-        maps.save(maps_file)
     rows = list(mechanism_rows.all_rows(model, done["fitted"]))
     stale = [
         row
@@ -109,11 +102,13 @@ def measure(args: Arguments) -> dict[str, Any]:
         if _settings(done["rows"].get(row.key, {}).get("quicksilver", {}))
         != _settings(row.quicksilver.to_dict())
     ]
+    maps = None
     for row in tqdm(stale, "rows"):
         cfg = Config(model, row.quicksilver, protocol=row.protocol)
         here, features = params, None
         skip, halting = row.quicksilver.kv_skip, row.quicksilver.halting
         if skip is not None and skip.policy == "extrapolate":
+            maps = maps or _maps(args, params, fitting, model)
             chosen = select(maps, halting.layers)
             here, features = {**params, "kv_maps": chosen}, chosen.maps_LXFO.shape[2]
         result = score_rows(here, scored, cfg, args.batch_size, features)
@@ -122,8 +117,21 @@ def measure(args: Arguments) -> dict[str, Any]:
         _write(args.out, about, done)
     done["rows"] = {row.key: done["rows"][row.key] for row in rows}
     _write(args.out, about, done)
-    maps_file.unlink(missing_ok=True)
+    _maps_file(args).unlink(missing_ok=True)
     return done
+
+
+def _maps_file(args: Arguments) -> Path:
+    return args.out.with_suffix(".maps.safetensors")
+
+
+def _maps(args: Arguments, params: Params, fitting: np.ndarray, model: ModelConfig) -> KVMaps:
+    """Maps of all halting layers, kept in a file while the run lasts."""
+    path = _maps_file(args)
+    if not path.exists():
+        layers = mechanism_rows.MAP_LAYERS
+        qs_jax.fit_kv_maps(params, fitting, layers, model, progress=True).save(path)
+    return KVMaps.load(path)
 
 
 def _settings(quicksilver: dict[str, Any]) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def arrays_of(
     """
     if overrides is None:
         return None
-    if not isinstance(overrides, TokenOverrides):
+    if not isinstance(overrides, TokenOverrides):  # callers without a type checker
         raise InputError(f"overrides must be a qs_jax.TokenOverrides, got {type(overrides)}.")
     _refuse_no_effect(overrides, cfg)
 

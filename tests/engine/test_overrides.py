@@ -91,7 +91,6 @@ def test_overrides_that_make_no_sense(params):
         (halts, TokenOverrides(full_processing=np.ones((2, 20))), "dtype"),
         (halts, TokenOverrides(full_processing=np.ones((2, 22), bool)), "shape"),
         (halts, TokenOverrides(forced_halt=[[1], [1, 2]]), "not a regular array"),
-        (halts, {"full_processing": mask}, "TokenOverrides"),
         (mapped, TokenOverrides(forced_halt=mask * 2), "there are maps for"),
     ):
         with pytest.raises(InputError, match=told):
