@@ -61,7 +61,7 @@ SLOW_DATA = [HealthCheck.too_slow, HealthCheck.filter_too_much]
 
 
 @given(any_case())
-@settings(max_examples=25, suppress_health_check=SLOW_DATA)
+@settings(max_examples=15, suppress_health_check=SLOW_DATA)
 def test_any_setting_does_what_the_oracle_does(case):
     holds(case)
 
