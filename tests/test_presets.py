@@ -169,7 +169,7 @@ def test_the_protocol_follows_what_the_mechanisms_can_do():
     assert dual.effective_protocol == "teacher-forced"
     assert quota.effective_protocol == "continuation"
     assert Config(MODEL, QuickSilverConfig(amq=MINMAX)).effective_protocol == "continuation"
-    assert Config(MODEL).effective_protocol is None
+    assert Config(MODEL).effective_protocol == "teacher-forced"
     # It is worked out anew when the mechanisms are replaced, unless it was named.
     assert quota.replace(quicksilver=halting()) == dual
     assert dual.replace(quicksilver=halting(**QUOTA)) == quota

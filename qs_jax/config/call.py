@@ -63,7 +63,7 @@ class Config:
             f"protocol must be one of {PROTOCOLS}, got {self.protocol!r}.",
         )
         if self.quicksilver is not None:
-            self.quicksilver.check(self.model, self.effective_protocol or PROTOCOLS[0])
+            self.quicksilver.check(self.model, self.effective_protocol)
         for name in ("max_new_tokens", "top_k", "seed", "continuation_tokens"):
             object.__setattr__(self, name, as_integer(name, getattr(self, name)))
         for name in ("temperature", "top_p", "repetition_penalty"):
@@ -108,15 +108,15 @@ class Config:
         return dataclasses.replace(self, **changes)
 
     @property
-    def effective_protocol(self) -> str | None:
+    def effective_protocol(self) -> str:
         """The protocol of this call.
 
         As given; else "teacher-forced", unless the mechanisms can act on prompts only
-        (`QuickSilverConfig.prompts_only`). None where there are neither.
+        (`QuickSilverConfig.prompts_only`).
         """
-        if self.protocol is not None or self.quicksilver is None:
+        if self.protocol is not None:
             return self.protocol
-        return PROTOCOLS[self.quicksilver.prompts_only is not None]
+        return PROTOCOLS[self.quicksilver is not None and bool(self.quicksilver.prompts_only)]
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

@@ -183,10 +183,11 @@ class KVSkipConfig:
         )
         if self.policy == "attended":
             require(self.tau_kv is not None, "kv_skip.policy 'attended' needs kv_skip.tau_kv.")
-            _set(self, tau_kv=_number("kv_skip.tau_kv", self.tau_kv))
+            tau_kv = _number("kv_skip.tau_kv", self.tau_kv)
+            _set(self, tau_kv=tau_kv)
             require(
-                0 <= self.tau_kv < 1,
-                f"kv_skip.tau_kv is an attention weight from 0 to below 1, got {self.tau_kv}; "
+                0 <= tau_kv < 1,
+                f"kv_skip.tau_kv is an attention weight from 0 to below 1, got {tau_kv}; "
                 "policy 'skip' keeps nothing, 'propagate' keeps all.",
             )
         else:
