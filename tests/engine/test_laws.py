@@ -16,28 +16,50 @@ from tests.support import random_tokens
 
 CASES = list(cases())
 PROMPT, WIDTH, WINDOW = 16, 26, 3
+# Decoding and independence of the pairs compile several programs each: `make test-all` runs them.
+PAIRS = {name for name in MATRIX if len(name) == 2}
+ACTING = MATRIX | {
+    name: qs
+    for name, qs in preset_settings().items()
+    if name in ("balanced", "paper-scaled", "aggressive-scaled")
+}
 
 
-def _param(name, kind, qs, protocol):
+def test_entropies_are_read_where_the_drift_passes_and_nowhere_else():
+    """Which tokens are charged for an entropy, from the recorded drifts alone."""
+    qs, model = MATRIX["H"], model_of("llama")
+    record = score(params_of(model), random_tokens(model, 1, WIDTH), Config(model, qs)).record
+    number = np.arange(1, model.num_layers + 1)[:, None, None]
+    candidates = record.active & (record.drift < qs.halting.tau_drift)
+    candidates &= (number >= 1) & (number <= 4) & (np.arange(WIDTH) >= qs.sink_tokens)
+    np.testing.assert_array_equal(~np.isnan(record.entropy), candidates)
+    halts = candidates & (record.entropy < qs.halting.tau_halt)
+    np.testing.assert_array_equal(halts, (record.depth == number) & (number < model.num_layers))
+
+
+def _param(name, kind, qs, protocol, heavy=False):
     """One worker runs all tests of a case: they share its compiled programs."""
     label = f"{name}-{protocol}"
     marks = [pytest.mark.xdist_group(label)]
     shown = ("HKFQ-llama", "quota", "preset-balanced", "preset-aggressive")
-    everything = name.startswith(shown) or protocol == "teacher-forced"
-    return pytest.param(
-        (name, kind, qs, protocol),
-        id=label,
-        marks=marks if everything else [*marks, pytest.mark.slow],
-    )
+    by_default = name.startswith(shown) or protocol == "teacher-forced"
+    twice = name in ("preset-off", "preset-aggressive-scaled")  # others cover them
+    if heavy and (twice or name.partition("-")[0] in PAIRS):
+        by_default = False
+    marks += [] if by_default else [pytest.mark.slow]
+    return pytest.param((name, kind, qs, protocol), id=label, marks=marks)
+
+
+def _open(parameters):
+    _, kind, qs, protocol = parameters
+    model = model_of(kind)
+    cfg = Config(model, qs, protocol=protocol, max_new_tokens=8, eos_token_ids=())
+    return params_of(model), cfg
 
 
 @pytest.fixture(params=[_param(*case) for case in CASES])
 def case(request):
-    _, kind, qs, protocol = request.param
-    model = model_of(kind)
-    return params_of(model), Config(
-        model, qs, protocol=protocol, max_new_tokens=8, eos_token_ids=()
-    )
+    return _open(request.param)
 
 
 def score(params, rows, cfg, prompt=PROMPT, **kwargs):
@@ -66,11 +88,11 @@ def test_the_future_touches_no_earlier_prediction(case):
     )
 
 
-@pytest.fixture
-def exact_case(case):
+@pytest.fixture(params=[_param(*case, heavy=True) for case in CASES])
+def exact_case(request):
     """In float64 where tokens are quantised: a value at the edge between two codes may fall either
     side with the order of sums, and at 2 bits one code is a quarter of the range."""
-    params, cfg = case
+    params, cfg = _open(request.param)
     doubles = cfg.quicksilver.amq is not None
     with jax.enable_x64(doubles):
         if doubles:
@@ -166,26 +188,16 @@ def test_decisions_only_ever_stop_work(case):
     assert (record.kv_held <= record.kv_written).all()
 
 
-ACTING = MATRIX | {
-    name: qs
-    for name, qs in preset_settings().items()
-    if name in ("balanced", "paper-scaled", "aggressive-scaled")
-}
+def _label(name):
+    preset = name not in MATRIX
+    qs = ACTING[name]
+    protocol = "continuation" if qs.prompts_only else "teacher-forced"
+    return f"preset-{name}-{protocol}" if preset else f"{name}-llama-{protocol}"
 
 
-def test_entropies_are_read_where_the_drift_passes_and_nowhere_else():
-    """Which tokens are charged for an entropy, from the recorded drifts alone."""
-    qs, model = MATRIX["H"], model_of("llama")
-    record = score(params_of(model), random_tokens(model, 1, WIDTH), Config(model, qs)).record
-    number = np.arange(1, model.num_layers + 1)[:, None, None]
-    candidates = record.active & (record.drift < qs.halting.tau_drift)
-    candidates &= (number >= 1) & (number <= 4) & (np.arange(WIDTH) >= qs.sink_tokens)
-    np.testing.assert_array_equal(~np.isnan(record.entropy), candidates)
-    halts = candidates & (record.entropy < qs.halting.tau_halt)
-    np.testing.assert_array_equal(halts, (record.depth == number) & (number < model.num_layers))
-
-
-@pytest.mark.parametrize("name", ACTING)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.xdist_group(_label(n))) for n in ACTING]
+)
 def test_each_mechanism_changes_something(name):
     """No switch is a silent no-op: the records say how much, and the logits show it."""
     qs, model = ACTING[name], model_of("llama")
