@@ -103,7 +103,7 @@ def savings_table(params: Params, ids: list[int], model: qs_jax.ModelConfig) -> 
     )
     table.add_column("preset")
     table.add_column("mechanisms act on")
-    for column in ("perplexity", "dense", "layer-token\nwork", "KV\nwritten", "exact\nFLOPs"):
+    for column in ("perplexity", "dense", "layers\nrun", "KV\nwritten", "exact\nFLOPs"):
         table.add_column(column, justify="right")
     dense: dict[str, float] = {}
     for name in ("off", "paper", "balanced", "aggressive"):
