@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
+
+from qs_jax.evaluation.perplexity import interval
 
 _COLUMNS = (
     "perplexity, 95 % interval",
@@ -20,26 +21,18 @@ _COLUMNS = (
 _SHARES = ("layer_tokens_saved", "exact_flops_saved", "paper_flops_saved", "kv_bytes_saved")
 
 
-def interval(mean_nll: np.ndarray) -> tuple[float, float, float]:
-    """Mean over windows and its 95 % Student-t interval."""
-    mean = float(mean_nll.mean())
-    half = float(stats.sem(mean_nll) * stats.t.ppf(0.975, len(mean_nll) - 1))
-    return mean, mean - half, mean + half
-
-
 def _line(row: dict[str, Any], dense: dict[str, Any]) -> list[str]:
     mine = np.array(row["nll"]) / np.array(row["tokens"])
     theirs = np.array(dense["nll"]) / np.array(dense["tokens"])
     perplexity, base = np.exp(mine.mean()), np.exp(theirs.mean())
     # Paired by window: the spread between texts drops out.
-    _, low, high = interval(mine - theirs)
-    low, high = base * (np.exp(low) - 1), base * (np.exp(high) - 1)
+    low, high = (base * (ratio - 1) for ratio in interval(mine - theirs))
     change = f"{perplexity - base:+.2f} ({low:+.2f} to {high:+.2f})"
     if np.array_equal(mine, theirs):
         change = "none"
     elif perplexity > 10 * base:
         change = f"{perplexity - base:+,.0f}"
-    _, lowest, highest = np.exp(interval(mine))
+    lowest, highest = interval(mine)
     shown = f"{perplexity:.4g} ({lowest:.3g} to {highest:.3g})"
     saved = row["saved"]
     cells = [shown, change]

@@ -9,8 +9,8 @@ on the windows that follow the scored ones. All savings are simulated: counted f
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from benchmarks import environment, mechanism_rows, mechanism_tables
 from qs_jax import accounting
 from qs_jax.checkpoint import read_manifest
 from qs_jax.config import Config, ModelConfig
+from qs_jax.evaluation.perplexity import Windows, cut_windows, score_windows
 from qs_jax.mechanisms.kv_maps import KVMaps, select
 from qs_jax.models import Params
 
@@ -51,26 +52,15 @@ class Arguments:
     """Rewrite the tables from the JSON file, measure nothing."""
 
 
-def score_rows(
-    params: Params, rows_NT: np.ndarray, cfg: Config, batch_size: int, map_features: int | None
-) -> dict[str, Any]:
-    """Per-window negative log-likelihood and the tally of one configuration."""
-    nll, tokens, counted = [], [], None
-    for start in range(0, len(rows_NT), batch_size):
-        rows = rows_NT[start : start + batch_size]
-        out = qs_jax.score(params, rows, cfg)
-        nll += (-out.logprobs.sum(1, dtype=np.float64)).tolist()
-        tokens += out.mask.sum(1).tolist()
-        if out.record is None:
-            lengths = np.full(len(rows), rows.shape[1])
-            continuation = cfg.effective_protocol == "continuation"
-            ends = lengths - cfg.continuation_tokens if continuation else 0 * lengths
-            part = accounting.dense_tally(lengths, ends, cfg.model)
-        else:
-            part = accounting.tally(out.record, cfg.model, cfg.quicksilver, map_features)
-        counted = part if counted is None else accounting.add(counted, part)
-    assert counted is not None
-    return {"nll": nll, "tokens": tokens, "saved": accounting.summary(counted)}
+def score_row(params: Params, windows: Windows, cfg: Config, batch_size: int) -> dict[str, Any]:
+    """Per-window negative log-likelihood and the savings of one configuration."""
+    entries = list(score_windows(params, windows, cfg, batch_size=batch_size))
+    counted = functools.reduce(accounting.add, [entry["counts"] for entry in entries])
+    return {
+        "nll": [value for entry in entries for value in entry["nll"]],
+        "tokens": [count for entry in entries for count in entry["tokens"]],
+        "saved": accounting.summary(counted),
+    }
 
 
 def measure(args: Arguments) -> dict[str, Any]:
@@ -79,9 +69,9 @@ def measure(args: Arguments) -> dict[str, Any]:
     ids = qs_jax.load_tokenizer(args.ckpt)(
         args.text.read_text(encoding="utf-8"), verbose=False
     ).input_ids
-    count = args.windows + args.fit_windows
-    windows = np.array(ids[: count * args.seq_len], np.int32).reshape(count, args.seq_len)
-    scored, fitting = windows[: args.windows], windows[args.windows :]
+    scored = cut_windows(ids, args.seq_len, args.windows)
+    both = cut_windows(ids, args.seq_len, args.windows + args.fit_windows)
+    fitting = both.tokens_WT[args.windows :]
     about = {
         "model": read_manifest(args.ckpt)["source"],
         "text": args.text.name,
@@ -105,13 +95,12 @@ def measure(args: Arguments) -> dict[str, Any]:
     maps = None
     for row in tqdm(stale, "rows"):
         cfg = Config(model, row.quicksilver, protocol=row.protocol)
-        here, features = params, None
+        here = params
         skip, halting = row.quicksilver.kv_skip, row.quicksilver.halting
         if skip is not None and skip.policy == "extrapolate":
             maps = maps or _maps(args, params, fitting, model)
-            chosen = select(maps, halting.layers)
-            here, features = {**params, "kv_maps": chosen}, chosen.maps_LXFO.shape[2]
-        result = score_rows(here, scored, cfg, args.batch_size, features)
+            here = {**params, "kv_maps": select(maps, halting.layers)}
+        result = score_row(here, scored, cfg, args.batch_size)
         about_row = {"quicksilver": row.quicksilver.to_dict(), "commit": environment.commit()}
         done["rows"][row.key] = result | about_row
         _write(args.out, about, done)
@@ -152,17 +141,12 @@ def _write(path: Path, about: dict[str, Any], done: dict[str, Any]) -> None:
     environment.write(path.stem, {**done, "about": about}, path)
 
 
-def _sections(path: Path) -> Iterator[tuple[str, str]]:
-    content = json.loads(path.read_text())
-    yield from mechanism_tables.render(content)
-
-
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     args = tyro.cli(Arguments, prog="python -m benchmarks.mechanisms", args=argv)
     if not args.tables_only:
         measure(args)
-    for name, table in _sections(args.out):
+    for name, table in mechanism_tables.render(json.loads(args.out.read_text())):
         for page in args.docs:
             mechanism_tables.replace(page, name, table)
     print(f"{args.out} and the tables of {', '.join(map(str, args.docs))} are up to date.")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-NEVER = 2**30
+from qs_jax.mechanisms.plan import NEVER
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import no_type_check
 
 import flax.struct
+import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.config import ModelConfig
@@ -37,6 +39,30 @@ class KVCache(flax.struct.PyTreeNode):
     def capacity(self) -> int:
         """Slots a row."""
         return self.k_LBSKH.shape[2]
+
+    def write_rows(self, index: Array, k_BTKH: Array, v_BTKH: Array) -> KVCache:
+        """One layer's keys and values of whole rows, at slots 0 and on."""
+        zero = jnp.zeros((), index.dtype)
+        start = (index, zero, zero, zero, zero)
+        with jax.named_scope("kv_write"):
+            return self.replace(
+                k_LBSKH=lax.dynamic_update_slice(self.k_LBSKH, k_BTKH[None], start),
+                v_LBSKH=lax.dynamic_update_slice(self.v_LBSKH, v_BTKH[None], start),
+            )
+
+    def write_step(self, index: Array, pos_B: Array, k_B1KH: Array, v_B1KH: Array) -> KVCache:
+        """One layer's keys and values of one token a row, at its position."""
+        rows_B = jnp.arange(pos_B.shape[0])
+        with jax.named_scope("kv_write"):
+            return self.replace(
+                k_LBSKH=self.k_LBSKH.at[index, rows_B, pos_B].set(k_B1KH[:, 0]),
+                v_LBSKH=self.v_LBSKH.at[index, rows_B, pos_B].set(v_B1KH[:, 0]),
+            )
+
+    def of_layer(self, index: Array) -> tuple[Array, Array]:
+        """One layer's keys and values, `[B, S, K, H]` each."""
+        k_BSKH = lax.dynamic_index_in_dim(self.k_LBSKH, index, keepdims=False)
+        return k_BSKH, lax.dynamic_index_in_dim(self.v_LBSKH, index, keepdims=False)
 
 
 @no_type_check

@@ -93,12 +93,7 @@ def _halting_flops(record: Record, model: ModelConfig, qs: QuickSilverConfig) ->
     halting = qs.halting
     assert halting is not None
     d, layers = model.hidden_size, len(record.active)
-    number = np.arange(1, layers + 1)
-    first, last = halting.window or (1, layers - 1)
-    at = (number >= max(first, halting.min_layer)) & (number <= last)
-    if halting.layers is not None:
-        at &= np.isin(number, halting.layers)
-    here = at[:, None, None] & record.active & record.subject
+    here = halting.may_halt(layers)[:, None, None] & record.active & record.subject
     reads_drift = halting.rule == "dual" or halting.score == "drift"
     added = here * (4 * d if reads_drift else 0)
     read = ~np.isnan(record.entropy)

@@ -145,6 +145,13 @@ class HaltingConfig:
             "halting.forced_ids and halting.forced_layer go together.",
         )
 
+    def may_halt(self, num_layers: int) -> np.ndarray:
+        """Layers at which a dynamic decision is taken: bool `[L]`, entry l - 1 for layer l."""
+        layer = np.arange(1, num_layers + 1)
+        first, last = self.window or (1, num_layers - 1)
+        allowed = (layer >= max(first, self.min_layer)) & (layer <= last)
+        return allowed if self.layers is None else allowed & np.isin(layer, self.layers)
+
     @property
     def entropy_used(self) -> str | None:
         """The estimator that decisions read."""

@@ -99,13 +99,7 @@ def attend_causal(cache: KVCache | None, index: Array, q: Array, k: Array, v: Ar
     """
     context_BTNH = causal_attention(q, k, v)
     if cache is not None:
-        with jax.named_scope("kv_write"):
-            zero = jnp.zeros((), index.dtype)
-            start = (index, zero, zero, zero, zero)
-            cache = cache.replace(
-                k_LBSKH=lax.dynamic_update_slice(cache.k_LBSKH, k[None], start),
-                v_LBSKH=lax.dynamic_update_slice(cache.v_LBSKH, v[None], start),
-            )
+        cache = cache.write_rows(index, k, v)
     return context_BTNH, cache
 
 
@@ -113,14 +107,8 @@ def attend_cached(pos_B: Array) -> AttendAt:
     """Attention of one token a row, at `pos_B`, over the cached keys up to and including itself."""
 
     def attend(cache: KVCache, index: Array, q: Array, k: Array, v: Array):
-        with jax.named_scope("kv_write"):
-            rows = jnp.arange(pos_B.shape[0])
-            cache = cache.replace(
-                k_LBSKH=cache.k_LBSKH.at[index, rows, pos_B].set(k[:, 0]),
-                v_LBSKH=cache.v_LBSKH.at[index, rows, pos_B].set(v[:, 0]),
-            )
-        k_BSKH = lax.dynamic_index_in_dim(cache.k_LBSKH, index, keepdims=False)
-        v_BSKH = lax.dynamic_index_in_dim(cache.v_LBSKH, index, keepdims=False)
+        cache = cache.write_step(index, pos_B, k, v)
+        k_BSKH, v_BSKH = cache.of_layer(index)
         seen_BS = jnp.arange(cache.capacity)[None, :] <= pos_B[:, None]
         mask_B11S = seen_BS[:, None, None, :]
         return jax.nn.dot_product_attention(q, k_BSKH, v_BSKH, mask=mask_B11S), cache

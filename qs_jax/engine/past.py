@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array
 
 from qs_jax.engine.call import Call
@@ -96,23 +95,10 @@ def write(
     """Write a layer's keys and values; returns the cache and all keys and values to attend to."""
     if cache is None:
         return None, k, v
-    with jax.named_scope("kv_write"):
-        if past is None:
-            zero = jnp.zeros((), index.dtype)
-            start = (index, zero, zero, zero, zero)
-            cache = cache.replace(
-                k_LBSKH=lax.dynamic_update_slice(cache.k_LBSKH, k[None], start),
-                v_LBSKH=lax.dynamic_update_slice(cache.v_LBSKH, v[None], start),
-            )
-            return cache, k, v
-        rows, pos_B = jnp.arange(len(pos_BT)), pos_BT[:, 0]
-        cache = cache.replace(
-            k_LBSKH=cache.k_LBSKH.at[index, rows, pos_B].set(k[:, 0]),
-            v_LBSKH=cache.v_LBSKH.at[index, rows, pos_B].set(v[:, 0]),
-        )
-    k_BSKH = lax.dynamic_index_in_dim(cache.k_LBSKH, index, keepdims=False)
-    v_BSKH = lax.dynamic_index_in_dim(cache.v_LBSKH, index, keepdims=False)
-    return cache, k_BSKH, v_BSKH
+    if past is None:
+        return cache.write_rows(index, k, v), k, v
+    cache = cache.write_step(index, pos_BT[:, 0], k, v)
+    return cache, *cache.of_layer(index)
 
 
 def contexts(embedded_BTD: Array, rows: Rows, plan: Plan, past: Past | None) -> Array | None:

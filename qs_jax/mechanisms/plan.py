@@ -98,7 +98,7 @@ class Numbers(NamedTuple):
 
 
 def bind(
-    qs: QuickSilverConfig | None, model: ModelConfig, protocol: str | None
+    qs: QuickSilverConfig | None, model: ModelConfig, protocol: str
 ) -> tuple[Plan, Numbers] | None:
     """Split a configuration for a model.
 
@@ -113,7 +113,6 @@ def bind(
     """
     if qs is None or qs.is_off:
         return None
-    protocol = protocol or "teacher-forced"
     qs.check(model, protocol)
     plan = Plan(
         halting=_static_halting(qs.halting, qs.kv_skip),
@@ -187,10 +186,7 @@ def _numbers(qs: QuickSilverConfig, model: ModelConfig) -> Numbers:
 
     may_halt, quota = np.zeros(count, bool), np.zeros(count)
     if halting is not None:
-        first, last = halting.window or (1, count - 1)
-        may_halt = (layer >= max(first, halting.min_layer)) & (layer <= last)
-        if halting.layers is not None:
-            may_halt &= np.isin(layer, halting.layers)
+        may_halt = halting.may_halt(count)
         for at, share in zip(halting.layers or (), halting.quota, strict=False):
             quota[at - 1] = share
     may_fuse = np.zeros(count, bool)
