@@ -6,9 +6,15 @@ import dataclasses
 import math
 from typing import Any, no_type_check
 
-from qs_jax.config.checks import as_float, as_integer, require
+from qs_jax.config.checks import as_count, as_float, as_integer, require
 from qs_jax.config.model import ModelConfig
 from qs_jax.config.quicksilver import PROTOCOLS, QuickSilverConfig
+
+_CHOICES = {
+    "engine": ("auto", "masked", "compact"),
+    "capacity": ("dynamic", "planned"),
+    "decode_weights": ("auto", "stacked", "separate"),
+}
 
 
 @no_type_check  # it checks and converts what users give it itself
@@ -32,6 +38,21 @@ class Config:
         (Keskar et al. 2019, the rule Hugging Face uses); 1 is off.
       seed: Row b of a batch draws from `fold_in(key(seed), b)`.
       eos_token_ids: Tokens that end a row; None takes the model's, () never stops.
+      engine: What runs the mechanisms. "masked": the definition, dense work with decisions as
+        masks; savings are simulated. "compact": the same decisions, work on active tokens only,
+        and KV caches that hold what is needed only. "auto" is "compact" wherever it can run.
+      capacity: Compact engine: how many token slots a segment of layers gets. "dynamic": the
+        smallest of a few static capacities that holds the active tokens, exactly the masked
+        engine's decisions. "planned": fixed before the call from `retention`, or from the quota
+        rule's shares; where more tokens stay active than fit, those with the lowest halting score
+        halt too. Planned capacities rank a whole prompt, so they are for prompts only.
+      retention: "planned": pairs (layer, share): after this layer, at most this share of each
+        prompt stays active. Layers and shares rise and fall respectively.
+      unroll: Layers per iteration of the scans over layers (`jax.lax.scan`).
+      decode_weights: "stacked": decoding scans over the stacked layers. "separate": it runs layer
+        after layer on arrays of their own, copied once and kept as long as the parameters; XLA's
+        CPU backend would otherwise copy every layer's weights at every token. "auto" is "separate"
+        on CPU.
 
     Raises:
       ConfigError: A value is outside its range.
@@ -48,6 +69,11 @@ class Config:
     repetition_penalty: float = 1.0
     seed: int = 0
     eos_token_ids: tuple[int, ...] | None = None
+    engine: str = "auto"
+    capacity: str = "dynamic"
+    retention: tuple[tuple[int, float], ...] = ()
+    unroll: int = 1
+    decode_weights: str = "auto"
 
     def __post_init__(self) -> None:
         require(
@@ -68,6 +94,7 @@ class Config:
             object.__setattr__(self, name, as_integer(name, getattr(self, name)))
         for name in ("temperature", "top_p", "repetition_penalty"):
             object.__setattr__(self, name, as_float(name, getattr(self, name)))
+        self._check_engine()
         if self.eos_token_ids is not None:
             given = self.eos_token_ids
             listed = given if isinstance(given, tuple | list) else [given]
@@ -102,6 +129,42 @@ class Config:
                 0 <= token < self.model.vocab_size,
                 f"eos_token_ids holds {token}, outside the vocabulary of {self.model.vocab_size}.",
             )
+
+    def _check_engine(self) -> None:
+        for name, known in _CHOICES.items():
+            value = getattr(self, name)
+            require(value in known, f"{name} must be one of {known}, got {value!r}.")
+        object.__setattr__(self, "unroll", as_count("unroll", self.unroll, 1))
+        retention = tuple(
+            (as_integer("retention", layer), as_float("retention", share))
+            for layer, share in self.retention
+        )
+        object.__setattr__(self, "retention", retention)
+        layers, shares = [layer for layer, _ in retention], [share for _, share in retention]
+        require(
+            layers == sorted(set(layers)) and all(1 <= n < self.model.num_layers for n in layers),
+            f"retention needs rising layers from 1 to {self.model.num_layers - 1}, got {layers}.",
+        )
+        require(
+            shares == sorted(shares, reverse=True) and all(0 < share <= 1 for share in shares),
+            f"retention needs falling shares above 0 and at most 1, got {shares}.",
+        )
+        planned = self.capacity == "planned"
+        require(planned or not retention, "retention is for capacity 'planned'.")
+        halting = self.quicksilver.halting if self.quicksilver is not None else None
+        require(
+            not planned or (halting is not None and halting.freeze),
+            "capacity 'planned' halts tokens: it needs halting in quicksilver, with freeze=True.",
+        )
+        require(
+            not planned or self.effective_protocol == "continuation",
+            "capacity 'planned' ranks a whole prompt, so a later token would decide about an "
+            "earlier one: it is for protocol 'continuation'.",
+        )
+        require(
+            not planned or retention or halting.rule == "quota",
+            "capacity 'planned' needs retention, or the quota rule to plan from.",
+        )
 
     def replace(self, **changes: Any) -> Config:
         """A copy with `changes` applied and checked again."""
