@@ -19,3 +19,7 @@ class CheckpointError(QuickSilverError):
 
 class NonFiniteError(QuickSilverError, FloatingPointError):
     """Weights or logits hold NaN or infinity."""
+
+
+class InternalError(QuickSilverError):
+    """Something the library promises did not hold: a defect of ours, please report it."""

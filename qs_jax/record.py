@@ -15,8 +15,8 @@ from qs_jax.mechanisms.plan import NEVER
 class Record:
     """Evidence of one call: L layers, B rows, T positions. Padding counts as inactive.
 
-    Row l - 1 of a layer axis is layer l. Savings read from it are simulated as long as the masked
-    engine runs: it computes every token and selects.
+    Row l - 1 of a layer axis is layer l. Savings read from it are simulated where the masked
+    engine ran (`simulated`): it computes every token and selects.
 
     Attributes:
       active: bool `[L, B, T]`, the token ran this layer.
@@ -34,6 +34,7 @@ class Record:
       lengths: int `[B]`, tokens of each row.
       prompt_lengths: int `[B]`, tokens of its prompt; 0 where rows were scored teacher-forced.
       protocol: "teacher-forced" or "continuation".
+      simulated: The masked engine ran it: every token was computed, the decisions only selected.
     """
 
     active: Bool[np.ndarray, "L B T"]
@@ -50,6 +51,7 @@ class Record:
     lengths: Int[np.ndarray, "B"]
     prompt_lengths: Int[np.ndarray, "B"]
     protocol: str = "teacher-forced"
+    simulated: bool = True
 
     @property
     def subject(self) -> Bool[np.ndarray, "B T"]:
@@ -81,6 +83,7 @@ class Record:
         lengths: np.ndarray,
         prompt_lengths: np.ndarray,
         protocol: str,
+        simulated: bool = True,
     ) -> Record:
         """Build from a program's arrays, cut to `width` positions and emptied in the padding."""
         layers = evidence["layers"]
@@ -108,6 +111,7 @@ class Record:
             lengths=lengths,
             prompt_lengths=prompt_lengths,
             protocol=protocol,
+            simulated=simulated,
         )
 
 

@@ -50,6 +50,16 @@ class KVCache(flax.struct.PyTreeNode):
                 v_LBSKH=lax.dynamic_update_slice(self.v_LBSKH, v_BTKH[None], start),
             )
 
+    def write_slots(self, index: Array, pos_BC: Array, k_BCKH: Array, v_BCKH: Array) -> KVCache:
+        """One layer's keys and values of a few tokens a row, at their distinct positions."""
+        rows_B1 = jnp.arange(pos_BC.shape[0])[:, None]
+        at = {"unique_indices": True, "mode": "promise_in_bounds"}
+        with jax.named_scope("kv_write"):
+            return self.replace(
+                k_LBSKH=self.k_LBSKH.at[index, rows_B1, pos_BC].set(k_BCKH, **at),
+                v_LBSKH=self.v_LBSKH.at[index, rows_B1, pos_BC].set(v_BCKH, **at),
+            )
+
     def write_step(self, index: Array, pos_B: Array, k_B1KH: Array, v_B1KH: Array) -> KVCache:
         """One layer's keys and values of one token a row, at its position."""
         rows_B = jnp.arange(pos_B.shape[0])

@@ -5,13 +5,51 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from qs_jax.config import ModelConfig
 from qs_jax.mechanisms import decide
 from qs_jax.mechanisms.plan import NEVER, Numbers, Plan
 from qs_jax.models import Params
 from qs_jax.state import Past, TokenState
+
+
+class Passive(NamedTuple):
+    """Tokens that run no more, but whose keys later queries may see: P of each row.
+
+    Attributes:
+      rows: Tokens and their exemptions.
+      h_BPD: Frozen states.
+      halt_layer_BP: Layers they ran.
+      hidden_from_BP: Position from which queries have lost them.
+      bits_BP: Bits of their keys and values.
+      size_BP: Tokens they stand for.
+      embedded_BPD: Input embeddings.
+    """
+
+    rows: decide.Rows
+    h_BPD: Float[Array, "B P D"]
+    halt_layer_BP: Int[Array, "B P"]
+    hidden_from_BP: Int[Array, "B P"]
+    bits_BP: Int[Array, "B P"]
+    size_BP: Float[Array, "B P"]
+    embedded_BPD: Float[Array, "B P D"]
+
+
+class Around(NamedTuple):
+    """What surrounds the tokens a segment gathered (compact engine).
+
+    Attributes:
+      passive: Tokens outside whose keys may be needed; None where no policy keeps any.
+      halted_B: Eligible tokens outside that have halted; a quota counts them.
+      previous_BTD: State of the token just before each gathered one, as the segment found it.
+      slot_of_BT: Slot of each position; meaningless where it was not gathered.
+    """
+
+    passive: Passive | None
+    halted_B: Int[Array, "B"]
+    previous_BTD: Float[Array, "B C D"] | None
+    slot_of_BT: Int[Array, "B T"]
 
 
 class Call(NamedTuple):
@@ -27,6 +65,11 @@ class Call(NamedTuple):
       past: Of the tokens before; None at the start of a row.
       keeps: Later tokens will follow: what they need must be exact.
       context_BXD: Contexts of the W tokens before and of the call's; None without the filter.
+      lengths_B: Tokens of each row; only gathered tokens need it.
+      prompt_lengths_B: Tokens of each row's prompt; only planned capacities read it.
+      lean: Nothing is computed that no decision reads: attention weights, drifts and entropies
+        only where a decision falls (compact engine).
+      around: The tokens are a segment's gathered ones; None for whole rows.
     """
 
     params: Params
@@ -38,6 +81,10 @@ class Call(NamedTuple):
     past: Past | None
     keeps: bool
     context_BXD: Float[Array, "B X D"] | None
+    lengths_B: Int[Array, "B"] | None = None
+    prompt_lengths_B: Int[Array, "B"] | None = None
+    lean: bool = False
+    around: Around | None = None
 
     @property
     def decides(self) -> bool:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from qs_jax.config import ModelConfig
-from qs_jax.errors import ConfigError, NonFiniteError
+from qs_jax.errors import ConfigError, InternalError, NonFiniteError
 from qs_jax.mechanisms.kv_maps import require_maps
 from qs_jax.mechanisms.plan import Plan
 from qs_jax.models import Params, abstract_params
@@ -59,6 +59,19 @@ def check_maps(params: Params, plan: Plan, model: ModelConfig) -> None:
 
 def _told(entry: Any) -> str:
     return "absent" if entry is None else f"{entry[1]}{list(entry[0])}"
+
+
+def check_overflow(overflow: Any) -> None:
+    """A planned capacity must hold every token that computes.
+
+    Raises:
+      InternalError: It did not; capacities are worked out from the rows before they run.
+    """
+    if overflow:
+        raise InternalError(
+            "a planned capacity was too small for the tokens that compute: please report the "
+            "configuration, and use capacity='dynamic'."
+        )
 
 
 def check_finite(finite_B: np.ndarray) -> None:

@@ -12,17 +12,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from qs_jax.config import ModelConfig
 from qs_jax.engine import past as pasts
-from qs_jax.engine.attention import Attended, attention
-from qs_jax.engine.call import Call
+from qs_jax.engine.attention import Attended, attention, masked_attention
+from qs_jax.engine.call import Call, Passive
 from qs_jax.mechanisms import amq, decide, fusion, halting, kv_skip, signals
 from qs_jax.mechanisms.plan import NEVER, LayerNumbers, Numbers, Plan
 from qs_jax.models import Params, family_of, head, rope
 from qs_jax.models.layers import exact_dtype
 from qs_jax.state import KVCache, LayerRecord, Past, TokenState
+
+# A lean call gathers the candidates of an entropy where they are fewer than one in this many.
+FEW_CANDIDATES = 8
 
 
 def run(
@@ -33,6 +36,7 @@ def run(
     numbers: Numbers,
     past: Past | None = None,
     capacity: int | None = None,
+    prompt_lengths_B: Int[Array, "B"] | None = None,
 ) -> tuple[Float[Array, "B T D"], TokenState, LayerRecord, Past | None]:
     """Run tokens through all layers under the mechanisms.
 
@@ -44,38 +48,31 @@ def run(
       numbers: Traced half.
       past: Of the tokens before; None at the start of a row.
       capacity: Slots of a new `Past`; None keeps none.
+      prompt_lengths_B: Tokens of each row's prompt; only planned capacities need it.
 
     Returns:
       Normed states, the final carry, the evidence `[L, B, T]`, and the past of the next token.
     """
-    family = family_of(model)
-    with jax.named_scope("embed"):
-        embedded: Any = family.embed(model).apply(
-            {"params": params["embed"]}, rows.tokens_BT, rows.pos_BT
-        )
-    keeps = past is not None or capacity is not None
-    call = Call(params, model, plan, numbers, rows, embedded, past, keeps, None)
-    if call.fuses:
-        call = call._replace(context_BXD=pasts.contexts(embedded, rows, plan, past))
+    call = open_call(params, rows, model, plan, numbers, past, capacity, prompt_lengths_B)
     cache = past.cache if past is not None else None
     if capacity is not None:
         cache = KVCache.zeros(model, rows.tokens_BT.shape[0], capacity)
-    block = family.block(model)
+    block = family_of(model).block(model)
 
     def layer(carry, scanned):
         state, cache = carry
         at, params_l, maps_l, past_l = scanned
         size_BT = state.size_BT
-        state, attended, ran_BT, before_BTD = _block(
+        state, attended, ran_BT, before_BTD = run_block(
             call, block, state, cache, at, params_l, maps_l, past_l
         )
-        state, record, fused = _decide(call, state, attended, ran_BT, before_BTD, at, past_l)
+        state, record, fused = decide_layer(call, state, attended, ran_BT, before_BTD, at, past_l)
         kept = pasts.of_layer(call, size_BT, *fused, attended.mask_BTS, past_l)
         return (state, attended.cache), (record, kept)
 
     maps = params["kv_maps"].maps_LXFO if plan.policy == "extrapolate" else None
     scanned = (numbers.layers, params["layers"], maps, pasts.by_layer(past))
-    (state, cache), (record, kept) = lax.scan(layer, (_start(call), cache), scanned)
+    (state, cache), (record, kept) = lax.scan(layer, (start(call), cache), scanned)
     following = None
     if cache is not None:
         assert kept is not None
@@ -84,7 +81,32 @@ def run(
     return head.normed(params, state.h_BTD, model), state, record, following
 
 
-def _start(call: Call) -> TokenState:
+def open_call(
+    params: Params,
+    rows: decide.Rows,
+    model: ModelConfig,
+    plan: Plan,
+    numbers: Numbers,
+    past: Past | None,
+    capacity: int | None,
+    prompt_lengths_B: Array | None,
+) -> Call:
+    """Embed the tokens and gather what all layers share."""
+    with jax.named_scope("embed"):
+        embedded: Any = (
+            family_of(model)
+            .embed(model)
+            .apply({"params": params["embed"]}, rows.tokens_BT, rows.pos_BT)
+        )
+    keeps = past is not None or capacity is not None
+    call = Call(params, model, plan, numbers, rows, embedded, past, keeps, None)
+    if call.fuses:
+        call = call._replace(context_BXD=pasts.contexts(embedded, rows, plan, past))
+    return call._replace(prompt_lengths_B=prompt_lengths_B)
+
+
+def start(call: Call) -> TokenState:
+    """The carry before the first layer."""
     plan, model, past = call.plan, call.model, call.past
     shape, exact = call.rows.pos_BT.shape, exact_dtype(model.dtype)
     never_BT = jnp.full(shape, NEVER, jnp.int32)
@@ -119,10 +141,12 @@ def _keys(call: Call, state: TokenState, layer: Array) -> kv_skip.Keys:
     """Every key as this layer finds it."""
     if call.past is not None:
         return pasts.keys(call.past, call.rows, layer, state)
-    return pasts.own_keys(call, state)
+    return pasts.all_keys(call, state)
 
 
-def _block(call: Call, block, state: TokenState, cache, at: LayerNumbers, params_l, maps_l, past_l):
+def run_block(
+    call: Call, block, state: TokenState, cache, at: LayerNumbers, params_l, maps_l, past_l
+):
     """The layer itself: dense work, then only tokens that still compute take the result."""
     plan, rows = call.plan, call.rows
     keys = _keys(call, state, at.layer)
@@ -133,18 +157,27 @@ def _block(call: Call, block, state: TokenState, cache, at: LayerNumbers, params
         log_size_BS = jnp.log(state.size_BT)
         if call.past is not None:
             log_size_BS = pasts.insert(jnp.log(past_l.size_BS), rows.pos_BT, log_size_BS)
+    passive = call.around.passive if call.around is not None else None
+    if passive is not None and log_size_BS is not None:
+        log_size_BS = jnp.concatenate([jnp.log(passive.size_BP), log_size_BS], axis=1)
 
     def attend(q, k, v):
         if plan.policy == "extrapolate":
-            k, v = _extrapolated(call, state, k, v, halted_BT, maps_l)
-        if plan.amq is not None and "kv" in plan.amq.targets:
-            bits_BT1 = state.bits_BT[..., None]
-            with jax.named_scope("amq"):
-                k = amq.fake_quantize(k, jnp.broadcast_to(bits_BT1, k.shape[:-1]), plan.amq)
-                v = amq.fake_quantize(v, jnp.broadcast_to(bits_BT1, v.shape[:-1]), plan.amq)
-        kept, k_all, v_all = pasts.write(cache, at.layer - 1, rows.pos_BT, k, v, call.past)
-        context, weights = attention(q, k_all, v_all, mask_BTS, log_size_BS)
-        return context, Attended(kept, mask_BTS, weights, k_all, q)
+            frozen = (state.h_BTD, call.embedded_BTD, state.halt_layer_BT)
+            mapped = lambda: _extrapolated(call, *frozen, rows.pos_BT, k, v, halted_BT, maps_l)  # noqa: E731
+            k, v = lax.cond(halted_BT.any(), mapped, lambda: (k, v)) if call.lean else mapped()
+        k, v = _quantized_kv(plan, state.bits_BT, k, v)
+        kept, k_all, v_all = pasts.write(cache, at.layer - 1, rows.pos_BT, k, v, call)
+        if passive is not None:
+            k_p, v_p = passive_keys(call, block, passive, params_l, maps_l)
+            if kept is not None:
+                kept = kept.write_slots(at.layer - 1, passive.rows.pos_BT, k_p, v_p)
+            k_all, v_all = jnp.concatenate([k_p, k_all], 1), jnp.concatenate([v_p, v_all], 1)
+        if call.lean:
+            context, weights = masked_attention(q, k_all, v_all, mask_BTS, log_size_BS), None
+        else:
+            context, weights = attention(q, k_all, v_all, mask_BTS, log_size_BS)
+        return context, Attended(kept, mask_BTS, weights, k_all, q, log_size_BS)
 
     def cast(x):
         if plan.amq is None or "linear" not in plan.amq.targets:
@@ -162,19 +195,51 @@ def _block(call: Call, block, state: TokenState, cache, at: LayerNumbers, params
     return state.replace(h_BTD=h_BTD), attended, ran_BT, before_BTD
 
 
-def _extrapolated(call: Call, state: TokenState, k, v, halted_BT, maps_XFO):
+def _quantized_kv(plan: Plan, bits_BT: Array, k: Array, v: Array) -> tuple[Array, Array]:
+    if plan.amq is None or "kv" not in plan.amq.targets:
+        return k, v
+    bits_BTK = jnp.broadcast_to(bits_BT[..., None], k.shape[:-1])
+    with jax.named_scope("amq"):
+        return tuple(amq.fake_quantize(x, bits_BTK, plan.amq) for x in (k, v))
+
+
+def passive_keys(call: Call, block, passive: Passive, params_l, maps_l) -> tuple[Array, Array]:
+    """Keys and values of tokens that run no more, from their frozen states."""
+    plan, rows = call.plan, passive.rows
+    frozen = (passive.h_BPD, passive.embedded_BPD, passive.halt_layer_BP)
+    if plan.policy == "extrapolate":
+        shape = (*rows.pos_BT.shape, call.model.num_kv_heads, call.model.head_dim)
+        nothing = jnp.zeros(shape, passive.h_BPD.dtype)
+        everyone_BP = jnp.ones(rows.pos_BT.shape, bool)
+        k, v = _extrapolated(call, *frozen, rows.pos_BT, nothing, nothing, everyone_BP, maps_l)
+    else:
+
+        def cast(x):
+            if plan.amq is None or "linear" not in plan.amq.targets:
+                return x
+            with jax.named_scope("amq"):
+                return amq.fake_quantize(x, passive.bits_BP, plan.amq)
+
+        found: Any = block.apply(
+            {"params": params_l}, passive.h_BPD, rows.pos_BT, cast, method="keys_values"
+        )
+        k, v = found
+    return _quantized_kv(plan, passive.bits_BP, k, v)
+
+
+def _extrapolated(call: Call, h_BTD, embedded_BTD, halt_layer_BT, pos_BT, k, v, halted_BT, maps_l):
     model, maps = call.model, call.params["kv_maps"]
-    read = kv_skip.features(state.h_BTD, call.embedded_BTD, maps.features)
-    found = kv_skip.extrapolate(read, maps_XFO.astype(read.dtype), state.halt_layer_BT, maps.layers)
+    read = kv_skip.features(h_BTD, embedded_BTD, maps.features)
+    found = kv_skip.extrapolate(read, maps_l.astype(read.dtype), halt_layer_BT, maps.layers)
     k_mapped, v_mapped = jnp.split(found, 2, axis=-1)
     k_mapped, v_mapped = k_mapped.reshape(k.shape), v_mapped.reshape(v.shape)
     if family_of(model).rotates:
-        k_mapped = rope.rotate(k_mapped, call.rows.pos_BT, model)
+        k_mapped = rope.rotate(k_mapped, pos_BT, model)
     here = halted_BT[..., None, None]
     return jnp.where(here, k_mapped, k), jnp.where(here, v_mapped, v)
 
 
-def _decide(call: Call, state: TokenState, attended: Attended, ran_BT, before_BTD, at, past_l):
+def decide_layer(call: Call, state: TokenState, attended: Attended, ran_BT, before_BTD, at, past_l):
     """Signals, then halting, then fusion, then bits (DESIGN section 5)."""
     plan, in_force = call.plan, state
     stopped_BT = call.stopped(state)
@@ -192,9 +257,10 @@ def _decide(call: Call, state: TokenState, attended: Attended, ran_BT, before_BT
         )
     if plan.halting is not None and call.decides:
         with jax.named_scope("halt"):
-            state, drift_BT, entropy_BT = _halt(
+            halts_BT, drift_BT, entropy_BT = _halt_if_asked(
                 call, state, attended, ran_BT, stopped_BT, before_BTD, at
             )
+            state = state.replace(halt_layer_BT=jnp.where(halts_BT, at.layer, state.halt_layer_BT))
     if plan.policy == "attended":
         state = state.replace(received_BTS=_received(call, state, attended, ran_BT, at.layer))
     fused = (None, None, None)
@@ -218,13 +284,29 @@ def _decide(call: Call, state: TokenState, attended: Attended, ran_BT, before_BT
     return state, record, fused
 
 
+def _halt_if_asked(call: Call, state: TokenState, attended, ran_BT, stopped_BT, before_BTD, at):
+    """Who halts now, drifts and entropies; a lean call looks only where somebody might."""
+
+    def decide_now():
+        return _halt(call, state, attended, ran_BT, stopped_BT, before_BTD, at)
+
+    if not call.lean:
+        return decide_now()
+    asked = at.may_halt | (call.rows.forced_layer_BT == at.layer).any()
+    if call.plan.planned:
+        asked |= at.keep < 1
+    nan_BT = jnp.full(ran_BT.shape, jnp.nan, exact_dtype(call.model.dtype))
+    return lax.cond(asked, decide_now, lambda: (jnp.zeros_like(ran_BT), nan_BT, nan_BT))
+
+
 def _halt(call: Call, state: TokenState, attended, ran_BT, stopped_BT, before_BTD, at):
     plan, rows = call.plan, call.rows
     rule = plan.halting
     assert rule is not None
     drift_BT = signals.drift(rule.drift, state.h_BTD, before_BTD)
     halted_BT = at.layer > state.halt_layer_BT
-    candidates_BT = decide.eligible(rows, stopped_BT) & ~halted_BT & at.may_halt
+    decided = at.may_halt | (at.keep < 1) if plan.planned else at.may_halt
+    candidates_BT = decide.eligible(rows, stopped_BT) & ~halted_BT & decided
     if rule.rule == "dual":  # the cheap test first: who fails it needs no entropy
         candidates_BT &= drift_BT < at.tau_drift
     entropy_BT = jnp.full(drift_BT.shape, jnp.nan, drift_BT.dtype)
@@ -234,18 +316,36 @@ def _halt(call: Call, state: TokenState, attended, ran_BT, stopped_BT, before_BT
     score_BT = None
     if rule.rule == "quota":
         scores = {
-            "attention": lambda: halting.attention_received(
-                attended.weights_BNTS.max(1), rows.asking_BT & ran_BT
-            ),
+            "attention": lambda: _attention_received(call, attended, rows.asking_BT & ran_BT),
             "drift": lambda: drift_BT,
             "entropy": lambda: jnp.where(candidates_BT, entropy_BT, 0),
             "random": lambda: halting.random_score(rows.pos_BT, rule),
         }
         score_BT = scores[rule.score]()
     tested = entropy_BT if rule.entropy_used is not None else None
-    halts_BT = decide.halt(rows, halted_BT, stopped_BT, drift_BT, tested, score_BT, at, plan)
-    state = state.replace(halt_layer_BT=jnp.where(halts_BT, at.layer, state.halt_layer_BT))
-    return state, jnp.where(ran_BT, drift_BT, jnp.nan), entropy_BT
+    outside_B = call.around.halted_B if call.around is not None else None
+    signals_read = (drift_BT, tested, score_BT)
+    halts_BT = decide.halt(rows, halted_BT, stopped_BT, *signals_read, at, plan, outside_B)
+    if plan.planned:
+        assert call.prompt_lengths_B is not None
+        running_BT = ran_BT & ~halts_BT & (rows.pos_BT < call.prompt_lengths_B[:, None])
+        allowed_B = jnp.ceil(at.keep * call.prompt_lengths_B - 1e-3)
+        may_BT = decide.eligible(rows, stopped_BT) & running_BT
+        ranked_BT = drift_BT if score_BT is None else score_BT
+        halts_BT |= halting.over_capacity(ranked_BT, may_BT, running_BT, allowed_B)
+    return halts_BT, jnp.where(ran_BT, drift_BT, jnp.nan), entropy_BT
+
+
+def _attention_received(call: Call, attended: Attended, asking_BT: Array) -> Array:
+    """Attention each of the call's own tokens received from the asking queries."""
+    width = asking_BT.shape[1]
+    rule = call.plan.halting
+    assert rule is not None
+    count = min(rule.score_queries, width)
+    index_BQ = jnp.argsort(~asking_BT, axis=1, stable=True)[:, :count]
+    asking_BQ = jnp.take_along_axis(asking_BT, index_BQ, axis=1)
+    weights_BQS = attended.weights_at(index_BQ).max(1)[..., -width:]
+    return halting.attention_received(weights_BQS, asking_BQ, index_BQ)
 
 
 def _entropy(call: Call, state: TokenState, kind: str, needed_BT: Array) -> Array:
@@ -254,39 +354,64 @@ def _entropy(call: Call, state: TokenState, kind: str, needed_BT: Array) -> Arra
     if call.past is not None:
         previous_BT = call.past.previous_B[:, None]
 
-    def compute() -> Array:
-        with jax.named_scope("signals"):
-            return signals.entropy(
-                kind, state.h_BTD, call.params, call.model, state.shortlist_BTX, previous_BT
-            )
+    read = (state.h_BTD, state.shortlist_BTX, previous_BT)
 
-    shape, dtype = needed_BT.shape, exact_dtype(call.model.dtype)
-    return lax.cond(needed_BT.any(), compute, lambda: jnp.zeros(shape, dtype))
+    def compute(h_BTD, shortlist_BTX, previous_BT) -> Array:
+        with jax.named_scope("signals"):
+            return signals.entropy(kind, h_BTD, call.params, call.model, shortlist_BTX, previous_BT)
+
+    def nothing() -> Array:
+        return jnp.zeros(needed_BT.shape, exact_dtype(call.model.dtype))
+
+    few = needed_BT.size // FEW_CANDIDATES
+    if not call.lean or few == 0:
+        return lax.cond(needed_BT.any(), lambda: compute(*read), nothing)
+
+    def compute_few() -> Array:
+        flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), read)
+        index_M = jnp.argsort(~needed_BT.reshape(-1), stable=True)[:few]
+        found_1M = compute(*jax.tree.map(lambda leaf: leaf[index_M][None], flat))
+        return nothing().reshape(-1).at[index_M].set(found_1M[0]).reshape(needed_BT.shape)
+
+    count = needed_BT.sum()
+    case = (count > 0).astype(jnp.int32) + (count > few)
+    return lax.switch(case, [nothing, compute_few, lambda: compute(*read)])
 
 
 def _received(call: Call, state: TokenState, attended: Attended, ran_BT, layer) -> Array:
     keys = _keys(call, state, layer)
     before_BS = call.past.received_BS if call.past is not None else None
-    found_BTS = kv_skip.running_maximum(
-        attended.weights_BNTS.max(1), call.rows.pos_BT, keys, ran_BT, before_BS
-    )
     last_BS = keys.halt_layer_BS + call.numbers.delay
+    here_BS = last_BS == layer
     assert state.received_BTS is not None
-    return jnp.where((last_BS == layer)[:, None, :], found_BTS, state.received_BTS)
+
+    def look() -> Array:
+        found_BTS = kv_skip.running_maximum(
+            attended.weights().max(1), call.rows.pos_BT, keys, ran_BT, before_BS
+        )
+        return jnp.where(here_BS[:, None, :], found_BTS, state.received_BTS)
+
+    return lax.cond(here_BS.any(), look, lambda: state.received_BTS) if call.lean else look()
 
 
 def _written(call: Call, state: TokenState, ran_BT, mask_BTS, layer) -> Array:
-    """Tokens of the call whose keys and values were written at this layer.
+    """Tokens whose keys and values were written at this layer: passive ones, then the call's.
 
     A key that "attended" brings back counts as written once some query sees it.
     """
-    own = pasts.own_keys(call, state)
-    exists_BT = kv_skip.written(own, layer, call.plan, call.numbers)
+    own = pasts.own_keys(call, state) if call.past is not None else pasts.all_keys(call, state)
+    exists_BS = kv_skip.written(own, layer, call.plan, call.numbers)
     if call.plan.policy == "attended" and call.past is None:
-        others_BTS = mask_BTS & ~jnp.eye(mask_BTS.shape[1], dtype=bool)[None]
-        exists_BT |= (others_BTS & ran_BT[:, :, None]).any(1)
-    halted_BT = layer > state.halt_layer_BT
-    return call.rows.real_BT & ~call.stopped(state) & (exists_BT | ~halted_BT)
+        width, total = mask_BTS.shape[1:]
+        others_BTS = mask_BTS & ~jnp.eye(width, total, k=total - width, dtype=bool)[None]
+        exists_BS |= (others_BTS & ran_BT[:, :, None]).any(1)
+    halted_BS = layer > own.halt_layer_BS
+    stopped_BS = call.stopped(state)
+    if stopped_BS.shape != halted_BS.shape:  # what a stopped token had is gone from the start
+        outside = halted_BS.shape[1] - stopped_BS.shape[1]
+        gone_BP = own.hidden_from_BS[:, :outside] == 0
+        stopped_BS = jnp.concatenate([gone_BP, stopped_BS], axis=1)
+    return own.real_BS & ~stopped_BS & (exists_BS | ~halted_BS)
 
 
 def _fuse(call: Call, state: TokenState, attended: Attended, stopped_BT, at, past_l):
@@ -301,7 +426,7 @@ def _fuse(call: Call, state: TokenState, attended: Attended, stopped_BT, at, pas
     mean_BTW = None
     if setting.window > 1:
         k_BXKH = pasts.last_keys(call, attended.k_BSKH, setting.window)
-        found_BTW = fusion.similarity(attended.q_BTNH, k_BXKH, setting.window)
+        found_BTW = fusion.similarity(attended.q_BTNH, k_BXKH, tokens.pos_BX, setting.window)
         assert state.similarity_BTW is not None
         state = state.replace(similarity_BTW=state.similarity_BTW + found_BTW)
         mean_BTW = state.similarity_BTW / at.layer.astype(found_BTW.dtype)
@@ -346,12 +471,20 @@ def _weights(call: Call, state: TokenState, attended: Attended, h_BXD):
         return state.size_BT, None
     if plan.fusion.alpha == "probability":
         before_BTD = fusion.back(h_BXD, 1, width)
+        if call.around is not None:
+            assert call.around.previous_BTD is not None
+            apart_BT = jnp.diff(rows.pos_BT, axis=1, prepend=-NEVER)
+            near_BT1 = (apart_BT == 1)[..., None]
+            before_BTD = jnp.where(near_BT1, before_BTD, call.around.previous_BTD)
         found_BT = signals.token_probability(before_BTD, rows.tokens_BT, call.params, call.model)
         found_BT = jnp.where(rows.pos_BT == 0, 1.0 / call.model.vocab_size, found_BT)
         return found_BT * state.size_BT, None
-    mean_BTS = attended.weights_BNTS.mean(1)
+    mean_BTS = attended.weights().mean(1)
     steps_W = jnp.arange(window + 1)[None, None, :]
-    slots_BTW = jnp.maximum(rows.pos_BT[..., None] - steps_W, 0)
+    own_BT = rows.pos_BT
+    if call.past is None:  # the call's own keys come last
+        own_BT = mean_BTS.shape[2] - width + jnp.broadcast_to(jnp.arange(width)[None], own_BT.shape)
+    slots_BTW = jnp.maximum(own_BT[..., None] - steps_W, 0)
     paid_BTW = jnp.take_along_axis(mean_BTS, slots_BTW, axis=-1)
     return paid_BTW[..., 0], paid_BTW[..., 1:]
 

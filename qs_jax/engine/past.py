@@ -84,18 +84,38 @@ def own_keys(call: Call, state: TokenState) -> kv_skip.Keys:
     )
 
 
+def all_keys(call: Call, state: TokenState) -> kv_skip.Keys:
+    """The keys a call without a past finds: of passive tokens, then of its own."""
+    own = own_keys(call, state)
+    passive = call.around.passive if call.around is not None else None
+    if passive is None:
+        return own
+    outside = kv_skip.Keys(
+        pos_BS=passive.rows.pos_BT,
+        real_BS=passive.rows.real_BT,
+        halt_layer_BS=passive.halt_layer_BP,
+        hidden_from_BS=passive.hidden_from_BP,
+        retain_BS=passive.rows.retain_BT,
+        received_BTS=None,
+    )
+    joined = (jnp.concatenate(both, 1) for both in zip(outside[:-1], own[:-1], strict=True))
+    return kv_skip.Keys(*joined, received_BTS=state.received_BTS)
+
+
 def insert(array_BS: Array, pos_BT: Array, values_BT: Array) -> Array:
     """Write each row's one value at its position."""
     return array_BS.at[jnp.arange(len(pos_BT)), pos_BT[:, 0]].set(values_BT[:, 0])
 
 
 def write(
-    cache: KVCache | None, index: Array, pos_BT: Array, k: Array, v: Array, past: Past | None
+    cache: KVCache | None, index: Array, pos_BT: Array, k: Array, v: Array, call: Call
 ) -> tuple[KVCache | None, Array, Array]:
     """Write a layer's keys and values; returns the cache and all keys and values to attend to."""
     if cache is None:
         return None, k, v
-    if past is None:
+    if call.around is not None:
+        return cache.write_slots(index, pos_BT, k, v), k, v
+    if call.past is None:
         return cache.write_rows(index, k, v), k, v
     cache = cache.write_step(index, pos_BT[:, 0], k, v)
     return cache, *cache.of_layer(index)
@@ -163,6 +183,7 @@ def earlier(call: Call, state: TokenState, past_l: PastLayer | None, layer: Arra
 def last_keys(call: Call, k_BSKH: Array, count: int) -> Array:
     """Keys of the W tokens before the call's and of its own, `[B, W + T, K, H]`."""
     if call.past is None:
+        k_BSKH = k_BSKH[:, -call.rows.pos_BT.shape[1] :]  # passive tokens come first
         return jnp.pad(k_BSKH, ((0, 0), (count, 0), (0, 0), (0, 0)))
     slots_BX = jnp.concatenate([_last_slots(call.rows.pos_BT, count), call.rows.pos_BT], axis=1)
     return _take(k_BSKH, slots_BX)
@@ -171,6 +192,10 @@ def last_keys(call: Call, k_BSKH: Array, count: int) -> Array:
 def _last(call: Call, old: Array | None, new_BTX: Array, count: int) -> Array:
     """The last `count` entries of each row: of the call's tokens, or of old ones and the new."""
     if call.past is None:
+        if call.around is not None:
+            assert call.lengths_B is not None
+            index_BW = _last_slots(call.lengths_B[:, None], count)
+            return _take(new_BTX, _take(call.around.slot_of_BT, index_BW))
         ends_B1 = call.rows.real_BT.sum(1, dtype=jnp.int32)[:, None]
         return _take(new_BTX, _last_slots(ends_B1, count))
     assert old is not None

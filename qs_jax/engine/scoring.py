@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.config import Config, ModelConfig
-from qs_jax.engine import batching, dense, masked, tokenwise
-from qs_jax.engine.checks import check_finite, check_maps, check_params
+from qs_jax.engine import batching, compact, dense, masked, tokenwise
+from qs_jax.engine.checks import check_finite, check_maps, check_overflow, check_params
 from qs_jax.engine.overrides import TokenOverrides, arrays_of
+from qs_jax.engine.schedule import arrange, uses_compact
 from qs_jax.mechanisms.plan import Numbers, Plan, bind
 from qs_jax.models import Params, head
 from qs_jax.record import Record
@@ -49,11 +51,43 @@ class ScoreOutput:
         return float(np.exp(self.nll))
 
 
+class Scored(NamedTuple):
+    """Which positions are scored: `count` of each row, static, from `first_B` on.
+
+    Attributes:
+      first_B: At least 1.
+      count: May exceed what a row has; at or past the width, everything is scored.
+    """
+
+    first_B: Int[Array, "B"]
+    count: int
+
+
 def next_logprobs(
-    params: Params, h_BTD: Float[Array, "B T D"], tokens_BT: Int[Array, "B T"]
+    params: Params,
+    h_BTD: Float[Array, "B T D"],
+    tokens_BT: Int[Array, "B T"],
+    scored: Scored | None = None,
 ) -> Float[Array, "B T"]:
-    """Log-probability of each token, read from the normed state before it; column 0 is 0."""
+    """Log-probability of each token, read from the normed state before it; column 0 is 0.
+
+    Where only some positions are scored, only they go through the head; the others are 0.
+    """
     next_BT = jnp.roll(tokens_BT, -1, axis=1)
+    batch, width = tokens_BT.shape
+    if scored is not None and scored.count < width:
+        # Spare columns read some position twice, and give the same number.
+        before_BN = scored.first_B[:, None] - 1 + jnp.arange(scored.count, dtype=jnp.int32)[None]
+        before_BN = jnp.clip(before_BN, 0, width - 2)
+        h_BND = jnp.take_along_axis(h_BTD, before_BN[..., None], axis=1)
+        found_BN = _pick(params, h_BND, jnp.take_along_axis(next_BT, before_BN, axis=1))
+        rows_B1 = jnp.arange(batch)[:, None]
+        return jnp.zeros((batch, width), found_BN.dtype).at[rows_B1, before_BN + 1].set(found_BN)
+    return jnp.pad(_pick(params, h_BTD, next_BT)[:, :-1], ((0, 0), (1, 0)))
+
+
+def _pick(params: Params, h_BTD: Array, next_BT: Array) -> Array:
+    """Log-probability of `next_BT` after each state."""
 
     def chunk_logprobs(h_BCD: Array, next_BC: Array) -> Array:
         logits_BCV = head.logits(params, h_BCD)
@@ -61,34 +95,34 @@ def next_logprobs(
         return picked_BC - jax.nn.logsumexp(logits_BCV, axis=-1)
 
     vocab = head.head_table(params).shape[0]
-    logprobs_BT = head.map_positions(chunk_logprobs, vocab, h_BTD, next_BT)
-    return jnp.pad(logprobs_BT[:, :-1], ((0, 0), (1, 0)))
+    return head.map_positions(chunk_logprobs, vocab, h_BTD, next_BT)
 
 
-def score_tokens(
-    params: Params, tokens_BT: Int[Array, "B T"], model: ModelConfig
-) -> Float[Array, "B T"]:
-    """Log-probability of each token given those before it; column 0 is 0."""
-    return next_logprobs(params, dense.forward(params, tokens_BT, model), tokens_BT)
+def score_dense(
+    params: Params,
+    tokens_BT: Int[Array, "B T"],
+    first_B: Int[Array, "B"],
+    model: ModelConfig,
+    count: int,
+    return_logits: bool = False,
+) -> dict[str, Any]:
+    """Log-probabilities of the dense model, of `count` positions a row from `first_B` on."""
+    h_BTD = dense.forward(params, tokens_BT, model)
+    out = {"logprobs": next_logprobs(params, h_BTD, tokens_BT, Scored(first_B, count))}
+    return out | ({"logits": head.logits(params, h_BTD)} if return_logits else {})
 
 
-def all_logits(
-    params: Params, tokens_BT: Int[Array, "B T"], model: ModelConfig
-) -> Float[Array, "B T V"]:
-    """Logits of every position."""
-    return head.logits(params, dense.forward(params, tokens_BT, model))
-
-
-jit_score = jax.jit(score_tokens, static_argnames=("model",))
-jit_logits = jax.jit(all_logits, static_argnames=("model",))
+jit_score = jax.jit(score_dense, static_argnames=("model", "count", "return_logits"))
 
 
 def score_masked(
     params: Params,
     prompt: tokenwise.Prompt,
+    first_B: Int[Array, "B"],
     numbers: Numbers,
     model: ModelConfig,
     plan: Plan,
+    count: int,
     return_logits: bool,
 ) -> dict[str, Any]:
     """Log-probabilities under the mechanisms, and the evidence; logits if asked for."""
@@ -98,18 +132,43 @@ def score_masked(
         evidence = tokenwise.evidence(past)
     else:
         rows = tokenwise.whole_rows(prompt, plan, numbers)
-        h_BTD, state, record, _ = masked.run(params, rows, model, plan, numbers)
-        evidence = {
-            "layers": record,
-            "halt_layer": state.halt_layer_BT,
-            "hidden_after": state.hidden_after_BT,
-            "hidden_from": state.hidden_from_BT,
-        }
-    out = {"logprobs": next_logprobs(params, h_BTD, prompt.tokens_BT), "evidence": evidence}
+        h_BTD, state, record, _ = masked.run(
+            params, rows, model, plan, numbers, prompt_lengths_B=prompt.prompt_lengths_B
+        )
+        evidence = tokenwise.evidence_of(state, record)
+    logprobs_BT = next_logprobs(params, h_BTD, prompt.tokens_BT, Scored(first_B, count))
+    out = {"logprobs": logprobs_BT, "evidence": evidence}
     return out | ({"logits": head.logits(params, h_BTD)} if return_logits else {})
 
 
-jit_score_masked = jax.jit(score_masked, static_argnames=("model", "plan", "return_logits"))
+_STATIC = ("model", "plan", "count", "return_logits")
+jit_score_masked = jax.jit(score_masked, static_argnames=_STATIC)
+
+
+def score_compact(
+    params: Params,
+    prompt: tokenwise.Prompt,
+    first_B: Int[Array, "B"],
+    numbers: Numbers,
+    segments: compact.Segments,
+    model: ModelConfig,
+    plan: Plan,
+    schedule: compact.Schedule,
+    count: int,
+    return_logits: bool,
+) -> dict[str, Any]:
+    """The same by the compact engine."""
+    result = compact.run(params, prompt, model, plan, numbers, schedule, segments)
+    scored = Scored(first_B, count)
+    out = {
+        "logprobs": next_logprobs(params, result.h_BTD, prompt.tokens_BT, scored),
+        "evidence": tokenwise.evidence_of(result.state, result.record),
+        "overflow": result.overflow,
+    }
+    return out | ({"logits": head.logits(params, result.h_BTD)} if return_logits else {})
+
+
+jit_score_compact = jax.jit(score_compact, static_argnames=(*_STATIC, "schedule"))
 
 
 def score(
@@ -158,25 +217,38 @@ def score(
     ends_B = batching.split_prompts(batch.lengths_B, prompt_lengths, cfg)
     first_B1 = np.maximum(ends_B, 1)[:, None]
     mask_BT = (column_1T < batch.lengths_B[:, None]) & (column_1T >= first_B1)
-    bound = bind(cfg.quicksilver, model, cfg.effective_protocol)
+    first_B = first_B1[:, 0].astype(np.int32)
+    static: dict[str, Any] = {
+        "model": model,
+        "count": batching.bucket_size(int(mask_BT.sum(1).max(initial=1)) or 1),
+        "return_logits": return_logits,
+    }
     chosen = arrays_of(overrides, padded.tokens_BT.shape, width, cfg)
-    record = logits_BTV = None
+    bound = bind(cfg.quicksilver, model, cfg.effective_protocol, cfg.retention)
+    record = None
     if bound is None:
-        logprobs_BT = np.asarray(jit_score(params, padded.tokens_BT, model=model))
-        if return_logits:
-            logits_BTV = np.asarray(jit_logits(params, padded.tokens_BT, model=model))
+        out = jax.device_get(jit_score(params, padded.tokens_BT, first_B, **static))
     else:
         plan, numbers = bound
         check_maps(params, plan, model)
         host: Any = (*padded, ends_B)  # NumPy arrays until the program takes them
         prompt = tokenwise.Prompt(*host, overrides=chosen)
-        out = jax.device_get(
-            jit_score_masked(
-                params, prompt, numbers, model=model, plan=plan, return_logits=return_logits
-            )
+        if uses_compact(cfg, plan):
+            cut, segments = arrange(cfg, padded, ends_B, chosen, plan)
+            program = functools.partial(jit_score_compact, segments=segments, schedule=cut)
+        else:
+            program = jit_score_masked
+        out = jax.device_get(program(params, prompt, first_B, numbers=numbers, plan=plan, **static))
+        check_overflow(out.get("overflow", False))
+        record = Record.of(
+            out["evidence"],
+            width,
+            batch.lengths_B,
+            ends_B,
+            cfg.effective_protocol,
+            simulated=program is jit_score_masked,
         )
-        logprobs_BT, logits_BTV = out["logprobs"], out.get("logits")
-        record = Record.of(out["evidence"], width, batch.lengths_B, ends_B, cfg.effective_protocol)
+    logprobs_BT, logits_BTV = out["logprobs"], out.get("logits")
     logprobs_BT = np.where(mask_BT, logprobs_BT[:, :width], np.zeros((), logprobs_BT.dtype))
     check_finite(np.all(np.isfinite(logprobs_BT), axis=1))
     if logits_BTV is not None:

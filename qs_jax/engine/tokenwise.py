@@ -14,7 +14,7 @@ from qs_jax.mechanisms import decide
 from qs_jax.mechanisms.plan import Numbers, Plan
 from qs_jax.mechanisms.signals import entropy_of
 from qs_jax.models import Params, head
-from qs_jax.state import Past
+from qs_jax.state import LayerRecord, Past, TokenState
 
 
 class Prompt(NamedTuple):
@@ -126,4 +126,14 @@ def evidence(past: Past) -> dict[str, Any]:
         "halt_layer": past.halt_layer_BS,
         "hidden_after": past.hidden_after_BS,
         "hidden_from": past.hidden_from_BS,
+    }
+
+
+def evidence_of(state: TokenState, record: LayerRecord) -> dict[str, Any]:
+    """The same after whole rows that left no past."""
+    return {
+        "layers": record,
+        "halt_layer": state.halt_layer_BT,
+        "hidden_after": state.hidden_after_BT,
+        "hidden_from": state.hidden_from_BT,
     }

@@ -96,6 +96,7 @@ def halt(
     score_BT: Float[Array, "B T"] | None,
     at: LayerNumbers,
     plan: Plan,
+    outside_B: Int[Array, "B"] | None = None,
 ) -> Bool[Array, "B T"]:
     """Tokens that halt at this layer and had not before.
 
@@ -108,6 +109,7 @@ def halt(
       score_BT: Of the quota rule.
       at: Numbers of this layer.
       plan: Rule.
+      outside_B: See `halting.quota`.
     """
     assert plan.halting is not None
     eligible_BT = eligible(rows, stopped_BT)
@@ -115,6 +117,6 @@ def halt(
         dynamic_BT = halting.dual(drift_BT, entropy_BT, at)
     else:
         assert score_BT is not None
-        dynamic_BT = halting.quota(score_BT, eligible_BT, halted_BT, at.quota)
+        dynamic_BT = halting.quota(score_BT, eligible_BT, halted_BT, at.quota, outside_B)
     forced_BT = at.layer >= rows.forced_layer_BT
     return eligible_BT & ~halted_BT & ((dynamic_BT & at.may_halt) | forced_BT)

@@ -69,17 +69,29 @@ def distances(a: Array, b: Array, kind: str) -> Array:
 
 
 def similarity(
-    q_BTNH: Float[Array, "B T N H"], k_BXKH: Float[Array, "B X K H"], window: int
+    q_BTNH: Float[Array, "B T N H"],
+    k_BXKH: Float[Array, "B X K H"],
+    pos_BX: Int[Array, "B X"],
+    window: int,
 ) -> Float[Array, "B T W"]:
-    """Cosine of each query with the keys 1..W positions back, mean over heads; X = W + T."""
+    """Cosine of each query with the keys 1..W positions back, mean over heads; X = W + T.
+
+    Where tokens are left out, one that lies d positions back is at most d slots back; entry d - 1
+    is 0 if it is not there.
+    """
     exact = exact_dtype(q_BTNH.dtype)
     q, k = q_BTNH.astype(exact), k_BXKH.astype(exact)
     q = q / jnp.maximum(jnp.linalg.norm(q, axis=-1, keepdims=True), 1e-12)
     k = k / jnp.maximum(jnp.linalg.norm(k, axis=-1, keepdims=True), 1e-12)
     k = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
     width = q.shape[1]
-    found = [(q * back(k, d, width)).sum(-1).mean(-1) for d in range(1, window + 1)]
-    return jnp.stack(found, axis=-1)
+    steps_W = jnp.arange(1, window + 1)[None, None]
+    found_BTW = jnp.zeros((*q.shape[:2], window), exact)
+    for d in range(1, window + 1):
+        cosine_BT = (q * back(k, d, width)).sum(-1).mean(-1)
+        apart_BT = pos_BX[:, -width:] - back(pos_BX, d, width)
+        found_BTW += jnp.where(apart_BT[..., None] == steps_W, cosine_BT[..., None], 0)
+    return found_BTW
 
 
 def pairs(
@@ -91,6 +103,8 @@ def pairs(
     numbers: Numbers,
 ) -> Bool[Array, "B T W"]:
     """Which of the W tokens before each of the last `width` tokens it may absorb (2.3, D.8).
+
+    The W tokens before it are slots; tokens further back than W positions never fuse.
 
     Args:
       tokens: W earlier tokens, then `width` tokens; X = W + T.
@@ -106,10 +120,12 @@ def pairs(
         near_BT = distances(h_BTD, back(tokens.h_BXD, d, width), fusion.distance) < tau_fuse
         both_BT = tokens.ready_BX[:, -width:] & back(tokens.ready_BX, d, width)
         still_BT = pos_BT < back(tokens.hidden_from_BX, d, width)
-        ok_BT = near_BT & both_BT & still_BT
-        if d > 1:
-            assert similarity_BTW is not None
-            ok_BT &= similarity_BTW[..., d - 1] > numbers.tau_attn
+        apart_BT = pos_BT - back(tokens.pos_BX, d, width)
+        ok_BT = near_BT & both_BT & still_BT & (apart_BT <= fusion.window)
+        if similarity_BTW is not None:
+            index_BT1 = jnp.clip(apart_BT - 1, 0, fusion.window - 1)[..., None]
+            alike_BT = jnp.take_along_axis(similarity_BTW, index_BT1, axis=-1)[..., 0]
+            ok_BT &= (apart_BT == 1) | (alike_BT > numbers.tau_attn)
         if tokens.context_BXD is not None:
             mine, theirs = tokens.context_BXD[:, -width:], back(tokens.context_BXD, d, width)
             ok_BT &= distances(mine, theirs, fusion.distance) < numbers.tau_ctx

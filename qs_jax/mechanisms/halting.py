@@ -29,6 +29,7 @@ def quota(
     eligible_BT: Bool[Array, "B T"],
     halted_BT: Bool[Array, "B T"],
     share: Float[Array, ""],
+    outside_B: Int[Array, "B"] | None = None,
 ) -> Bool[Array, "B T"]:
     """Halt the lowest scores until `share` of the eligible tokens has stopped.
 
@@ -40,29 +41,53 @@ def quota(
       eligible_BT: Tokens that count and may stop.
       halted_BT: Tokens that have stopped before.
       share: Between 0 and 1.
+      outside_B: Eligible tokens that have halted and are not among these; None for none.
     """
     key_BT = jnp.where(halted_BT, -jnp.inf, score_BT)
     key_BT = jnp.where(eligible_BT, key_BT, jnp.inf)
     order_BT = jnp.argsort(key_BT, axis=1, stable=True)
     rank_BT = jnp.argsort(order_BT, axis=1, stable=True)
     # 1e-3 keeps float32 from turning 0.7 * 10 into 6.9999998.
-    target_B = jnp.floor(share * eligible_BT.sum(1) + 1e-3)
+    outside_B = jnp.zeros_like(rank_BT[:, 0]) if outside_B is None else outside_B
+    target_B = jnp.floor(share * (eligible_BT.sum(1) + outside_B) + 1e-3) - outside_B
     return eligible_BT & (rank_BT < target_B[:, None])
 
 
+def over_capacity(
+    score_BT: Float[Array, "B T"],
+    eligible_BT: Bool[Array, "B T"],
+    running_BT: Bool[Array, "B T"],
+    allowed_B: Float[Array, "B"],
+) -> Bool[Array, "B T"]:
+    """Halt the lowest scores of those that run on until no more than `allowed_B` do.
+
+    Fewer halt where too few are eligible: the caller plans for those.
+
+    Args:
+      score_BT: The lower, the sooner.
+      eligible_BT: Tokens that may stop, among `running_BT`.
+      running_BT: Tokens that would run on.
+      allowed_B: How many may, in each row.
+    """
+    key_BT = jnp.where(eligible_BT, score_BT, jnp.inf)
+    order_BT = jnp.argsort(key_BT, axis=1, stable=True)
+    rank_BT = jnp.argsort(order_BT, axis=1, stable=True)
+    return eligible_BT & (rank_BT < (running_BT.sum(1) - allowed_B)[:, None])
+
+
 def attention_received(
-    weights_BTS: Float[Array, "B T S"], asking_BT: Bool[Array, "B T"]
+    weights_BQS: Float[Array, "B Q S"], asking_BQ: Bool[Array, "B Q"], own_BQ: Int[Array, "B Q"]
 ) -> Float[Array, "B S"]:
     """Most attention any of the asking queries pays to each other position.
 
     Args:
-      weights_BTS: Maximum over heads of this layer's attention weights.
-      asking_BT: Queries that count; a query's weight on itself does not.
+      weights_BQS: Maximum over heads of this layer's attention weights.
+      asking_BQ: Queries that count.
+      own_BQ: Each query's own slot: its weight on itself does not count.
     """
-    width = weights_BTS.shape[1]
-    other_1TS = ~jnp.eye(width, dtype=bool)[None]
-    counted_BTS = asking_BT[:, :, None] & other_1TS
-    return jnp.where(counted_BTS, weights_BTS, 0).max(1)
+    other_BQS = jnp.arange(weights_BQS.shape[2])[None, None] != own_BQ[..., None]
+    counted_BQS = asking_BQ[:, :, None] & other_BQS
+    return jnp.where(counted_BQS, weights_BQS, 0).max(1)
 
 
 def random_score(pos_BT: Int[Array, "B T"], halting: HaltingConfig) -> Float[Array, "B T"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -33,6 +34,7 @@ class Plan(NamedTuple):
       continuation: The protocol: prompts only, and what has stopped is not computed.
       shortlist_size: Ids of the shortlist entropy.
       special_ids: The model's own protected ids.
+      planned: No more than a share of each prompt stays active after some layers.
     """
 
     halting: HaltingConfig | None
@@ -42,6 +44,7 @@ class Plan(NamedTuple):
     continuation: bool
     shortlist_size: int
     special_ids: tuple[int, ...]
+    planned: bool = False
 
     @property
     def policy(self) -> str:
@@ -68,6 +71,7 @@ class LayerNumbers(NamedTuple):
     tau_fuse: Float[Array, "*L"]
     assign_bits: Bool[Array, "*L"]
     pick_shortlist: Bool[Array, "*L"]
+    keep: Float[Array, "*L"]
 
 
 class Numbers(NamedTuple):
@@ -98,12 +102,21 @@ class Numbers(NamedTuple):
 
 
 def bind(
-    qs: QuickSilverConfig | None, model: ModelConfig, protocol: str
+    qs: QuickSilverConfig | None,
+    model: ModelConfig,
+    protocol: str,
+    retention: Sequence[tuple[int, float]] = (),
 ) -> tuple[Plan, Numbers] | None:
     """Split a configuration for a model.
 
     Two configurations that differ in thresholds, quotas, windows, layers of fusion or AMQ, delays,
     sinks or the ids (not the count) of a list have equal plans and share a program.
+
+    Args:
+      qs: Mechanisms.
+      model: Architecture.
+      protocol: What they act on.
+      retention: (layer, share): at most this share of a prompt stays active after the layer.
 
     Returns:
       The two halves, or None when every mechanism is off.
@@ -125,8 +138,9 @@ def bind(
         continuation=protocol == "continuation",
         shortlist_size=qs.shortlist_size if "shortlist" in qs.entropies else 0,
         special_ids=_special_ids(model) if qs.protect_special else (),
+        planned=bool(retention),
     )
-    return plan, _numbers(qs, model)
+    return plan, _numbers(qs, model, retention)
 
 
 def _static_halting(halting: HaltingConfig | None, skip: KVSkipConfig | None):
@@ -170,7 +184,9 @@ def _special_ids(model: ModelConfig) -> tuple[int, ...]:
     return tuple(sorted({token for token in ids if token is not None}))
 
 
-def _numbers(qs: QuickSilverConfig, model: ModelConfig) -> Numbers:
+def _numbers(
+    qs: QuickSilverConfig, model: ModelConfig, retention: Sequence[tuple[int, float]]
+) -> Numbers:
     dtype, count = exact_dtype(model.dtype), model.num_layers
     layer = np.arange(1, count + 1)
     halting, fusion, amq, skip = qs.halting, qs.fusion, qs.amq, qs.kv_skip
@@ -204,6 +220,7 @@ def _numbers(qs: QuickSilverConfig, model: ModelConfig) -> Numbers:
             tau_fuse=per_layer(fusion.tau_fuse if fusion is not None else 0.0),
             assign_bits=jnp.asarray(layer == (amq.layer if amq is not None else 0)),
             pick_shortlist=jnp.asarray(layer == (qs.shortlist_layer or 0)),
+            keep=per_layer([dict(retention).get(at, 1.0) for at in layer.tolist()]),
         ),
         tau_kv=real(skip and skip.tau_kv),
         delay=jnp.int32(skip.delay if skip is not None else 0),

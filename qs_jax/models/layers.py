@@ -50,6 +50,23 @@ class PreNormBlock(nn.Module):
         """Queries `[B, T, N, H]`, keys and values `[B, T, K, H]` of normed states."""
         raise NotImplementedError
 
+    def keys_values(
+        self, h_BTD: Float[Array, "B T D"], pos_BT: Int[Array, "B T"], cast: Cast = as_it_is
+    ) -> tuple[Array, Array]:
+        """Keys and values `[B, T, K, H]` alone, for tokens that ask nothing."""
+        m = self.model
+        with jax.named_scope("attn"):
+            x_BTD = cast(normed(self.attn_norm, h_BTD))
+            kv_BTO = last_columns(self.qkv, x_BTD, m.q_size)
+            shape = (*h_BTD.shape[:2], m.num_kv_heads, m.head_dim)
+            k, v = (part.reshape(shape) for part in jnp.split(kv_BTO, 2, axis=-1))
+            return self.place(k, pos_BT), v
+
+    def place(self, x_BTXH: Array, pos_BT: Array) -> Array:
+        """Queries or keys with their positions in them; as they are, unless a family rotates."""
+        del pos_BT
+        return x_BTXH
+
     def mlp(self, x_BTD: Array, cast: Cast) -> Array:
         """The MLP of normed states; `cast` is applied to the input of the down projection."""
         raise NotImplementedError
@@ -67,6 +84,13 @@ class PreNormBlock(nn.Module):
             h_BTD = h_BTD + self.out(cast(context_BTNH.reshape(*h_BTD.shape[:2], -1)))
         with jax.named_scope("mlp"):
             return h_BTD + self.mlp(cast(normed(self.mlp_norm, h_BTD)), cast), kept
+
+
+def last_columns(dense: nn.Dense, x: Array, start: int) -> Array:
+    """The product of a dense module from output column `start` on."""
+    weights = dense.variables["params"]
+    y = x @ weights["kernel"][:, start:].astype(x.dtype)
+    return y + weights["bias"][start:].astype(x.dtype) if "bias" in weights else y
 
 
 def exact_dtype(dtype: Any) -> Any:

@@ -1,0 +1,404 @@
+"""The compact engine: the masked engine's layers, on the tokens that still compute.
+
+Layers run in segments. At the start of each, the tokens that still compute are gathered into one of
+a few static capacities, with the keys of those that do not; the layers in between are the masked
+engine's own; then everything is scattered back. Decisions are the same, work is not.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from qs_jax.config import ModelConfig
+from qs_jax.engine import masked, tokenwise
+from qs_jax.engine import past as pasts
+from qs_jax.engine.call import Around, Call, Passive
+from qs_jax.mechanisms import decide, fusion
+from qs_jax.mechanisms.plan import Numbers, Plan
+from qs_jax.models import Params, family_of, head
+from qs_jax.models.layers import exact_dtype
+from qs_jax.state import KVCache, LayerRecord, Past, TokenState
+
+
+class Schedule(NamedTuple):
+    """The static half of how a prompt is cut: calls with equal schedules share a program.
+
+    Attributes:
+      capacities: "dynamic": token slots to choose from, rising, the whole width last; one body is
+        compiled for each. "planned": slots of each segment.
+      planned: Which of the two.
+      keeps_keys: Tokens that stopped may still be seen: the policy, a delay or a retained key.
+    """
+
+    capacities: tuple[int, ...]
+    planned: bool
+    keeps_keys: bool
+
+
+class Segments(NamedTuple):
+    """Runs of layers, numbers to the program; S of them, in order.
+
+    Attributes:
+      first_S: First layer, from 1.
+      last_S: Last layer.
+      whole_S: Every token takes part, whether it computes or not: bits or a shortlist are assigned
+        to all of them there.
+    """
+
+    first_S: Int[Array, "S"]
+    last_S: Int[Array, "S"]
+    whole_S: Bool[Array, "S"]
+
+
+class Carry(NamedTuple):
+    """What segments hand on; arrays over all T positions."""
+
+    state: TokenState
+    cache: KVCache | None
+    record: LayerRecord
+    kept: pasts.Kept | None
+    overflow: Bool[Array, ""]
+
+
+class Result(NamedTuple):
+    """What a run gives.
+
+    Attributes:
+      h_BTD: Normed states of every position, as they were when the token stopped.
+      state: Final carry.
+      record: Evidence, `[L, B, T]`.
+      past: Of the next token; None where nothing is kept.
+      overflow: A planned capacity was too small: the result is void.
+    """
+
+    h_BTD: Float[Array, "B T D"]
+    state: TokenState
+    record: LayerRecord
+    past: Past | None
+    overflow: Bool[Array, ""]
+
+
+def run(
+    params: Params,
+    prompt: tokenwise.Prompt,
+    model: ModelConfig,
+    plan: Plan,
+    numbers: Numbers,
+    schedule: Schedule,
+    segments: Segments,
+    capacity: int | None = None,
+) -> Result:
+    """Run whole rows through all layers; same decisions and results as `masked.run`.
+
+    Args:
+      params: Stacked tree, with "kv_maps" where the policy extrapolates.
+      prompt: Rows.
+      model: Architecture.
+      plan: Static half of the mechanisms; not one that reads the previous step's output.
+      numbers: Traced half.
+      schedule: Static capacities.
+      segments: Where to gather anew.
+      capacity: Slots of the `Past`; None keeps none.
+    """
+    rows = tokenwise.whole_rows(prompt, plan, numbers)
+    opened = masked.open_call(
+        params, rows, model, plan, numbers, None, capacity, prompt.prompt_lengths_B
+    )
+    call = opened._replace(lean=True, lengths_B=prompt.lengths_B)
+    cache = None
+    if capacity is not None:
+        cache = KVCache.zeros(model, rows.tokens_BT.shape[0], capacity)
+    carry = Carry(
+        masked.start(call), cache, _empty_record(call), _empty_kept(call), jnp.zeros((), bool)
+    )
+    if schedule.planned:
+        for index, slots in enumerate(schedule.capacities):
+            bounds = jax.tree.map(lambda leaf, at=index: leaf[at], segments)
+            carry = _planned_segment(call, schedule, slots, carry, bounds)
+    else:
+        carry = _dynamic_segments(call, schedule, carry, segments)
+    past = None
+    if carry.cache is not None:
+        assert carry.kept is not None
+        past = pasts.begin(call, carry.state, carry.record, carry.kept, carry.cache)
+    h_BTD = head.normed(params, carry.state.h_BTD, model)
+    return Result(h_BTD, carry.state, carry.record, past, carry.overflow)
+
+
+def _dynamic_segments(call: Call, schedule: Schedule, carry: Carry, segments: Segments) -> Carry:
+    sizes_C = jnp.asarray(schedule.capacities, jnp.int32)
+
+    def branch(slots: int):
+        return lambda carry, bounds: _segment(call, schedule, slots, carry, bounds)
+
+    def segment(carry: Carry, bounds: Segments):
+        needed = _computing(call, carry.state, bounds.first_S).sum(1).max()
+        index = jnp.where(bounds.whole_S, len(sizes_C) - 1, (sizes_C < needed).sum())
+        return lax.switch(index, [branch(c) for c in schedule.capacities], carry, bounds), None
+
+    return lax.scan(segment, carry, segments)[0]
+
+
+def _planned_segment(
+    call: Call, schedule: Schedule, slots: int, carry: Carry, bounds: Segments
+) -> Carry:
+    needed = _computing(call, carry.state, bounds.first_S).sum(1).max()
+    carry = _segment(call, schedule, slots, carry, bounds)
+    return carry._replace(overflow=carry.overflow | (needed > slots))
+
+
+def _computing(call: Call, state: TokenState, first: Array) -> Bool[Array, "B T"]:
+    """Tokens that compute from layer `first` on."""
+    computing_BT = call.rows.real_BT & ~call.stopped(state)
+    if call.plan.halting is not None and call.plan.halting.freeze:
+        computing_BT &= first <= state.halt_layer_BT
+    return computing_BT
+
+
+def _segment(call: Call, schedule: Schedule, slots: int, carry: Carry, bounds: Segments) -> Carry:
+    """Layers `bounds.first_S` to `bounds.last_S` on `slots` tokens of each row."""
+    width = call.rows.pos_BT.shape[1]
+    inner, state, index = call, carry.state, None
+    if slots < width:
+        index = _choose(call, carry.state, bounds.first_S, slots, schedule.keeps_keys)
+        inner, state = _gather(call, carry.state, index, bounds.first_S)
+    put = _Put(carry.state, index, call)
+    block = family_of(call.model).block(call.model)
+    maps_LXFO = call.params["kv_maps"].maps_LXFO if call.plan.policy == "extrapolate" else None
+
+    def layer(number: Array, loop):
+        state, cache, record, kept = loop
+
+        def here(leaf: Array) -> Array:
+            return lax.dynamic_index_in_dim(leaf, number, keepdims=False)
+
+        at, params_l, maps_l = jax.tree.map(
+            here, (call.numbers.layers, call.params["layers"], maps_LXFO)
+        )
+        size_BT = state.size_BT
+        state, attended, ran_BT, before_BTD = masked.run_block(
+            inner, block, state, cache, at, params_l, maps_l, None
+        )
+        state, record_l, fused = masked.decide_layer(
+            inner, state, attended, ran_BT, before_BTD, at, None
+        )
+        kept_l = pasts.of_layer(inner, size_BT, *fused, attended.mask_BTS, None)
+        record = _set(record, number, put.record(record_l))
+        kept = _set(kept, number, put.kept(kept_l))
+        return state, attended.cache, record, kept
+
+    loop = (state, carry.cache, carry.record, carry.kept)
+    state, cache, record, kept = lax.fori_loop(bounds.first_S - 1, bounds.last_S, layer, loop)
+    if index is not None:
+        state = _scatter(call, carry.state, state, index, bounds)
+    return Carry(state, cache, record, kept, carry.overflow)
+
+
+class _Index(NamedTuple):
+    """Positions a segment gathers, each rising.
+
+    Attributes:
+      slots_BC: Tokens that compute; spare slots hold others, which the masks keep still.
+      rest_BP: The others, where their keys may be seen; None where they may not.
+      inside_BT: Positions in `slots_BC`.
+    """
+
+    slots_BC: Array
+    rest_BP: Array | None
+    inside_BT: Array
+
+
+def _choose(call: Call, state: TokenState, first: Array, slots: int, keeps_keys: bool) -> _Index:
+    computing_BT = _computing(call, state, first)
+    halted_BT = call.rows.real_BT & ~call.stopped(state) & ~computing_BT
+    # Spare slots go to padding and absorbed tokens first: a halted one there would ask for maps.
+    order_BT = jnp.argsort(
+        jnp.where(computing_BT, 0, 1 + halted_BT.astype(jnp.int32)), axis=1, stable=True
+    ).astype(jnp.int32)
+    slots_BC = jnp.sort(order_BT[:, :slots], axis=1)
+    rest_BP = jnp.sort(order_BT[:, slots:], axis=1) if keeps_keys else None
+    rows_B1 = jnp.arange(len(slots_BC))[:, None]
+    inside_BT = jnp.zeros(computing_BT.shape, bool).at[rows_B1, slots_BC].set(True)
+    return _Index(slots_BC, rest_BP, inside_BT)
+
+
+def _take(array_BT: Array, index_BC: Array) -> Array:
+    rows_B1 = jnp.arange(len(index_BC))[:, None]
+    return array_BT.at[rows_B1, index_BC].get(mode="promise_in_bounds", unique_indices=True)
+
+
+def _gather(call: Call, state: TokenState, index: _Index, first: Array) -> tuple[Call, TokenState]:
+    """The call and the carry of the gathered tokens."""
+
+    def take(array_BT: Array) -> Array:
+        return _take(array_BT, index.slots_BC)
+
+    plan, stopped_BT = call.plan, call.stopped(state)
+    passive = None
+    if index.rest_BP is not None:
+        outside = (call.rows, state.h_BTD, state.halt_layer_BT, call.hidden_from(state))
+        outside += (state.bits_BT, state.size_BT, call.embedded_BTD)
+        rest_BP = index.rest_BP
+        passive = Passive(*jax.tree.map(lambda leaf: _take(leaf, rest_BP), outside))
+    waiting_BT = decide.eligible(call.rows, stopped_BT) & (first > state.halt_layer_BT)
+    previous_BTD = context_BXD = None
+    if call.fuses:
+        assert plan.fusion is not None
+        if plan.fusion.alpha == "probability":
+            previous_BTD = take(jnp.roll(state.h_BTD, 1, axis=1))
+        if call.context_BXD is not None:
+            own_BTD = take(call.context_BXD[:, plan.fusion.window :])
+            context_BXD = jnp.pad(own_BTD, ((0, 0), (plan.fusion.window, 0), (0, 0)))
+    around = Around(
+        passive=passive,
+        halted_B=(waiting_BT & ~index.inside_BT).sum(1, dtype=jnp.int32),
+        previous_BTD=previous_BTD,
+        slot_of_BT=jnp.cumsum(index.inside_BT, axis=1, dtype=jnp.int32) - 1,
+    )
+    inner = call._replace(
+        rows=jax.tree.map(take, call.rows),
+        embedded_BTD=take(call.embedded_BTD),
+        context_BXD=context_BXD,
+        around=around,
+    )
+    received = state.received_BTS
+    if received is not None:
+        assert index.rest_BP is not None
+        keys_BS = jnp.concatenate([index.rest_BP, index.slots_BC], axis=1)
+        received = jnp.take_along_axis(take(received), keys_BS[:, None, :], axis=2)
+    small = jax.tree.map(take, state.replace(received_BTS=None, taken_BW=None))
+    return inner, small.replace(received_BTS=received, taken_BW=state.taken_BW)
+
+
+def _scatter(
+    call: Call, old: TokenState, new: TokenState, index: _Index, bounds: Segments
+) -> TokenState:
+    """The carry over all positions: what was gathered comes back changed."""
+    rows_B1 = jnp.arange(len(index.slots_BC))[:, None]
+
+    def put(old_BT: Array, new_BC: Array) -> Array:
+        return old_BT.at[rows_B1, index.slots_BC].set(
+            new_BC, mode="promise_in_bounds", unique_indices=True
+        )
+
+    bare = {"received_BTS": None, "taken_BW": None}
+    state = jax.tree.map(put, old.replace(**bare), new.replace(**bare))
+    received = old.received_BTS
+    if received is not None:
+        assert index.rest_BP is not None
+        keys_BS = jnp.concatenate([index.rest_BP, index.slots_BC], axis=1)
+        back_BS = jnp.argsort(keys_BS, axis=1)
+        found_BCS = jnp.take_along_axis(new.received_BTS, back_BS[:, None, :], axis=2)
+        # A running maximum: positions in between repeat the last gathered query before them.
+        before_BT = jnp.cumsum(index.inside_BT, axis=1) - 1
+        found_BTS = jnp.take_along_axis(found_BCS, jnp.maximum(before_BT, 0)[..., None], axis=1)
+        last_BS = state.halt_layer_BT + call.numbers.delay
+        settled_BS = (last_BS >= bounds.first_S) & (last_BS <= bounds.last_S)
+        settled_BTS = settled_BS[:, None, :] & (before_BT >= 0)[..., None]
+        received = jnp.where(settled_BTS, found_BTS, received)
+    return state.replace(received_BTS=received, taken_BW=new.taken_BW)
+
+
+class _Put(NamedTuple):
+    """Lays a layer's evidence over all positions.
+
+    Attributes:
+      before: The carry at the start of the segment, for tokens that take no part.
+      index: Positions of those that do; None for all.
+      call: The call.
+    """
+
+    before: TokenState
+    index: _Index | None
+    call: Call
+
+    def record(self, record: LayerRecord) -> LayerRecord:
+        """A layer's record over all positions."""
+        if self.index is None:
+            return record
+        slots_BC, rest_BP = self.index.slots_BC, self.index.rest_BP
+        rows_B1 = jnp.arange(len(slots_BC))[:, None]
+        outside = 0 if rest_BP is None else rest_BP.shape[1]
+        base = _blank(self.call, self.before)
+        written_BT = base.written_BT
+        if rest_BP is not None:
+            written_BT = written_BT.at[rows_B1, rest_BP].set(record.written_BT[:, :outside])
+        base = base.replace(written_BT=written_BT)
+        own = record.replace(written_BT=record.written_BT[:, outside:])
+        return jax.tree.map(lambda old, new: old.at[rows_B1, slots_BC].set(new), base, own)
+
+    def kept(self, kept: pasts.Kept | None) -> pasts.Kept | None:
+        """What a layer leaves for later tokens, over all positions."""
+        if kept is None or kept.size_BT is None or self.index is None:
+            return kept
+        rows_B1 = jnp.arange(len(self.index.slots_BC))[:, None]
+        size_BT = self.before.size_BT.at[rows_B1, self.index.slots_BC].set(kept.size_BT)
+        return kept._replace(size_BT=size_BT)
+
+
+def _set(buffers: Any, number: Array, values: Any) -> Any:
+    """Write one layer's arrays into those of all layers, in place."""
+    return jax.tree.map(lambda buffer, value: buffer.at[number].set(value), buffers, values)
+
+
+def _blank(call: Call, state: TokenState) -> LayerRecord:
+    """The record of tokens that take no part in a layer."""
+    no_BT = jnp.zeros(call.rows.pos_BT.shape, bool)
+    nan_BT = jnp.full(no_BT.shape, jnp.nan, exact_dtype(call.model.dtype))
+    return LayerRecord(
+        active_BT=no_BT,
+        written_BT=no_BT,
+        visible_BT=no_BT.astype(jnp.int32),
+        bits_BT=state.bits_BT,
+        fused_BT=state.hidden_from_BT,
+        drift_BT=nan_BT,
+        entropy_BT=nan_BT,
+        weighed_BT=no_BT,
+    )
+
+
+def _empty_record(call: Call) -> LayerRecord:
+    blank, layers = _blank(call, masked.start(call)), call.model.num_layers
+    return jax.tree.map(lambda leaf: jnp.zeros((layers, *leaf.shape), leaf.dtype), blank)
+
+
+def _empty_kept(call: Call) -> pasts.Kept | None:
+    if not call.keeps:
+        return None
+    setting, layers = call.plan.fusion, call.model.num_layers
+    batch, width = call.rows.pos_BT.shape
+    size = before = merged = None
+    exact = exact_dtype(call.model.dtype)
+    if setting is not None and setting.proportional_attention:
+        size = jnp.zeros((layers, batch, width), exact)
+    if setting is not None and not call.plan.continuation:
+        mass = jnp.zeros((layers, batch, setting.window), exact)
+        states = (*mass.shape, call.model.hidden_size)
+        before = jnp.zeros(states, call.embedded_BTD.dtype)
+        merged = fusion.Merged(before, mass, mass)
+    return pasts.Kept(size, before, merged, None, None)
+
+
+def run_prompt(
+    params: Params,
+    prompt: tokenwise.Prompt,
+    model: ModelConfig,
+    plan: Plan,
+    numbers: Numbers,
+    schedule: Schedule,
+    segments: Segments,
+    capacity: int,
+) -> tuple[Float[Array, "B V"], Past, Bool[Array, ""]]:
+    """Prefill: the logits after each row's last token, the past of the next one, overflow."""
+    result = run(params, prompt, model, plan, numbers, schedule, segments, capacity)
+    rows_B = jnp.arange(prompt.tokens_BT.shape[0])
+    logits_BV = head.logits(params, result.h_BTD[rows_B, prompt.lengths_B - 1])
+    assert result.past is not None
+    live_B = jnp.ones_like(prompt.lengths_B, bool)
+    past = tokenwise.remember(result.past, logits_BV, live_B, plan)
+    return logits_BV, past, result.overflow
