@@ -171,6 +171,13 @@ def score_compact(
 jit_score_compact = jax.jit(score_compact, static_argnames=(*_STATIC, "schedule"))
 
 
+def _columns(mask_BT: np.ndarray, width: int, cfg: Config) -> int:
+    """Columns that go through the head: a bucket, so that near counts share a program."""
+    if cfg.effective_protocol != "continuation":
+        return width
+    return batching.bucket_size(max(int(mask_BT.sum(1).max()), 1), width)
+
+
 def score(
     params: Params,
     tokens: batching.TokensLike,
@@ -220,7 +227,7 @@ def score(
     first_B = first_B1[:, 0].astype(np.int32)
     static: dict[str, Any] = {
         "model": model,
-        "count": batching.bucket_size(int(mask_BT.sum(1).max(initial=1)) or 1),
+        "count": _columns(mask_BT, padded.tokens_BT.shape[1], cfg),
         "return_logits": return_logits,
     }
     chosen = arrays_of(overrides, padded.tokens_BT.shape, width, cfg)

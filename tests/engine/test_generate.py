@@ -161,13 +161,19 @@ def test_the_last_position_can_be_used(model, params):
         qs_jax.score(params, random_tokens(model, width=129), cfg)
 
 
+def retrace_scoring(monkeypatch, function=scoring.score_dense):
+    """Let changed constants act: a program of its own."""
+    static = ("model", "count", "return_logits")
+    program = jax.jit(lambda *a, **k: function(*a, **k), static_argnames=static)
+    monkeypatch.setattr(scoring, "jit_score", program)
+
+
 def test_long_rows_attend_block_by_block(model, params, monkeypatch):
     """Blocks of queries give what one block gives, and still no future leaks."""
     tokens_BT, cfg = random_tokens(model, width=112), Config(model)
     whole = qs_jax.score(params, tokens_BT, cfg, return_logits=True).logits
     monkeypatch.setattr(dense, "QUERY_BLOCK", 24)
-    program = jax.jit(lambda *a, model: scoring.all_logits(*a, model), static_argnames="model")
-    monkeypatch.setattr(scoring, "jit_logits", program)
+    retrace_scoring(monkeypatch)
     blocks = qs_jax.score(params, tokens_BT, cfg, return_logits=True).logits
     np.testing.assert_allclose(blocks, whole, atol=1e-4)
     tokens_BT[:, 50] = (tokens_BT[:, 50] + 1) % model.vocab_size
@@ -229,8 +235,7 @@ def test_scores_of_one_bucket_share_one_program(monkeypatch):
     model = tiny_model()
     params = tiny_params(model)
     chex.clear_trace_counter()
-    counted = chex.assert_max_traces(scoring.score_tokens, n=3)
-    monkeypatch.setattr(scoring, "jit_score", jax.jit(counted, static_argnames=("model",)))
+    retrace_scoring(monkeypatch, chex.assert_max_traces(scoring.score_dense, n=3))
     widths = range(1, 25)
     assert len({bucket_size(width) for width in widths}) == 3
     for width in widths:
@@ -243,11 +248,7 @@ def test_long_rows_are_scored_in_chunks_of_the_head(monkeypatch):
     params, tokens_BT = tiny_params(model), random_tokens(model, width=100)
     whole = qs_jax.score(params, tokens_BT, Config(model)).logprobs
     monkeypatch.setattr(head, "HEAD_ELEMENTS", 24 * 2 * 97)
-    monkeypatch.setattr(
-        scoring,
-        "jit_score",
-        jax.jit(lambda *a, model: scoring.score_tokens(*a, model), static_argnames="model"),
-    )
+    retrace_scoring(monkeypatch)
     chunked = qs_jax.score(params, tokens_BT, Config(model)).logprobs
     np.testing.assert_allclose(chunked, whole, atol=1e-5)
     assert np.abs(whole[:, 1:]).min() > 0
@@ -336,17 +337,24 @@ def test_every_program_lowers_for_cuda(entry, variant):
         traced = engine.jit_advance.trace(params, state, numbers, **static)
     elif plan.mechanisms is not None:
         prompt = tokenwise.Prompt(*padded, padded.lengths_B - 4, None)
+        static = {"model": model, "plan": plan.mechanisms, "count": 16}
         traced = scoring.jit_score_masked.trace(
             params,
             prompt,
+            padded.lengths_B,
             numbers.mechanisms,
-            model=model,
-            plan=plan.mechanisms,
             return_logits=entry == "logits",
+            **static,
         )
     else:
-        program = scoring.jit_score if entry == "score" else scoring.jit_logits
-        traced = program.trace(params, padded.tokens_BT, model=model)
+        traced = scoring.jit_score.trace(
+            params,
+            padded.tokens_BT,
+            padded.lengths_B,
+            model=model,
+            count=16,
+            return_logits=entry == "logits",
+        )
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "stablehlo.dot_general" in text
     assert "stablehlo.while" in text, "the layers are one scan"

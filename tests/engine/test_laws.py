@@ -28,7 +28,8 @@ ACTING = MATRIX | {
 def test_entropies_are_read_where_the_drift_passes_and_nowhere_else():
     """Which tokens are charged for an entropy, from the recorded drifts alone."""
     qs, model = MATRIX["H"], model_of("llama")
-    record = score(params_of(model), random_tokens(model, 1, WIDTH), Config(model, qs)).record
+    cfg = Config(model, qs, engine="masked")
+    record = score(params_of(model), random_tokens(model, 1, WIDTH), cfg).record
     number = np.arange(1, model.num_layers + 1)[:, None, None]
     candidates = record.active & (record.drift < qs.halting.tau_drift)
     candidates &= (number >= 1) & (number <= 4) & (np.arange(WIDTH) >= qs.sink_tokens)
@@ -53,7 +54,7 @@ def _param(name, kind, qs, protocol, heavy=False):
 def _open(parameters):
     _, kind, qs, protocol = parameters
     model = model_of(kind)
-    cfg = Config(model, qs, protocol=protocol, max_new_tokens=8, eos_token_ids=())
+    cfg = Config(model, qs, protocol=protocol, max_new_tokens=8, eos_token_ids=(), engine="masked")
     return params_of(model), cfg
 
 
@@ -104,7 +105,7 @@ def exact_case(request):
 def test_decoding_equals_scoring(exact_case):
     params, cfg = exact_case
     rows = [random_tokens(cfg.model, 1, width, seed=width)[0].tolist() for width in (9, 20, 4)]
-    out = qs_jax.generate(params, rows, cfg)
+    out = qs_jax.generate(params, rows, cfg.replace(engine="auto"))
     kwargs = {}
     if cfg.effective_protocol == "continuation":
         kwargs["prompt_lengths"] = out.prompt_lengths
@@ -201,7 +202,7 @@ def _label(name):
 def test_each_mechanism_changes_something(name):
     """No switch is a silent no-op: the records say how much, and the logits show it."""
     qs, model = ACTING[name], model_of("llama")
-    cfg = Config(model, qs, protocol=None)
+    cfg = Config(model, qs, protocol=None, engine="masked")
     params, tokens_BT = params_of(model), random_tokens(model, batch=1, width=WIDTH)
     dense = score(params, tokens_BT, Config(model)).logits
     out = score(params, tokens_BT, cfg)
@@ -240,11 +241,13 @@ def test_a_leaky_fusion_is_caught(monkeypatch):
 
     def logits_of(tokens_BT):
         program = jax.jit(
-            functools.partial(scoring.score_masked, model=model, plan=plan, return_logits=True)
+            functools.partial(
+                scoring.score_masked, model=model, plan=plan, count=WIDTH, return_logits=True
+            )
         )
         zeros = np.zeros(1, np.int32)
         prompt = tokenwise.Prompt(tokens_BT, zeros + WIDTH, zeros, None)
-        return np.asarray(program(params, prompt, numbers)["logits"])
+        return np.asarray(program(params, prompt, zeros + 1, numbers)["logits"])
 
     assert_the_future_stays_away(logits_of, tokens_BT, 1, model.vocab_size)
 

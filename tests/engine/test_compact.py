@@ -1,0 +1,266 @@
+"""The compact engine: the oracle's and the masked engine's decisions, on fewer tokens."""
+
+import dataclasses
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+import qs_jax
+from qs_jax.config import Config, HaltingConfig, KVSkipConfig
+from qs_jax.engine import batching, compact, masked, schedule, scoring, tokenwise
+from qs_jax.errors import ConfigError, InputError, InternalError
+from qs_jax.mechanisms.plan import bind
+from tests.engine.contract import MATRIX, cases, model_of, params_of, settings
+from tests.engine.oracle_settings import CASES as SETTINGS
+from tests.engine.oracle_settings import acted
+from tests.engine.oracle_support import check
+from tests.support import random_tokens
+
+LENGTHS, PROMPTS = (31, 17, 24), (22, 9, 15)
+COUNTED = "active kv_written kv_held visible_keys bits fused depth representative weighed".split()
+SHOWN = {
+    "attended-delay-gpt2-teacher-forced",
+    "delay-retain-llama-continuation",
+    "extrapolate-llama-continuation",
+    "fusion-probability-llama-continuation",
+    "fusion-attention-gpt2-teacher-forced",
+    "shortlist-llama-teacher-forced",
+}
+HEAVY = [case for case in cases() if not case[0].startswith(("HKFQ-llama", "quota"))]
+
+
+@pytest.fixture(autouse=True)
+def short_steps(monkeypatch):
+    """Capacities that fit rows as short as these."""
+    monkeypatch.setattr(schedule, "SMALLEST_STEP", 8)
+    monkeypatch.setattr(schedule, "GRANULE", 4)
+
+
+def rows_of(model, lengths=LENGTHS):
+    return [random_tokens(model, 1, width, seed=width)[0].tolist() for width in lengths]
+
+
+def score(params, model, qs, protocol, rows=None, **fields):
+    cfg = Config(model, qs, protocol=protocol, **fields)
+    kwargs = {"prompt_lengths": PROMPTS} if cfg.effective_protocol == "continuation" else {}
+    return qs_jax.score(params, rows or rows_of(model), cfg, return_logits=True, **kwargs)
+
+
+def assert_same(ours, theirs, atol=1e-8):
+    assert not ours.record.simulated
+    for name in COUNTED:
+        np.testing.assert_array_equal(
+            getattr(ours.record, name), getattr(theirs.record, name), err_msg=name
+        )
+    for name in ("drift", "entropy"):
+        one, other = getattr(ours.record, name), getattr(theirs.record, name)
+        both = np.isfinite(one) & np.isfinite(other)
+        np.testing.assert_allclose(one[both], other[both], atol=atol, err_msg=name)
+    np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=atol)
+    for row, length in enumerate(LENGTHS):
+        np.testing.assert_allclose(
+            ours.logits[row, PROMPTS[row] : length],
+            theirs.logits[row, PROMPTS[row] : length],
+            atol=atol,
+        )
+
+
+def _shown(case):
+    default = "-".join(case.values[:3]) in SHOWN
+    return pytest.param(*case.values, id=case.id, marks=[] if default else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "protocol", "quicksilver"), [_shown(case) for case in SETTINGS]
+)
+def test_every_option_does_what_the_oracle_does(name, kind, protocol, quicksilver):
+    features = ("state", "embedding") if kind == "llama" else ("state",)
+    out = check(kind, quicksilver, protocol, seed=3, features=features, engine="compact")
+    assert out is not None, "a knife's edge: take another seed"
+    assert acted(out, quicksilver), name
+
+
+def test_the_shown_settings_exist():
+    assert {"-".join(case.values[:3]) for case in SETTINGS} >= SHOWN
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "qs", "protocol"),
+    [
+        pytest.param(*case, id=f"{case[0]}-{case[3]}", marks=[pytest.mark.slow] * (case in HEAVY))
+        for case in cases()
+        if not case[2].is_off
+    ],
+)
+def test_same_decisions_and_logits_as_the_masked_engine(name, kind, qs, protocol):
+    with jax.enable_x64(True):
+        model = model_of(kind, dtype="float64")
+        params = params_of(model)
+        theirs = score(params, model, qs, protocol, engine="masked")
+        assert theirs.record.simulated
+        assert_same(score(params, model, qs, protocol, engine="compact"), theirs)
+
+
+def widths_traced(monkeypatch):
+    """Tokens a row in every layer body that is traced from now on."""
+    widths, run_block = [], masked.run_block
+
+    def noting(call, block, state, *args):
+        widths.append(state.h_BTD.shape[1])
+        return run_block(call, block, state, *args)
+
+    monkeypatch.setattr(masked, "run_block", noting)
+    return widths
+
+
+STAGED = settings(
+    halting=HaltingConfig(rule="quota", layers=(2, 4), quota=(0.5, 0.8), entropy=None),
+    kv_skip=KVSkipConfig("skip"),
+)
+
+
+@pytest.mark.parametrize("capacity", ["dynamic", "planned"])
+def test_layers_run_on_as_many_slots_as_tokens_compute(capacity, monkeypatch):
+    """Whole rows up to layer 2, then what the quotas leave, rounded up by less than a granule."""
+    model = model_of("llama")
+    params, widths = params_of(model), widths_traced(monkeypatch)
+    out = score(params, model, STAGED, None, capacity=capacity, continuation_tokens=9)
+    most = out.record.active.sum(-1).max(-1)
+    expected = [32, *(-(-most[layer] // 4) * 4 for layer in (2, 4))]
+    assert most[4] < most[2] < most[0]
+    order = sorted if capacity == "dynamic" else list
+    assert order(widths) == order(expected)
+    theirs = score(params, model, STAGED, None, engine="masked")
+    assert_same(out, theirs, atol=1e-4)
+
+
+def test_planned_capacity_of_everything_is_dynamic():
+    model = model_of("llama")
+    params, qs = params_of(model), MATRIX["HK"]
+    dynamic = score(params, model, qs, "continuation")
+    everything = {"capacity": "planned", "retention": ((2, 1.0), (4, 1.0))}
+    assert_same(score(params, model, qs, "continuation", **everything), dynamic, atol=1e-4)
+
+
+@pytest.mark.parametrize("rule", ["dual", "quota"])
+def test_planned_capacity_halts_the_lowest_scores(rule):
+    """At most the stated share of each prompt runs on, the masked engine agrees, and who leaves
+    beyond the rule's own decisions has a lower score than who stays."""
+    qs = MATRIX["HK"] if rule == "dual" else STAGED
+    with jax.enable_x64(True):
+        model = model_of("llama", dtype="float64")
+        params = params_of(model)
+        fields = {"capacity": "planned", "retention": ((3, 0.6), (5, 0.45))}
+        ours = score(params, model, qs, "continuation", **fields)
+        assert_same(ours, score(params, model, qs, "continuation", engine="masked", **fields))
+        free = score(params, model, qs, "continuation")
+    inside = np.arange(31)[None] < np.array(PROMPTS)[:, None]
+    for layer, share in fields["retention"]:
+        running = (ours.record.depth > layer) & inside
+        assert (running.sum(1) <= np.ceil(share * np.array(PROMPTS))).all()
+    assert (ours.record.depth <= free.record.depth).all()
+    if rule == "dual":  # the score is the drift
+        gone = (ours.record.depth == 3) & (free.record.depth > 3)
+        drift, may_stay = ours.record.drift[2], inside & (ours.record.depth > 3)
+        may_stay &= np.arange(31)[None] >= qs.sink_tokens
+        may_stay &= np.arange(31)[None] < np.array(PROMPTS)[:, None] - qs.recent_tokens
+        assert gone.any()
+        for row in np.flatnonzero(gone.any(1)):
+            assert drift[row][gone[row]].max() <= drift[row][may_stay[row]].min()
+
+
+def test_planned_capacities_refuse_what_they_cannot_hold():
+    model = model_of("llama")
+    with pytest.raises(InputError, match=r"keeps 1 of the 9 prompt tokens of row 1 .* 4 are exemp"):
+        score(params_of(model), model, STAGED, None, capacity="planned", retention=((2, 0.1),))
+    with pytest.raises(ConfigError, match="it is for protocol 'continuation'"):
+        Config(model, MATRIX["HK"], capacity="planned", retention=((2, 0.5),))
+    with pytest.raises(ConfigError, match="it needs halting"):
+        Config(model, MATRIX["F"], protocol="continuation", capacity="planned")
+    with pytest.raises(ConfigError, match="needs retention"):
+        Config(model, MATRIX["H"], protocol="continuation", capacity="planned")
+    with pytest.raises(ConfigError, match="falling shares"):
+        Config(model, STAGED, capacity="planned", retention=((2, 0.5), (3, 0.6)))
+    last = settings(halting=HaltingConfig(entropy="final_prev"))
+    with pytest.raises(ConfigError, match="token by token"):
+        score(params_of(model), model, last, None, engine="compact")
+
+
+def test_a_capacity_that_is_too_small_is_an_error_not_a_loss(monkeypatch):
+    model = model_of("llama")
+    monkeypatch.setattr(schedule, "_entering", lambda first, left, prompts: 8)
+    with pytest.raises(InternalError, match="planned capacity was too small"):
+        score(params_of(model), model, STAGED, None, capacity="planned")
+
+
+@pytest.mark.parametrize(
+    ("name", "protocol"),
+    [("HKFQ", "teacher-forced"), ("HKFQ", "continuation"), ("quota", "continuation")],
+)
+def test_the_future_and_batch_mates_stay_away(name, protocol):
+    """To 1e-5, because a later token may change the bucket and so the order of sums; in float64,
+    where no code of a quantised value flips by it."""
+    with jax.enable_x64(True):
+        model = model_of("llama", dtype="float64")
+        params, rows = params_of(model), rows_of(model)
+        before = score(params, model, MATRIX[name], protocol, rows)
+        for j in (5, 16, 22, 28):
+            if protocol == "continuation" and j < PROMPTS[0]:
+                continue
+            changed = [list(row) for row in rows]
+            changed[0][j] = (changed[0][j] + 1) % model.vocab_size
+            after = score(params, model, MATRIX[name], protocol, changed)
+            first = PROMPTS[0] - 1 if protocol == "continuation" else 0
+            np.testing.assert_allclose(
+                after.logits[0, first:j], before.logits[0, first:j], atol=1e-5
+            )
+            assert (after.logits[0, j:31] != before.logits[0, j:31]).any()
+            np.testing.assert_allclose(after.logprobs[1:], before.logprobs[1:], atol=1e-5)
+
+
+def test_a_sweep_and_near_lengths_share_a_program(monkeypatch):
+    """Thresholds, layers of halting windows and fusion are numbers; lengths come in buckets."""
+    model = model_of("llama")
+    params = params_of(model)
+    chex.clear_trace_counter()
+    counted = chex.assert_max_traces(scoring.score_compact, n=1)
+    static = (*scoring._STATIC, "schedule")
+    monkeypatch.setattr(scoring, "jit_score_compact", jax.jit(counted, static_argnames=static))
+    for tau, width in ((0.2, 29), (0.5, 30), (0.9, 32)):
+        qs = settings(halting=dataclasses.replace(MATRIX["H"].halting, tau_drift=tau))
+        qs_jax.score(params, random_tokens(model, 2, width), Config(model, qs))
+
+
+def test_programs_are_bounded():
+    """However long the prompts and whatever a quota leaves: one in sixty-four of the width."""
+    model = model_of("llama")
+    found = set()
+    plan, _ = bind(STAGED, model, "continuation")
+    for length in range(40, 513, 3):
+        batch = batching.make_batch([np.arange(length) % 50], model)
+        padded = batching.pad_batch(batch, 512)
+        for capacity in ("dynamic", "planned"):
+            cfg = Config(model, STAGED, capacity=capacity)
+            cut, segments = schedule.arrange(cfg, padded, padded.lengths_B, None, plan)
+            found.add(cut)
+            assert segments.last_S.tolist() == [2, 4, 6]
+            assert all(c % 8 == 0 and c <= 512 for c in cut.capacities)
+    assert len(found) <= 2 * 64
+
+
+@pytest.mark.parametrize("capacity", ["dynamic", "planned"])
+def test_the_program_lowers_for_cuda(capacity):
+    model = model_of("llama")
+    qs = STAGED if capacity == "planned" else MATRIX["HKFQ"]
+    cfg = Config(model, qs, protocol="continuation", capacity=capacity)
+    batch = batching.make_batch(random_tokens(model, 2, 32), model)
+    plan, numbers = bind(qs, model, "continuation", cfg.retention)
+    cut, segments = schedule.arrange(cfg, batch, batch.lengths_B, None, plan)
+    prompt = tokenwise.Prompt(*batch, batch.lengths_B, None)
+    run = jax.jit(compact.run_prompt, static_argnames=("model", "plan", "schedule", "capacity"))
+    traced = run.trace(params_of(model), prompt, model, plan, numbers, cut, segments, capacity=48)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "stablehlo.dot_general" in text
+    assert ("stablehlo.case" in text) or capacity == "planned"
