@@ -15,12 +15,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from qs_jax.config import ModelConfig
+from qs_jax.engine.attention import blocked_attention
 from qs_jax.models import Params, family_of
 from qs_jax.models.head import logits
 from qs_jax.state import KVCache
-
-# Queries whose attention weights exist at a time.
-QUERY_BLOCK = 512
 
 # attend(cache, layer, q, k, v) -> (context, cache): one layer's attention and its cache update.
 AttendAt = Callable[[Any, Array, Array, Array, Array], tuple[Array, Any]]
@@ -74,22 +72,8 @@ def causal_attention(
     k_BTKH: Float[Array, "B T K H"],
     v_BTKH: Float[Array, "B T K H"],
 ) -> Float[Array, "B T N H"]:
-    """Attention of rows over themselves, softmax in float32.
-
-    Long rows go block of queries by block, each over the keys up to its own end: memory grows with
-    T, not its square, and half of what causality masks is never computed.
-    """
-    width = q_BTNH.shape[1]
-    if width <= QUERY_BLOCK:
-        return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True)
-    blocks = []
-    for start in range(0, width, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, width)
-        query_T1, key_1S = jnp.arange(start, end)[:, None], jnp.arange(end)[None, :]
-        mask_11TS = (key_1S <= query_T1)[None, None]
-        q, k, v = q_BTNH[:, start:end], k_BTKH[:, :end], v_BTKH[:, :end]
-        blocks.append(jax.nn.dot_product_attention(q, k, v, mask=mask_11TS))
-    return jnp.concatenate(blocks, axis=1)
+    """Attention of rows over themselves, softmax in float32."""
+    return blocked_attention(q_BTNH, k_BTKH, v_BTKH)
 
 
 def attend_causal(cache: KVCache | None, index: Array, q: Array, k: Array, v: Array):
