@@ -54,8 +54,8 @@ class Generate:
     """Put the prompt into the model's chat template, as the user's message."""
     system: str | None = None
     """System message of the chat template."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Convert parameters while loading."""
+    dtype: Literal["auto", "float32", "bfloat16"] | None = "auto"
+    """Convert parameters while loading; auto takes the faster on this device, None keeps them."""
     quiet: bool = False
     """Print the continuation only: no prompt, no timings."""
 

@@ -1,6 +1,7 @@
 """Loading: damage is noticed, dtypes convert, and parameters land on the devices asked for."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -9,8 +10,9 @@ from safetensors.numpy import load_file
 
 import qs_jax
 from convert.hf_to_flax import convert
-from qs_jax.checkpoint import FORMAT_VERSION
+from qs_jax.checkpoint import FORMAT_VERSION, choose_dtype, fastest_dtype
 from qs_jax.errors import CheckpointError, ConfigError, NonFiniteError
+from qs_jax.testing import tiny_model
 from tests.convert.folders import llama_tensors, write_folder
 from tests.support import random_tokens
 
@@ -93,6 +95,29 @@ def test_dtype_on_the_way_in(folder):
         np.testing.assert_array_equal(ours, theirs.astype("bfloat16"))
     with pytest.raises(ConfigError, match="dtype 'float8' is not supported: float32 or bfloat16"):
         qs_jax.load(folder, dtype="float8")
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "expected"),
+    [
+        ("cpu", None, "float32"),
+        ("gpu", "8.0", "bfloat16"),
+        ("gpu", "10.0", "bfloat16"),
+        ("gpu", "7.5", "float32"),  # a T4 multiplies no bfloat16
+        ("gpu", "gfx942", "bfloat16"),  # AMD's names are not numbers
+        ("tpu", None, "bfloat16"),
+    ],
+)
+def test_the_default_dtype_is_the_faster_of_the_device(folder, platform, capability, expected):
+    found = {"platform": platform} | (
+        {} if capability is None else {"compute_capability": capability}
+    )
+    device = SimpleNamespace(**found)
+    assert fastest_dtype(device) == expected
+    stored = tiny_model(dtype="bfloat16")
+    assert choose_dtype("auto", stored, device) == expected
+    assert choose_dtype(None, stored, device) == "bfloat16"
+    assert choose_dtype("float32", stored, device) == "float32"
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])

@@ -70,8 +70,8 @@ class Evaluate:
     """Under continuation: the last tokens of each window, which are scored."""
     kv_maps: Path | None = None
     """Maps of the "extrapolate" policy; by default kv_maps.safetensors in the checkpoint folder."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Convert parameters while loading."""
+    dtype: Literal["auto", "float32", "bfloat16"] | None = "auto"
+    """Convert parameters while loading; auto takes the faster on this device, None keeps them."""
     resume: bool = False
     """Continue a run that was killed; the results are those of a run that was not."""
     overwrite: bool = False
@@ -103,12 +103,12 @@ class Evaluate:
     def _job(self) -> Job:
         """Everything that can be wrong is looked at here, before the weights are read."""
         from qs_jax import Config, ModelConfig, load_tokenizer, presets
-        from qs_jax.checkpoint import read_manifest
+        from qs_jax.checkpoint import choose_dtype, read_manifest
         from qs_jax.evaluation.perplexity import check_width, git_hash, read_windows, versions
 
         manifest = read_manifest(self.ckpt)
         model = ModelConfig.from_dict(manifest["model"])
-        model = model.replace(dtype=self.dtype or model.dtype)
+        model = model.replace(dtype=choose_dtype(self.dtype, model))
         quicksilver = presets.by_name(self.preset, model)
         cfg = Config(
             model=model,

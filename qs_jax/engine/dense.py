@@ -15,12 +15,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from qs_jax.config import ModelConfig
+from qs_jax.engine.attention import blocked_attention
 from qs_jax.models import Params, family_of
 from qs_jax.models.head import logits
 from qs_jax.state import KVCache
-
-# Queries whose attention weights exist at a time.
-QUERY_BLOCK = 512
 
 # attend(cache, layer, q, k, v) -> (context, cache): one layer's attention and its cache update.
 AttendAt = Callable[[Any, Array, Array, Array, Array], tuple[Array, Any]]
@@ -33,6 +31,7 @@ def run_layers(
     model: ModelConfig,
     attend: AttendAt,
     cache: KVCache | None,
+    unroll: int = 1,
 ) -> tuple[Float[Array, "B T D"], KVCache | None]:
     """Embed tokens and run them through all layers and the final norm.
 
@@ -46,6 +45,7 @@ def run_layers(
       model: Architecture.
       attend: Called once per layer with the cache and the layer's index.
       cache: Handed from layer to layer; None when nothing is kept.
+      unroll: Layers per iteration of the scan.
 
     Returns:
       Normed states ready for the head, and the cache.
@@ -64,7 +64,7 @@ def run_layers(
     with jax.named_scope("embed"):
         h_BTD = family.embed(model).apply({"params": params["embed"]}, tokens_BT, pos_BT)
     scanned = (jnp.arange(model.num_layers), params["layers"])
-    (h_BTD, cache), _ = lax.scan(layer, (h_BTD, cache), scanned)
+    (h_BTD, cache), _ = lax.scan(layer, (h_BTD, cache), scanned, unroll=unroll)
     normed: Any = family.final_norm(model).apply({"params": params["final_norm"]}, h_BTD)
     return normed, cache
 
@@ -74,22 +74,8 @@ def causal_attention(
     k_BTKH: Float[Array, "B T K H"],
     v_BTKH: Float[Array, "B T K H"],
 ) -> Float[Array, "B T N H"]:
-    """Attention of rows over themselves, softmax in float32.
-
-    Long rows go block of queries by block, each over the keys up to its own end: memory grows with
-    T, not its square, and half of what causality masks is never computed.
-    """
-    width = q_BTNH.shape[1]
-    if width <= QUERY_BLOCK:
-        return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True)
-    blocks = []
-    for start in range(0, width, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, width)
-        query_T1, key_1S = jnp.arange(start, end)[:, None], jnp.arange(end)[None, :]
-        mask_11TS = (key_1S <= query_T1)[None, None]
-        q, k, v = q_BTNH[:, start:end], k_BTKH[:, :end], v_BTKH[:, :end]
-        blocks.append(jax.nn.dot_product_attention(q, k, v, mask=mask_11TS))
-    return jnp.concatenate(blocks, axis=1)
+    """Attention of rows over themselves, softmax in float32."""
+    return blocked_attention(q_BTNH, k_BTKH, v_BTKH)
 
 
 def attend_causal(cache: KVCache | None, index: Array, q: Array, k: Array, v: Array):
@@ -117,11 +103,11 @@ def attend_cached(pos_B: Array) -> AttendAt:
 
 
 def forward(
-    params: Params, tokens_BT: Int[Array, "B T"], model: ModelConfig
+    params: Params, tokens_BT: Int[Array, "B T"], model: ModelConfig, unroll: int = 1
 ) -> Float[Array, "B T D"]:
     """Normed states of right-padded rows; `logits` of position i uses tokens 0..i only."""
     pos_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
-    return run_layers(params, tokens_BT, pos_BT, model, attend_causal, None)[0]
+    return run_layers(params, tokens_BT, pos_BT, model, attend_causal, None, unroll)[0]
 
 
 def prefill(
@@ -130,6 +116,7 @@ def prefill(
     lengths_B: Int[Array, "B"],
     model: ModelConfig,
     capacity: int,
+    unroll: int = 1,
 ) -> tuple[Float[Array, "B V"], KVCache]:
     """Run prompts, fill a fresh cache, and return the logits after each row's last token.
 
@@ -139,11 +126,12 @@ def prefill(
       lengths_B: Valid tokens of each row.
       model: Architecture.
       capacity: Slots of the cache, at least T.
+      unroll: Layers per iteration of the scan.
     """
     batch = tokens_BT.shape[0]
     pos_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
     cache = KVCache.zeros(model, batch, capacity)
-    h_BTD, cache = run_layers(params, tokens_BT, pos_BT, model, attend_causal, cache)
+    h_BTD, cache = run_layers(params, tokens_BT, pos_BT, model, attend_causal, cache, unroll)
     assert cache is not None
     last_BD = h_BTD[jnp.arange(batch), lengths_B - 1]
     return logits(params, last_BD), cache
@@ -155,10 +143,11 @@ def decode_step(
     pos_B: Int[Array, "B"],
     cache: KVCache,
     model: ModelConfig,
+    unroll: int = 1,
 ) -> tuple[Float[Array, "B V"], KVCache]:
     """Run one token a row at `pos_B` and return the logits after it and the updated cache."""
     h_BTD, cache_out = run_layers(
-        params, tokens_B[:, None], pos_B[:, None], model, attend_cached(pos_B), cache
+        params, tokens_B[:, None], pos_B[:, None], model, attend_cached(pos_B), cache, unroll
     )
     assert cache_out is not None
     return logits(params, h_BTD[:, 0]), cache_out

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from qs_jax.config import ModelConfig
 from qs_jax.engine import past as pasts
-from qs_jax.engine.attention import Attended, attention, masked_attention
+from qs_jax.engine.attention import Attended, attention, blocked_attention
 from qs_jax.engine.call import Call, Passive
 from qs_jax.mechanisms import amq, decide, fusion, halting, kv_skip, signals
 from qs_jax.mechanisms.plan import NEVER, LayerNumbers, Numbers, Plan
@@ -174,7 +174,13 @@ def run_block(
                 kept = kept.write_slots(at.layer - 1, passive.rows.pos_BT, k_p, v_p)
             k_all, v_all = jnp.concatenate([k_p, k_all], 1), jnp.concatenate([v_p, v_all], 1)
         if call.lean:
-            context, weights = masked_attention(q, k_all, v_all, mask_BTS, log_size_BS), None
+            prefix = k_all.shape[1] - q.shape[1]  # passive tokens
+            context, weights = (
+                blocked_attention(
+                    q, k_all, v_all, mask_BTS, prefix=prefix, log_size_BS=log_size_BS
+                ),
+                None,
+            )
         else:
             context, weights = attention(q, k_all, v_all, mask_BTS, log_size_BS)
         return context, Attended(kept, mask_BTS, weights, k_all, q, log_size_BS)

@@ -10,7 +10,7 @@ import pytest
 
 import qs_jax
 from qs_jax.config import Config
-from qs_jax.engine import dense, scoring, tokenwise
+from qs_jax.engine import attention, scoring, tokenwise
 from qs_jax.engine import generate as engine
 from qs_jax.engine.batching import bucket_size
 from qs_jax.errors import ConfigError, InputError, NonFiniteError
@@ -172,7 +172,7 @@ def test_long_rows_attend_block_by_block(model, params, monkeypatch):
     """Blocks of queries give what one block gives, and still no future leaks."""
     tokens_BT, cfg = random_tokens(model, width=112), Config(model)
     whole = qs_jax.score(params, tokens_BT, cfg, return_logits=True).logits
-    monkeypatch.setattr(dense, "QUERY_BLOCK", 24)
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 24)
     retrace_scoring(monkeypatch)
     blocks = qs_jax.score(params, tokens_BT, cfg, return_logits=True).logits
     np.testing.assert_allclose(blocks, whole, atol=1e-4)
