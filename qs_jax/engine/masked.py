@@ -18,10 +18,10 @@ from qs_jax.config import ModelConfig
 from qs_jax.engine import past as pasts
 from qs_jax.engine.attention import Attended, attention
 from qs_jax.engine.call import Call
-from qs_jax.mechanisms import amq, decide, fusion, halting, kv_skip, signals
+from qs_jax.mechanisms import amq, decide, execution, fusion, halting, kv_skip, signals
 from qs_jax.mechanisms.plan import NEVER, LayerNumbers, Numbers, Plan
 from qs_jax.models import Params, family_of, head, rope
-from qs_jax.models.layers import exact_dtype
+from qs_jax.models.layers import dense_product, exact_dtype
 from qs_jax.state import KVCache, LayerRecord, Past, TokenState
 
 
@@ -64,17 +64,18 @@ def run(
 
     def layer(carry, scanned):
         state, cache = carry
-        at, params_l, maps_l, past_l = scanned
+        at, params_l, int8_l, maps_l, past_l = scanned
         size_BT = state.size_BT
         state, attended, ran_BT, before_BTD = _block(
-            call, block, state, cache, at, params_l, maps_l, past_l
+            call, block, state, cache, at, params_l, int8_l, maps_l, past_l
         )
         state, record, fused = _decide(call, state, attended, ran_BT, before_BTD, at, past_l)
         kept = pasts.of_layer(call, size_BT, *fused, attended.mask_BTS, past_l)
         return (state, attended.cache), (record, kept)
 
     maps = params["kv_maps"].maps_LXFO if plan.policy == "extrapolate" else None
-    scanned = (numbers.layers, params["layers"], maps, pasts.by_layer(past))
+    codes = params.get("int8") if plan.int8 else None
+    scanned = (numbers.layers, params["layers"], codes, maps, pasts.by_layer(past))
     (state, cache), (record, kept) = lax.scan(layer, (_start(call), cache), scanned)
     following = None
     if cache is not None:
@@ -122,7 +123,9 @@ def _keys(call: Call, state: TokenState, layer: Array) -> kv_skip.Keys:
     return pasts.own_keys(call, state)
 
 
-def _block(call: Call, block, state: TokenState, cache, at: LayerNumbers, params_l, maps_l, past_l):
+def _block(
+    call: Call, block, state: TokenState, cache, at: LayerNumbers, params_l, int8_l, maps_l, past_l
+):
     """The layer itself: dense work, then only tokens that still compute take the result."""
     plan, rows = call.plan, call.rows
     keys = _keys(call, state, at.layer)
@@ -137,22 +140,20 @@ def _block(call: Call, block, state: TokenState, cache, at: LayerNumbers, params
     def attend(q, k, v):
         if plan.policy == "extrapolate":
             k, v = _extrapolated(call, state, k, v, halted_BT, maps_l)
-        if plan.amq is not None and "kv" in plan.amq.targets:
-            bits_BT1 = state.bits_BT[..., None]
-            with jax.named_scope("amq"):
-                k = amq.fake_quantize(k, jnp.broadcast_to(bits_BT1, k.shape[:-1]), plan.amq)
-                v = amq.fake_quantize(v, jnp.broadcast_to(bits_BT1, v.shape[:-1]), plan.amq)
+        k = execution.kept(k, state.bits_BT, plan.amq)
+        v = execution.kept(v, state.bits_BT, plan.amq)
         kept, k_all, v_all = pasts.write(cache, at.layer - 1, rows.pos_BT, k, v, call.past)
         context, weights = attention(q, k_all, v_all, mask_BTS, log_size_BS)
         return context, Attended(kept, mask_BTS, weights, k_all, q)
 
-    def cast(x):
-        if plan.amq is None or "linear" not in plan.amq.targets:
-            return x
-        with jax.named_scope("amq"):
-            return amq.fake_quantize(x, state.bits_BT, plan.amq)
+    def run_block(multiply):
+        return block.apply({"params": params_l}, state.h_BTD, rows.pos_BT, attend, multiply)
 
-    out: Any = block.apply({"params": params_l}, state.h_BTD, rows.pos_BT, attend, cast)
+    multiply = execution.multiplier(plan.amq, state.bits_BT, int8_l)
+    if int8_l is None:
+        out: Any = run_block(multiply)
+    else:  # layers without bits yet run in the model's dtype
+        out = lax.cond(at.has_bits, lambda: run_block(multiply), lambda: run_block(dense_product))
     h_BTD, attended = out
     ran_BT = rows.real_BT & ~call.stopped(state)
     if plan.halting is not None and plan.halting.freeze:
@@ -202,7 +203,7 @@ def _decide(call: Call, state: TokenState, attended: Attended, ran_BT, before_BT
     if call.fuses:
         with jax.named_scope("fuse"):
             state, fused, weighed_BT = _fuse(call, state, attended, stopped_BT, at, past_l)
-    if plan.amq is not None and call.decides:
+    if plan.amq is not None and (call.decides or plan.int8):
         with jax.named_scope("amq"):
             state = _quantize(call, state, ran_BT, at)
     record = LayerRecord(

@@ -15,6 +15,7 @@ from qs_jax.config import Config, ModelConfig
 from qs_jax.engine import batching, dense, masked, tokenwise
 from qs_jax.engine.checks import check_finite, check_maps, check_params
 from qs_jax.engine.overrides import TokenOverrides, arrays_of
+from qs_jax.mechanisms.execution import with_weights
 from qs_jax.mechanisms.plan import Numbers, Plan, bind
 from qs_jax.models import Params, head
 from qs_jax.record import Record
@@ -168,6 +169,7 @@ def score(
     else:
         plan, numbers = bound
         check_maps(params, plan, model)
+        params = with_weights(params, plan)
         host: Any = (*padded, ends_B)  # NumPy arrays until the program takes them
         prompt = tokenwise.Prompt(*host, overrides=chosen)
         out = jax.device_get(

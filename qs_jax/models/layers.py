@@ -21,8 +21,9 @@ from qs_jax.config import ModelConfig
 # The engine owns the keys: which exist, where they are stored, who may see them.
 Attend: TypeAlias = Callable[[Array, Array, Array], tuple[Array, Any]]
 
-# Applied to the input of each of the four projections; quantisation enters here.
-Cast: TypeAlias = Callable[[Array], Array]
+# Applies one of the four projections (a dense module, known by its name) to its input [B, T, C];
+# quantisation enters here.
+Multiply: TypeAlias = Callable[[nn.Dense, Array], Array]
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_new": lambda x: nn.gelu(x, approximate=True),
@@ -33,9 +34,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def as_it_is(x: Array) -> Array:
-    """No cast."""
-    return x
+def dense_product(dense: nn.Dense, x: Array) -> Array:
+    """The product as the module defines it."""
+    return dense(x)
 
 
 class PreNormBlock(nn.Module):
@@ -46,12 +47,14 @@ class PreNormBlock(nn.Module):
 
     model: ModelConfig
 
-    def project(self, x_BTD: Array, pos_BT: Array) -> tuple[Array, Array, Array]:
+    def project(
+        self, x_BTD: Array, pos_BT: Array, multiply: Multiply = dense_product
+    ) -> tuple[Array, Array, Array]:
         """Queries `[B, T, N, H]`, keys and values `[B, T, K, H]` of normed states."""
         raise NotImplementedError
 
-    def mlp(self, x_BTD: Array, cast: Cast) -> Array:
-        """The MLP of normed states; `cast` is applied to the input of the down projection."""
+    def mlp(self, x_BTD: Array, multiply: Multiply) -> Array:
+        """The MLP of normed states."""
         raise NotImplementedError
 
     def __call__(
@@ -59,14 +62,14 @@ class PreNormBlock(nn.Module):
         h_BTD: Float[Array, "B T D"],
         pos_BT: Int[Array, "B T"],
         attend: Attend,
-        cast: Cast = as_it_is,
+        multiply: Multiply = dense_product,
     ) -> tuple[Float[Array, "B T D"], Any]:
         with jax.named_scope("attn"):
-            q, k, v = self.project(cast(normed(self.attn_norm, h_BTD)), pos_BT)
+            q, k, v = self.project(normed(self.attn_norm, h_BTD), pos_BT, multiply)
             context_BTNH, kept = attend(q, k, v)
-            h_BTD = h_BTD + self.out(cast(context_BTNH.reshape(*h_BTD.shape[:2], -1)))
+            h_BTD = h_BTD + multiply(self.out, context_BTNH.reshape(*h_BTD.shape[:2], -1))
         with jax.named_scope("mlp"):
-            return h_BTD + self.mlp(cast(normed(self.mlp_norm, h_BTD)), cast), kept
+            return h_BTD + self.mlp(normed(self.mlp_norm, h_BTD), multiply), kept
 
 
 def exact_dtype(dtype: Any) -> Any:
