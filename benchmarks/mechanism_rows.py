@@ -153,6 +153,11 @@ def bit_rows(model: ModelConfig) -> Iterator[Row]:
         "adaptive, nats (1.0, 2.3)": AMQConfig(middle, **grouped),
         "adaptive, no 2 bits": AMQConfig(middle, tau_low=float("-inf"), **grouped),
         "8 bits, keys and values": AMQConfig.uniform(8, middle, targets=("kv",), **grouped),
+        "8 bits, int8 products": AMQConfig.uniform(8, middle, execution="int8"),
+        "4 bits, int8 products": AMQConfig.uniform(4, middle, execution="int8"),
+        "8 bits, int8 keys and values": AMQConfig.uniform(
+            8, middle, targets=("kv",), execution="int8"
+        ),
     }
     for protocol in (TEACHER, CONTINUATION):
         for name, amq in settings.items():

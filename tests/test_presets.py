@@ -40,6 +40,9 @@ def test_the_paper_preset_holds_the_papers_numbers():
     assert (qs.halting.window, qs.halting.min_layer) == ((6, 24), 5)
     assert (qs.fusion.tau_fuse, qs.fusion.first_layer) == (0.15, 12)
     assert (qs.amq.layer, qs.amq.tau_low, qs.amq.tau_high) == (15, 1.0, 2.3)
+    assert (qs.amq.entropy, qs.amq.execution) == ("latent", "auto")
+    lens = presets.by_name("paper-bits-vocab", DEEP).amq
+    assert (lens.entropy, lens.execution) == ("vocab", "fake")
     assert presets.by_name("paper-drift-0.045", DEEP).halting.tau_drift == 0.045
     minmax = presets.by_name("paper-bits-minmax", DEEP).amq
     assert (minmax.normalization, minmax.tau_low, minmax.tau_high) == ("minmax", 0.3, 0.6)
@@ -96,6 +99,9 @@ REFUSED = {
     "no largest value": lambda: AMQConfig(2, entropy="variance", normalization="log_vocab"),
     "nothing would be quantised": lambda: AMQConfig(2, targets=()),
     "power of two": lambda: AMQConfig(2, group=12, rotate=True),
+    "whole and symmetric": lambda: AMQConfig(2, execution="int8", group=16),
+    "without rotation": lambda: AMQConfig(2, execution="auto", rotate=True),
+    "is for products and the KV cache": lambda: AMQConfig(2, targets=("hidden",), execution="int8"),
     "switch halting on": lambda: QuickSilverConfig(kv_skip=KVSkipConfig()),
     "freeze=False does nothing": lambda: halting(freeze=False),
     "name the few": lambda: QuickSilverConfig(

@@ -133,7 +133,7 @@ def _amq_flops(record: Record, model: ModelConfig, qs: QuickSilverConfig) -> np.
     number = np.arange(1, len(record.active) + 1)[:, None, None]
     quantised = record.bits < 16
     deeper = quantised[-1:]  # bits hold to the last layer, so these are all that got some
-    assigned = (number == amq.layer) & deeper
+    assigned = (number == amq.layer) & deeper & record.subject
     added = assigned * entropy_flops(amq.entropy, model, qs.shortlist_size)
     # Quantise and dequantise a channel: 6 operations; a rotation there and back: 2 G each.
     channel = 6 + (4 * amq.group if amq.rotate else 0)
@@ -142,6 +142,10 @@ def _amq_flops(record: Record, model: ModelConfig, qs: QuickSilverConfig) -> np.
     if "linear" in amq.targets:
         keys_only = record.kv_written & ~record.active & quantised
         added = added + ran * (inputs * channel) + keys_only * (model.hidden_size * channel)
+        if amq.execution != "fake":  # scales and column sums: 3 operations an output channel
+            outputs = 2 * model.hidden_size + model.q_size + 2 * model.kv_size
+            outputs += (family_of(model).mlp_products - 1) * model.mlp_size
+            added = added + ran * (3 * outputs) + keys_only * (3 * 2 * model.kv_size)
     if "hidden" in amq.targets:
         added = added + (record.active & deeper & (number >= amq.layer)) * (
             model.hidden_size * channel

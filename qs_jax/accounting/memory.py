@@ -7,19 +7,27 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from qs_jax.config import AMQConfig, ModelConfig
+from qs_jax.models.layers import exact_dtype
 from qs_jax.record import Record
 
 
 def entry_bytes(model: ModelConfig, amq: AMQConfig | None = None) -> Float[np.ndarray, "17"]:
     """Bytes of one token's keys and values at one layer, by its bits; 16 is the model's dtype.
 
-    Quantised entries carry two float16 numbers (low and range) for each group.
+    Simulated codes are packed, with two float16 numbers (low and range) for each group, or one
+    where it is symmetric. An int8 cache spends a byte on a code of any width, and one exact scale
+    on a head.
     """
     values = 2 * model.kv_size
     table = np.full(17, values * jnp.dtype(model.dtype).itemsize, float)
     if amq is not None and "kv" in amq.targets:
+        groups = values / (amq.group or model.head_dim)
+        exact = jnp.dtype(exact_dtype(model.dtype)).itemsize
         for bits in (2, 4, 8):
-            table[bits] = values * bits / 8 + values / amq.group * 4
+            if amq.execution == "fake":
+                table[bits] = values * bits / 8 + groups * (2 if amq.symmetric else 4)
+            else:
+                table[bits] = values + groups * exact
     return table
 
 

@@ -279,10 +279,15 @@ class AMQConfig:
       tau_high: Above it, 8 bits; 4 bits in between.
       targets: What is quantised: "linear" (inputs of the four projections), "hidden" (the residual
         stream), "kv" (keys and values).
-      group: Consecutive channels that share a scale.
-      symmetric: Scale by the largest magnitude instead of minimum and maximum.
-      rotate: Hadamard rotation inside each group first.
-      execution: "fake": quantise and dequantise; quality only, the saving is simulated.
+      group: Consecutive channels that share a scale; 0 is the whole vector (of a head, for "kv").
+        None is 16 under "fake". An int8 product has one scale a token, so otherwise it is 0.
+      symmetric: Scale by the largest magnitude instead of minimum and maximum. None is False under
+        "fake", otherwise True: likewise the only choice.
+      rotate: Hadamard rotation inside each group first; "fake" only.
+      execution: "fake": quantise and dequantise; quality only, the saving is simulated. "int8":
+        int8 products, and int8 keys and values, in the layers that have bits; no token keeps more
+        than 8 there, whether the mechanisms act on it or not. "auto": int8 where an engine finds
+        that it is faster on the device, otherwise no AMQ at all; the masked engine simulates it.
       allow_noncausal: Let "minmax" score teacher-forced all the same.
     """
 
@@ -292,8 +297,8 @@ class AMQConfig:
     tau_low: float = 1.0
     tau_high: float = 2.3
     targets: tuple[str, ...] = ("linear",)
-    group: int = 16
-    symmetric: bool = False
+    group: int = None  # pyright: ignore[reportAssignmentType]  # __post_init__ chooses
+    symmetric: bool = None  # pyright: ignore[reportAssignmentType]
     rotate: bool = False
     execution: str = "fake"
     allow_noncausal: bool = False
@@ -308,14 +313,21 @@ class AMQConfig:
     def __post_init__(self) -> None:
         _one_of("amq.entropy", self.entropy, (*ENTROPIES, None))
         _one_of("amq.normalization", self.normalization, ("nats", "log_vocab", "minmax"))
-        _one_of("amq.execution", self.execution, ("fake",))
+        _one_of("amq.execution", self.execution, ("fake", "int8", "auto"))
+        fake = self.execution == "fake"
+        if self.group is None:
+            _set(self, group=16 if fake else 0)
+        if self.symmetric is None:
+            _set(self, symmetric=not fake)
         _set(
             self,
             layer=as_count("amq.layer", self.layer),
             tau_low=_number("amq.tau_low", self.tau_low),
             tau_high=_number("amq.tau_high", self.tau_high),
             targets=(self.targets,) if isinstance(self.targets, str) else tuple(self.targets),
-            group=as_count("amq.group", self.group, 1),
+            group=as_count("amq.group", self.group),
+            symmetric=as_bool("amq.symmetric", self.symmetric),
+            rotate=as_bool("amq.rotate", self.rotate),
         )
         require(
             self.tau_low <= self.tau_high,
@@ -334,6 +346,17 @@ class AMQConfig:
         for target in self.targets:
             _one_of("amq.targets", target, ("linear", "hidden", "kv"))
         require(
-            not self.rotate or (self.group & (self.group - 1)) == 0,
+            fake or (self.group == 0 and self.symmetric and not self.rotate),
+            f"amq.execution {self.execution!r} quantises each vector whole and symmetric, without "
+            f"rotation, got group={self.group}, symmetric={self.symmetric}, rotate={self.rotate}: "
+            "leave them out, or use execution 'fake'.",
+        )
+        require(
+            fake or self.targets != ("hidden",),
+            f"amq.execution {self.execution!r} is for products and the KV cache: add 'linear' or "
+            "'kv' to amq.targets, or use execution 'fake'.",
+        )
+        require(
+            not self.rotate or (self.group > 0 and (self.group & (self.group - 1)) == 0),
             f"amq.rotate needs a group that is a power of two, got {self.group}.",
         )

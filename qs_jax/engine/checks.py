@@ -14,6 +14,8 @@ from qs_jax.mechanisms.kv_maps import require_maps
 from qs_jax.mechanisms.plan import Plan
 from qs_jax.models import Params, abstract_params
 
+_EXTRAS = ("kv_maps", "int8")  # they travel with the parameters; what needs them checks them
+
 
 @functools.lru_cache(maxsize=64)
 def _expected(model: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -34,7 +36,7 @@ def check_params(params: Params, model: ModelConfig) -> None:
     Raises:
       ConfigError: They are another model's, or were changed.
     """
-    given = _signature({name: part for name, part in params.items() if name != "kv_maps"})
+    given = _signature({name: part for name, part in params.items() if name not in _EXTRAS})
     expected = _expected(model)
     if given == expected:
         return

@@ -169,6 +169,7 @@ def _segment(call: Call, schedule: Schedule, slots: int, carry: Carry, bounds: S
         inner, state = _gather(call, carry.state, index, bounds.first_S)
     put = _Put(carry.state, index, call)
     block = family_of(call.model).block(call.model)
+    codes = call.params.get("int8") if call.plan.int8 else None
     maps_LXFO = call.params["kv_maps"].maps_LXFO if call.plan.policy == "extrapolate" else None
 
     def layer(number: Array, loop):
@@ -177,12 +178,12 @@ def _segment(call: Call, schedule: Schedule, slots: int, carry: Carry, bounds: S
         def here(leaf: Array) -> Array:
             return lax.dynamic_index_in_dim(leaf, number, keepdims=False)
 
-        at, params_l, maps_l = jax.tree.map(
-            here, (call.numbers.layers, call.params["layers"], maps_LXFO)
+        at, params_l, int8_l, maps_l = jax.tree.map(
+            here, (call.numbers.layers, call.params["layers"], codes, maps_LXFO)
         )
         size_BT = state.size_BT
         state, attended, ran_BT, before_BTD = masked.run_block(
-            inner, block, state, cache, at, params_l, maps_l, None
+            inner, block, state, cache, at, params_l, int8_l, maps_l, None
         )
         state, record_l, fused = masked.decide_layer(
             inner, state, attended, ran_BT, before_BTD, at, None

@@ -20,6 +20,7 @@ from qs_jax.engine import batching, dense, sampling, tokenwise
 from qs_jax.engine.checks import check_finite, check_maps, check_params
 from qs_jax.engine.overrides import TokenOverrides, arrays_of
 from qs_jax.mechanisms import decide
+from qs_jax.mechanisms.execution import with_weights
 from qs_jax.mechanisms.plan import Numbers, Plan, bind
 from qs_jax.models import Params
 from qs_jax.record import Record
@@ -302,6 +303,7 @@ def generate(
     """
     check_params(params, cfg.model)
     batch, padded, numbers, plan = _prepare(params, tokens, cfg, lengths, attention_mask, overrides)
+    params = with_weights(params, plan.mechanisms)
     out = jax.device_get(jit_generate(params, *padded, numbers, model=cfg.model, plan=plan))
     check_finite(out["finite"])
     record = None
@@ -342,6 +344,7 @@ def stream(
     """
     check_params(params, cfg.model)
     _, padded, numbers, plan = _prepare(params, tokens, cfg, lengths, attention_mask, overrides)
+    params = with_weights(params, plan.mechanisms)
     return _stream(params, padded, numbers, cfg, plan)
 
 

@@ -7,6 +7,7 @@ after a `Past` (decoding); both go through the same layer.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from qs_jax.config import ModelConfig
 from qs_jax.engine import past as pasts
 from qs_jax.engine.attention import Attended, attention, blocked_attention
 from qs_jax.engine.call import Call, Passive
-from qs_jax.mechanisms import amq, decide, fusion, halting, kv_skip, signals
+from qs_jax.mechanisms import amq, decide, execution, fusion, halting, kv_skip, signals
 from qs_jax.mechanisms.plan import NEVER, LayerNumbers, Numbers, Plan
 from qs_jax.models import Params, family_of, head, rope
 from qs_jax.models.layers import exact_dtype
@@ -61,17 +62,18 @@ def run(
 
     def layer(carry, scanned):
         state, cache = carry
-        at, params_l, maps_l, past_l = scanned
+        at, params_l, int8_l, maps_l, past_l = scanned
         size_BT = state.size_BT
         state, attended, ran_BT, before_BTD = run_block(
-            call, block, state, cache, at, params_l, maps_l, past_l
+            call, block, state, cache, at, params_l, int8_l, maps_l, past_l
         )
         state, record, fused = decide_layer(call, state, attended, ran_BT, before_BTD, at, past_l)
         kept = pasts.of_layer(call, size_BT, *fused, attended.mask_BTS, past_l)
         return (state, attended.cache), (record, kept)
 
     maps = params["kv_maps"].maps_LXFO if plan.policy == "extrapolate" else None
-    scanned = (numbers.layers, params["layers"], maps, pasts.by_layer(past))
+    codes = params.get("int8") if plan.int8 else None
+    scanned = (numbers.layers, params["layers"], codes, maps, pasts.by_layer(past))
     (state, cache), (record, kept) = lax.scan(layer, (start(call), cache), scanned)
     following = None
     if cache is not None:
@@ -145,7 +147,7 @@ def _keys(call: Call, state: TokenState, layer: Array) -> kv_skip.Keys:
 
 
 def run_block(
-    call: Call, block, state: TokenState, cache, at: LayerNumbers, params_l, maps_l, past_l
+    call: Call, block, state: TokenState, cache, at: LayerNumbers, params_l, int8_l, maps_l, past_l
 ):
     """The layer itself: dense work, then only tokens that still compute take the result."""
     plan, rows = call.plan, call.rows
@@ -161,37 +163,38 @@ def run_block(
     if passive is not None and log_size_BS is not None:
         log_size_BS = jnp.concatenate([jnp.log(passive.size_BP), log_size_BS], axis=1)
 
-    def attend(q, k, v):
+    def attend(q, k, v, codes):
         if plan.policy == "extrapolate":
             frozen = (state.h_BTD, call.embedded_BTD, state.halt_layer_BT)
             mapped = lambda: _extrapolated(call, *frozen, rows.pos_BT, k, v, halted_BT, maps_l)  # noqa: E731
             k, v = lax.cond(halted_BT.any(), mapped, lambda: (k, v)) if call.lean else mapped()
-        k, v = _quantized_kv(plan, state.bits_BT, k, v)
+        k = execution.kept(k, state.bits_BT, plan.amq)
+        v = execution.kept(v, state.bits_BT, plan.amq)
         kept, k_all, v_all = pasts.write(cache, at.layer - 1, rows.pos_BT, k, v, call)
         if passive is not None:
-            k_p, v_p = passive_keys(call, block, passive, params_l, maps_l)
+            k_p, v_p = passive_keys(call, block, passive, params_l, codes, maps_l)
             if kept is not None:
                 kept = kept.write_slots(at.layer - 1, passive.rows.pos_BT, k_p, v_p)
             k_all, v_all = jnp.concatenate([k_p, k_all], 1), jnp.concatenate([v_p, v_all], 1)
-        if call.lean:
-            prefix = k_all.shape[1] - q.shape[1]  # passive tokens
-            context, weights = (
-                blocked_attention(
-                    q, k_all, v_all, mask_BTS, prefix=prefix, log_size_BS=log_size_BS
-                ),
-                None,
-            )
-        else:
+        if not call.lean:
             context, weights = attention(q, k_all, v_all, mask_BTS, log_size_BS)
-        return context, Attended(kept, mask_BTS, weights, k_all, q, log_size_BS)
+            return context, Attended(kept, mask_BTS, weights, k_all, q, log_size_BS)
+        outside = k_all.shape[1] - q.shape[1]  # keys of passive tokens come first
+        context = blocked_attention(
+            q, k_all, v_all, mask_BTS, prefix=outside, log_size_BS=log_size_BS
+        )
+        return context, Attended(kept, mask_BTS, None, k_all, q, log_size_BS)
 
-    def cast(x):
-        if plan.amq is None or "linear" not in plan.amq.targets:
-            return x
-        with jax.named_scope("amq"):
-            return amq.fake_quantize(x, state.bits_BT, plan.amq)
+    def apply_block(codes):
+        multiply = execution.multiplier(plan.amq, state.bits_BT, codes)
+        attends = functools.partial(attend, codes=codes)
+        return block.apply({"params": params_l}, state.h_BTD, rows.pos_BT, attends, multiply)
 
-    out: Any = block.apply({"params": params_l}, state.h_BTD, rows.pos_BT, attend, cast)
+    out: Any = None
+    if int8_l is None:
+        out = apply_block(None)
+    else:  # layers without bits yet run in the model's dtype, where simulating changes nothing
+        out = lax.cond(at.has_bits, lambda: apply_block(int8_l), lambda: apply_block(None))
     h_BTD, attended = out
     ran_BT = rows.real_BT & ~call.stopped(state)
     if plan.halting is not None and plan.halting.freeze:
@@ -201,15 +204,9 @@ def run_block(
     return state.replace(h_BTD=h_BTD), attended, ran_BT, before_BTD
 
 
-def _quantized_kv(plan: Plan, bits_BT: Array, k: Array, v: Array) -> tuple[Array, Array]:
-    if plan.amq is None or "kv" not in plan.amq.targets:
-        return k, v
-    bits_BTK = jnp.broadcast_to(bits_BT[..., None], k.shape[:-1])
-    with jax.named_scope("amq"):
-        return tuple(amq.fake_quantize(x, bits_BTK, plan.amq) for x in (k, v))
-
-
-def passive_keys(call: Call, block, passive: Passive, params_l, maps_l) -> tuple[Array, Array]:
+def passive_keys(
+    call: Call, block, passive: Passive, params_l, int8_l, maps_l
+) -> tuple[Array, Array]:
     """Keys and values of tokens that run no more, from their frozen states."""
     plan, rows = call.plan, passive.rows
     frozen = (passive.h_BPD, passive.embedded_BPD, passive.halt_layer_BP)
@@ -219,18 +216,13 @@ def passive_keys(call: Call, block, passive: Passive, params_l, maps_l) -> tuple
         everyone_BP = jnp.ones(rows.pos_BT.shape, bool)
         k, v = _extrapolated(call, *frozen, rows.pos_BT, nothing, nothing, everyone_BP, maps_l)
     else:
-
-        def cast(x):
-            if plan.amq is None or "linear" not in plan.amq.targets:
-                return x
-            with jax.named_scope("amq"):
-                return amq.fake_quantize(x, passive.bits_BP, plan.amq)
-
+        multiply = execution.multiplier(plan.amq, passive.bits_BP, int8_l)
         found: Any = block.apply(
-            {"params": params_l}, passive.h_BPD, rows.pos_BT, cast, method="keys_values"
+            {"params": params_l}, passive.h_BPD, rows.pos_BT, multiply, method="keys_values"
         )
         k, v = found
-    return _quantized_kv(plan, passive.bits_BP, k, v)
+    k = execution.kept(k, passive.bits_BP, plan.amq)
+    return k, execution.kept(v, passive.bits_BP, plan.amq)
 
 
 def _extrapolated(call: Call, h_BTD, embedded_BTD, halt_layer_BT, pos_BT, k, v, halted_BT, maps_l):
@@ -274,7 +266,7 @@ def decide_layer(call: Call, state: TokenState, attended: Attended, ran_BT, befo
     if call.fuses:
         with jax.named_scope("fuse"):
             state, fused, weighed_BT = _fuse(call, state, attended, stopped_BT, at, past_l)
-    if plan.amq is not None and call.decides:
+    if plan.amq is not None and (call.decides or plan.int8):
         with jax.named_scope("amq"):
             state = _quantize(call, state, ran_BT, at)
     record = LayerRecord(

@@ -13,7 +13,8 @@ from qs_jax.engine.batching import Batch
 from qs_jax.engine.compact import Schedule, Segments
 from qs_jax.errors import ConfigError, InputError
 from qs_jax.mechanisms.decide import Overrides
-from qs_jax.mechanisms.plan import NEVER, Plan
+from qs_jax.mechanisms.execution import resolve_execution
+from qs_jax.mechanisms.plan import NEVER, Numbers, Plan, bind
 
 # Segments into which layers are cut where tokens may leave at any of them.
 SEGMENTS = 6
@@ -38,16 +39,27 @@ class Prompts(NamedTuple):
     eligible_B: np.ndarray
 
 
-def uses_compact(cfg: Config, plan: Plan) -> bool:
+def bind_call(cfg: Config, engine: str) -> tuple[Plan, Numbers] | None:
+    """The two halves of a call's mechanisms on an engine; None when none runs.
+
+    Args:
+      cfg: The call.
+      engine: "masked", "compact" or "decode": how `execution="auto"` is taken.
+    """
+    quicksilver = resolve_execution(cfg.quicksilver, cfg.model, engine)
+    return bind(quicksilver, cfg.model, cfg.effective_protocol, cfg.retention)
+
+
+def uses_compact(cfg: Config) -> bool:
     """Whether a call runs on the compact engine.
 
     Raises:
       ConfigError: It was asked for and cannot.
     """
-    if cfg.engine == "masked":
+    if cfg.engine == "masked" or cfg.quicksilver is None:
         return False
-    if plan.sequential:
-        if cfg.engine == "compact" or plan.planned:
+    if "final_prev" in cfg.quicksilver.entropies:
+        if cfg.engine == "compact" or cfg.capacity == "planned":
             raise ConfigError(
                 "entropy 'final_prev' reads the output one token earlier, so rows run token by "
                 "token: use engine 'masked' or another estimator."

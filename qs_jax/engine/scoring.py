@@ -16,8 +16,9 @@ from qs_jax.config import Config, ModelConfig
 from qs_jax.engine import batching, compact, dense, masked, tokenwise
 from qs_jax.engine.checks import check_finite, check_maps, check_overflow, check_params
 from qs_jax.engine.overrides import TokenOverrides, arrays_of
-from qs_jax.engine.schedule import arrange, uses_compact
-from qs_jax.mechanisms.plan import Numbers, Plan, bind
+from qs_jax.engine.schedule import arrange, bind_call, uses_compact
+from qs_jax.mechanisms.execution import with_weights
+from qs_jax.mechanisms.plan import Numbers, Plan
 from qs_jax.models import Params, head
 from qs_jax.record import Record
 
@@ -231,16 +232,18 @@ def score(
         "return_logits": return_logits,
     }
     chosen = arrays_of(overrides, padded.tokens_BT.shape, width, cfg)
-    bound = bind(cfg.quicksilver, model, cfg.effective_protocol, cfg.retention)
+    fast = uses_compact(cfg)
+    bound = bind_call(cfg, "compact" if fast else "masked")
     record = None
     if bound is None:
         out = jax.device_get(jit_score(params, padded.tokens_BT, first_B, **static))
     else:
         plan, numbers = bound
         check_maps(params, plan, model)
+        params = with_weights(params, plan)
         host: Any = (*padded, ends_B)  # NumPy arrays until the program takes them
         prompt = tokenwise.Prompt(*host, overrides=chosen)
-        if uses_compact(cfg, plan):
+        if fast:
             cut, segments = arrange(cfg, padded, ends_B, chosen, plan)
             program = functools.partial(jit_score_compact, segments=segments, schedule=cut)
         else:
@@ -253,7 +256,7 @@ def score(
             batch.lengths_B,
             ends_B,
             cfg.effective_protocol,
-            simulated=program is jit_score_masked,
+            simulated=not fast,
         )
     logprobs_BT, logits_BTV = out["logprobs"], out.get("logits")
     logprobs_BT = np.where(mask_BT, logprobs_BT[:, :width], np.zeros((), logprobs_BT.dtype))

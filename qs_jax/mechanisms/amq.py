@@ -27,9 +27,11 @@ def assign_bits(
 ) -> Int[Array, "B T"]:
     """Bits of each token (E.2): 8 above tau_high, 2 below tau_low, 4 in between.
 
+    An int8 product has one width, so under int8 execution no token keeps more than 8 bits.
+
     Args:
       entropy_BT: After fusion, in nats.
-      subject_BT: Tokens the mechanisms act on; others keep `FULL_BITS`.
+      subject_BT: Tokens the mechanisms act on; others keep `FULL_BITS`, or 8 in int8.
       full_BT: Tokens that do not go below 8 bits.
       amq: Normalisation.
       numbers: Thresholds.
@@ -45,7 +47,8 @@ def assign_bits(
     bits_BT = jnp.where(entropy_BT > numbers.tau_high, 8, 4)
     bits_BT = jnp.where(entropy_BT < numbers.tau_low, 2, bits_BT)
     bits_BT = jnp.where(full_BT, 8, bits_BT)
-    return jnp.where(subject_BT, bits_BT, FULL_BITS).astype(jnp.int32)
+    spared = 8 if amq.execution == "int8" else FULL_BITS
+    return jnp.where(subject_BT, bits_BT, spared).astype(jnp.int32)
 
 
 def code(
@@ -59,7 +62,7 @@ def code(
     Returns:
       Codes 0..255 `[..., C/G, G]`, and `low` and `range` `[..., C/G, 1]` of each group.
     """
-    groups = x.reshape(*x.shape[:-1], -1, amq.group)
+    groups = x.reshape(*x.shape[:-1], -1, amq.group or x.shape[-1])
     if amq.symmetric:
         high = jnp.abs(groups).max(-1, keepdims=True)
         low = -high
@@ -87,7 +90,7 @@ def fake_quantize(
     """Quantise and dequantise each vector at its own number of bits; `FULL_BITS` is untouched.
 
     Args:
-      x: Vectors of C channels, C a multiple of the group.
+      x: Vectors of C channels, C a multiple of the group (0: the whole vector).
       bits: 2, 4, 8 or `FULL_BITS`.
       amq: Group, symmetry, rotation.
     """

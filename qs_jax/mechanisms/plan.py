@@ -52,6 +52,11 @@ class Plan(NamedTuple):
         return self.kv_skip.policy if self.kv_skip is not None else "propagate"
 
     @property
+    def int8(self) -> bool:
+        """Products or keys of the layers with bits are int8."""
+        return self.amq is not None and self.amq.execution == "int8"
+
+    @property
     def sequential(self) -> bool:
         """Rows can only be run token by token: a decision reads the previous step's output."""
         halting, amq = self.halting, self.amq
@@ -70,6 +75,7 @@ class LayerNumbers(NamedTuple):
     may_fuse: Bool[Array, "*L"]
     tau_fuse: Float[Array, "*L"]
     assign_bits: Bool[Array, "*L"]
+    has_bits: Bool[Array, "*L"]
     pick_shortlist: Bool[Array, "*L"]
     keep: Float[Array, "*L"]
 
@@ -176,7 +182,11 @@ def _static_fusion(fusion: FusionConfig) -> FusionConfig:
 def _static_amq(amq: AMQConfig) -> AMQConfig:
     uniform = amq.entropy is None
     low, high = (float("-inf"), float("inf")) if uniform else (0.0, 0.0)
-    return dataclasses.replace(amq, layer=1, tau_low=low, tau_high=high, allow_noncausal=False)
+    # What is not int8 is simulated; an engine that does better has asked `resolve_execution`.
+    execution = "int8" if amq.execution == "int8" else "fake"
+    return dataclasses.replace(
+        amq, layer=1, tau_low=low, tau_high=high, allow_noncausal=False, execution=execution
+    )
 
 
 def _special_ids(model: ModelConfig) -> tuple[int, ...]:
@@ -219,6 +229,7 @@ def _numbers(
             may_fuse=jnp.asarray(may_fuse),
             tau_fuse=per_layer(fusion.tau_fuse if fusion is not None else 0.0),
             assign_bits=jnp.asarray(layer == (amq.layer if amq is not None else 0)),
+            has_bits=jnp.asarray(layer > (amq.layer if amq is not None else count)),
             pick_shortlist=jnp.asarray(layer == (qs.shortlist_layer or 0)),
             keep=per_layer([dict(retention).get(at, 1.0) for at in layer.tolist()]),
         ),

@@ -39,12 +39,15 @@ class Block(layers.PreNormBlock):
         self.up = nn.Dense(m.mlp_size)
         self.down = nn.Dense(m.hidden_size)
 
-    def project(self, x_BTD: Array, pos_BT: Array) -> tuple[Array, Array, Array]:
+    def project(
+        self, x_BTD: Array, pos_BT: Array, multiply: layers.Multiply = layers.dense_product
+    ) -> tuple[Array, Array, Array]:
         del pos_BT  # positions are in the embedding
-        return layers.split_heads(self.qkv(x_BTD), self.model)
+        return layers.split_heads(multiply(self.qkv, x_BTD), self.model)
 
-    def mlp(self, x_BTD: Array, cast: layers.Cast) -> Array:
-        return self.down(cast(layers.ACTIVATIONS[self.model.activation](self.up(x_BTD))))
+    def mlp(self, x_BTD: Array, multiply: layers.Multiply) -> Array:
+        up_BTF = multiply(self.up, x_BTD)
+        return multiply(self.down, layers.ACTIVATIONS[self.model.activation](up_BTF))
 
 
 class FinalNorm(nn.Module):

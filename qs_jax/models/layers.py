@@ -21,8 +21,9 @@ from qs_jax.config import ModelConfig
 # The engine owns the keys: which exist, where they are stored, who may see them.
 Attend: TypeAlias = Callable[[Array, Array, Array], tuple[Array, Any]]
 
-# Applied to the input of each of the four projections; quantisation enters here.
-Cast: TypeAlias = Callable[[Array], Array]
+# multiply(dense, x, start=0) applies one of the four projections (a dense module, known by its
+# name) to its input [B, T, C], from output column `start` on; quantisation enters here.
+Multiply: TypeAlias = Callable[..., Array]
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_new": lambda x: nn.gelu(x, approximate=True),
@@ -33,9 +34,15 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def as_it_is(x: Array) -> Array:
-    """No cast."""
-    return x
+def dense_product(dense: nn.Dense, x: Array, start: int = 0) -> Array:
+    """The product as the module defines it, from output column `start` on."""
+    if start == 0:
+        return dense(x)
+    weights = dense.variables["params"]
+    y = x @ weights["kernel"][:, start:].astype(x.dtype)
+    if "bias" not in weights:
+        return y
+    return y + weights["bias"][start:].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 class PreNormBlock(nn.Module):
@@ -46,19 +53,23 @@ class PreNormBlock(nn.Module):
 
     model: ModelConfig
 
-    def project(self, x_BTD: Array, pos_BT: Array) -> tuple[Array, Array, Array]:
+    def project(
+        self, x_BTD: Array, pos_BT: Array, multiply: Multiply = dense_product
+    ) -> tuple[Array, Array, Array]:
         """Queries `[B, T, N, H]`, keys and values `[B, T, K, H]` of normed states."""
         raise NotImplementedError
 
     def keys_values(
-        self, h_BTD: Float[Array, "B T D"], pos_BT: Int[Array, "B T"], cast: Cast = as_it_is
+        self,
+        h_BTD: Float[Array, "B T D"],
+        pos_BT: Int[Array, "B T"],
+        multiply: Multiply = dense_product,
     ) -> tuple[Array, Array]:
         """Keys and values `[B, T, K, H]` alone, for tokens that ask nothing."""
-        m = self.model
         with jax.named_scope("attn"):
-            x_BTD = cast(normed(self.attn_norm, h_BTD))
-            kv_BTO = last_columns(self.qkv, x_BTD, m.q_size)
-            shape = (*h_BTD.shape[:2], m.num_kv_heads, m.head_dim)
+            x_BTD = normed(self.attn_norm, h_BTD)
+            kv_BTO = multiply(self.qkv, x_BTD, self.model.q_size)
+            shape = (*h_BTD.shape[:2], -1, self.model.head_dim)
             k, v = (part.reshape(shape) for part in jnp.split(kv_BTO, 2, axis=-1))
             return self.place(k, pos_BT), v
 
@@ -67,8 +78,8 @@ class PreNormBlock(nn.Module):
         del pos_BT
         return x_BTXH
 
-    def mlp(self, x_BTD: Array, cast: Cast) -> Array:
-        """The MLP of normed states; `cast` is applied to the input of the down projection."""
+    def mlp(self, x_BTD: Array, multiply: Multiply) -> Array:
+        """The MLP of normed states."""
         raise NotImplementedError
 
     def __call__(
@@ -76,21 +87,14 @@ class PreNormBlock(nn.Module):
         h_BTD: Float[Array, "B T D"],
         pos_BT: Int[Array, "B T"],
         attend: Attend,
-        cast: Cast = as_it_is,
+        multiply: Multiply = dense_product,
     ) -> tuple[Float[Array, "B T D"], Any]:
         with jax.named_scope("attn"):
-            q, k, v = self.project(cast(normed(self.attn_norm, h_BTD)), pos_BT)
+            q, k, v = self.project(normed(self.attn_norm, h_BTD), pos_BT, multiply)
             context_BTNH, kept = attend(q, k, v)
-            h_BTD = h_BTD + self.out(cast(context_BTNH.reshape(*h_BTD.shape[:2], -1)))
+            h_BTD = h_BTD + multiply(self.out, context_BTNH.reshape(*h_BTD.shape[:2], -1))
         with jax.named_scope("mlp"):
-            return h_BTD + self.mlp(cast(normed(self.mlp_norm, h_BTD)), cast), kept
-
-
-def last_columns(dense: nn.Dense, x: Array, start: int) -> Array:
-    """The product of a dense module from output column `start` on."""
-    weights = dense.variables["params"]
-    y = x @ weights["kernel"][:, start:].astype(x.dtype)
-    return y + weights["bias"][start:].astype(x.dtype) if "bias" in weights else y
+            return h_BTD + self.mlp(normed(self.mlp_norm, h_BTD), multiply), kept
 
 
 def exact_dtype(dtype: Any) -> Any:

@@ -40,16 +40,18 @@ class Block(layers.PreNormBlock):
         self.gate_up = nn.Dense(2 * m.mlp_size, use_bias=m.mlp_bias)
         self.down = nn.Dense(m.hidden_size, use_bias=m.mlp_bias)
 
-    def project(self, x_BTD: Array, pos_BT: Array) -> tuple[Array, Array, Array]:
-        q, k, v = layers.split_heads(self.qkv(x_BTD), self.model)
+    def project(
+        self, x_BTD: Array, pos_BT: Array, multiply: layers.Multiply = layers.dense_product
+    ) -> tuple[Array, Array, Array]:
+        q, k, v = layers.split_heads(multiply(self.qkv, x_BTD), self.model)
         return self.place(q, pos_BT), self.place(k, pos_BT), v
 
     def place(self, x_BTXH: Array, pos_BT: Array) -> Array:
         return rope.rotate(x_BTXH, pos_BT, self.model)
 
-    def mlp(self, x_BTD: Array, cast: layers.Cast) -> Array:
-        gate_BTF, up_BTF = jnp.split(self.gate_up(x_BTD), 2, axis=-1)
-        return self.down(cast(layers.ACTIVATIONS[self.model.activation](gate_BTF) * up_BTF))
+    def mlp(self, x_BTD: Array, multiply: layers.Multiply) -> Array:
+        gate_BTF, up_BTF = jnp.split(multiply(self.gate_up, x_BTD), 2, axis=-1)
+        return multiply(self.down, layers.ACTIVATIONS[self.model.activation](gate_BTF) * up_BTF)
 
 
 class FinalNorm(nn.Module):

@@ -75,7 +75,8 @@ class Row:
         self.absorber = np.full((depth + 1, count), NEVER)
         self.weighed = np.zeros((depth + 1, count), bool)
         self.size, self.mass = np.ones((2, depth + 1, count))
-        self.bits = np.full(count, 16)
+        # One int8 product has one width: who is left alone still gets no more than 8 bits.
+        self.bits = np.full(count, 8 if qs.amq is not None and qs.amq.execution == "int8" else 16)
         self.drift, self.entropy = np.full((2, depth + 1, count), np.nan)
         self.shortlist: dict[int, np.ndarray] = {}
         self.logits = np.zeros((count, m.vocab_size))
@@ -123,13 +124,16 @@ class Row:
         return self.judge.above(received, skip.tau_kv)
 
     def bits_at(self, t: int, layer: int) -> int:
-        return int(self.bits[t]) if self.qs.amq and layer > self.qs.amq.layer else 16
+        if self.qs.amq is None or layer <= self.qs.amq.layer:
+            return 16
+        return int(self.bits[t])
 
     def quantised(self, target: str, x: np.ndarray, bits: int) -> np.ndarray:
         amq = self.qs.amq
         if amq is None or target not in amq.targets:
             return x
-        out, edge = fake_quant(x, bits, amq.group, amq.symmetric, amq.rotate)
+        group = amq.group or x.shape[-1]
+        out, edge = fake_quant(x, bits, group, amq.symmetric, amq.rotate)
         self.judge.note(edge)
         return out
 

@@ -28,6 +28,9 @@ FUSE = FusionConfig(
     proportional_attention=True,
 )
 BITS = AMQConfig(layer=2, tau_low=1.0, tau_high=3.0, targets=("linear", "hidden", "kv"), group=8)
+INT8 = AMQConfig(
+    layer=2, tau_low=1.0, tau_high=3.0, targets=("linear", "hidden", "kv"), execution="int8"
+)
 QUOTA = HaltingConfig(rule="quota", layers=(2, 4), quota=(0.4, 0.8), entropy=None)
 
 
@@ -49,6 +52,7 @@ MATRIX = {
     "KQ": settings(halting=FLAG, kv_skip=SKIP, amq=BITS),
     "FQ": settings(fusion=FUSE, amq=BITS),
     "HKFQ": settings(halting=HALT, kv_skip=SKIP, fusion=FUSE, amq=BITS),
+    "int8": settings(halting=HALT, kv_skip=SKIP, amq=INT8),
     "quota": settings(halting=QUOTA, kv_skip=KVSkipConfig("skip", delay=1), fusion=FUSE, amq=BITS),
 }
 

@@ -97,6 +97,15 @@ BOTH: dict[str, QuickSilverConfig] = {
     "bits-minmax": coarse(
         normalization="minmax", tau_low=0.3, tau_high=0.6, allow_noncausal=True, rotate=True
     ),
+    "bits-int8": settings_of(
+        amq=AMQConfig(
+            layer=1,
+            tau_low=1.8,
+            tau_high=2.4,
+            targets=("linear", "hidden", "kv"),
+            execution="int8",
+        )
+    ),
     "bits-uniform": settings_of(amq=AMQConfig.uniform(4, 1, group=4, targets=("linear", "kv"))),
     "all": settings_of(
         halting=halting(tau_drift=0.6),

@@ -115,13 +115,15 @@ def amqs(draw: st.DrawFn, online: bool) -> AMQConfig:
         "targets": tuple(
             sorted(draw(st.sets(st.sampled_from(["linear", "hidden", "kv"]), min_size=1)))
         ),
-        "symmetric": draw(st.booleans()),
-        "rotate": draw(st.booleans()),
     }
-    groups = [1, 2, 4]
-    if "kv" not in shared["targets"]:
-        groups += [8] if "linear" in shared["targets"] else [8, 16]
-    shared["group"] = draw(st.sampled_from(groups))
+    if shared["targets"] != ("hidden",) and draw(st.integers(0, 3)) == 0:
+        shared["execution"] = "int8"
+    else:
+        shared |= {"symmetric": draw(st.booleans()), "rotate": draw(st.booleans())}
+        groups = [1, 2, 4] if shared["rotate"] else [0, 1, 2, 4]
+        if "kv" not in shared["targets"]:
+            groups += [8] if "linear" in shared["targets"] else [8, 16]
+        shared["group"] = draw(st.sampled_from(groups))
     if draw(st.integers(0, 5)) == 0:
         return AMQConfig.uniform(draw(st.sampled_from([2, 4, 8])), **shared)
     entropy = draw(st.sampled_from([name for name in ENTROPY if online or name != "final_prev"]))

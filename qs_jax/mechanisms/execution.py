@@ -1,0 +1,232 @@
+"""How quantised products and keys are computed: simulated, in int8, or not at all.
+
+`auto` means: whoever only simulates (the masked engine, the definition) simulates the codes that
+int8 would use; an engine that is there to be fast runs int8 where that is faster on the device, and
+otherwise leaves AMQ out: no bits, no entropies. A mechanism that buys nothing must cost nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from qs_jax.config import AMQConfig, ModelConfig, QuickSilverConfig
+from qs_jax.errors import ConfigError
+from qs_jax.mechanisms import amq, int8
+from qs_jax.mechanisms.plan import Plan
+from qs_jax.models import Params, family_of
+from qs_jax.models.layers import Multiply, dense_product
+
+# Tokens at a time for which int8 must be faster: a prompt; and where tokens follow it, one more.
+SIZES = {"compact": (512,), "decode": (512, 1)}
+# The choice must not hang on the noise of a measurement.
+LEAST_GAIN = 1.2
+
+
+def resolve_execution(
+    qs: QuickSilverConfig | None,
+    model: ModelConfig,
+    engine: str,
+    faster: Callable[[ModelConfig, int], bool] | None = None,
+) -> QuickSilverConfig | None:
+    """What `execution="auto"` is for an engine; any other configuration comes back as it is.
+
+    Args:
+      qs: Mechanisms.
+      model: Sizes of the products.
+      engine: "masked": simulated. "compact" (prompts, scoring) and "decode" (`generate`): "int8",
+        or no AMQ.
+      faster: Whether int8 wins for this many tokens at a time; `is_faster` by default.
+    """
+    if qs is None or qs.amq is None or qs.amq.execution != "auto":
+        return qs
+    if engine == "masked":
+        chosen = dataclasses.replace(qs.amq, execution="fake")
+    else:
+        faster = faster or is_faster
+        wins = all(faster(model, tokens) for tokens in SIZES[engine])
+        chosen = dataclasses.replace(qs.amq, execution="int8") if wins else None
+    return dataclasses.replace(qs, amq=chosen)
+
+
+def is_faster(model: ModelConfig, tokens: int) -> bool:
+    """Whether the four int8 projections beat those of the model's dtype on the default device.
+
+    Measured once a process, device and model: see `product_seconds`.
+
+    Args:
+      model: Sizes and dtype.
+      tokens: Rows of the products.
+    """
+    device = jnp.zeros(()).device
+    return _gain(str(device), model, tokens) >= LEAST_GAIN
+
+
+@functools.lru_cache(maxsize=64)
+def _gain(device: str, model: ModelConfig, tokens: int) -> float:
+    del device  # a key of the cache
+    found = [product_seconds(*shape, tokens, (model.dtype,)) for shape in shapes(model).values()]
+    return sum(each[model.dtype] for each in found) / sum(each["int8"] for each in found)
+
+
+def shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of the four projections of a layer."""
+    d, f = model.hidden_size, model.mlp_size
+    first = family_of(model).mlp_products - 1
+    name = "gate_up" if first == 2 else "up"
+    return {
+        "qkv": (d, model.q_size + 2 * model.kv_size),
+        "out": (model.q_size, d),
+        name: (d, first * f),
+        "down": (f, d),
+    }
+
+
+def product_seconds(
+    inputs: int,
+    outputs: int,
+    tokens: int,
+    dtypes: tuple[str, ...],
+    rounds: int = 7,
+    seconds: float = 0.02,
+) -> dict[str, float]:
+    """Median seconds of one product in each dtype and in int8, quantisation of the input included.
+
+    The kinds take turns, so that a busy machine slows them alike.
+
+    Args:
+      inputs: Channels of a token.
+      outputs: Channels of the result.
+      tokens: Rows.
+      dtypes: Of the float products.
+      rounds: Turns.
+      seconds: Each turn repeats a product for about this long.
+    """
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((tokens, inputs)), jnp.float32)
+    kernel = jnp.asarray(rng.standard_normal((inputs, outputs)), jnp.float32)
+    bits = jnp.full(tokens, 8, jnp.int32)
+    multiply = jax.jit(jnp.matmul)
+    calls: dict[str, Callable[[], Array]] = {
+        dtype: functools.partial(multiply, x.astype(dtype), kernel.astype(dtype))
+        for dtype in dtypes
+    }
+    weights = int8.quantize_kernel(kernel)
+    narrow = x.astype(dtypes[0])
+    calls["int8"] = functools.partial(jax.jit(int8.product), narrow, bits, weights)
+    repeats = {}
+    for name, call in calls.items():
+        jax.block_until_ready(call())
+        repeats[name] = max(1, min(1000, round(seconds / _seconds(call, 1))))
+    taken = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            taken[name].append(_seconds(call, repeats[name]))
+    return {name: float(np.median(each)) for name, each in taken.items()}
+
+
+def _seconds(call: Callable[[], Array], repeats: int) -> float:
+    began = time.perf_counter()
+    for _ in range(repeats):
+        jax.block_until_ready(call())
+    return (time.perf_counter() - began) / repeats
+
+
+def quantize_weights(params: Params) -> Params:
+    """Parameters with the int8 codes of their projections under "int8", as int8 execution needs.
+
+    The engines do this themselves, once for the parameters used last; call it to keep several sets,
+    or to see the memory taken: one byte for each weight of the projections, beside the weights.
+
+    Args:
+      params: From `qs_jax.load`.
+
+    Returns:
+      A new dict; the arrays of `params` are shared.
+
+    Raises:
+      ConfigError: "int8" is there already, of other weights' shapes.
+    """
+    kernels = {name: part["kernel"] for name, part in params["layers"].items() if "kernel" in part}
+    if "int8" in params:
+        given = {name: part.codes.shape for name, part in params["int8"].items()}
+        if given != {name: kernel.shape for name, kernel in kernels.items()}:
+            raise ConfigError("params['int8'] is of another model: leave it out, it is made anew.")
+        return params
+    return {**params, "int8": _quantized(kernels)}
+
+
+_last: dict[str, Any] = {}
+
+
+def _quantized(kernels: Mapping[str, Any]) -> dict[str, int8.QWeights]:
+    held = _last.get("kernels", {})
+    if held.keys() == kernels.keys() and all(held[n]() is kernels[n] for n in kernels):
+        return _last["weights"]
+    weights = {name: int8.quantize_kernel(kernel) for name, kernel in kernels.items()}
+    # Weak: the codes go when the weights they were made of go.
+    forget = lambda _: _last.clear()  # noqa: E731
+    _last.clear()
+    _last["kernels"] = {name: weakref.ref(kernel, forget) for name, kernel in kernels.items()}
+    _last["weights"] = weights
+    return weights
+
+
+def with_weights(params: Params, plan: Plan | None) -> Params:
+    """Parameters as a program of this plan takes them."""
+    if plan is None or not plan.int8 or plan.amq is None or "linear" not in plan.amq.targets:
+        return {name: part for name, part in params.items() if name != "int8"}
+    return quantize_weights(params)
+
+
+def multiplier(
+    setting: AMQConfig | None,
+    bits_BT: Int[Array, "B T"],
+    weights: Mapping[str, int8.QWeights] | None,
+) -> Multiply:
+    """How a block multiplies tokens of these bits.
+
+    Args:
+      setting: AMQ, "fake" or "int8"; None is off.
+      bits_BT: Of each token.
+      weights: Of the layer, by projection, for a product in int8; None simulates it.
+    """
+    if setting is None or "linear" not in setting.targets:
+        return dense_product
+
+    def simulated(dense: Any, x: Array, start: int = 0) -> Array:
+        with jax.named_scope("amq"):
+            x = amq.fake_quantize(x, bits_BT, setting)
+        return dense_product(dense, x, start)
+
+    def in_int8(dense: Any, x: Array, start: int = 0) -> Array:
+        assert weights is not None
+        with jax.named_scope("amq"):
+            bias_O = dense.variables["params"].get("bias")
+            columns = jax.tree.map(lambda leaf: leaf[..., start:], (weights[dense.name], bias_O))
+            return int8.product(x, bits_BT, *columns)
+
+    return simulated if weights is None else in_int8
+
+
+def kept(
+    x_BTKH: Float[Array, "B T K H"], bits_BT: Int[Array, "B T"], setting: AMQConfig | None
+) -> Float[Array, "B T K H"]:
+    """Keys or values as they come back from the cache."""
+    if setting is None or "kv" not in setting.targets:
+        return x_BTKH
+    with jax.named_scope("amq"):
+        if setting.execution == "int8":
+            found = int8.decode_kv(int8.encode_kv(x_BTKH, bits_BT)).astype(x_BTKH.dtype)
+            return jnp.where((bits_BT < amq.FULL_BITS)[..., None, None], found, x_BTKH)
+        bits_BTK = jnp.broadcast_to(bits_BT[..., None], x_BTKH.shape[:-1])
+        return amq.fake_quantize(x_BTKH, bits_BTK, setting)
