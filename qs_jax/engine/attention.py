@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from qs_jax.models.layers import exact_dtype
-from qs_jax.state import KVCache
 
 
 class Attended(NamedTuple):
@@ -24,7 +23,7 @@ class Attended(NamedTuple):
       q_BTNH: Queries.
     """
 
-    cache: KVCache | None
+    cache: Any
     mask_BTS: Bool[Array, "B T S"]
     weights_BNTS: Float[Array, "B N T S"]
     k_BSKH: Float[Array, "B S K H"]

@@ -15,8 +15,10 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from qs_jax.config import ModelConfig
+from qs_jax.engine import one_query, opening
 from qs_jax.engine import past as pasts
 from qs_jax.engine.attention import Attended, attention
+from qs_jax.engine.cache import LayerCache
 from qs_jax.engine.call import Call
 from qs_jax.mechanisms import amq, decide, fusion, halting, kv_skip, signals
 from qs_jax.mechanisms.plan import NEVER, LayerNumbers, Numbers, Plan
@@ -48,34 +50,18 @@ def run(
     Returns:
       Normed states, the final carry, the evidence `[L, B, T]`, and the past of the next token.
     """
-    family = family_of(model)
-    with jax.named_scope("embed"):
-        embedded: Any = family.embed(model).apply(
-            {"params": params["embed"]}, rows.tokens_BT, rows.pos_BT
-        )
     keeps = past is not None or capacity is not None
-    call = Call(params, model, plan, numbers, rows, embedded, past, keeps, None)
-    if call.fuses:
-        call = call._replace(context_BXD=pasts.contexts(embedded, rows, plan, past))
-    cache = past.cache if past is not None else None
+    call = opening.open_call(params, rows, model, plan, numbers, past, keeps)
+    cache: Any = past.cache if past is not None else None
     if capacity is not None:
         cache = KVCache.zeros(model, rows.tokens_BT.shape[0], capacity)
-    block = family.block(model)
 
-    def layer(carry, scanned):
-        state, cache = carry
-        at, params_l, maps_l, past_l = scanned
-        size_BT = state.size_BT
-        state, attended, ran_BT, before_BTD = _block(
-            call, block, state, cache, at, params_l, maps_l, past_l
-        )
-        state, record, fused = _decide(call, state, attended, ran_BT, before_BTD, at, past_l)
-        kept = pasts.of_layer(call, size_BT, *fused, attended.mask_BTS, past_l)
-        return (state, attended.cache), (record, kept)
+    def body(carry, scanned):
+        state, cache, record, kept = layer(call, *carry, *scanned)
+        return (state, cache), (record, kept)
 
-    maps = params["kv_maps"].maps_LXFO if plan.policy == "extrapolate" else None
-    scanned = (numbers.layers, params["layers"], maps, pasts.by_layer(past))
-    (state, cache), (record, kept) = lax.scan(layer, (_start(call), cache), scanned)
+    scanned = (numbers.layers, params["layers"], opening.maps_of(call), pasts.by_layer(past))
+    (state, cache), (record, kept) = lax.scan(body, (opening.start(call), cache), scanned)
     following = None
     if cache is not None:
         assert kept is not None
@@ -84,35 +70,26 @@ def run(
     return head.normed(params, state.h_BTD, model), state, record, following
 
 
-def _start(call: Call) -> TokenState:
-    plan, model, past = call.plan, call.model, call.past
-    shape, exact = call.rows.pos_BT.shape, exact_dtype(model.dtype)
-    never_BT = jnp.full(shape, NEVER, jnp.int32)
-    similarity = received = shortlist = taken = None
-    if call.fuses:
-        assert plan.fusion is not None
-        taken = jnp.zeros((shape[0], plan.fusion.window), bool)
-        if plan.fusion.window > 1:
-            similarity = jnp.zeros((*shape, plan.fusion.window), exact)
-    if plan.policy == "attended":
-        received = jnp.zeros((*shape, shape[1]), exact)
-        if past is not None:
-            assert past.received_BS is not None
-            received = past.received_BS[:, None, :]
-    if plan.shortlist_size:
-        shortlist = jnp.zeros((*shape, plan.shortlist_size), jnp.int32)
-    return TokenState(
-        h_BTD=call.embedded_BTD,
-        halt_layer_BT=jnp.full(shape, model.num_layers, jnp.int32),
-        hidden_from_BT=never_BT,
-        hidden_after_BT=never_BT,
-        size_BT=jnp.ones(shape, exact),
-        bits_BT=jnp.full(shape, amq.FULL_BITS, jnp.int32),
-        similarity_BTW=similarity,
-        received_BTS=received,
-        shortlist_BTX=shortlist,
-        taken_BW=taken,
-    )
+def layer(call: Call, state: TokenState, cache, at: LayerNumbers, params_l, maps_l, past_l):
+    """One layer, in the order of DESIGN section 5.
+
+    Args:
+      call: What all layers share.
+      state: The carry.
+      cache: Keys and values so far (`pasts.write`); None when nothing is kept.
+      at: Numbers of this layer.
+      params_l: Its parameters.
+      maps_l: Its extrapolation maps, or None.
+      past_l: Its part of the past, or None.
+
+    Returns:
+      The next carry, the cache, the evidence, and what later tokens need.
+    """
+    size_BT = state.size_BT
+    state, attended, ran_BT, before_BTD = _block(call, state, cache, at, params_l, maps_l, past_l)
+    state, record, fused = _decide(call, state, attended, ran_BT, before_BTD, at, past_l)
+    kept = pasts.of_layer(call, size_BT, *fused, attended.mask_BTS, past_l)
+    return state, attended.cache, record, kept
 
 
 def _keys(call: Call, state: TokenState, layer: Array) -> kv_skip.Keys:
@@ -122,11 +99,16 @@ def _keys(call: Call, state: TokenState, layer: Array) -> kv_skip.Keys:
     return pasts.own_keys(call, state)
 
 
-def _block(call: Call, block, state: TokenState, cache, at: LayerNumbers, params_l, maps_l, past_l):
+def _block(call: Call, state: TokenState, cache, at: LayerNumbers, params_l, maps_l, past_l):
     """The layer itself: dense work, then only tokens that still compute take the result."""
     plan, rows = call.plan, call.rows
-    keys = _keys(call, state, at.layer)
-    mask_BTS = kv_skip.visible(rows.pos_BT, keys, at.layer, plan, call.numbers)
+    block, slots = family_of(call.model).block(call.model), isinstance(cache, LayerCache)
+    if slots and not (call.fuses or plan.policy == "attended"):
+        mask_BTS = cache.mask(rows.pos_BT[:, 0])[:, None]  # all that is kept stays visible
+    else:
+        keys = _keys(call, state, at.layer)
+        keys = pasts.in_slots(keys, cache, rows.pos_BT) if slots else keys
+        mask_BTS = kv_skip.visible(rows.pos_BT, keys, at.layer, plan, call.numbers)
     halted_BT = at.layer > state.halt_layer_BT
     log_size_BS = None
     if plan.fusion is not None and plan.fusion.proportional_attention:
@@ -135,23 +117,16 @@ def _block(call: Call, block, state: TokenState, cache, at: LayerNumbers, params
             log_size_BS = pasts.insert(jnp.log(past_l.size_BS), rows.pos_BT, log_size_BS)
 
     def attend(q, k, v):
-        if plan.policy == "extrapolate":
-            k, v = _extrapolated(call, state, k, v, halted_BT, maps_l)
-        if plan.amq is not None and "kv" in plan.amq.targets:
-            bits_BT1 = state.bits_BT[..., None]
-            with jax.named_scope("amq"):
-                k = amq.fake_quantize(k, jnp.broadcast_to(bits_BT1, k.shape[:-1]), plan.amq)
-                v = amq.fake_quantize(v, jnp.broadcast_to(bits_BT1, v.shape[:-1]), plan.amq)
+        k, v = stored(call, state, k, v, halted_BT, maps_l)
         kept, k_all, v_all = pasts.write(cache, at.layer - 1, rows.pos_BT, k, v, call.past)
-        context, weights = attention(q, k_all, v_all, mask_BTS, log_size_BS)
+        sizes_BS = log_size_BS
+        if isinstance(kept, LayerCache) and sizes_BS is not None:
+            sizes_BS = pasts.by_slot(sizes_BS, kept)
+        attends = one_query.attention if slots else attention
+        context, weights = attends(q, k_all, v_all, mask_BTS, sizes_BS)
         return context, Attended(kept, mask_BTS, weights, k_all, q)
 
-    def cast(x):
-        if plan.amq is None or "linear" not in plan.amq.targets:
-            return x
-        with jax.named_scope("amq"):
-            return amq.fake_quantize(x, state.bits_BT, plan.amq)
-
+    cast = cast_of(call, state)
     out: Any = block.apply({"params": params_l}, state.h_BTD, rows.pos_BT, attend, cast)
     h_BTD, attended = out
     ran_BT = rows.real_BT & ~call.stopped(state)
@@ -160,6 +135,34 @@ def _block(call: Call, block, state: TokenState, cache, at: LayerNumbers, params
     before_BTD = state.h_BTD
     h_BTD = jnp.where(ran_BT[..., None], h_BTD, before_BTD)
     return state.replace(h_BTD=h_BTD), attended, ran_BT, before_BTD
+
+
+def cast_of(call: Call, state: TokenState):
+    """What AMQ does to the inputs of the projections."""
+    plan = call.plan
+
+    def cast(x):
+        if plan.amq is None or "linear" not in plan.amq.targets or not call.decides:
+            return x
+        with jax.named_scope("amq"):
+            return amq.fake_quantize(x, state.bits_BT, plan.amq)
+
+    return cast
+
+
+def stored(call: Call, state: TokenState, k, v, halted_BT, maps_l):
+    """A layer's keys and values as they are kept: extrapolated where halted, quantised."""
+    plan = call.plan
+    if not call.decides:
+        return k, v
+    if plan.policy == "extrapolate":
+        k, v = _extrapolated(call, state, k, v, halted_BT, maps_l)
+    if plan.amq is not None and "kv" in plan.amq.targets:
+        bits_BT1 = state.bits_BT[..., None]
+        with jax.named_scope("amq"):
+            k = amq.fake_quantize(k, jnp.broadcast_to(bits_BT1, k.shape[:-1]), plan.amq)
+            v = amq.fake_quantize(v, jnp.broadcast_to(bits_BT1, v.shape[:-1]), plan.amq)
+    return k, v
 
 
 def _extrapolated(call: Call, state: TokenState, k, v, halted_BT, maps_XFO):
@@ -180,16 +183,8 @@ def _decide(call: Call, state: TokenState, attended: Attended, ran_BT, before_BT
     stopped_BT = call.stopped(state)
     nan_BT = jnp.full(ran_BT.shape, jnp.nan, exact_dtype(call.model.dtype))
     drift_BT = entropy_BT = nan_BT
-    if plan.shortlist_size:
-        state = state.replace(
-            shortlist_BTX=lax.cond(
-                at.pick_shortlist,
-                lambda: signals.pick_shortlist(
-                    state.h_BTD, call.params, call.model, plan.shortlist_size
-                ),
-                lambda: in_force.shortlist_BTX,
-            )
-        )
+    if plan.shortlist_size and call.decides:
+        state = find_shortlist(call, state, at)
     if plan.halting is not None and call.decides:
         with jax.named_scope("halt"):
             state, drift_BT, entropy_BT = _halt(
@@ -207,7 +202,7 @@ def _decide(call: Call, state: TokenState, attended: Attended, ran_BT, before_BT
             state = _quantize(call, state, ran_BT, at)
     record = LayerRecord(
         active_BT=ran_BT,
-        written_BT=_written(call, in_force, ran_BT, attended.mask_BTS, at.layer),
+        written_BT=written_of(call, in_force, ran_BT, attended.mask_BTS, at.layer),
         visible_BT=jnp.where(ran_BT, attended.mask_BTS.sum(-1), 0).astype(jnp.int32),
         bits_BT=in_force.bits_BT,
         fused_BT=in_force.hidden_from_BT,
@@ -216,6 +211,17 @@ def _decide(call: Call, state: TokenState, attended: Attended, ran_BT, before_BT
         weighed_BT=weighed_BT,
     )
     return state, record, fused
+
+
+def find_shortlist(call: Call, state: TokenState, at) -> TokenState:
+    """The ids of the shortlist entropy, at the one layer that picks them."""
+    before_BTX, size = state.shortlist_BTX, call.plan.shortlist_size
+    found_BTX = lax.cond(
+        at.pick_shortlist,
+        lambda: signals.pick_shortlist(state.h_BTD, call.params, call.model, size),
+        lambda: before_BTX,
+    )
+    return state.replace(shortlist_BTX=found_BTX)
 
 
 def _halt(call: Call, state: TokenState, attended, ran_BT, stopped_BT, before_BTD, at):
@@ -275,7 +281,7 @@ def _received(call: Call, state: TokenState, attended: Attended, ran_BT, layer) 
     return jnp.where((last_BS == layer)[:, None, :], found_BTS, state.received_BTS)
 
 
-def _written(call: Call, state: TokenState, ran_BT, mask_BTS, layer) -> Array:
+def written_of(call: Call, state: TokenState, ran_BT, mask_BTS, layer) -> Array:
     """Tokens of the call whose keys and values were written at this layer.
 
     A key that "attended" brings back counts as written once some query sees it.
@@ -300,7 +306,7 @@ def _fuse(call: Call, state: TokenState, attended: Attended, stopped_BT, at, pas
     tokens = fusion.Tokens(*joined, context_BXD=call.context_BXD)
     mean_BTW = None
     if setting.window > 1:
-        k_BXKH = pasts.last_keys(call, attended.k_BSKH, setting.window)
+        k_BXKH = pasts.last_keys(call, attended.k_BSKH, setting.window, attended.cache)
         found_BTW = fusion.similarity(attended.q_BTNH, k_BXKH, setting.window)
         assert state.similarity_BTW is not None
         state = state.replace(similarity_BTW=state.similarity_BTW + found_BTW)
@@ -352,15 +358,28 @@ def _weights(call: Call, state: TokenState, attended: Attended, h_BXD):
     mean_BTS = attended.weights_BNTS.mean(1)
     steps_W = jnp.arange(window + 1)[None, None, :]
     slots_BTW = jnp.maximum(rows.pos_BT[..., None] - steps_W, 0)
+    if isinstance(attended.cache, LayerCache):
+        slots_BTW = attended.cache.slots_of(slots_BTW[:, 0])[:, None]
     paid_BTW = jnp.take_along_axis(mean_BTS, slots_BTW, axis=-1)
     return paid_BTW[..., 0], paid_BTW[..., 1:]
 
 
 def _quantize(call: Call, state: TokenState, ran_BT, at) -> TokenState:
+    setting = call.plan.amq
+    assert setting is not None
+    state = assign_bits(call, state, at)
+    if "hidden" in setting.targets:
+        kept_BTD = amq.fake_quantize(state.h_BTD, state.bits_BT, setting)
+        state = state.replace(h_BTD=jnp.where(ran_BT[..., None], kept_BTD, state.h_BTD))
+    return state
+
+
+def assign_bits(call: Call, state: TokenState, at) -> TokenState:
+    """The bits of every token, at the one layer that assigns them."""
     plan, rows = call.plan, call.rows
     setting = plan.amq
     assert setting is not None
-    entropy_BT = jnp.zeros(ran_BT.shape, exact_dtype(call.model.dtype))
+    entropy_BT = jnp.zeros(rows.pos_BT.shape, exact_dtype(call.model.dtype))
     if setting.entropy is not None:
         needed_BT = rows.subject_BT & at.assign_bits
         entropy_BT = _entropy(call, state, setting.entropy, needed_BT)
@@ -373,8 +392,4 @@ def _quantize(call: Call, state: TokenState, ran_BT, at) -> TokenState:
         call.model,
         plan.shortlist_size,
     )
-    state = state.replace(bits_BT=jnp.where(at.assign_bits, assigned_BT, state.bits_BT))
-    if "hidden" in setting.targets:
-        kept_BTD = amq.fake_quantize(state.h_BTD, state.bits_BT, setting)
-        state = state.replace(h_BTD=jnp.where(ran_BT[..., None], kept_BTD, state.h_BTD))
-    return state
+    return state.replace(bits_BT=jnp.where(at.assign_bits, assigned_BT, state.bits_BT))

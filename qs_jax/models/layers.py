@@ -41,7 +41,7 @@ def as_it_is(x: Array) -> Array:
 class PreNormBlock(nn.Module):
     """One layer: `h + Attn(norm(h))`, then `h + MLP(norm(h))`.
 
-    Families define the submodules `attn_norm`, `out` and `mlp_norm`, and the two methods below.
+    Families define the submodules `attn_norm`, `qkv`, `out` and `mlp_norm`, and the methods below.
     """
 
     model: ModelConfig
@@ -53,6 +53,23 @@ class PreNormBlock(nn.Module):
     def mlp(self, x_BTD: Array, cast: Cast) -> Array:
         """The MLP of normed states; `cast` is applied to the input of the down projection."""
         raise NotImplementedError
+
+    def place(self, k_BTKH: Array, pos_BT: Array) -> Array:
+        """Keys as they are cached: with positions, where those are not in the embedding."""
+        del pos_BT
+        return k_BTKH
+
+    def keys_values(
+        self, h_BTD: Float[Array, "B T D"], pos_BT: Int[Array, "B T"], cast: Cast = as_it_is
+    ) -> tuple[Array, Array]:
+        """What `project` gives as keys and values, by their columns of the projection alone."""
+        x_BTD, weights = cast(normed(self.attn_norm, h_BTD)), self.qkv.variables["params"]
+        kv_BTO = x_BTD @ weights["kernel"][:, self.model.q_size :]
+        if "bias" in weights:
+            kv_BTO += weights["bias"][None, None, self.model.q_size :]
+        shape = (*h_BTD.shape[:2], -1, self.model.head_dim)
+        k_BTO, v_BTO = jnp.split(kv_BTO, 2, axis=-1)
+        return self.place(k_BTO.reshape(shape), pos_BT), v_BTO.reshape(shape)
 
     def __call__(
         self,

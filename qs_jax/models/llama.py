@@ -42,7 +42,10 @@ class Block(layers.PreNormBlock):
 
     def project(self, x_BTD: Array, pos_BT: Array) -> tuple[Array, Array, Array]:
         q, k, v = layers.split_heads(self.qkv(x_BTD), self.model)
-        return rope.rotate(q, pos_BT, self.model), rope.rotate(k, pos_BT, self.model), v
+        return rope.rotate(q, pos_BT, self.model), self.place(k, pos_BT), v
+
+    def place(self, k_BTKH: Array, pos_BT: Array) -> Array:
+        return rope.rotate(k_BTKH, pos_BT, self.model)
 
     def mlp(self, x_BTD: Array, cast: layers.Cast) -> Array:
         gate_BTF, up_BTF = jnp.split(self.gate_up(x_BTD), 2, axis=-1)

@@ -1,0 +1,69 @@
+"""A layer in which no live token computes: what is left of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from qs_jax.engine import masked
+from qs_jax.engine import past as pasts
+from qs_jax.engine.call import Call
+from qs_jax.mechanisms import fusion
+from qs_jax.mechanisms.plan import LayerNumbers
+from qs_jax.models import family_of
+from qs_jax.models.layers import exact_dtype
+from qs_jax.state import LayerRecord, TokenState
+
+
+def idle(call: Call, state: TokenState, cache, at: LayerNumbers, params_l, maps_l, past_l):
+    """`masked.layer` where every live token has halted before: only their keys and values, if any.
+
+    Args:
+      call: What all layers share.
+      state: The carry.
+      cache: As in `masked.layer`; None where no key needs writing.
+      at: Numbers of this layer.
+      params_l: Its parameters.
+      maps_l: Its extrapolation maps, or None.
+      past_l: Its part of the past, or None.
+    """
+    rows, plan = call.rows, call.plan
+    nobody_BT = jnp.zeros_like(rows.real_BT)
+    if cache is not None:
+        block = family_of(call.model).block(call.model)
+        found: Any = block.apply(
+            {"params": params_l},
+            state.h_BTD,
+            rows.pos_BT,
+            masked.cast_of(call, state),
+            method=block.keys_values,
+        )
+        k, v = masked.stored(call, state, found[0], found[1], ~nobody_BT, maps_l)
+        cache = pasts.write(cache, at.layer - 1, rows.pos_BT, k, v, call.past)[0]
+    in_force = state
+    if plan.shortlist_size and call.decides:
+        state = masked.find_shortlist(call, state, at)
+    if plan.amq is not None and call.decides:
+        state = masked.assign_bits(call, state, at)
+    nan_BT = jnp.full(nobody_BT.shape, jnp.nan, exact_dtype(call.model.dtype))
+    no_mask_BTS = nobody_BT[..., None]
+    record = LayerRecord(
+        active_BT=nobody_BT,
+        written_BT=masked.written_of(call, in_force, nobody_BT, no_mask_BTS, at.layer),
+        visible_BT=jnp.zeros_like(in_force.bits_BT),
+        bits_BT=in_force.bits_BT,
+        fused_BT=in_force.hidden_from_BT,
+        drift_BT=nan_BT,
+        entropy_BT=nan_BT,
+        weighed_BT=nobody_BT,
+    )
+    fused = (None, None, None)
+    if call.fuses:
+        assert state.taken_BW is not None
+        merged = fusion.Merged(state.h_BTD, state.size_BT, state.size_BT)
+        fused = (state.h_BTD, merged, jnp.zeros_like(state.taken_BW))
+    width = call.past.halt_layer_BS.shape[1] if call.past is not None else rows.pos_BT.shape[1]
+    kept_mask_BTS = jnp.zeros((*rows.pos_BT.shape, width), bool)
+    kept = pasts.of_layer(call, state.size_BT, *fused, kept_mask_BTS, past_l)
+    return state, cache, record, kept
