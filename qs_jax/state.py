@@ -6,7 +6,7 @@ Their annotations are documentation: JAX rebuilds these structs with placeholder
 
 from __future__ import annotations
 
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import flax.struct
 import jax
@@ -137,7 +137,8 @@ class Past(flax.struct.PyTreeNode):
     """What a later token needs of the tokens before it, under the mechanisms.
 
     Attributes:
-      cache: Keys and values of every slot; whether a query sees one is decided by what follows.
+      cache: Keys and values of every slot; whether a query sees one is decided by what follows. In
+        the decode engine a `SlotCache` for each segment of layers.
       halt_layer_BS: Layers each token ran.
       hidden_after_BS: Its keys are gone after this layer (fusion).
       hidden_from_BS: Position of the first token that absorbed it; NEVER if none.
@@ -149,7 +150,7 @@ class Past(flax.struct.PyTreeNode):
       record: Evidence of every token so far, `[L, B, S]`.
     """
 
-    cache: KVCache
+    cache: KVCache | tuple[Any, ...]
     halt_layer_BS: Int[Array, "B S"]
     hidden_after_BS: Int[Array, "B S"]
     hidden_from_BS: Int[Array, "B S"]
@@ -200,7 +201,9 @@ class DecodeState(flax.struct.PyTreeNode):
       tokens_BM: Output buffer; M is the capacity for new tokens.
       logprobs_BM: Log-probability of each produced token in nats.
       lengths_B: Tokens each row has produced, the end token included.
-      cache: Keys and values of all positions before `pos_B`; a `Past` under the mechanisms.
+      overflow: A planned capacity of the prompt was too small.
+      cache: Keys and values of all positions before `pos_B`; a `Past` under the mechanisms. In the
+        decode engine a `SlotCache` for each segment of layers takes the place of a `KVCache`.
     """
 
     step: Int[Array, ""]
@@ -212,4 +215,5 @@ class DecodeState(flax.struct.PyTreeNode):
     tokens_BM: Int[Array, "B M"]
     logprobs_BM: Float[Array, "B M"]
     lengths_B: Int[Array, "B"]
-    cache: KVCache | Past
+    overflow: Bool[Array, ""]
+    cache: KVCache | tuple[Any, ...] | Past

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.models.layers import exact_dtype
-from qs_jax.state import KVCache
 
 # Queries of a block, at least; and blocks of a row, at most: each is compiled on its own. Measured
 # on CPU: at 512 tokens blocks of 64 to 128 cost a quarter of one block of 512, which computes twice
@@ -31,7 +30,7 @@ class Attended(NamedTuple):
       log_size_BS: Added to the keys' logits, or None.
     """
 
-    cache: KVCache | None
+    cache: Any
     mask_BTS: Bool[Array, "B T S"]
     weights_BNTS: Float[Array, "B N T S"] | None
     k_BSKH: Float[Array, "B S K H"]

@@ -15,12 +15,12 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.config import ModelConfig
-from qs_jax.engine import masked, tokenwise
+from qs_jax.engine import layer, opening, tokenwise
 from qs_jax.engine import past as pasts
 from qs_jax.engine.call import Around, Call, Passive
 from qs_jax.mechanisms import decide, fusion
 from qs_jax.mechanisms.plan import Numbers, Plan
-from qs_jax.models import Params, family_of, head
+from qs_jax.models import Params, head
 from qs_jax.models.layers import exact_dtype
 from qs_jax.state import KVCache, LayerRecord, Past, TokenState
 
@@ -106,15 +106,16 @@ def run(
       capacity: Slots of the `Past`; None keeps none.
     """
     rows = tokenwise.whole_rows(prompt, plan, numbers)
-    opened = masked.open_call(
-        params, rows, model, plan, numbers, None, capacity, prompt.prompt_lengths_B
+    keeps = capacity is not None
+    opened = opening.open_call(
+        params, rows, model, plan, numbers, None, keeps, prompt.prompt_lengths_B
     )
     call = opened._replace(lean=True, lengths_B=prompt.lengths_B)
     cache = None
     if capacity is not None:
         cache = KVCache.zeros(model, rows.tokens_BT.shape[0], capacity)
     carry = Carry(
-        masked.start(call), cache, _empty_record(call), _empty_kept(call), jnp.zeros((), bool)
+        opening.start(call), cache, _empty_record(call), _empty_kept(call), jnp.zeros((), bool)
     )
     if schedule.planned:
         for index, slots in enumerate(schedule.capacities):
@@ -168,33 +169,22 @@ def _segment(call: Call, schedule: Schedule, slots: int, carry: Carry, bounds: S
         index = _choose(call, carry.state, bounds.first_S, slots, schedule.keeps_keys)
         inner, state = _gather(call, carry.state, index, bounds.first_S)
     put = _Put(carry.state, index, call)
-    block = family_of(call.model).block(call.model)
-    codes = call.params.get("int8") if call.plan.int8 else None
-    maps_LXFO = call.params["kv_maps"].maps_LXFO if call.plan.policy == "extrapolate" else None
+    weights = layer.weights_of(call, call.params["layers"])
 
-    def layer(number: Array, loop):
+    def body(number: Array, loop):
         state, cache, record, kept = loop
 
         def here(leaf: Array) -> Array:
             return lax.dynamic_index_in_dim(leaf, number, keepdims=False)
 
-        at, params_l, int8_l, maps_l = jax.tree.map(
-            here, (call.numbers.layers, call.params["layers"], codes, maps_LXFO)
-        )
-        size_BT = state.size_BT
-        state, attended, ran_BT, before_BTD = masked.run_block(
-            inner, block, state, cache, at, params_l, int8_l, maps_l, None
-        )
-        state, record_l, fused = masked.decide_layer(
-            inner, state, attended, ran_BT, before_BTD, at, None
-        )
-        kept_l = pasts.of_layer(inner, size_BT, *fused, attended.mask_BTS, None)
+        at, weights_l = jax.tree.map(here, (call.numbers.layers, weights))
+        state, cache, record_l, kept_l = layer.run(inner, state, cache, at, weights_l, None)
         record = _set(record, number, put.record(record_l))
         kept = _set(kept, number, put.kept(kept_l))
-        return state, attended.cache, record, kept
+        return state, cache, record, kept
 
     loop = (state, carry.cache, carry.record, carry.kept)
-    state, cache, record, kept = lax.fori_loop(bounds.first_S - 1, bounds.last_S, layer, loop)
+    state, cache, record, kept = lax.fori_loop(bounds.first_S - 1, bounds.last_S, body, loop)
     if index is not None:
         state = _scatter(call, carry.state, state, index, bounds)
     return Carry(state, cache, record, kept, carry.overflow)
@@ -364,7 +354,7 @@ def _blank(call: Call, state: TokenState) -> LayerRecord:
 
 
 def _empty_record(call: Call) -> LayerRecord:
-    blank, layers = _blank(call, masked.start(call)), call.model.num_layers
+    blank, layers = _blank(call, opening.start(call)), call.model.num_layers
     return jax.tree.map(lambda leaf: jnp.zeros((layers, *leaf.shape), leaf.dtype), blank)
 
 

@@ -1,58 +1,31 @@
-"""Token generation: prefill, then one `lax.while_loop` over tokens, in a single program.
+"""Token generation: prefill, then a loop over tokens.
 
-`stream` runs the same two pieces, `start` and `advance`, one call a token.
+The decode engine (`decode.py`) runs prefill, packing and the loop as programs of their own; the
+masked engine is one program. `stream` runs the same pieces, one call a token.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, UInt
+from jaxtyping import Array, Bool, Float, Int
 
-from qs_jax.config import Config, ModelConfig
-from qs_jax.engine import batching, dense, sampling, tokenwise
-from qs_jax.engine.checks import check_finite, check_maps, check_params
+from qs_jax.config import Config
+from qs_jax.engine import batching, decode, pack, sampling, token_loop
+from qs_jax.engine.cache import cache_bytes
+from qs_jax.engine.checks import check_finite, check_maps, check_overflow, check_params
 from qs_jax.engine.overrides import TokenOverrides, arrays_of
-from qs_jax.mechanisms import decide
+from qs_jax.engine.schedule import arrange, bind_call, uses_compact
+from qs_jax.engine.token_loop import DecodeNumbers, DecodePlan
 from qs_jax.mechanisms.execution import with_weights
-from qs_jax.mechanisms.plan import Numbers, Plan, bind
 from qs_jax.models import Params
 from qs_jax.record import Record
-from qs_jax.state import DecodeState, KVCache, Past
-
-
-class DecodePlan(NamedTuple):
-    """Everything static about one call; calls with equal plans and shapes share a program.
-
-    Attributes:
-      new_capacity: M, width of the output buffer, a bucket that holds max_new_tokens.
-      stop_ids: Token ids that end a row.
-      pad_id: Fills a row after its end.
-      sampling: Which filters run.
-      mechanisms: Static half of the mechanisms; None is the dense model.
-    """
-
-    new_capacity: int
-    stop_ids: tuple[int, ...]
-    pad_id: int
-    sampling: sampling.SamplingPlan
-    mechanisms: Plan | None
-
-
-class DecodeNumbers(NamedTuple):
-    """Everything traced about one call but the tokens."""
-
-    max_new_tokens: Int[Array, ""]
-    seed: UInt[Array, ""]
-    sampling: sampling.SamplingNumbers
-    mechanisms: Numbers | None
-    overrides: decide.Overrides | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +41,9 @@ class GenerateOutput:
       prompt_lengths: int32 `[B]`.
       record: What the mechanisms did to every token that was run: the prompt and all new tokens but
         the last of each row. None for the dense model.
+      kv_bytes: Bytes the KV cache took at the end of the call, which is its largest size. The
+        prompt's own full cache, which the decode engine packs and frees after prefill, is not in
+        it.
     """
 
     tokens: Int[np.ndarray, "B M"]
@@ -76,6 +52,7 @@ class GenerateOutput:
     prompt_tokens: Int[np.ndarray, "B T"]
     prompt_lengths: Int[np.ndarray, "B"]
     record: Record | None = None
+    kv_bytes: int = 0
 
     @property
     def sequences(self) -> list[list[int]]:
@@ -104,136 +81,6 @@ class StreamStep:
     done: Bool[np.ndarray, "B"]
 
 
-def emit(
-    state: DecodeState,
-    logits_BV: Float[Array, "B V"],
-    numbers: DecodeNumbers,
-    plan: DecodePlan,
-) -> DecodeState:
-    """Choose each row's next token from its logits and note it; ended rows stay as they are."""
-    rows = jnp.arange(logits_BV.shape[0])
-    keys_B = sampling.row_keys(numbers.seed, logits_BV.shape[0])
-    token_B = sampling.choose(
-        logits_BV, state.seen_BV, keys_B, state.step, plan.sampling, numbers.sampling
-    )
-    logprob_B = jax.nn.log_softmax(logits_BV, axis=-1)[rows, token_B]
-    live_B = ~state.done_B
-    token_B = jnp.where(live_B, token_B, plan.pad_id)
-    stop_B = jnp.isin(token_B, jnp.array(plan.stop_ids, jnp.int32))
-    seen_BV = state.seen_BV
-    if plan.sampling.penalize:
-        seen_BV = seen_BV.at[rows, token_B].max(live_B)
-    return state.replace(
-        step=state.step + 1,
-        last_B=token_B,
-        done_B=state.done_B | stop_B,
-        finite_B=state.finite_B & (state.done_B | jnp.isfinite(logits_BV).all(-1)),
-        seen_BV=seen_BV,
-        tokens_BM=state.tokens_BM.at[:, state.step].set(token_B),
-        logprobs_BM=state.logprobs_BM.at[:, state.step].set(jnp.where(live_B, logprob_B, 0.0)),
-        lengths_B=state.lengths_B + live_B,
-    )
-
-
-def start(
-    params: Params,
-    tokens_BT: Int[Array, "B T"],
-    lengths_B: Int[Array, "B"],
-    numbers: DecodeNumbers,
-    model: ModelConfig,
-    plan: DecodePlan,
-) -> DecodeState:
-    """Run the prompts and choose the first token of each row."""
-    batch, width = tokens_BT.shape
-    capacity = width + plan.new_capacity
-    if plan.mechanisms is None:
-        logits_BV, cache = dense.prefill(params, tokens_BT, lengths_B, model, capacity)
-    else:
-        assert numbers.mechanisms is not None
-        prompt = tokenwise.Prompt(tokens_BT, lengths_B, lengths_B, numbers.overrides)
-        logits_BV, cache = tokenwise.run_prompt(
-            params, prompt, model, plan.mechanisms, numbers.mechanisms, capacity
-        )
-    seen_BV = jnp.zeros((batch, model.vocab_size if plan.sampling.penalize else 1), bool)
-    if plan.sampling.penalize:
-        real_BT = jnp.arange(width)[None, :] < lengths_B[:, None]
-        seen_BV = seen_BV.at[jnp.arange(batch)[:, None], tokens_BT].max(real_BT)
-    state = DecodeState(
-        step=jnp.int32(0),
-        last_B=jnp.zeros(batch, jnp.int32),
-        pos_B=lengths_B,
-        done_B=jnp.zeros(batch, bool),
-        finite_B=jnp.ones(batch, bool),
-        seen_BV=seen_BV,
-        tokens_BM=jnp.full((batch, plan.new_capacity), plan.pad_id, jnp.int32),
-        logprobs_BM=jnp.zeros((batch, plan.new_capacity), logits_BV.dtype),
-        lengths_B=jnp.zeros(batch, jnp.int32),
-        cache=cache,
-    )
-    return emit(state, logits_BV, numbers, plan)
-
-
-def advance(
-    params: Params,
-    state: DecodeState,
-    numbers: DecodeNumbers,
-    model: ModelConfig,
-    plan: DecodePlan,
-) -> DecodeState:
-    """Run each row's last token through the model and choose the next one."""
-    if plan.mechanisms is None:
-        assert isinstance(state.cache, KVCache)
-        logits_BV, cache = dense.decode_step(params, state.last_B, state.pos_B, state.cache, model)
-    else:
-        assert numbers.mechanisms is not None
-        assert isinstance(state.cache, Past)
-        nothing_B = jnp.zeros_like(state.pos_B)  # under "continuation" no new token is a subject
-        columns = (state.last_B[:, None], state.pos_B[:, None], ~state.done_B[:, None])
-        rows = decide.rows(*columns, nothing_B, None, plan.mechanisms, numbers.mechanisms)
-        _, logits_BV, cache = tokenwise.step(
-            params, rows, state.cache, model, plan.mechanisms, numbers.mechanisms
-        )
-    moved = state.replace(cache=cache, pos_B=state.pos_B + ~state.done_B)
-    return emit(moved, logits_BV, numbers, plan)
-
-
-def generate_result(
-    params: Params,
-    tokens_BT: Int[Array, "B T"],
-    lengths_B: Int[Array, "B"],
-    numbers: DecodeNumbers,
-    model: ModelConfig,
-    plan: DecodePlan,
-) -> dict[str, Any]:
-    """The whole call: prompts in, finished rows out, no host in between; the cache is freed."""
-
-    def unfinished(state: DecodeState) -> Array:
-        # Two ways to stop: the token budget is used up, or every row has ended.
-        return (state.step < numbers.max_new_tokens) & ~state.done_B.all()
-
-    def body(state: DecodeState) -> DecodeState:
-        return advance(params, state, numbers, model, plan)
-
-    started = start(params, tokens_BT, lengths_B, numbers, model, plan)
-    state = lax.while_loop(unfinished, body, started)
-    out: dict[str, Any] = {
-        "tokens": state.tokens_BM,
-        "lengths": state.lengths_B,
-        "logprobs": state.logprobs_BM,
-        "finite": state.finite_B,
-    }
-    if plan.mechanisms is not None:
-        assert isinstance(state.cache, Past)
-        out["evidence"] = tokenwise.evidence(state.cache)
-    return out
-
-
-_STATIC = ("model", "plan")
-jit_generate = jax.jit(generate_result, static_argnames=_STATIC)
-jit_start = jax.jit(start, static_argnames=_STATIC)
-jit_advance = jax.jit(advance, static_argnames=_STATIC, donate_argnames=("state",))
-
-
 def _prepare(
     params: Params,
     tokens: batching.TokensLike,
@@ -252,22 +99,30 @@ def _prepare(
         attention_mask=attention_mask,
     )
     sampling_plan, sampling_numbers = sampling.plan_of(cfg)
-    bound = bind(cfg.quicksilver, model, cfg.effective_protocol)
+    fast = cfg.engine != "masked"
+    bound = bind_call(cfg, "decode" if fast else "masked")
+    chosen = arrays_of(overrides, padded.tokens_BT.shape, batch.tokens_BT.shape[1], cfg)
+    schedule = cut = None
     if bound is not None:
         check_maps(params, bound[0], model)
+        if uses_compact(cfg):
+            schedule, cut = arrange(cfg, padded, padded.lengths_B, chosen, bound[0])
     plan = DecodePlan(
         new_capacity=batching.bucket_size(cfg.max_new_tokens),
         stop_ids=cfg.stop_ids,
         pad_id=model.pad_token_id or 0,
         sampling=sampling_plan,
         mechanisms=bound and bound[0],
+        segments=pack.segments(cfg, bound and bound[0]) if fast else (),
+        schedule=schedule,
     )
     numbers = DecodeNumbers(
         max_new_tokens=jnp.int32(cfg.max_new_tokens),
         seed=jnp.uint32(cfg.seed),
         sampling=sampling_numbers,
         mechanisms=bound and bound[1],
-        overrides=arrays_of(overrides, padded.tokens_BT.shape, batch.tokens_BT.shape[1], cfg),
+        overrides=chosen,
+        segments=cut,
     )
     return batch, padded, numbers, plan
 
@@ -304,13 +159,25 @@ def generate(
     check_params(params, cfg.model)
     batch, padded, numbers, plan = _prepare(params, tokens, cfg, lengths, attention_mask, overrides)
     params = with_weights(params, plan.mechanisms)
-    out = jax.device_get(jit_generate(params, *padded, numbers, model=cfg.model, plan=plan))
+    static = {"model": cfg.model, "plan": plan}
+    if plan.segments:
+        results, kv_bytes = decode.generate(params, padded, numbers, cfg, plan)
+    else:
+        results = token_loop.jit_generate(params, *padded, numbers, **static)
+        kv_bytes = cache_bytes(pack.full_cache(cfg.model, padded.tokens_BT.shape, plan))
+    out = jax.device_get(results)
     check_finite(out["finite"])
+    check_overflow(out["overflow"])
     record = None
     if "evidence" in out:
         ran_B = batch.lengths_B + np.maximum(out["lengths"] - 1, 0)
         record = Record.of(
-            out["evidence"], int(ran_B.max()), ran_B, batch.lengths_B, cfg.effective_protocol
+            out["evidence"],
+            int(ran_B.max()),
+            ran_B,
+            batch.lengths_B,
+            cfg.effective_protocol,
+            simulated=plan.schedule is None,
         )
     return GenerateOutput(
         tokens=out["tokens"][:, : cfg.max_new_tokens],
@@ -319,6 +186,7 @@ def generate(
         prompt_tokens=batch.tokens_BT,
         prompt_lengths=batch.lengths_B,
         record=record,
+        kv_bytes=kv_bytes,
     )
 
 
@@ -356,11 +224,15 @@ def _stream(
     plan: DecodePlan,
 ) -> Iterator[StreamStep]:
     static = {"model": cfg.model, "plan": plan}
-    state = jit_start(params, *padded, numbers, **static)
+    state = token_loop.jit_start(params, *padded, numbers, **static)
+    check_overflow(bool(state.overflow))
+    decoder = decode.Decoder(params, numbers, cfg, plan) if plan.segments else None
     ended = np.zeros(len(padded.lengths_B), bool)
     for step in range(cfg.max_new_tokens):
-        if step:
-            state = jit_advance(params, state, numbers, **static)
+        if step and decoder is not None:
+            state = decoder.advance(state)
+        elif step:
+            state = token_loop.jit_advance(params, state, numbers, **static)
         token, logprob, done, finite = jax.device_get(
             (state.last_B, _column(state.logprobs_BM, step), state.done_B, state.finite_B)
         )

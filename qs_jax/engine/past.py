@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from qs_jax.engine.cache import EMPTY, LayerCache
 from qs_jax.engine.call import Call
 from qs_jax.mechanisms import fusion, kv_skip
 from qs_jax.mechanisms.decide import Rows
@@ -102,17 +103,50 @@ def all_keys(call: Call, state: TokenState) -> kv_skip.Keys:
     return kv_skip.Keys(*joined, received_BTS=state.received_BTS)
 
 
+def in_slots(keys: kv_skip.Keys, cache: LayerCache, pos_BT: Array) -> kv_skip.Keys:
+    """The same keys in the order of a layer's slots; the current token's is the last entry."""
+    if cache.by_position:
+        return keys
+    # Before the token is written: what its slot still says is an earlier token's.
+    pos_BC = cache.write_position(pos_BT[:, 0]).pos_BC
+    index_BC = jnp.minimum(pos_BC, keys.pos_BS.shape[1] - 1)
+
+    def take(array_BS: Array) -> Array:
+        return jnp.take_along_axis(array_BS, index_BC, axis=1)
+
+    assert keys.received_BTS is None
+    return kv_skip.Keys(
+        pos_BS=pos_BC,
+        real_BS=take(keys.real_BS) & (pos_BC < EMPTY),
+        halt_layer_BS=take(keys.halt_layer_BS),
+        hidden_from_BS=take(keys.hidden_from_BS),
+        retain_BS=take(keys.retain_BS),
+        received_BTS=None,
+    )
+
+
+def by_slot(array_BS: Array, cache: LayerCache) -> Array:
+    """An array over positions in the order of a layer's slots."""
+    if cache.by_position:
+        return array_BS
+    index_BC = jnp.minimum(cache.pos_BC, array_BS.shape[1] - 1)
+    return jnp.take_along_axis(array_BS, index_BC, axis=1)
+
+
 def insert(array_BS: Array, pos_BT: Array, values_BT: Array) -> Array:
     """Write each row's one value at its position."""
     return array_BS.at[jnp.arange(len(pos_BT)), pos_BT[:, 0]].set(values_BT[:, 0])
 
 
 def write(
-    cache: KVCache | None, index: Array, pos_BT: Array, k: Array, v: Array, call: Call
-) -> tuple[KVCache | None, Array, Array]:
+    cache: KVCache | LayerCache | None, index: Array, pos_BT: Array, k: Array, v: Array, call: Call
+) -> tuple[KVCache | LayerCache | None, Array, Array]:
     """Write a layer's keys and values; returns the cache and all keys and values to attend to."""
     if cache is None:
         return None, k, v
+    if isinstance(cache, LayerCache):
+        cache = cache.write(pos_BT[:, 0], k, v)
+        return cache, *cache.of_layer()
     if call.around is not None:
         return cache.write_slots(index, pos_BT, k, v), k, v
     if call.past is None:
@@ -180,12 +214,14 @@ def earlier(call: Call, state: TokenState, past_l: PastLayer | None, layer: Arra
     return Earlier(tokens, past_l.merged)
 
 
-def last_keys(call: Call, k_BSKH: Array, count: int) -> Array:
+def last_keys(call: Call, k_BSKH: Array, count: int, cache: Any) -> Array:
     """Keys of the W tokens before the call's and of its own, `[B, W + T, K, H]`."""
     if call.past is None:
         k_BSKH = k_BSKH[:, -call.rows.pos_BT.shape[1] :]  # passive tokens come first
         return jnp.pad(k_BSKH, ((0, 0), (count, 0), (0, 0), (0, 0)))
     slots_BX = jnp.concatenate([_last_slots(call.rows.pos_BT, count), call.rows.pos_BT], axis=1)
+    if isinstance(cache, LayerCache):
+        slots_BX = cache.slots_of(slots_BX)
     return _take(k_BSKH, slots_BX)
 
 
@@ -306,7 +342,7 @@ def _window(call: Call, kept: Kept) -> FusionWindow | None:
     )
 
 
-def extend(call: Call, state: TokenState, record: LayerRecord, kept: Kept, cache: KVCache) -> Past:
+def extend(call: Call, state: TokenState, record: LayerRecord, kept: Kept, cache: Any) -> Past:
     """The past after one more token a row; rows that are not live keep theirs."""
     past, rows = call.past, call.rows
     assert past is not None

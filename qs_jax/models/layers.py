@@ -48,7 +48,7 @@ def dense_product(dense: nn.Dense, x: Array, start: int = 0) -> Array:
 class PreNormBlock(nn.Module):
     """One layer: `h + Attn(norm(h))`, then `h + MLP(norm(h))`.
 
-    Families define the submodules `attn_norm`, `out` and `mlp_norm`, and the two methods below.
+    Families define the submodules `attn_norm`, `qkv`, `out` and `mlp_norm`, and the methods below.
     """
 
     model: ModelConfig

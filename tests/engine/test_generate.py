@@ -10,7 +10,7 @@ import pytest
 
 import qs_jax
 from qs_jax.config import Config
-from qs_jax.engine import attention, scoring, tokenwise
+from qs_jax.engine import attention, dense, scoring, token_loop, tokenwise
 from qs_jax.engine import generate as engine
 from qs_jax.engine.batching import bucket_size
 from qs_jax.errors import ConfigError, InputError, NonFiniteError
@@ -213,11 +213,11 @@ def test_prompts_of_one_bucket_share_one_program(monkeypatch):
     model = tiny_model()
     params = tiny_params(model)
     chex.clear_trace_counter()
-    traced_once = chex.assert_max_traces(engine.generate_result, n=1)
+    traced_once = chex.assert_max_traces(token_loop.generate_result, n=1)
     monkeypatch.setattr(
-        engine, "jit_generate", jax.jit(traced_once, static_argnames=engine._STATIC)
+        token_loop, "jit_generate", jax.jit(traced_once, static_argnames=token_loop._STATIC)
     )
-    cfg = Config(model, **SAMPLED)
+    cfg = Config(model, engine="masked", **SAMPLED)
     for width, budget in ((1, 1), (9, 16), (16, 13)):
         varied = cfg.replace(
             max_new_tokens=budget,
@@ -277,7 +277,9 @@ def test_norms_softmax_and_logits_are_float32_in_a_bfloat16_model(model_type):
     model = tiny_model(model_type, dtype="bfloat16")
     params = tiny_params(model)
     text = str(
-        jax.make_jaxpr(lambda *a: scoring.all_logits(*a, model))(params, jnp.ones((2, 16), int))
+        jax.make_jaxpr(lambda *a: head.logits(a[0], dense.forward(*a, model)))(
+            params, jnp.ones((2, 16), int)
+        )
     )
     for operation in ("exp", "rsqrt"):
         results = re.findall(rf":(\w+)\[[^]]*\] = {operation} ", text)
@@ -322,19 +324,19 @@ VARIANTS = {
 def test_every_program_lowers_for_cuda(entry, variant):
     model = model_of("llama")
     params = params_of(model)
-    cfg = Config(model, max_new_tokens=16, **VARIANTS[variant])
+    cfg = Config(model, max_new_tokens=16, engine="masked", **VARIANTS[variant])
     tokens_BT = random_tokens(model, width=16)
     _, padded, numbers, plan = engine._prepare(params, tokens_BT, cfg, None, None, None)
     static = {"model": model, "plan": plan}
     if entry == "generate":
-        traced = engine.jit_generate.trace(params, *padded, numbers, **static)
+        traced = token_loop.jit_generate.trace(params, *padded, numbers, **static)
     elif entry == "start":
-        traced = engine.jit_start.trace(params, *padded, numbers, **static)
+        traced = token_loop.jit_start.trace(params, *padded, numbers, **static)
     elif entry == "advance":
         state = jax.eval_shape(
-            lambda *args: engine.start(*args, model, plan), params, *padded, numbers
+            lambda *args: token_loop.start(*args, model, plan), params, *padded, numbers
         )
-        traced = engine.jit_advance.trace(params, state, numbers, **static)
+        traced = token_loop.jit_advance.trace(params, state, numbers, **static)
     elif plan.mechanisms is not None:
         prompt = tokenwise.Prompt(*padded, padded.lengths_B - 4, None)
         static = {"model": model, "plan": plan.mechanisms, "count": 16}

@@ -1,0 +1,283 @@
+"""The decode engine: a loop over tokens, and in it a walk over layers that ends where all halt.
+
+The layer is every engine's (`layer.run`), over compact caches that are written in place.
+A segment of layers in which no row computes is not run: its keys and values are written where the
+policy needs them, and that is all.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from qs_jax.config import Config, ModelConfig
+from qs_jax.engine import batching, layer, one_query, opening, pack, token_loop, tokenwise, weights
+from qs_jax.engine import past as pasts
+from qs_jax.engine.cache import LayerCache, SlotCache, cache_bytes
+from qs_jax.engine.call import Call
+from qs_jax.engine.idle import idle
+from qs_jax.engine.token_loop import DecodeNumbers, DecodePlan
+from qs_jax.mechanisms import decide, kv_skip
+from qs_jax.mechanisms.plan import Numbers, Plan
+from qs_jax.models import Params, family_of, head
+from qs_jax.state import DecodeState, Past
+
+# run(carry, cache, params_l, index) -> (carry, cache, out)
+Layer = Callable[[Any, LayerCache, Any, Any], tuple[Any, LayerCache, Any]]
+
+
+def over_segment(
+    layers: Any, start: int, count: int, run: Layer, carry: Any, cache: SlotCache
+) -> tuple[Any, SlotCache, Any]:
+    """Run a segment's layers one after the other.
+
+    Args:
+      layers: Stacked parameters of all layers, scanned over; or a tuple of each layer's own, for
+        segments of one layer, which run as they are.
+      start: The segment's first layer, from 0.
+      count: Its layers.
+      run: What to run.
+      carry: Handed from layer to layer.
+      cache: The segment's.
+
+    Returns:
+      The carry, the cache, and the layers' outputs on a leading axis.
+    """
+    if isinstance(layers, tuple):
+        assert count == 1
+        carry, kept, out = run(carry, LayerCache(cache, 0), layers[start], start)
+        return carry, kept.cache, jax.tree.map(lambda leaf: leaf[None], out)
+
+    def body(carried, offset):
+        carry, cache = carried
+        params_l = jax.tree.map(lambda leaf: leaf[start + offset], layers)
+        carry, kept, out = run(carry, LayerCache(cache, offset), params_l, start + offset)
+        return (carry, kept.cache), out
+
+    offsets = jnp.arange(count, dtype=jnp.int32)
+    (carry, cache), out = lax.scan(body, (carry, cache), offsets)
+    return carry, cache, out
+
+
+def dense_step(
+    params: Params,
+    layers: Any,
+    tokens_B: Int[Array, "B"],
+    pos_B: Int[Array, "B"],
+    caches: tuple[SlotCache, ...],
+    model: ModelConfig,
+    segments: tuple[int, ...],
+) -> tuple[Float[Array, "B V"], tuple[SlotCache, ...]]:
+    """Run one token a row at `pos_B` through the plain model; the logits after it."""
+    family = family_of(model)
+    block, pos_B1 = family.block(model), pos_B[:, None]
+
+    def run(h_B1D, cache: LayerCache, params_l, index):
+        del index
+
+        def attend(q, k, v):
+            kept = cache.write(pos_B, k, v)
+            mask_B1S = kept.mask(pos_B)[:, None]
+            return one_query.attention(q, *kept.of_layer(), mask_B1S, None)[0], kept
+
+        out: Any = block.apply({"params": params_l}, h_B1D, pos_B1, attend)
+        return *out, None
+
+    h_B1D: Any = family.embed(model).apply({"params": params["embed"]}, tokens_B[:, None], pos_B1)
+    written, start = [], 0
+    for count, cache in zip(segments, caches, strict=True):
+        h_B1D, cache, _ = over_segment(layers, start, count, run, h_B1D, cache)
+        written.append(cache)
+        start += count
+    return head.logits(params, head.normed(params, h_B1D, model)[:, 0]), tuple(written)
+
+
+def step(
+    params: Params,
+    layers: Any,
+    rows: decide.Rows,
+    past: Past,
+    model: ModelConfig,
+    plan: Plan,
+    numbers: Numbers,
+    segments: tuple[int, ...],
+) -> tuple[Float[Array, "B V"], Past]:
+    """Run one token a row under the mechanisms; the logits after it and the next past."""
+    assert isinstance(past.cache, tuple)
+    call = opening.open_call(params, rows, model, plan, numbers, past, True)
+    state, outs, written, start = opening.start(call), [], [], 0
+    for count, cache in zip(segments, past.cache, strict=True):
+        state, cache, out = _segment(call, layers, start, count, state, cache)
+        outs.append(out)
+        written.append(cache)
+        start += count
+    record, kept = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outs)
+    following = pasts.extend(call, state, record, kept, tuple(written))
+    logits_BV = head.logits(params, head.normed(params, state.h_BTD, model)[:, 0])
+    return logits_BV, tokenwise.remember(following, logits_BV, rows.real_BT[:, 0], plan)
+
+
+def _segment(call: Call, layers: Any, start: int, count: int, state, cache: SlotCache):
+    """A segment under the mechanisms, skipped where nobody computes at its first layer."""
+    plan, rows = call.plan, call.rows
+    shared, past_layers = layer.weights_of(call, None), pasts.by_layer(call.past)
+
+    def of_layer(params_l, index):
+        at = _at(call.numbers.layers, index)
+        if isinstance(index, int):
+            at = at._replace(layer=jnp.int32(index + 1))
+        return at, _at(shared, index)._replace(params=params_l), _at(past_layers, index)
+
+    def kept_B(state, at):
+        own = pasts.own_keys(call, state)
+        return (kv_skip.written(own, at.layer, plan, call.numbers) & rows.real_BT)[:, 0]
+
+    def computes(state, cache: Any, params_l, index):
+        found = of_layer(params_l, index)
+        keep_B = kept_B(state, found[0])
+        state, cache, record, kept = layer.run(call, state, cache, *found)
+        return state, cache.keep(keep_B), (record, kept)
+
+    def stores(state, cache: Any, params_l, index):
+        found = of_layer(params_l, index)
+        keep_B = kept_B(state, found[0])
+        state, cache, record, kept = idle(call, state, cache, *found)
+        return state, cache.keep(keep_B), (record, kept)
+
+    def passes(state, cache: LayerCache, params_l, index):
+        state, _, record, kept = idle(call, state, None, *of_layer(params_l, index))
+        return state, cache, (record, kept)
+
+    def branch(run: Layer):
+        return functools.partial(over_segment, layers, start, count, run)
+
+    if not (plan.halting is not None and plan.halting.freeze and call.decides):
+        return branch(computes)(state, cache)
+    first = jnp.int32(start + 1)
+    any_computes = (rows.real_BT & (first <= state.halt_layer_BT)).any()
+    if plan.policy != "skip":
+        return lax.cond(any_computes, branch(computes), branch(stores), state, cache)
+    own = pasts.own_keys(call, state)
+    any_stores = (kv_skip.written(own, first, plan, call.numbers) & rows.real_BT).any()
+    # Passing through is the first branch: in any other the cache would be copied.
+    which = jnp.where(any_computes, 2, any_stores.astype(jnp.int32))
+    return lax.switch(which, [branch(passes), branch(stores), branch(computes)], state, cache)
+
+
+def _at(tree: Any, index: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+def advance(
+    params: Params,
+    layers: Any,
+    state: DecodeState,
+    numbers: DecodeNumbers,
+    model: ModelConfig,
+    plan: DecodePlan,
+) -> DecodeState:
+    """Run each row's last token through the model and choose the next one."""
+    cache: Any = state.cache
+    if plan.mechanisms is None:
+        logits_BV, cache = dense_step(
+            params, layers, state.last_B, state.pos_B, cache, model, plan.segments
+        )
+    else:
+        assert numbers.mechanisms is not None
+        rows = token_loop.next_rows(state, plan.mechanisms, numbers.mechanisms)
+        logits_BV, cache = step(
+            params,
+            layers,
+            rows,
+            cache,
+            model,
+            plan.mechanisms,
+            numbers.mechanisms,
+            plan.segments,
+        )
+    moved = state.replace(cache=cache, pos_B=state.pos_B + ~state.done_B)
+    return token_loop.emit(moved, logits_BV, numbers, plan)
+
+
+def run_until(
+    params: Params,
+    layers: Any,
+    state: DecodeState,
+    limit: Int[Array, ""],
+    numbers: DecodeNumbers,
+    model: ModelConfig,
+    plan: DecodePlan,
+) -> DecodeState:
+    """Steps until `limit` tokens are produced or every row has ended."""
+
+    def unfinished(state: DecodeState) -> Array:
+        return (state.step < limit) & ~state.done_B.all()
+
+    def body(state: DecodeState) -> DecodeState:
+        return advance(params, layers, state, numbers, model, plan)
+
+    return lax.while_loop(unfinished, body, state)
+
+
+_STATIC = ("model", "plan")
+jit_advance = jax.jit(advance, static_argnames=_STATIC, donate_argnames=("state",))
+jit_run_until = jax.jit(run_until, static_argnames=_STATIC, donate_argnames=("state",))
+
+
+class Decoder:
+    """The host's side of one call: it makes room before the steps that need it."""
+
+    def __init__(
+        self, params: Params, numbers: DecodeNumbers, cfg: Config, plan: DecodePlan
+    ) -> None:
+        separate = weights.chosen(cfg.decode_weights) == "separate"
+        self.layers = weights.separate(params) if separate else params["layers"]
+        self.params = {name: part for name, part in params.items() if name != "layers"}
+        self.numbers, self.cfg, self.plan = numbers, cfg, plan
+        self.static = {"model": cfg.model, "plan": plan}
+        self.produced = 1  # prefill chooses the first token
+        self.limit = 1
+
+    def room(self, state: DecodeState) -> DecodeState:
+        """Caches with room for the next steps; `limit` is where it ends."""
+        steps = min(self.plan.new_capacity - self.produced, pack.GROWTH)
+        state = pack.make_room(state, self.numbers.mechanisms, self.cfg, self.plan, steps)
+        self.limit = self.produced + steps
+        return state
+
+    def advance(self, state: DecodeState) -> DecodeState:
+        """One more token a row."""
+        if self.produced == self.limit:
+            state = self.room(state)
+        self.produced += 1
+        return jit_advance(self.params, self.layers, state, self.numbers, **self.static)
+
+    def finish(self, state: DecodeState) -> DecodeState:
+        """All tokens that are still to come."""
+        budget = self.cfg.max_new_tokens
+        while self.produced < budget and not np.asarray(state.done_B).all():
+            state = self.room(state)
+            self.produced = min(self.limit, budget)
+            limit = jnp.int32(self.produced)
+            state = jit_run_until(
+                self.params, self.layers, state, limit, self.numbers, **self.static
+            )
+        return state
+
+
+def generate(
+    params: Params, padded: batching.Batch, numbers: DecodeNumbers, cfg: Config, plan: DecodePlan
+) -> tuple[dict[str, Any], int]:
+    """The whole call: `token_loop.results`, and the bytes of the KV cache at its end."""
+    state = token_loop.jit_start(params, *padded, numbers, model=cfg.model, plan=plan)
+    decoder = Decoder(params, numbers, cfg, plan)
+    state = decoder.finish(state)
+    cache = state.cache.cache if isinstance(state.cache, Past) else state.cache
+    return token_loop.results(state), cache_bytes(cache)

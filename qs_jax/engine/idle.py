@@ -1,0 +1,76 @@
+"""A layer in which no live token computes: what is left of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from qs_jax.engine import decisions, layer
+from qs_jax.engine import past as pasts
+from qs_jax.engine.call import Call
+from qs_jax.mechanisms import fusion
+from qs_jax.mechanisms.plan import LayerNumbers
+from qs_jax.models.layers import exact_dtype
+from qs_jax.state import LayerRecord, TokenState
+
+
+def idle(
+    call: Call,
+    state: TokenState,
+    cache: Any,
+    at: LayerNumbers,
+    weights: layer.Weights,
+    past_l: Any,
+) -> tuple[TokenState, Any, LayerRecord, pasts.Kept | None]:
+    """`layer.run` where every live token has halted before: only their keys and values, if any.
+
+    Args:
+      call: What all layers share.
+      state: The carry.
+      cache: As in `layer.run`; None where no key needs writing.
+      at: Numbers of this layer.
+      weights: Its arrays.
+      past_l: Its part of the past, or None.
+    """
+    rows, plan = call.rows, call.plan
+    nobody_BT = jnp.zeros_like(rows.real_BT)
+    if cache is not None:
+
+        def found(codes):
+            multiply = layer.multiply_of(call, state.bits_BT, weights.int8, codes)
+            return layer.keys_values(call, state.h_BTD, rows.pos_BT, weights.params, multiply)
+
+        if weights.int8 is None:
+            k, v = found(None)
+        else:
+            k, v = lax.cond(at.has_bits, lambda: found(weights.int8), lambda: found(None))
+        k, v = layer.stored(call, state, k, v, ~nobody_BT, weights.maps)
+        cache = pasts.write(cache, at.layer - 1, rows.pos_BT, k, v, call)[0]
+    in_force = state
+    if plan.shortlist_size and call.decides:
+        state = decisions.find_shortlist(call, state, at)
+    if plan.amq is not None and call.decides:
+        state = decisions.assign_bits(call, state, at)
+    nan_BT = jnp.full(nobody_BT.shape, jnp.nan, exact_dtype(call.model.dtype))
+    no_mask_BTS = nobody_BT[..., None]
+    record = LayerRecord(
+        active_BT=nobody_BT,
+        written_BT=decisions.written_of(call, in_force, nobody_BT, no_mask_BTS, at.layer),
+        visible_BT=jnp.zeros_like(in_force.bits_BT),
+        bits_BT=in_force.bits_BT,
+        fused_BT=in_force.hidden_from_BT,
+        drift_BT=nan_BT,
+        entropy_BT=nan_BT,
+        weighed_BT=nobody_BT,
+    )
+    fused = (None, None, None)
+    if call.fuses:
+        assert state.taken_BW is not None
+        merged = fusion.Merged(state.h_BTD, state.size_BT, state.size_BT)
+        fused = (state.h_BTD, merged, jnp.zeros_like(state.taken_BW))
+    width = call.past.halt_layer_BS.shape[1] if call.past is not None else rows.pos_BT.shape[1]
+    kept_mask_BTS = jnp.zeros((*rows.pos_BT.shape, width), bool)
+    kept = pasts.of_layer(call, state.size_BT, *fused, kept_mask_BTS, past_l)
+    return state, cache, record, kept

@@ -1,0 +1,214 @@
+"""One layer under the mechanisms, whoever runs it: all tokens, a segment's, or one a row."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from qs_jax.engine import decisions, one_query
+from qs_jax.engine import past as pasts
+from qs_jax.engine.attention import Attended, attention, blocked_attention
+from qs_jax.engine.cache import LayerCache
+from qs_jax.engine.call import Call, Passive
+from qs_jax.mechanisms import execution, kv_skip
+from qs_jax.mechanisms.plan import LayerNumbers
+from qs_jax.models import family_of, rope
+from qs_jax.models.layers import Multiply, dense_product
+from qs_jax.state import LayerRecord, TokenState
+
+
+class Weights(NamedTuple):
+    """Arrays of one layer, or of all on a leading axis of L.
+
+    Attributes:
+      params: Of the block.
+      int8: Codes of its projections, for products in int8; else None.
+      maps: Extrapolation maps, `[X, F, O]`; None under other policies.
+    """
+
+    params: Any
+    int8: Any
+    maps: Any
+
+
+def weights_of(call: Call, layers: Any) -> Weights:
+    """What the layers of a call need besides their numbers.
+
+    Args:
+      call: Its parameters hold codes and maps.
+      layers: Parameters of the blocks.
+    """
+    maps = call.params["kv_maps"].maps_LXFO if call.plan.policy == "extrapolate" else None
+    return Weights(layers, call.params.get("int8") if call.plan.int8 else None, maps)
+
+
+def run(
+    call: Call, state: TokenState, cache: Any, at: LayerNumbers, weights: Weights, past_l: Any
+) -> tuple[TokenState, Any, LayerRecord, pasts.Kept | None]:
+    """One layer, in the order of DESIGN section 5.
+
+    Args:
+      call: What all layers share.
+      state: The carry.
+      cache: Keys and values so far (`pasts.write`); None when nothing is kept.
+      at: Numbers of this layer.
+      weights: Its arrays.
+      past_l: Its part of the past, or None.
+
+    Returns:
+      The next carry, the cache, the evidence, and what later tokens need.
+    """
+    size_BT = state.size_BT
+    state, attended, ran_BT, before_BTD = _block(call, state, cache, at, weights, past_l)
+    state, record, fused = decisions.decide_layer(
+        call, state, attended, ran_BT, before_BTD, at, past_l
+    )
+    kept = pasts.of_layer(call, size_BT, *fused, attended.mask_BTS, past_l)
+    return state, attended.cache, record, kept
+
+
+def _block(
+    call: Call, state: TokenState, cache: Any, at: LayerNumbers, weights: Weights, past_l: Any
+) -> tuple[TokenState, Attended, Array, Array]:
+    """The block itself: everybody is computed, then only tokens that still do take the result."""
+    plan, rows = call.plan, call.rows
+    block = family_of(call.model).block(call.model)
+    mask_BTS = _mask(call, state, cache, at)
+    halted_BT = at.layer > state.halt_layer_BT
+    log_size_BS = _log_sizes(call, state, past_l)
+    passive = call.around.passive if call.around is not None else None
+
+    def attend(q, k, v, codes):
+        k, v = stored(call, state, k, v, halted_BT, weights.maps)
+        kept, k_all, v_all = pasts.write(cache, at.layer - 1, rows.pos_BT, k, v, call)
+        if passive is not None:
+            k_p, v_p = _passive_keys(call, passive, weights._replace(int8=codes))
+            if kept is not None:
+                kept = kept.write_slots(at.layer - 1, passive.rows.pos_BT, k_p, v_p)
+            k_all, v_all = jnp.concatenate([k_p, k_all], 1), jnp.concatenate([v_p, v_all], 1)
+        sizes_BS, shown_BNTS = log_size_BS, None
+        if isinstance(kept, LayerCache):
+            sizes_BS = None if sizes_BS is None else pasts.by_slot(sizes_BS, kept)
+            context, shown_BNTS = one_query.attention(q, k_all, v_all, mask_BTS, sizes_BS)
+        elif call.lean:
+            outside = k_all.shape[1] - q.shape[1]  # keys of passive tokens come first
+            context = blocked_attention(
+                q, k_all, v_all, mask_BTS, prefix=outside, log_size_BS=sizes_BS
+            )
+        else:
+            context, shown_BNTS = attention(q, k_all, v_all, mask_BTS, sizes_BS)
+        return context, Attended(kept, mask_BTS, shown_BNTS, k_all, q, sizes_BS)
+
+    def apply_block(codes):
+        multiply = multiply_of(call, state.bits_BT, weights.int8, codes)
+        attends = functools.partial(attend, codes=codes)
+        params = {"params": weights.params}
+        return block.apply(params, state.h_BTD, rows.pos_BT, attends, multiply)
+
+    out: Any = None
+    if weights.int8 is None or not call.decides:
+        out = apply_block(None)
+    else:
+        out = lax.cond(at.has_bits, lambda: apply_block(weights.int8), lambda: apply_block(None))
+    h_BTD, attended = out
+    ran_BT = rows.real_BT & ~call.stopped(state)
+    if plan.halting is not None and plan.halting.freeze:
+        ran_BT &= ~halted_BT
+    before_BTD = state.h_BTD
+    h_BTD = jnp.where(ran_BT[..., None], h_BTD, before_BTD)
+    return state.replace(h_BTD=h_BTD), attended, ran_BT, before_BTD
+
+
+def multiply_of(call: Call, bits_BT: Array, int8: Any, codes: Any) -> Multiply:
+    """How the projections of a layer multiply.
+
+    Args:
+      call: What all layers share.
+      bits_BT: Of each token.
+      int8: Codes of the layer, where products are int8 at all.
+      codes: The same where this layer has bits; None where it has none, or where they are
+        simulated.
+    """
+    if not call.decides or (int8 is not None and codes is None):
+        return dense_product
+    return execution.multiplier(call.plan.amq, bits_BT, codes)
+
+
+def _mask(call: Call, state: TokenState, cache: Any, at: LayerNumbers) -> Array:
+    if not isinstance(cache, LayerCache):
+        keys = decisions.keys_at(call, state, at.layer)
+        return kv_skip.visible(call.rows.pos_BT, keys, at.layer, call.plan, call.numbers)
+    if not (call.fuses or call.plan.policy == "attended"):
+        return cache.mask(call.rows.pos_BT[:, 0])[:, None]  # all that is kept stays visible
+    keys = decisions.keys_at(call, state, at.layer)
+    keys = pasts.in_slots(keys, cache, call.rows.pos_BT)
+    return kv_skip.visible(call.rows.pos_BT, keys, at.layer, call.plan, call.numbers)
+
+
+def _log_sizes(call: Call, state: TokenState, past_l: Any) -> Array | None:
+    """Logarithm of the tokens each key stands for, where attention is proportional."""
+    if call.plan.fusion is None or not call.plan.fusion.proportional_attention:
+        return None
+    own_BT = jnp.log(state.size_BT)
+    if call.past is not None:
+        return pasts.insert(jnp.log(past_l.size_BS), call.rows.pos_BT, own_BT)
+    if call.around is None or call.around.passive is None:
+        return own_BT
+    return jnp.concatenate([jnp.log(call.around.passive.size_BP), own_BT], axis=1)
+
+
+def stored(call: Call, state: TokenState, k: Array, v: Array, halted_BT: Array, maps_XFO: Any):
+    """A layer's keys and values as they are kept: extrapolated where halted, quantised."""
+    if not call.decides:
+        return k, v
+    if call.plan.policy == "extrapolate":
+        frozen = (state.h_BTD, call.embedded_BTD, state.halt_layer_BT, call.rows.pos_BT)
+
+        def mapped():
+            return _extrapolated(call, *frozen, k, v, halted_BT, maps_XFO)
+
+        k, v = lax.cond(halted_BT.any(), mapped, lambda: (k, v)) if call.lean else mapped()
+    bits_BT, amq = state.bits_BT, call.plan.amq
+    return execution.kept(k, bits_BT, amq), execution.kept(v, bits_BT, amq)
+
+
+def _passive_keys(call: Call, passive: Passive, weights: Weights) -> tuple[Array, Array]:
+    """Keys and values of tokens that run no more, from their frozen states."""
+    rows, amq = passive.rows, call.plan.amq
+    if call.plan.policy == "extrapolate":
+        frozen = (passive.h_BPD, passive.embedded_BPD, passive.halt_layer_BP, rows.pos_BT)
+        shape = (*rows.pos_BT.shape, call.model.num_kv_heads, call.model.head_dim)
+        nothing = jnp.zeros(shape, passive.h_BPD.dtype)
+        everyone_BP = jnp.ones(rows.pos_BT.shape, bool)
+        k, v = _extrapolated(call, *frozen, nothing, nothing, everyone_BP, weights.maps)
+    else:
+        int8 = call.params.get("int8") if call.plan.int8 else None
+        multiply = multiply_of(call, passive.bits_BP, int8, weights.int8)
+        k, v = keys_values(call, passive.h_BPD, rows.pos_BT, weights.params, multiply)
+    return execution.kept(k, passive.bits_BP, amq), execution.kept(v, passive.bits_BP, amq)
+
+
+def keys_values(call: Call, h_BTD: Array, pos_BT: Array, params_l: Any, multiply: Multiply):
+    """Keys and values alone, `[B, T, K, H]` each."""
+    block = family_of(call.model).block(call.model)
+    found: Any = block.apply(
+        {"params": params_l}, h_BTD, pos_BT, multiply, method=block.keys_values
+    )
+    return found
+
+
+def _extrapolated(call: Call, h_BTD, embedded_BTD, halt_layer_BT, pos_BT, k, v, halted_BT, maps):
+    """Keys and values with those of halted tokens read from their frozen states."""
+    model, kv_maps = call.model, call.params["kv_maps"]
+    read = kv_skip.features(h_BTD, embedded_BTD, kv_maps.features)
+    found = kv_skip.extrapolate(read, maps.astype(read.dtype), halt_layer_BT, kv_maps.layers)
+    k_mapped, v_mapped = jnp.split(found, 2, axis=-1)
+    k_mapped, v_mapped = k_mapped.reshape(k.shape), v_mapped.reshape(v.shape)
+    if family_of(model).rotates:
+        k_mapped = rope.rotate(k_mapped, pos_BT, model)
+    here = halted_BT[..., None, None]
+    return jnp.where(here, k_mapped, k), jnp.where(here, v_mapped, v)

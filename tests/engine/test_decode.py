@@ -1,0 +1,203 @@
+"""The decode engine: the masked engine's tokens from compact caches and from fewer layers."""
+
+import dataclasses
+import gc
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qs_jax
+from qs_jax.config import Config, HaltingConfig, KVSkipConfig, QuickSilverConfig
+from qs_jax.engine import decode, pack, token_loop, weights
+from qs_jax.engine import generate as engine
+from qs_jax.testing import tiny_model, tiny_params
+from tests.engine.contract import HALT, LAYERS, cases, model_of, params_of, settings
+from tests.support import random_tokens
+
+HALF = HaltingConfig(drift="relative", tau_drift=float("inf"), entropy=None, layers=(3,))
+
+
+def leaving(policy="skip", **kwargs) -> QuickSilverConfig:
+    """Every token leaves after layer 3 of 6."""
+    return QuickSilverConfig(
+        halting=HALF,
+        kv_skip=KVSkipConfig(policy, **kwargs),
+        sink_tokens=0,
+        recent_tokens=0,
+        protect_special=False,
+    )
+
+
+SETTINGS = {f"{name}-{protocol}": (kind, qs, protocol) for name, kind, qs, protocol in cases()}
+SETTINGS |= {
+    "dense": ("gpt2", None, None),
+    "skip": ("llama", settings(halting=HALT, kv_skip=KVSkipConfig("skip")), "teacher-forced"),
+    "skip-delay-retain": ("gpt2", leaving(delay=1, retain_ids=(5, 8, 40)), "teacher-forced"),
+    "leave-propagate": ("llama", leaving("propagate"), "teacher-forced"),
+    "final-prev": (
+        "llama",
+        settings(
+            halting=dataclasses.replace(HALT, entropy="final_prev"), kv_skip=KVSkipConfig("skip")
+        ),
+        "teacher-forced",
+    ),
+}
+SHOWN = ("dense", "skip", "skip-delay-retain", "HKFQ-llama-teacher-forced")
+ROWS = (9, 20, 4)
+
+
+def rows_of(model):
+    return [random_tokens(model, 1, width, seed=width)[0].tolist() for width in ROWS]
+
+
+def config(name, **changes):
+    kind, qs, protocol = SETTINGS[name]
+    model = model_of(kind)
+    if qs is not None and qs.amq is not None:  # a code's edge may fall either side in float32
+        model = model.replace(dtype="float64")
+    given = {"max_new_tokens": 8, "eos_token_ids": ()} | changes
+    return Config(model, qs, protocol=protocol, **given)
+
+
+def assert_same(ours, theirs):
+    np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+    np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-5)
+    if theirs.record is None:
+        assert ours.record is None
+        return
+    for field in dataclasses.fields(theirs.record):
+        mine, other = getattr(ours.record, field.name), getattr(theirs.record, field.name)
+        if field.name in ("drift", "entropy"):
+            np.testing.assert_allclose(mine, other, atol=1e-3, err_msg=field.name)
+        else:
+            np.testing.assert_array_equal(mine, other, field.name)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in SHOWN else pytest.mark.slow) for n in SETTINGS]
+)
+def test_the_masked_engine_and_this_one_agree(name):
+    cfg = config(name)
+    with jax.enable_x64(cfg.model.dtype == "float64"):
+        params, rows = params_of(cfg.model), rows_of(cfg.model)
+        masked = qs_jax.generate(params, rows, cfg.replace(engine="masked"))
+        for kind in ("separate", "stacked"):
+            ours = qs_jax.generate(params, rows, cfg.replace(decode_weights=kind))
+            assert_same(ours, masked)
+            assert ours.kv_bytes <= masked.kv_bytes * 1.25
+
+
+@pytest.mark.parametrize("name", ["skip", "dense"])
+def test_growing_loses_nothing_and_compiles_boundedly(name, monkeypatch):
+    """Room for 4 tokens at a time, 12 new ones: the first token is the prefill's."""
+    cfg = config(name, max_new_tokens=12, decode_weights="stacked")
+    params, rows = params_of(cfg.model), rows_of(cfg.model)
+    roomy = qs_jax.generate(params, rows, cfg)
+    monkeypatch.setattr(pack, "GROWTH", 4)
+    chex.clear_trace_counter()
+    counted = chex.assert_max_traces(decode.run_until, n=1 + -(-12 // 4))
+    program = jax.jit(counted, static_argnames=decode._STATIC, donate_argnames=("state",))
+    monkeypatch.setattr(decode, "jit_run_until", program)
+    for _ in range(2):
+        assert_same(qs_jax.generate(params, rows, cfg), roomy)
+    steps = list(qs_jax.stream(params, rows, cfg))
+    np.testing.assert_array_equal(np.stack([s.tokens for s in steps], 1), roomy.tokens)
+
+
+def test_bytes_fall_as_keys_are_skipped():
+    """Every prompt token leaves at half depth, and every new one: half of the bytes go."""
+    cfg = Config(model_of("llama"), leaving(), max_new_tokens=16, eos_token_ids=())
+    params, rows = params_of(cfg.model), [list(range(2, 98))]
+    dense = qs_jax.generate(params, rows, cfg.replace(quicksilver=None))
+    out = qs_jax.generate(params, rows, cfg)
+    skipped = 1 - out.record.kv_held.sum() / (LAYERS * out.record.lengths.sum())
+    assert skipped > 0.49
+    model = cfg.model
+    slot = 2 * model.num_kv_heads * model.head_dim * 4
+    # Three layers hold 96 + 15 tokens, three the current one and room for 15 that never come.
+    assert dense.kv_bytes == LAYERS * pack.bucket(111) * slot
+    kept = (3 * pack.bucket(111) + 3 * pack.bucket(15)) * (slot + 4) + LAYERS * 4
+    assert out.kv_bytes == kept
+
+
+def test_a_token_that_halts_runs_no_deeper_layer():
+    """The deeper layers' weights are not a number: whoever runs one cannot hide it."""
+    model = model_of("llama")
+    params = params_of(model)
+    plain = qs_jax.generate(
+        params, rows_of(model), Config(model, leaving(), max_new_tokens=6, eos_token_ids=())
+    )
+    poison = jax.tree.map(lambda leaf: leaf.at[3:].set(jnp.nan), params["layers"])
+    cfg = Config(model, leaving(), max_new_tokens=6, eos_token_ids=())
+    for kind in ("separate", "stacked"):
+        _, padded, numbers, plan = engine._prepare(
+            params, rows_of(model), cfg.replace(decode_weights=kind), None, None, None
+        )
+        state = token_loop.jit_start(params, *padded, numbers, model=model, plan=plan)
+        poisoned = params | {"layers": poison}
+        decoder = decode.Decoder(poisoned, numbers, cfg.replace(decode_weights=kind), plan)
+        state = decoder.finish(state)
+        assert np.asarray(state.finite_B).all()
+        np.testing.assert_array_equal(np.asarray(state.tokens_BM)[:, :6], plain.tokens)
+
+
+def lowered(cfg, params, tokens, entry="run_until"):
+    _, padded, numbers, plan = engine._prepare(params, tokens, cfg, None, None, None)
+    state = token_loop.jit_start(params, *padded, numbers, model=cfg.model, plan=plan)
+    decoder = decode.Decoder(params, numbers, cfg, plan)
+    state = decoder.room(state)
+    args = (decoder.params, decoder.layers, state)
+    if entry == "run_until":
+        return decode.jit_run_until.trace(*args, jnp.int32(9), numbers, **decoder.static)
+    return decode.jit_advance.trace(*args, numbers, **decoder.static)
+
+
+@pytest.mark.parametrize("name", ["dense", "skip"])
+def test_no_step_copies_a_cache(name):
+    """Read off the compiled program: no copy as large as a layer's keys outside the entry."""
+    cfg = config(name, decode_weights="separate", max_new_tokens=64)
+    params = params_of(cfg.model)
+    text = lowered(cfg, params, [[1, 2, 3] * 10]).lower().compile().as_text()
+    capacity = pack.bucket(30 + 63)
+    assert re.search(rf"f32\[1,1,{capacity},", text), "the caches are in the program"
+    loop = text[: text.index("\nENTRY")]
+    assert "dynamic-update-slice" in loop
+    copies = re.findall(rf"= f32\[1,1,{capacity},[\d,]+\]\S* copy(?:-start)?\(", loop)
+    assert copies == [], f"{len(copies)} copies of a cache in the loop"
+
+
+@pytest.mark.parametrize("kind", ["separate", "stacked"])
+@pytest.mark.parametrize("entry", ["run_until", "advance"])
+@pytest.mark.parametrize("name", ["dense", "HKFQ-llama-teacher-forced", "quota-llama-continuation"])
+def test_every_program_lowers_for_cuda(name, entry, kind):
+    cfg = config(name, decode_weights=kind)
+    with jax.enable_x64(cfg.model.dtype == "float64"):
+        params = params_of(cfg.model)
+        traced = lowered(cfg, params, [[1, 2, 3]], entry)
+        assert "stablehlo.dot" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_separate_weights_live_as_long_as_the_parameters():
+    model = tiny_model()
+    params = tiny_params(model)
+    layers = weights.separate(params)
+    assert weights.separate(dict(params)) is layers
+    chex.assert_trees_all_equal(layers[1], jax.tree.map(lambda leaf: leaf[1], params["layers"]))
+    del params, layers
+    gc.collect()
+    assert weights._kept == {}
+
+
+def test_memory_does_not_grow_from_call_to_call():
+    cfg = config("skip", decode_weights="separate")
+    params, rows = params_of(cfg.model), rows_of(cfg.model)
+    counts = []
+    for _ in range(3):
+        qs_jax.generate(params, rows, cfg)
+        gc.collect()
+        counts.append(len(jax.live_arrays()))
+    assert counts[2] == counts[1]
