@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any, no_type_check
 
-from qs_jax.config.checks import as_count, as_float, as_integer, require
+from qs_jax.config.checks import as_count, as_float, as_integer, as_integers, require
 from qs_jax.config.model import ModelConfig
 from qs_jax.config.quicksilver import PROTOCOLS, QuickSilverConfig
 
@@ -135,12 +135,10 @@ class Config:
             value = getattr(self, name)
             require(value in known, f"{name} must be one of {known}, got {value!r}.")
         object.__setattr__(self, "unroll", as_count("unroll", self.unroll, 1))
-        retention = tuple(
-            (as_integer("retention", layer), as_float("retention", share))
-            for layer, share in self.retention
-        )
+        layers = list(as_integers("retention", [layer for layer, _ in self.retention]))
+        shares = [float(share) for _, share in self.retention]
+        retention = tuple(zip(layers, shares, strict=True))
         object.__setattr__(self, "retention", retention)
-        layers, shares = [layer for layer, _ in retention], [share for _, share in retention]
         require(
             layers == sorted(set(layers)) and all(1 <= n < self.model.num_layers for n in layers),
             f"retention needs rising layers from 1 to {self.model.num_layers - 1}, got {layers}.",
@@ -162,7 +160,7 @@ class Config:
             "earlier one: it is for protocol 'continuation'.",
         )
         require(
-            not planned or retention or halting.rule == "quota",
+            not planned or bool(retention) or (halting is not None and halting.rule == "quota"),
             "capacity 'planned' needs retention, or the quota rule to plan from.",
         )
 

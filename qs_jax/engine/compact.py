@@ -282,6 +282,7 @@ def _scatter(
     received = old.received_BTS
     if received is not None:
         assert index.rest_BP is not None
+        assert new.received_BTS is not None
         keys_BS = jnp.concatenate([index.rest_BP, index.slots_BC], axis=1)
         back_BS = jnp.argsort(keys_BS, axis=1)
         found_BCS = jnp.take_along_axis(new.received_BTS, back_BS[:, None, :], axis=2)

@@ -174,15 +174,16 @@ def _received(call: Call, state: TokenState, attended: Attended, ran_BT, layer) 
     before_BS = call.past.received_BS if call.past is not None else None
     last_BS = keys.halt_layer_BS + call.numbers.delay
     here_BS = last_BS == layer
-    assert state.received_BTS is not None
+    received_BTS = state.received_BTS
+    assert received_BTS is not None
 
     def look() -> Array:
         found_BTS = kv_skip.running_maximum(
             attended.weights().max(1), call.rows.pos_BT, keys, ran_BT, before_BS
         )
-        return jnp.where(here_BS[:, None, :], found_BTS, state.received_BTS)
+        return jnp.where(here_BS[:, None, :], found_BTS, received_BTS)
 
-    return lax.cond(here_BS.any(), look, lambda: state.received_BTS) if call.lean else look()
+    return lax.cond(here_BS.any(), look, lambda: received_BTS) if call.lean else look()
 
 
 def written_of(call: Call, state: TokenState, ran_BT, mask_BTS, layer) -> Array:

@@ -18,7 +18,7 @@ from qs_jax.mechanisms import execution, kv_skip
 from qs_jax.mechanisms.plan import LayerNumbers
 from qs_jax.models import family_of, rope
 from qs_jax.models.layers import Multiply, dense_product
-from qs_jax.state import LayerRecord, TokenState
+from qs_jax.state import KVCache, LayerRecord, TokenState
 
 
 class Weights(NamedTuple):
@@ -87,7 +87,7 @@ def _block(
         kept, k_all, v_all = pasts.write(cache, at.layer - 1, rows.pos_BT, k, v, call)
         if passive is not None:
             k_p, v_p = _passive_keys(call, passive, weights._replace(int8=codes))
-            if kept is not None:
+            if isinstance(kept, KVCache):
                 kept = kept.write_slots(at.layer - 1, passive.rows.pos_BT, k_p, v_p)
             k_all, v_all = jnp.concatenate([k_p, k_all], 1), jnp.concatenate([v_p, v_all], 1)
         sizes_BS, shown_BNTS = log_size_BS, None
@@ -194,7 +194,7 @@ def _passive_keys(call: Call, passive: Passive, weights: Weights) -> tuple[Array
 
 def keys_values(call: Call, h_BTD: Array, pos_BT: Array, params_l: Any, multiply: Multiply):
     """Keys and values alone, `[B, T, K, H]` each."""
-    block = family_of(call.model).block(call.model)
+    block = family_of(call.model).block(call.model, parent=None)  # others are being applied
     found: Any = block.apply(
         {"params": params_l}, h_BTD, pos_BT, multiply, method=block.keys_values
     )

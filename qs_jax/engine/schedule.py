@@ -114,8 +114,11 @@ def arrange(
             found |= {slots(step * k) for k in range(1, STEPS + 1)}
         capacities = tuple(sorted(found))
     schedule = Schedule(capacities, cfg.capacity == "planned", _keeps_keys(qs, overrides))
-    as_ints = (jnp.asarray(np.array(values, np.int32)) for values in (first, ends))
-    return schedule, Segments(*as_ints, jnp.asarray(np.array(whole, bool)))
+    return schedule, Segments(
+        first_S=jnp.asarray(np.array(first, np.int32)),
+        last_S=jnp.asarray(np.array(ends, np.int32)),
+        whole_S=jnp.asarray(np.array(whole, bool)),
+    )
 
 
 def _counted(qs: QuickSilverConfig, plan: Plan, overrides: Overrides | None) -> bool:
