@@ -1,0 +1,130 @@
+"""The same weights in Hugging Face torch: eager and SDPA attention, float32 and bfloat16.
+
+torch is imported here and nowhere else in the latency benchmark; without it these rows are marked
+as not measured.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ATTENTION = ("sdpa", "eager")
+DTYPES = ("float32", "bfloat16")
+SETTINGS = tuple((attention, dtype) for dtype in DTYPES for attention in ATTENTION)
+
+
+def name_of(attention: str, dtype: str) -> str:
+    """Name of a row."""
+    return f"HF {attention} {dtype}"
+
+
+def unavailable() -> str | None:
+    """Why Hugging Face torch cannot be measured here; None if it can."""
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        return f"{error.name} is not installed"
+    del torch, transformers
+    return None
+
+
+class HuggingFace:
+    """Models of one exported folder, loaded when first used and kept."""
+
+    def __init__(self, ckpt: Path, folder: Path) -> None:
+        import torch
+
+        from convert import flax_to_hf
+
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._folder = flax_to_hf.export(ckpt, folder)
+        self._models: dict[tuple[str, str], Any] = {}
+
+    def model(self, attention: str, dtype: str) -> Any:
+        """The model with that attention and dtype, in inference mode."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        if (attention, dtype) not in self._models:
+            model = AutoModelForCausalLM.from_pretrained(
+                self._folder, dtype=getattr(torch, dtype), attn_implementation=attention
+            )
+            self._models[attention, dtype] = model.to(self.device).eval()
+        return self._models[attention, dtype]
+
+    def runner(self, section: str, rows_NT: np.ndarray, new_tokens: int, setting: tuple[str, str]):
+        """What `latency_runs.measure` times."""
+        return HuggingFaceRunner(self, section, rows_NT, new_tokens, setting)
+
+
+class HuggingFaceRunner:
+    """One section on one setting; results come back to the host, which waits for them."""
+
+    def __init__(
+        self,
+        models: HuggingFace,
+        section: str,
+        rows_NT: np.ndarray,
+        new_tokens: int,
+        setting: tuple[str, str],
+    ) -> None:
+        import torch
+
+        self._model = models.model(*setting)
+        self._tokens = torch.tensor(rows_NT, dtype=torch.long, device=models.device)
+        self._section, self._new_tokens = section, new_tokens
+
+    def warm(self) -> dict[str, Any]:
+        """Run once; torch compiles nothing."""
+        self.run()
+        return {}
+
+    def run(self) -> dict[str, float]:
+        """Seconds of the call; of a decode, seconds a new token."""
+        import torch
+
+        with torch.inference_mode():
+            if self._section == "prefill":
+                return self._timed(self._prefill)
+            if self._section == "scoring":
+                return self._timed(self._score)
+            long = self._timed(lambda: self._generate(self._new_tokens))["seconds"]
+            short = self._timed(lambda: self._generate(1))["seconds"]
+            seconds = (long - short) / (self._new_tokens - 1)
+            return {"seconds": seconds, "call_seconds": seconds}
+
+    def _timed(self, call: Any) -> dict[str, float]:
+        began = time.perf_counter()
+        call().cpu()
+        seconds = time.perf_counter() - began
+        return {"seconds": seconds, "call_seconds": seconds}
+
+    def _prefill(self) -> Any:
+        return self._model(self._tokens, logits_to_keep=1, use_cache=True).logits
+
+    def _score(self) -> Any:
+        logits = self._model(self._tokens, use_cache=False).logits[:, :-1].float()
+        return logits.log_softmax(-1).gather(-1, self._tokens[:, 1:, None])
+
+    def _generate(self, count: int) -> Any:
+        import torch
+        from transformers import GenerationConfig
+
+        settings = GenerationConfig(
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            use_cache=True,
+        )
+        return self._model.generate(
+            self._tokens,
+            attention_mask=torch.ones_like(self._tokens),
+            generation_config=settings,
+        )

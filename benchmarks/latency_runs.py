@@ -1,0 +1,185 @@
+"""Warm-up, interleaved runs and medians of one group of calls."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+from typing import Any, Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+import qs_jax
+from benchmarks.latency_cases import Case, Group
+from benchmarks.programs import watch
+from qs_jax import accounting
+from qs_jax.errors import QuickSilverError
+from qs_jax.models import Params
+from qs_jax.record import Record
+from qs_jax.timing import Stopwatch
+
+
+class Runner(Protocol):
+    """A call that can be timed again and again."""
+
+    def warm(self) -> dict[str, Any]:
+        """Run it once; what there is to say about it besides its time."""
+        ...
+
+    def run(self) -> dict[str, float]:
+        """Run it once; named times in seconds, "seconds" among them."""
+        ...
+
+
+class OurRunner:
+    """A public call of ours.
+
+    Times: "seconds" in its programs, "call_seconds" for all of it (checks, padding, record). A
+    decode is the call with all new tokens less the call with one: N - 1 tokens.
+    """
+
+    def __init__(self, params: Params, rows_NT: np.ndarray, section: str, case: Case) -> None:
+        self._params, self._rows, self._case, self._section = params, rows_NT, case, section
+
+    def _call(self, cfg: qs_jax.Config) -> Any:
+        call = qs_jax.score if self._section == "scoring" else qs_jax.generate
+        return call(self._params, self._rows, cfg)
+
+    @property
+    def _short(self) -> qs_jax.Config:
+        return self._case.cfg.replace(max_new_tokens=1)
+
+    def warm(self) -> dict[str, Any]:
+        with watch() as seen, Stopwatch() as stopwatch:
+            out = self._call(self._case.cfg)
+        told = {"compile_seconds": stopwatch.compile, "memory": seen.memory()}
+        if self._section == "decode":
+            self._call(self._short)
+        kv_bytes = getattr(out, "kv_bytes", None)
+        if kv_bytes is not None:
+            told["kv_bytes"] = int(kv_bytes)
+        return told | self._work(out)
+
+    def _work(self, out: Any) -> dict[str, Any]:
+        """Exact FLOPs of the call, and shares saved, from its record."""
+        model, qs = self._case.cfg.model, self._case.cfg.quicksilver
+        rows, width = self._rows.shape
+        record = out.record
+        if record is None:
+            lengths = np.full(rows, width, np.int32)
+            prompts = lengths if self._section != "scoring" else np.zeros_like(lengths)
+            if self._section == "scoring" and self._case.cfg.effective_protocol == "continuation":
+                prompts = lengths - self._case.cfg.continuation_tokens
+            if self._section == "decode":
+                lengths = lengths + self._case.cfg.max_new_tokens - 1
+            record, qs = accounting.dense_record(lengths, prompts, model), None
+        maps = self._params.get("kv_maps")
+        counted = accounting.tally(
+            record, model, qs, maps.maps_LXFO.shape[2] if maps is not None else None
+        )
+        parts = [counted["prefill"], counted["decode"]]
+        if self._section != "scoring":  # of a decode, only the new tokens are timed
+            parts = parts[1:] if self._section == "decode" else parts[:1]
+        total = {
+            key: sum(part[key] for part in parts) for key in ("exact_flops_dense", "exact_flops")
+        }
+        dense = total["exact_flops_dense"]
+        return {
+            "exact_flops": total["exact_flops"],
+            "exact_flops_dense": dense,
+            "exact_flops_saved": 1 - total["exact_flops"] / dense if dense else 0.0,
+            "layer_tokens_saved": record.layer_tokens_saved,
+            "kv_skip_rate": skip_rate(record),
+            "simulated": getattr(record, "simulated", None),
+        }
+
+    def run(self) -> dict[str, float]:
+        times = self._timed(self._case.cfg)
+        if self._section != "decode":
+            return times
+        short = self._timed(self._short)
+        steps = self._case.cfg.max_new_tokens - 1
+        return {name: (times[name] - short[name]) / steps for name in times}
+
+    def _timed(self, cfg: qs_jax.Config) -> dict[str, float]:
+        with watch() as seen:
+            began = time.perf_counter()
+            self._call(cfg)
+            return {"seconds": seen.seconds, "call_seconds": time.perf_counter() - began}
+
+
+def skip_rate(record: Record) -> float:
+    """Share of (layer, token) keys and values that are not held at the end."""
+    return 1 - float(record.kv_held.sum()) / (len(record.kv_held) * float(record.lengths.sum()))
+
+
+def interleave(
+    runners: Mapping[str, Runner],
+    rounds: int,
+    least: int = 3,
+    seconds: float | None = None,
+    label: str = "",
+) -> dict[str, list[dict[str, float]]]:
+    """Run every runner once a round, in alternating order, so that drift hits all alike.
+
+    Args:
+      runners: By name.
+      rounds: Runs of each.
+      least: Rounds that are made whatever they take.
+      seconds: Begin no further round after this long; None is no limit.
+      label: For the progress bar.
+    """
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in runners}
+    began = time.perf_counter()
+    for index in tqdm(range(rounds), label, leave=False):
+        if seconds is not None and index >= least and time.perf_counter() - began > seconds:
+            break
+        for name in list(runners) if index % 2 == 0 else reversed(list(runners)):
+            found[name].append(runners[name].run())
+    return found
+
+
+def summarise(runs: list[dict[str, float]]) -> dict[str, Any]:
+    """Medians, and every run of "seconds"."""
+    times: dict[str, Any] = {name: median(run[name] for run in runs) for name in runs[0]}
+    return times | {"runs": {name: [run[name] for run in runs] for name in runs[0]}}
+
+
+def measure(
+    group: Group,
+    params: Params,
+    rows_NT: np.ndarray,
+    rounds: int,
+    extra: Callable[[], dict[str, Runner]] = dict,
+    seconds: float | None = None,
+) -> dict[str, Any]:
+    """Warm every case of a group up, then time them in turn.
+
+    Args:
+      group: What to run.
+      params: Parameters of the model.
+      rows_NT: Token ids, `[batch, length]`.
+      rounds: Runs of each case.
+      extra: Makes runners to be timed with them.
+      seconds: As `interleave`.
+
+    Returns:
+      {"rows": {name: row}}; a row that cannot run has "not_measured": the reason.
+    """
+    runners: dict[str, Runner] = {
+        case.name: OurRunner(params, rows_NT, group.section, case) for case in group.cases
+    }
+    baselines = {case.name: case.baseline for case in group.cases}
+    runners |= extra()
+    rows: dict[str, Any] = {}
+    for name, runner in tqdm(list(runners.items()), f"{group.key}, warm-up", leave=False):
+        try:
+            rows[name] = runner.warm()
+        except (QuickSilverError, NotImplementedError) as error:
+            rows[name] = {"not_measured": str(error)}
+            del runners[name]
+    timed = interleave(runners, rounds, seconds=seconds, label=group.key)
+    for name, runs in timed.items():
+        rows[name] |= summarise(runs) | {"baseline": baselines.get(name, "dense")}
+    return {"rows": rows, "batch": group.batch, "length": group.length, "section": group.section}

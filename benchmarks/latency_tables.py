@@ -1,0 +1,140 @@
+"""Tables of benchmarks/README.md from the result file of `benchmarks.latency`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks import latency_headline as figures
+from benchmarks.components import COMPONENTS
+
+NOT_YET = "Not measured yet: `python -m benchmarks.latency --ckpt DIR`."
+
+
+def render(results: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Name and Markdown of each table; a results dict without groups gives a note instead."""
+    groups = results.get("groups", {})
+    measured = bool(groups)
+    yield "latency headline", _headline(results) if measured else NOT_YET
+    yield "latency details", _details(results) if measured else NOT_YET
+    for section in ("prefill", "scoring", "decode"):
+        found = [g for g in groups.values() if g.get("section") == section]
+        tables = [_group(group, results) for group in found]
+        yield f"latency {section}", "\n\n".join(tables) if tables else NOT_YET
+    components = results.get("components", {})
+    yield "latency components", _components(components) if components else NOT_YET
+    yield "latency skipped", _skipped(results.get("skipped", {})) if measured else NOT_YET
+    yield "latency about", _about(results) if measured else NOT_YET
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    return "\n".join(lines + ["| " + " | ".join(cells) + " |" for cells in rows])
+
+
+def _headline(results: dict[str, Any]) -> str:
+    rows = []
+    for name, (sign, target, text) in figures.TARGETS.items():
+        value = results.get(name)
+        shown = "not measured" if value is None else f"{value:.3f}"
+        verdict = "" if value is None else ("yes" if figures.met(name, value) else "**no**")
+        rows.append([f"`{name}`: {text}", shown, f"{sign} {target:g}", verdict])
+    return _table(["figure", "measured", "target", "met"], rows)
+
+
+def _details(results: dict[str, Any]) -> str:
+    rows = []
+    for name, values in figures.details(results).items():
+        for where, value in values.items():
+            rows.append([f"`{name}`", where, f"{value:.3f}"])
+    return _table(["figure", "where", "value"], rows)
+
+
+def _group(group: dict[str, Any], results: dict[str, Any]) -> str:
+    section, rows = group["section"], group["rows"]
+    unit = "ms/token" if section == "decode" else "ms"
+    head = [f"{group['batch']} x {group['length']} tokens", unit, "time / dense", "tokens/s"]
+    head += ["exact FLOPs saved", "time saved / FLOPs saved", "of peak", "memory, MB", "compile, s"]
+    lines = []
+    for name, row in rows.items():
+        if "runs" not in row:
+            lines.append([name, "not measured", row["not_measured"], *[""] * (len(head) - 3)])
+            continue
+        base = rows.get(row["baseline"], {})
+        lines.append([name, *_cells(group, row, base if "runs" in base else None, results)])
+    runs = {len(row["runs"]["seconds"]) for row in rows.values() if "runs" in row}
+    note = f"Medians of {_range(runs)} interleaved runs; commit {group.get('commit')}."
+    return f"{_table(head, lines)}\n\n{note}"
+
+
+def _cells(
+    group: dict[str, Any], row: dict[str, Any], base: dict[str, Any] | None, results: dict[str, Any]
+) -> list[str]:
+    batch, length, section = group["batch"], group["length"], group["section"]
+    seconds = row["seconds"]
+    tokens = batch if section == "decode" else batch * length
+    saved = row.get("exact_flops_saved")
+    over = "" if base is None else f"{figures.ratio(row, base):.3f}"
+    conversion = None
+    if base is not None and saved is not None and section != "decode":
+        conversion = figures.conversion(row, base)
+    memory = (row.get("memory") or {}).get("peak_bytes")
+    return [
+        f"{seconds * 1e3:,.1f}",
+        over,
+        f"{tokens / seconds:,.0f}",
+        "" if saved is None else f"{saved:.1%}".replace("-0.0%", "0.0%"),
+        "" if conversion is None else f"{conversion:.2f}",
+        _of_peak(group, row, results),
+        "" if memory is None else f"{memory / 1e6:,.0f}",
+        f"{row['compile_seconds']:.1f}" if "compile_seconds" in row else "",
+    ]
+
+
+def _of_peak(group: dict[str, Any], row: dict[str, Any], results: dict[str, Any]) -> str:
+    machine = results.get("machine")
+    if machine is None or "exact_flops" not in row:
+        return ""
+    if group["section"] == "decode":
+        limit = figures.bandwidth_seconds(group["batch"], group["length"], results)
+        return f"{limit / row['seconds']:.0%} of bandwidth"
+    return f"{row['exact_flops'] / row['seconds'] / machine['gemm_flops']:.0%} of GEMM"
+
+
+def _components(components: dict[str, dict[str, float]]) -> str:
+    shown = [name for name in COMPONENTS if any(name in part for part in components.values())]
+    rows = []
+    for name in shown:
+        cells = []
+        for part in components.values():
+            total, value = sum(part.values()), part.get(name, 0.0)
+            cells.append(f"{value * 1e3:,.1f} ({value / total:.1%})")
+        rows.append([COMPONENTS[name], *cells])
+    return _table(["ms (share)", *components], rows)
+
+
+def _skipped(skipped: dict[str, str]) -> str:
+    if not skipped:
+        return "Nothing was left out."
+    return _table(["left out", "why"], [[key, reason] for key, reason in skipped.items()])
+
+
+def _range(counts: set[int]) -> str:
+    if not counts:
+        return "no"
+    least, most = min(counts), max(counts)
+    return str(least) if least == most else f"{least} to {most}"
+
+
+def _about(results: dict[str, Any]) -> str:
+    about, machine, made_with = results["about"], results["machine"], results["environment"]
+    packages = made_with["packages"]
+    versions = "".join(f", {name} {number}" for name, number in about["versions"].items())
+    return (
+        f"{about['model']}, {about['dtype']}, {about['text']}; greedy, {about['new_tokens']} new "
+        f"tokens. {machine['device']} ({machine['platform']}), {made_with['processor']}, "
+        f"{made_with['cores']} cores; best matrix product "
+        f"{machine['gemm_flops'] / 1e9:,.0f} GFLOP/s, best read {machine['bandwidth'] / 1e9:.1f} "
+        f"GB/s, in the same run. Python {made_with['python']}, jax {packages['jax']}{versions}. "
+        f"Peak resident memory of the whole process {about['peak_rss_bytes'] / 1e9:.1f} GB."
+    )
