@@ -63,14 +63,16 @@ def code(
       Codes 0..255 `[..., C/G, G]`, and `low` and `range` `[..., C/G, 1]` of each group.
     """
     groups = x.reshape(*x.shape[:-1], -1, amq.group or x.shape[-1])
+    tiny = jnp.finfo(x.dtype).tiny
     if amq.symmetric:
         high = jnp.abs(groups).max(-1, keepdims=True)
         low = -high
+        # From zero up: zero is an edge between two codes, it must not fall with a rounding.
+        edge = jnp.floor(groups / jnp.maximum(high, tiny) * 128) + 128
     else:
         low, high = groups.min(-1, keepdims=True), groups.max(-1, keepdims=True)
-    span = high - low
-    unit = (groups - low) / jnp.maximum(span, jnp.finfo(x.dtype).tiny)
-    return jnp.clip(jnp.floor(unit * 256), 0, 255).astype(jnp.int32), low, span
+        edge = jnp.floor((groups - low) / jnp.maximum(high - low, tiny) * 256)
+    return jnp.clip(edge, 0, 255).astype(jnp.int32), low, high - low
 
 
 def slice_code(codes: Int[Array, "*batch"], bits: Int[Array, "*#batch"]) -> Int[Array, "*batch"]:

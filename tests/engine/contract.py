@@ -93,6 +93,7 @@ def preset_settings() -> dict[str, QuickSilverConfig]:
         paper,
         halting=dataclasses.replace(paper.halting, drift="relative", tau_drift=0.7, tau_halt=4.2),
         fusion=dataclasses.replace(paper.fusion, distance="relative", tau_fuse=1.2),
+        amq=dataclasses.replace(paper.amq, tau_low=2.9, tau_high=3.1),
     )
     aggressive = found["aggressive"]
     found["aggressive-scaled"] = dataclasses.replace(

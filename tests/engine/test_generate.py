@@ -14,6 +14,7 @@ from qs_jax.engine import attention, dense, scoring, token_loop, tokenwise
 from qs_jax.engine import generate as engine
 from qs_jax.engine.batching import bucket_size
 from qs_jax.errors import ConfigError, InputError, NonFiniteError
+from qs_jax.mechanisms.execution import with_weights
 from qs_jax.models import head
 from qs_jax.testing import tiny_model, tiny_params
 from tests.engine.contract import MATRIX, model_of, params_of
@@ -309,7 +310,9 @@ VARIANTS = {
     "sampled": SAMPLED,
     "HKFQ": {"quicksilver": MATRIX["HKFQ"]},
     "quota": {"quicksilver": MATRIX["quota"]},
+    "int8": {"quicksilver": MATRIX["int8"]},
 }
+SHORT = {"quota": ("start", "score"), "int8": ("advance", "score")}
 
 
 @pytest.mark.parametrize(
@@ -318,7 +321,7 @@ VARIANTS = {
         (variant, entry)
         for variant in VARIANTS
         for entry in ENTRY_POINTS
-        if variant != "quota" or entry in ("start", "score")
+        if entry in SHORT.get(variant, ENTRY_POINTS)
     ],
 )
 def test_every_program_lowers_for_cuda(entry, variant):
@@ -327,6 +330,7 @@ def test_every_program_lowers_for_cuda(entry, variant):
     cfg = Config(model, max_new_tokens=16, engine="masked", **VARIANTS[variant])
     tokens_BT = random_tokens(model, width=16)
     _, padded, numbers, plan = engine._prepare(params, tokens_BT, cfg, None, None, None)
+    params = with_weights(params, plan.mechanisms)
     static = {"model": model, "plan": plan}
     if entry == "generate":
         traced = token_loop.jit_generate.trace(params, *padded, numbers, **static)
@@ -360,3 +364,4 @@ def test_every_program_lowers_for_cuda(entry, variant):
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "stablehlo.dot_general" in text
     assert "stablehlo.while" in text, "the layers are one scan"
+    assert (variant == "int8") == bool(re.search(r"dot_general.*xi8>.*xi32>", text))
