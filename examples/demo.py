@@ -1,9 +1,11 @@
-"""What `make demo` shows: a real model, two prompts, and what each preset would save."""
+"""What `make demo` shows: a real model, two prompts, and what each preset saves."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import jax
 import tyro
@@ -15,6 +17,7 @@ from examples.text import LIGHTHOUSE
 from qs_jax import accounting, presets
 from qs_jax.cli import TextStream, encode_prompt
 from qs_jax.models import Params, count_params, param_bytes
+from qs_jax.timing import Stopwatch
 
 PROMPTS = (
     "What is the capital of France? Answer in one sentence.",
@@ -23,6 +26,7 @@ PROMPTS = (
 
 
 PROTOCOLS = {"teacher-forced": "every token", "continuation": "the prompt"}
+CONTINUATION, STEPS, ROUNDS = 128, 16, 5
 
 
 @dataclasses.dataclass
@@ -33,6 +37,8 @@ class Arguments:
     """Folder written by convert.hf_to_flax."""
     max_new_tokens: int = 64
     """Longest answer, in tokens."""
+    presets: tuple[str, ...] = ("paper", "balanced", "aggressive")
+    """Rows of the table, besides the dense model."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -78,56 +84,122 @@ def main(argv: list[str] | None = None) -> None:
         "others one at a time.\nThe second prompt reuses the compiled programs.\n",
         soft_wrap=True,
     )
-    with console.status("scoring a text under each preset ..."):
-        ids = list(tokenizer(LIGHTHOUSE, verbose=False).input_ids)
-        savings = savings_table(params, ids, model)
-    console.print(savings)
+    ids = list(tokenizer(LIGHTHOUSE, verbose=False).input_ids)
+    names = ("off", *(name for name in args.presets if name != "off"))
+    with console.status("running a text under each preset ...") as status:
+        rows = measure(params, ids, model, names, lambda name: status.update(f"{name} ..."))
+    console.print(savings_table(rows, len(ids)))
     console.print(
-        "One short text, so differences of a few hundredths are noise; docs/mechanisms.md has the "
-        "measured tables.\nWork of 100 % means that a preset found nothing to stop; FLOPs beyond "
-        "100 % are what looking for it cost. Now try your own:\n"
+        f"Measured on this machine: medians of {ROUNDS} runs taken in turn, after compiling "
+        f"({sum(row.compile for row in rows):.0f} s in all). FLOPs are counted from what each "
+        "token did, all other figures are seconds and bytes.\nOne short text, so differences of "
+        "a few hundredths in perplexity are noise; docs/mechanisms.md and benchmarks/README.md "
+        "have the measured tables, also of what buys nothing. Now try your own:\n"
         f"  .venv/bin/python -m qs_jax generate --ckpt {args.ckpt} --chat "
         "--prompt 'Tell me a joke.'",
         soft_wrap=True,
     )
 
 
-def savings_table(params: Params, ids: list[int], model: qs_jax.ModelConfig) -> Table:
-    """Dense against each preset on one text: what it costs in perplexity, what it leaves undone.
+@dataclasses.dataclass
+class Row:
+    """What one preset costs on the text.
 
-    The last 128 tokens are scored under "continuation" (mechanisms act on the prompt before them),
-    all of them under "teacher-forced".
+    Attributes:
+      name: Of the preset.
+      acts_on: Which tokens its mechanisms touch.
+      perplexity: Of the last 128 tokens.
+      flops: Exact FLOPs of the prompt, as a share of dense.
+      prefill: Seconds of the prompt, each run.
+      step: Seconds of one new token after it, each run.
+      kv_bytes: Allocated for the KV cache.
+      compile: Seconds of compilation.
     """
+
+    name: str
+    acts_on: str
+    perplexity: float
+    flops: float
+    prefill: list[float]
+    step: list[float]
+    kv_bytes: int
+    compile: float
+
+
+def measure(
+    params: Params,
+    ids: list[int],
+    model: qs_jax.ModelConfig,
+    names: tuple[str, ...],
+    tell: Callable[[str], None],
+) -> list[Row]:
+    """Every preset on one text: quality by scoring its end, time and bytes by continuing it.
+
+    Args:
+      params: Of the model.
+      ids: Tokens of the text; all but the last 128 are the prompt.
+      model: Architecture.
+      names: Presets; the first is what the others are compared with.
+      tell: Called with each name as its programs are compiled.
+    """
+    calls, rows = [], []
+    prompt = [ids[:-CONTINUATION]]
+    for name in names:
+        tell(name)
+        quicksilver = presets.by_name(name, model)
+        cfg = qs_jax.Config(model, quicksilver, eos_token_ids=())
+        whole = cfg.replace(protocol="continuation", continuation_tokens=CONTINUATION)
+        first, more = cfg.replace(max_new_tokens=1), cfg.replace(max_new_tokens=1 + STEPS)
+        with Stopwatch() as watch:
+            scored = qs_jax.score(params, [ids], whole)
+            short = qs_jax.generate(params, prompt, first)
+            long = qs_jax.generate(params, prompt, more)
+        flops = 1.0
+        if short.record is not None:
+            work = accounting.summary(accounting.tally(short.record, model, quicksilver))
+            flops -= work["exact_flops_saved"]
+        acts_on = PROTOCOLS[cfg.effective_protocol] if name != "off" else "nothing"
+        rows.append(
+            Row(name, acts_on, scored.perplexity, flops, [], [], long.kv_bytes, watch.compile)
+        )
+        calls.append((first, more))
+    for turn in range(ROUNDS):
+        for row, (first, more) in zip(rows, calls, strict=True):
+            tell(f"{row.name}, run {turn + 1} of {ROUNDS}")
+            seconds = [_seconds(params, prompt, cfg) for cfg in (first, more)]
+            row.prefill.append(seconds[0])
+            row.step.append((seconds[1] - seconds[0]) / STEPS)
+    return rows
+
+
+def _seconds(params: Params, prompt: list[list[int]], cfg: qs_jax.Config) -> float:
+    with Stopwatch() as watch:
+        qs_jax.generate(params, prompt, cfg)
+    return watch.run
+
+
+def savings_table(rows: list[Row], length: int) -> Table:
+    """The measured rows, each beside its ratio to the first."""
     table = Table(
-        title="the four mechanisms on a built-in text; savings are simulated: counted from masks"
+        title=f"the mechanisms on a text of {length} tokens: seconds and bytes, measured; "
+        "in brackets, against dense"
     )
     table.add_column("preset")
     table.add_column("mechanisms act on")
-    for column in ("perplexity", "dense", "layers\nrun", "KV\nwritten", "exact\nFLOPs"):
+    for column in ("perplexity", "prompt\nseconds", "new\ntokens/s", "KV cache\nMB", "FLOPs"):
         table.add_column(column, justify="right")
-    dense: dict[str, float] = {}
-    for name in ("off", "paper", "balanced", "aggressive"):
-        quicksilver = presets.by_name(name, model)
-        for protocol, acts_on in PROTOCOLS.items():
-            if protocol == "teacher-forced" and quicksilver.prompts_only:
-                continue
-            cfg = qs_jax.Config(model, quicksilver, protocol=protocol)
-            out = qs_jax.score(params, [ids], cfg)
-            dense.setdefault(protocol, out.perplexity)
-            work = {"layer_tokens_saved": 0.0, "kv_bytes_written_saved": 0.0}
-            work["exact_flops_saved"] = 0.0
-            if out.record is not None:
-                work = accounting.summary(accounting.tally(out.record, model, quicksilver))
-            table.add_row(
-                name,
-                acts_on,
-                f"{out.perplexity:.2f}",
-                f"{dense[protocol]:.2f}",
-                *(
-                    f"{1 - work[key]:.1%}"
-                    for key in ("layer_tokens_saved", "kv_bytes_written_saved", "exact_flops_saved")
-                ),
-            )
+    dense = rows[0]
+    for row in rows:
+        prefill, step = median(row.prefill), median(row.step)
+        table.add_row(
+            row.name,
+            row.acts_on,
+            f"{row.perplexity:.2f} ({row.perplexity - dense.perplexity:+.2f})",
+            f"{prefill:.3f} ({prefill / median(dense.prefill):.0%})",
+            f"{1 / step:.1f} ({median(dense.step) / step:.0%})",
+            f"{row.kv_bytes / 1e6:.1f} ({row.kv_bytes / dense.kv_bytes:.0%})",
+            f"{row.flops:.0%}",
+        )
     return table
 
 

@@ -25,14 +25,19 @@ def test_the_python_examples_run(embedded_checkpoint, capsys):
     assert "\nOnce upon a time" in printed
 
 
-def test_the_demo_runs(embedded_checkpoint, capsys):
-    demo.main(["--ckpt", str(embedded_checkpoint), "--max-new-tokens", "12"])
+def test_the_demo_runs(embedded_checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "ROUNDS", 1)
+    monkeypatch.setattr(demo, "STEPS", 4)
+    ckpt = str(embedded_checkpoint)
+    demo.main(["--ckpt", ckpt, "--max-new-tokens", "12", "--presets", "balanced"])
     printed = capsys.readouterr().out
     assert "The capital of France is Paris." in printed
     assert "decode" in printed
-    assert "simulated" in printed
-    for preset in ("off", "paper", "balanced", "aggressive"):
-        assert f" {preset} " in printed
+    assert "simulated" not in printed
+    rows = {line.split()[1]: line for line in printed.splitlines() if line.startswith("│ ")}
+    assert "(100%)" in rows["off"]
+    kv_share = re.findall(r"\((\d+)%\)", rows["balanced"])[-1]
+    assert 80 < int(kv_share) < 100, "half of the prompt has no keys in the last fifth of layers"
 
 
 def test_it_stays_short():
