@@ -22,23 +22,38 @@ EMPTY = 2**30
 class SlotCache(flax.struct.PyTreeNode):
     """Keys and values of a segment of l layers.
 
+    They are stored as the product with the queries takes them, heads side by side and axes of one
+    element left out: through a reshape, XLA would repeat the update of a cache for each of its
+    readers, on a copy.
+
     Attributes:
-      k_lBCKH: Keys, after RoPE.
-      v_lBCKH: Values.
+      k_CO: Keys, after RoPE, `[C, O]` with O = K * H; `[l, C, O]`, `[B, C, O]` or `[l, B, C, O]`
+        where there are several layers or rows.
+      v_CO: Values.
       pos_lBC: Position of the token in each slot, EMPTY where there is none; None where every
         token is kept and slots are positions.
       fill_lB: Entries kept; the slot after them is the current token's own. None likewise.
     """
 
-    k_lBCKH: Float[Array, "l B C K H"]
-    v_lBCKH: Float[Array, "l B C K H"]
+    k_CO: Float[Array, "*lB C O"]
+    v_CO: Float[Array, "*lB C O"]
     pos_lBC: Int[Array, "l B C"] | None
     fill_lB: Int[Array, "l B"] | None
+    layers: int = flax.struct.field(pytree_node=False)
+    head_dim: int = flax.struct.field(pytree_node=False)
+
+    @classmethod
+    def of(cls, k_lBCKH: Array, v_lBCKH: Array, pos_lBC: Array | None, fill_lB: Array | None):
+        """A cache of these keys and values, `[l, B, C, K, H]`."""
+        layers, batch, capacity, heads, dim = k_lBCKH.shape
+        many = [size for size in (layers, batch) if size > 1]
+        shape = (*many, capacity, heads * dim)
+        return cls(k_lBCKH.reshape(shape), v_lBCKH.reshape(shape), pos_lBC, fill_lB, layers, dim)
 
     @property
     def capacity(self) -> int:
         """Slots a row."""
-        return self.k_lBCKH.shape[2]
+        return self.k_CO.shape[-2]
 
 
 class LayerCache(NamedTuple):
@@ -72,12 +87,23 @@ class LayerCache(NamedTuple):
             slot_B = _layer(cache.fill_lB, index)
             pos_lBC = put(pos_lBC, index, slot_B, pos_B)
         with jax.named_scope("kv_write"):
-            written = cache.replace(
-                k_lBCKH=put(cache.k_lBCKH, index, slot_B, k_B1KH[:, 0]),
-                v_lBCKH=put(cache.v_lBCKH, index, slot_B, v_B1KH[:, 0]),
+            stored = cache.replace(
+                k_CO=self._put(cache.k_CO, slot_B, k_B1KH),
+                v_CO=self._put(cache.v_CO, slot_B, v_B1KH),
                 pos_lBC=pos_lBC,
             )
-        return LayerCache(written, index)
+        return LayerCache(stored, index)
+
+    def _put(self, array_CO: Array, slot_B: Array, value_B1KH: Array) -> Array:
+        batch = slot_B.shape[0]
+        value_BO = value_B1KH.reshape(batch, -1)
+        at = (self.index,) if self.cache.layers > 1 else ()
+        if batch > 1:
+            return array_CO.at[(*at, jnp.arange(batch), slot_B)].set(value_BO)
+        # One row needs no scatter, which XLA runs as a loop of its own on CPU.
+        value_CO = value_BO.reshape((1,) * (array_CO.ndim - 1) + (-1,))
+        where = [jnp.asarray(i, slot_B.dtype) for i in (*at, slot_B[0], 0)]
+        return lax.dynamic_update_slice(array_CO, value_CO, where)
 
     def write_position(self, pos_B: Array) -> LayerCache:
         """The token's position alone, in the slot that `write` will take."""
@@ -102,7 +128,14 @@ class LayerCache(NamedTuple):
 
     def of_layer(self) -> tuple[Array, Array]:
         """Keys and values, `[B, C, K, H]` each."""
-        return _layer(self.cache.k_lBCKH, self.index), _layer(self.cache.v_lBCKH, self.index)
+        cache, index = self
+
+        def of(array_CO: Array) -> Array:
+            array_CO = _layer(array_CO, index) if cache.layers > 1 else array_CO
+            capacity, width = array_CO.shape[-2:]
+            return array_CO.reshape(-1, capacity, width // cache.head_dim, cache.head_dim)
+
+        return of(cache.k_CO), of(cache.v_CO)
 
     def slots_of(self, pos_BX: Int[Array, "B X"]) -> Int[Array, "B X"]:
         """Slot of each position; any where the layer does not hold it."""
@@ -115,18 +148,9 @@ def _layer(array: Array, index: Any) -> Array:
     return lax.dynamic_index_in_dim(array, index, keepdims=False)
 
 
-def put(array_lBX: Array, index: Any, slot_B: Array, value_B: Array) -> Array:
-    """`array[index, b, slot_B[b]] = value_B[b]`, in place inside a loop.
-
-    One row needs no scatter, which XLA runs as a loop of its own on CPU.
-    """
-    batch = slot_B.shape[0]
-    if batch == 1:
-        zero = jnp.zeros((), slot_B.dtype)
-        at = (jnp.asarray(index, slot_B.dtype), zero, slot_B[0])
-        rest = (zero,) * (array_lBX.ndim - 3)
-        return lax.dynamic_update_slice(array_lBX, value_B[None, :, None], (*at, *rest))
-    return array_lBX.at[index, jnp.arange(batch), slot_B].set(value_B)
+def put(array_lBC: Array, index: Any, slot_B: Array, value_B: Array) -> Array:
+    """`array[index, b, slot_B[b]] = value_B[b]`."""
+    return array_lBC.at[index, jnp.arange(slot_B.shape[0]), slot_B].set(value_B)
 
 
 def cache_bytes(caches: Any) -> int:

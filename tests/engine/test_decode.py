@@ -15,7 +15,7 @@ from qs_jax.config import Config, HaltingConfig, KVSkipConfig, QuickSilverConfig
 from qs_jax.engine import decode, pack, token_loop, weights
 from qs_jax.engine import generate as engine
 from qs_jax.testing import tiny_model, tiny_params
-from tests.engine.contract import HALT, LAYERS, MATRIX, cases, model_of, params_of, settings
+from tests.engine.contract import HALT, LAYERS, cases, model_of, params_of, settings
 from tests.support import random_tokens
 
 HALF = HaltingConfig(drift="relative", tau_drift=float("inf"), entropy=None, layers=(3,))
@@ -111,7 +111,7 @@ def test_growing_loses_nothing_and_compiles_boundedly(name, monkeypatch):
 def test_bytes_fall_as_keys_are_skipped():
     """Every prompt token leaves at half depth, and every new one: half of the bytes go."""
     cfg = Config(model_of("llama"), leaving(), max_new_tokens=16, eos_token_ids=())
-    params, rows = params_of(cfg.model), [list(range(2, 98))]
+    params, rows = params_of(cfg.model), random_tokens(cfg.model, 1, 96)
     dense = qs_jax.generate(params, rows, cfg.replace(quicksilver=None))
     out = qs_jax.generate(params, rows, cfg)
     skipped = 1 - out.record.kv_held.sum() / (LAYERS * out.record.lengths.sum())
