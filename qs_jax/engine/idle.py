@@ -16,21 +16,31 @@ from qs_jax.models.layers import exact_dtype
 from qs_jax.state import LayerRecord, TokenState
 
 
-def idle(call: Call, state: TokenState, cache, at: LayerNumbers, params_l, maps_l, past_l):
+def idle(
+    call: Call,
+    state: TokenState,
+    cache: LayerCache,
+    at: LayerNumbers,
+    params_l,
+    maps_l,
+    past_l,
+    stores: bool,
+):
     """`masked.layer` where every live token has halted before: only their keys and values, if any.
 
     Args:
       call: What all layers share.
       state: The carry.
-      cache: As in `masked.layer`; None where no key needs writing.
+      cache: As in `masked.layer`.
       at: Numbers of this layer.
       params_l: Its parameters.
       maps_l: Its extrapolation maps, or None.
-      past_l: Its part of the past, or None.
+      past_l: Its part of the past.
+      stores: Some key needs writing.
     """
     rows, plan = call.rows, call.plan
     nobody_BT = jnp.zeros_like(rows.real_BT)
-    if cache is not None:
+    if stores:
         block = family_of(call.model).block(call.model)
         found: Any = block.apply(
             {"params": params_l},
@@ -40,7 +50,7 @@ def idle(call: Call, state: TokenState, cache, at: LayerNumbers, params_l, maps_
             method=block.keys_values,
         )
         k, v = masked.stored(call, state, found[0], found[1], ~nobody_BT, maps_l)
-        cache = pasts.write(cache, at.layer - 1, rows.pos_BT, k, v, call.past)[0]
+        cache = cache._replace(k_B1KH=k, v_B1KH=v)
     in_force = state
     if plan.shortlist_size and call.decides:
         state = masked.find_shortlist(call, state, at)

@@ -88,7 +88,10 @@ def layer(call: Call, state: TokenState, cache, at: LayerNumbers, params_l, maps
     size_BT = state.size_BT
     state, attended, ran_BT, before_BTD = _block(call, state, cache, at, params_l, maps_l, past_l)
     state, record, fused = _decide(call, state, attended, ran_BT, before_BTD, at, past_l)
-    kept = pasts.of_layer(call, size_BT, *fused, attended.mask_BTS, past_l)
+    mask_BTS = attended.mask_BTS
+    if isinstance(cache, LayerCache):
+        mask_BTS = mask_BTS[..., :-1]  # without the token itself
+    kept = pasts.of_layer(call, size_BT, *fused, mask_BTS, past_l)
     return state, attended.cache, record, kept
 
 
@@ -103,27 +106,30 @@ def _block(call: Call, state: TokenState, cache, at: LayerNumbers, params_l, map
     """The layer itself: dense work, then only tokens that still compute take the result."""
     plan, rows = call.plan, call.rows
     block, slots = family_of(call.model).block(call.model), isinstance(cache, LayerCache)
-    if slots and not (call.fuses or plan.policy == "attended"):
-        mask_BTS = cache.mask(rows.pos_BT[:, 0])[:, None]  # all that is kept stays visible
+    if slots:
+        mask_BTS = pasts.mask_of_slots(call, state, cache, at.layer)
     else:
         keys = _keys(call, state, at.layer)
-        keys = pasts.in_slots(keys, cache, rows.pos_BT) if slots else keys
         mask_BTS = kv_skip.visible(rows.pos_BT, keys, at.layer, plan, call.numbers)
     halted_BT = at.layer > state.halt_layer_BT
     log_size_BS = None
     if plan.fusion is not None and plan.fusion.proportional_attention:
         log_size_BS = jnp.log(state.size_BT)
         if call.past is not None:
-            log_size_BS = pasts.insert(jnp.log(past_l.size_BS), rows.pos_BT, log_size_BS)
+            sizes_BS, own_B1 = jnp.log(past_l.size_BS), log_size_BS
+            if slots:
+                log_size_BS = cache.by_slot(sizes_BS, own_B1)
+            else:
+                log_size_BS = pasts.insert(sizes_BS, rows.pos_BT, own_B1)
 
     def attend(q, k, v):
         k, v = stored(call, state, k, v, halted_BT, maps_l)
+        if slots:
+            own = cache._replace(k_B1KH=k, v_B1KH=v)
+            context, weights = one_query.attention(q, own, mask_BTS, log_size_BS)
+            return context, Attended(own, mask_BTS, weights, k, q)
         kept, k_all, v_all = pasts.write(cache, at.layer - 1, rows.pos_BT, k, v, call.past)
-        sizes_BS = log_size_BS
-        if isinstance(kept, LayerCache) and sizes_BS is not None:
-            sizes_BS = pasts.by_slot(sizes_BS, kept)
-        attends = one_query.attention if slots else attention
-        context, weights = attends(q, k_all, v_all, mask_BTS, sizes_BS)
+        context, weights = attention(q, k_all, v_all, mask_BTS, log_size_BS)
         return context, Attended(kept, mask_BTS, weights, k_all, q)
 
     cast = cast_of(call, state)
@@ -273,9 +279,10 @@ def _entropy(call: Call, state: TokenState, kind: str, needed_BT: Array) -> Arra
 def _received(call: Call, state: TokenState, attended: Attended, ran_BT, layer) -> Array:
     keys = _keys(call, state, layer)
     before_BS = call.past.received_BS if call.past is not None else None
-    found_BTS = kv_skip.running_maximum(
-        attended.weights_BNTS.max(1), call.rows.pos_BT, keys, ran_BT, before_BS
-    )
+    weights_BTS = attended.weights_BNTS.max(1)
+    if isinstance(attended.cache, LayerCache):
+        weights_BTS = weights_BTS[..., :-1]  # slots are positions; without the token itself
+    found_BTS = kv_skip.running_maximum(weights_BTS, call.rows.pos_BT, keys, ran_BT, before_BS)
     last_BS = keys.halt_layer_BS + call.numbers.delay
     assert state.received_BTS is not None
     return jnp.where((last_BS == layer)[:, None, :], found_BTS, state.received_BTS)
@@ -359,7 +366,9 @@ def _weights(call: Call, state: TokenState, attended: Attended, h_BXD):
     steps_W = jnp.arange(window + 1)[None, None, :]
     slots_BTW = jnp.maximum(rows.pos_BT[..., None] - steps_W, 0)
     if isinstance(attended.cache, LayerCache):
-        slots_BTW = attended.cache.slots_of(slots_BTW[:, 0])[:, None]
+        before_B1W = attended.cache.slots_of(slots_BTW[:, 0, 1:])[:, None]
+        own_B11 = jnp.full_like(slots_BTW[..., :1], mean_BTS.shape[-1] - 1)
+        slots_BTW = jnp.concatenate([own_B11, before_B1W], axis=-1)
     paid_BTW = jnp.take_along_axis(mean_BTS, slots_BTW, axis=-1)
     return paid_BTW[..., 0], paid_BTW[..., 1:]
 

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
-from qs_jax.engine.cache import EMPTY, LayerCache
+from qs_jax.engine.cache import LayerCache
 from qs_jax.engine.call import Call
 from qs_jax.mechanisms import fusion, kv_skip
 from qs_jax.mechanisms.decide import Rows
@@ -85,34 +85,25 @@ def own_keys(call: Call, state: TokenState) -> kv_skip.Keys:
     )
 
 
-def in_slots(keys: kv_skip.Keys, cache: LayerCache, pos_BT: Array) -> kv_skip.Keys:
-    """The same keys in the order of a layer's slots; the current token's is the last entry."""
-    if cache.by_position:
-        return keys
-    # Before the token is written: what its slot still says is an earlier token's.
-    pos_BC = cache.write_position(pos_BT[:, 0]).pos_BC
-    index_BC = jnp.minimum(pos_BC, keys.pos_BS.shape[1] - 1)
-
-    def take(array_BS: Array) -> Array:
-        return jnp.take_along_axis(array_BS, index_BC, axis=1)
-
-    assert keys.received_BTS is None
-    return kv_skip.Keys(
-        pos_BS=pos_BC,
-        real_BS=take(keys.real_BS) & (pos_BC < EMPTY),
-        halt_layer_BS=take(keys.halt_layer_BS),
-        hidden_from_BS=take(keys.hidden_from_BS),
-        retain_BS=take(keys.retain_BS),
-        received_BTS=None,
-    )
-
-
-def by_slot(array_BS: Array, cache: LayerCache) -> Array:
-    """An array over positions in the order of a layer's slots."""
-    if cache.by_position:
-        return array_BS
-    index_BC = jnp.minimum(cache.pos_BC, array_BS.shape[1] - 1)
-    return jnp.take_along_axis(array_BS, index_BC, axis=1)
+def mask_of_slots(
+    call: Call, state: TokenState, cache: LayerCache, layer: Array
+) -> Bool[Array, "B 1 X"]:
+    """The attention mask of one layer over its slots, and last the token itself."""
+    rows, plan = call.rows, call.plan
+    if not (call.fuses or plan.policy == "attended"):
+        return cache.mask(rows.pos_BT[:, 0])[:, None]  # all that is kept stays visible
+    assert call.past is not None
+    known = keys(call.past, rows, layer, state)
+    if not cache.by_position:
+        index_BC = jnp.minimum(cache.pos_BC, known.pos_BS.shape[1] - 1)
+        taken = [
+            None if leaf is None else jnp.take_along_axis(leaf, index_BC, axis=1)
+            for leaf in known[1:-1]
+        ]
+        known = kv_skip.Keys(cache.pos_BC, *taken, received_BTS=None)
+    seen_B1C = kv_skip.visible(rows.pos_BT, known, layer, plan, call.numbers)
+    seen_B1C &= known.pos_BS[:, None] < rows.pos_BT[:, :1, None]
+    return jnp.pad(seen_B1C, ((0, 0), (0, 0), (0, 1)), constant_values=True)
 
 
 def insert(array_BS: Array, pos_BT: Array, values_BT: Array) -> Array:
@@ -121,19 +112,11 @@ def insert(array_BS: Array, pos_BT: Array, values_BT: Array) -> Array:
 
 
 def write(
-    cache: KVCache | LayerCache | None,
-    index: Array,
-    pos_BT: Array,
-    k: Array,
-    v: Array,
-    past: Past | None,
-) -> tuple[KVCache | LayerCache | None, Array, Array]:
+    cache: KVCache | None, index: Array, pos_BT: Array, k: Array, v: Array, past: Past | None
+) -> tuple[KVCache | None, Array, Array]:
     """Write a layer's keys and values; returns the cache and all keys and values to attend to."""
     if cache is None:
         return None, k, v
-    if isinstance(cache, LayerCache):
-        cache = cache.write(pos_BT[:, 0], k, v)
-        return cache, *cache.of_layer()
     if past is None:
         return cache.write_rows(index, k, v), k, v
     cache = cache.write_step(index, pos_BT[:, 0], k, v)
@@ -203,9 +186,12 @@ def last_keys(call: Call, k_BSKH: Array, count: int, cache: Any) -> Array:
     """Keys of the W tokens before the call's and of its own, `[B, W + T, K, H]`."""
     if call.past is None:
         return jnp.pad(k_BSKH, ((0, 0), (count, 0), (0, 0), (0, 0)))
-    slots_BX = jnp.concatenate([_last_slots(call.rows.pos_BT, count), call.rows.pos_BT], axis=1)
     if isinstance(cache, LayerCache):
-        slots_BX = cache.slots_of(slots_BX)
+        slots_BW = cache.slots_of(_last_slots(call.rows.pos_BT, count))
+        found_BWO = _take(cache.of_layer()[0], slots_BW)
+        found_BWKH = found_BWO.reshape(*slots_BW.shape, *k_BSKH.shape[2:])
+        return jnp.concatenate([found_BWKH, k_BSKH], axis=1)
+    slots_BX = jnp.concatenate([_last_slots(call.rows.pos_BT, count), call.rows.pos_BT], axis=1)
     return _take(k_BSKH, slots_BX)
 
 
