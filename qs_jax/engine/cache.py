@@ -22,35 +22,95 @@ EMPTY = 2**30
 class SlotCache(flax.struct.PyTreeNode):
     """Keys and values of a segment of l layers.
 
+    They are stored as the product with the queries takes them, heads side by side and axes of one
+    element left out: through a reshape, XLA would repeat the update of a cache for each of its
+    readers, on a copy.
+
     Attributes:
-      k_lBCKH: Keys, after RoPE.
-      v_lBCKH: Values.
+      k_CO: Keys, after RoPE, `[C, O]` with O = K * H; `[l, C, O]`, `[B, C, O]` or `[l, B, C, O]`
+        where there are several layers or rows.
+      v_CO: Values.
       pos_lBC: Position of the token in each slot, EMPTY where there is none; None where every
         token is kept and slots are positions.
-      fill_lB: Entries kept; the slot after them is the current token's own. None likewise.
+      fill_lB: Entries kept; the next token goes to the slot after them. None likewise.
+      layers: l.
+      head_dim: H.
     """
 
-    k_lBCKH: Float[Array, "l B C K H"]
-    v_lBCKH: Float[Array, "l B C K H"]
+    k_CO: Float[Array, "*lB C O"]
+    v_CO: Float[Array, "*lB C O"]
     pos_lBC: Int[Array, "l B C"] | None
     fill_lB: Int[Array, "l B"] | None
+    layers: int = flax.struct.field(pytree_node=False)
+    head_dim: int = flax.struct.field(pytree_node=False)
+
+    @classmethod
+    def of(cls, k_lBCKH: Array, v_lBCKH: Array, pos_lBC: Array | None, fill_lB: Array | None):
+        """A cache of these keys and values, `[l, B, C, K, H]`."""
+        layers, batch, capacity, heads, dim = k_lBCKH.shape
+        many = [size for size in (layers, batch) if size > 1]
+        shape = (*many, capacity, heads * dim)
+        return cls(k_lBCKH.reshape(shape), v_lBCKH.reshape(shape), pos_lBC, fill_lB, layers, dim)
 
     @property
     def capacity(self) -> int:
         """Slots a row."""
-        return self.k_lBCKH.shape[2]
+        return self.k_CO.shape[-2]
+
+    def append(
+        self,
+        pos_B: Int[Array, "B"],
+        k_lBKH: Float[Array, "l B K H"],
+        v_lBKH: Float[Array, "l B K H"],
+        keep_lB: Bool[Array, "l B"],
+    ) -> SlotCache:
+        """One token a row, written in place; where it is not kept the next one takes its slot."""
+        slot_lB, pos_lBC, fill_lB = self.slots(pos_B), self.pos_lBC, self.fill_lB
+        if pos_lBC is not None:
+            rows = jnp.arange(self.layers)[:, None], jnp.arange(pos_B.shape[0])[None, :]
+            pos_lBC = pos_lBC.at[(*rows, slot_lB)].set(jnp.where(keep_lB, pos_B[None], EMPTY))
+            fill_lB = fill_lB + keep_lB
+        with jax.named_scope("kv_write"):
+            k_CO, v_CO = _put(self.k_CO, slot_lB, k_lBKH), _put(self.v_CO, slot_lB, v_lBKH)
+        return self.replace(k_CO=k_CO, v_CO=v_CO, pos_lBC=pos_lBC, fill_lB=fill_lB)
+
+    def slots(self, pos_B: Int[Array, "B"]) -> Int[Array, "l B"]:
+        """Where the token at each row's position goes."""
+        if self.fill_lB is None:
+            return jnp.broadcast_to(pos_B[None], (self.layers, *pos_B.shape))
+        return self.fill_lB
+
+
+def _put(array_CO: Array, slot_lB: Array, value_lBKH: Array) -> Array:
+    layers, batch = slot_lB.shape
+    value_lBO = value_lBKH.reshape(layers, batch, -1)
+    if batch == layers == 1:  # no scatter, which XLA runs as a loop of its own on CPU
+        zero = jnp.zeros((), slot_lB.dtype)
+        return lax.dynamic_update_slice(array_CO, value_lBO[0], (slot_lB[0, 0], zero))
+    if layers == 1:
+        return array_CO.at[jnp.arange(batch), slot_lB[0]].set(value_lBO[0])
+    if batch == 1:
+        return array_CO.at[jnp.arange(layers), slot_lB[:, 0]].set(value_lBO[:, 0])
+    return array_CO.at[jnp.arange(layers)[:, None], jnp.arange(batch)[None], slot_lB].set(value_lBO)
 
 
 class LayerCache(NamedTuple):
-    """One layer of a segment's cache, as the layer's attention sees it.
+    """One layer of a segment's cache, read only, and the current token's own keys and values.
+
+    The own ones are kept apart until the segment is over: inside a branch, writing a cache copies
+    it. Arrays over X = C + 1 keys have the current token's last.
 
     Attributes:
       cache: Of the segment.
       index: The layer's place in the segment.
+      k_B1KH: The current token's keys; None before they are known.
+      v_B1KH: And values.
     """
 
     cache: SlotCache
     index: Any
+    k_B1KH: Array | None = None
+    v_B1KH: Array | None = None
 
     @property
     def by_position(self) -> bool:
@@ -61,72 +121,36 @@ class LayerCache(NamedTuple):
     def pos_BC(self) -> Int[Array, "B C"]:
         """Position of the token in each slot."""
         assert self.cache.pos_lBC is not None
-        return _layer(self.cache.pos_lBC, self.index)
+        return self.cache.pos_lBC[self.index]
 
-    def write(self, pos_B: Array, k_B1KH: Array, v_B1KH: Array) -> LayerCache:
-        """Put one token a row where its own query finds it; `keep` makes it stay."""
-        cache, index = self
-        slot_B, pos_lBC = pos_B, cache.pos_lBC
-        if pos_lBC is not None:
-            assert cache.fill_lB is not None
-            slot_B = _layer(cache.fill_lB, index)
-            pos_lBC = put(pos_lBC, index, slot_B, pos_B)
-        with jax.named_scope("kv_write"):
-            written = cache.replace(
-                k_lBCKH=put(cache.k_lBCKH, index, slot_B, k_B1KH[:, 0]),
-                v_lBCKH=put(cache.v_lBCKH, index, slot_B, v_B1KH[:, 0]),
-                pos_lBC=pos_lBC,
-            )
-        return LayerCache(written, index)
-
-    def write_position(self, pos_B: Array) -> LayerCache:
-        """The token's position alone, in the slot that `write` will take."""
-        cache, index = self
-        assert cache.pos_lBC is not None
-        assert cache.fill_lB is not None
-        pos_lBC = put(cache.pos_lBC, index, _layer(cache.fill_lB, index), pos_B)
-        return LayerCache(cache.replace(pos_lBC=pos_lBC), index)
-
-    def keep(self, keep_B: Bool[Array, "B"]) -> LayerCache:
-        """Rows whose token stays for later queries; elsewhere the next one takes its slot."""
-        cache, index = self
-        if cache.fill_lB is None:
-            return self
-        return LayerCache(cache.replace(fill_lB=cache.fill_lB.at[index].add(keep_B)), index)
-
-    def mask(self, pos_B: Array) -> Bool[Array, "B C"]:
+    def mask(self, pos_B: Int[Array, "B"]) -> Bool[Array, "B X"]:
         """Every entry and the token itself."""
         slots_1C = jnp.arange(self.cache.capacity, dtype=jnp.int32)[None]
-        last_B = pos_B if self.cache.fill_lB is None else _layer(self.cache.fill_lB, self.index)
-        return slots_1C <= last_B[:, None]
+        held_BC = slots_1C < self.cache.slots(pos_B)[self.index][:, None]
+        return jnp.pad(held_BC, ((0, 0), (0, 1)), constant_values=True)
 
-    def of_layer(self) -> tuple[Array, Array]:
-        """Keys and values, `[B, C, K, H]` each."""
-        return _layer(self.cache.k_lBCKH, self.index), _layer(self.cache.v_lBCKH, self.index)
+    def of_layer(self) -> tuple[Float[Array, "B C O"], Float[Array, "B C O"]]:
+        """Keys and values of the tokens before."""
+        cache, index = self.cache, self.index
 
-    def slots_of(self, pos_BX: Int[Array, "B X"]) -> Int[Array, "B X"]:
-        """Slot of each position; any where the layer does not hold it."""
+        def of(array_CO: Array) -> Array:
+            array_CO = array_CO[index] if cache.layers > 1 else array_CO
+            return array_CO.reshape(-1, *array_CO.shape[-2:])
+
+        return of(cache.k_CO), of(cache.v_CO)
+
+    def slots_of(self, pos_BW: Int[Array, "B W"]) -> Int[Array, "B W"]:
+        """Slot of each earlier position; any where the layer does not hold it."""
         if self.by_position:
-            return jnp.maximum(pos_BX, 0)
-        return (self.pos_BC[:, None, :] == pos_BX[:, :, None]).argmax(-1).astype(jnp.int32)
+            return jnp.maximum(pos_BW, 0)
+        return (self.pos_BC[:, None, :] == pos_BW[:, :, None]).argmax(-1).astype(jnp.int32)
 
-
-def _layer(array: Array, index: Any) -> Array:
-    return lax.dynamic_index_in_dim(array, index, keepdims=False)
-
-
-def put(array_lBX: Array, index: Any, slot_B: Array, value_B: Array) -> Array:
-    """`array[index, b, slot_B[b]] = value_B[b]`, in place inside a loop.
-
-    One row needs no scatter, which XLA runs as a loop of its own on CPU.
-    """
-    batch = slot_B.shape[0]
-    if batch == 1:
-        zero = jnp.zeros((), slot_B.dtype)
-        at = (jnp.asarray(index, slot_B.dtype), zero, slot_B[0])
-        rest = (zero,) * (array_lBX.ndim - 3)
-        return lax.dynamic_update_slice(array_lBX, value_B[None, :, None], (*at, *rest))
-    return array_lBX.at[index, jnp.arange(batch), slot_B].set(value_B)
+    def by_slot(self, array_BS: Array, own_B1: Array) -> Array:
+        """An array over positions in the order of the slots, `[B, X]`."""
+        if not self.by_position:
+            index_BC = jnp.minimum(self.pos_BC, array_BS.shape[1] - 1)
+            array_BS = jnp.take_along_axis(array_BS, index_BC, axis=1)
+        return jnp.concatenate([array_BS, own_B1], axis=1)
 
 
 def cache_bytes(caches: Any) -> int:

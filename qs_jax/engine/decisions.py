@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from qs_jax.engine import layer_keys
 from qs_jax.engine import past as pasts
 from qs_jax.engine.attention import Attended
 from qs_jax.engine.cache import LayerCache
@@ -18,13 +19,6 @@ from qs_jax.state import LayerRecord, TokenState
 
 # A lean call gathers the candidates of an entropy where they are fewer than one in this many.
 FEW_CANDIDATES = 8
-
-
-def keys_at(call: Call, state: TokenState, layer: Array) -> kv_skip.Keys:
-    """Every key as a layer finds it."""
-    if call.past is not None:
-        return pasts.keys(call.past, call.rows, layer, state)
-    return pasts.all_keys(call, state)
 
 
 def decide_layer(call: Call, state: TokenState, attended: Attended, ran_BT, before_BTD, at, past_l):
@@ -170,7 +164,7 @@ def _entropy(call: Call, state: TokenState, kind: str, needed_BT: Array) -> Arra
 
 
 def _received(call: Call, state: TokenState, attended: Attended, ran_BT, layer) -> Array:
-    keys = keys_at(call, state, layer)
+    keys = layer_keys.at_layer(call, state, layer)
     before_BS = call.past.received_BS if call.past is not None else None
     last_BS = keys.halt_layer_BS + call.numbers.delay
     here_BS = last_BS == layer
@@ -178,9 +172,10 @@ def _received(call: Call, state: TokenState, attended: Attended, ran_BT, layer) 
     assert received_BTS is not None
 
     def look() -> Array:
-        found_BTS = kv_skip.running_maximum(
-            attended.weights().max(1), call.rows.pos_BT, keys, ran_BT, before_BS
-        )
+        weights_BTS = attended.weights().max(1)
+        if isinstance(attended.cache, LayerCache):
+            weights_BTS = weights_BTS[..., :-1]  # slots are positions; without the token itself
+        found_BTS = kv_skip.running_maximum(weights_BTS, call.rows.pos_BT, keys, ran_BT, before_BS)
         return jnp.where(here_BS[:, None, :], found_BTS, received_BTS)
 
     return lax.cond(here_BS.any(), look, lambda: received_BTS) if call.lean else look()
@@ -191,7 +186,11 @@ def written_of(call: Call, state: TokenState, ran_BT, mask_BTS, layer) -> Array:
 
     A key that "attended" brings back counts as written once some query sees it.
     """
-    own = pasts.own_keys(call, state) if call.past is not None else pasts.all_keys(call, state)
+    own = (
+        layer_keys.own(call, state)
+        if call.past is not None
+        else layer_keys.without_past(call, state)
+    )
     exists_BS = kv_skip.written(own, layer, call.plan, call.numbers)
     if call.plan.policy == "attended" and call.past is None:
         width, total = mask_BTS.shape[1:]
@@ -278,7 +277,9 @@ def _weights(call: Call, state: TokenState, attended: Attended, h_BXD):
         own_BT = mean_BTS.shape[2] - width + jnp.broadcast_to(jnp.arange(width)[None], own_BT.shape)
     slots_BTW = jnp.maximum(own_BT[..., None] - steps_W, 0)
     if isinstance(attended.cache, LayerCache):
-        slots_BTW = attended.cache.slots_of(slots_BTW[:, 0])[:, None]
+        before_B1W = attended.cache.slots_of(slots_BTW[:, 0, 1:])[:, None]
+        own_B11 = jnp.full_like(slots_BTW[..., :1], mean_BTS.shape[-1] - 1)
+        slots_BTW = jnp.concatenate([own_B11, before_B1W], axis=-1)
     paid_BTW = jnp.take_along_axis(mean_BTS, slots_BTW, axis=-1)
     return paid_BTW[..., 0], paid_BTW[..., 1:]
 

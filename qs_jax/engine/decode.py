@@ -15,10 +15,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.config import Config, ModelConfig
-from qs_jax.engine import batching, layer, one_query, opening, pack, token_loop, tokenwise, weights
+from qs_jax.engine import (
+    batching,
+    layer,
+    layer_keys,
+    one_query,
+    opening,
+    pack,
+    token_loop,
+    tokenwise,
+    weights,
+)
 from qs_jax.engine import past as pasts
 from qs_jax.engine.cache import LayerCache, SlotCache, cache_bytes
 from qs_jax.engine.call import Call
@@ -29,14 +39,14 @@ from qs_jax.mechanisms.plan import Numbers, Plan
 from qs_jax.models import Params, family_of, head
 from qs_jax.state import DecodeState, Past
 
-# run(carry, cache, params_l, index) -> (carry, cache, out)
-Layer = Callable[[Any, LayerCache, Any, Any], tuple[Any, LayerCache, Any]]
+# run(carry, cache, params_l, index) -> (carry, out)
+Layer = Callable[[Any, LayerCache, Any, Any], tuple[Any, Any]]
 
 
 def over_segment(
     layers: Any, start: int, count: int, run: Layer, carry: Any, cache: SlotCache
-) -> tuple[Any, SlotCache, Any]:
-    """Run a segment's layers one after the other.
+) -> tuple[Any, Any]:
+    """Run a segment's layers one after the other; the cache is only read.
 
     Args:
       layers: Stacked parameters of all layers, scanned over; or a tuple of each layer's own, for
@@ -48,22 +58,18 @@ def over_segment(
       cache: The segment's.
 
     Returns:
-      The carry, the cache, and the layers' outputs on a leading axis.
+      The carry, and the layers' outputs on a leading axis.
     """
     if isinstance(layers, tuple):
         assert count == 1
-        carry, kept, out = run(carry, LayerCache(cache, 0), layers[start], start)
-        return carry, kept.cache, jax.tree.map(lambda leaf: leaf[None], out)
+        carry, out = run(carry, LayerCache(cache, 0), layers[start], start)
+        return carry, jax.tree.map(lambda leaf: leaf[None], out)
 
-    def body(carried, offset):
-        carry, cache = carried
+    def body(carry, offset):
         params_l = jax.tree.map(lambda leaf: leaf[start + offset], layers)
-        carry, kept, out = run(carry, LayerCache(cache, offset), params_l, start + offset)
-        return (carry, kept.cache), out
+        return run(carry, LayerCache(cache, offset), params_l, start + offset)
 
-    offsets = jnp.arange(count, dtype=jnp.int32)
-    (carry, cache), out = lax.scan(body, (carry, cache), offsets)
-    return carry, cache, out
+    return lax.scan(body, carry, jnp.arange(count, dtype=jnp.int32))
 
 
 def dense_step(
@@ -71,6 +77,7 @@ def dense_step(
     layers: Any,
     tokens_B: Int[Array, "B"],
     pos_B: Int[Array, "B"],
+    live_B: Bool[Array, "B"],
     caches: tuple[SlotCache, ...],
     model: ModelConfig,
     segments: tuple[int, ...],
@@ -81,22 +88,37 @@ def dense_step(
 
     def run(h_B1D, cache: LayerCache, params_l, index):
         del index
+        mask_B1X = cache.mask(pos_B)[:, None]
 
         def attend(q, k, v):
-            kept = cache.write(pos_B, k, v)
-            mask_B1S = kept.mask(pos_B)[:, None]
-            return one_query.attention(q, *kept.of_layer(), mask_B1S, None)[0], kept
+            own = cache._replace(k_B1KH=k, v_B1KH=v)
+            return one_query.attention(q, own, mask_B1X, None)[0], (k[:, 0], v[:, 0])
 
         out: Any = block.apply({"params": params_l}, h_B1D, pos_B1, attend)
-        return *out, None
+        return out
 
     h_B1D: Any = family.embed(model).apply({"params": params["embed"]}, tokens_B[:, None], pos_B1)
-    written, start = [], 0
-    for count, cache in zip(segments, caches, strict=True):
-        h_B1D, cache, _ = over_segment(layers, start, count, run, h_B1D, cache)
-        written.append(cache)
-        start += count
-    return head.logits(params, head.normed(params, h_B1D, model)[:, 0]), tuple(written)
+
+    def walk(h_B1D, caches):
+        owns, start = [], 0
+        for count, cache in zip(segments, caches, strict=True):
+            h_B1D, own = over_segment(layers, start, count, run, h_B1D, cache)
+            owns.append(own)
+            start += count
+        return h_B1D, owns
+
+    def stay(h_B1D, caches):
+        shapes = jax.eval_shape(walk, h_B1D, caches)[1]
+        return h_B1D, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+    # Always taken. A branch is what keeps a cache's readers before its writer: else XLA copies it.
+    h_B1D, owns = lax.cond(live_B.any(), walk, stay, h_B1D, caches)
+    kept_B = jnp.ones_like(live_B)
+    written = tuple(
+        cache.append(pos_B, *own, jnp.broadcast_to(kept_B, (cache.layers, *kept_B.shape)))
+        for cache, own in zip(caches, owns, strict=True)
+    )
+    return head.logits(params, head.normed(params, h_B1D, model)[:, 0]), written
 
 
 def step(
@@ -114,9 +136,9 @@ def step(
     call = opening.open_call(params, rows, model, plan, numbers, past, True)
     state, outs, written, start = opening.start(call), [], [], 0
     for count, cache in zip(segments, past.cache, strict=True):
-        state, cache, out = _segment(call, layers, start, count, state, cache)
+        state, out, own = _segment(call, layers, start, count, state, cache)
         outs.append(out)
-        written.append(cache)
+        written.append(cache.append(rows.pos_BT[:, 0], *own))
         start += count
     record, kept = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outs)
     following = pasts.extend(call, state, record, kept, tuple(written))
@@ -135,40 +157,43 @@ def _segment(call: Call, layers: Any, start: int, count: int, state, cache: Slot
             at = at._replace(layer=jnp.int32(index + 1))
         return at, _at(shared, index)._replace(params=params_l), _at(past_layers, index)
 
-    def kept_B(state, at):
-        own = pasts.own_keys(call, state)
-        return (kv_skip.written(own, at.layer, plan, call.numbers) & rows.real_BT)[:, 0]
+    def put_by(state, at, cache: LayerCache):
+        own = layer_keys.own(call, state)
+        keep_BT = kv_skip.written(own, at.layer, plan, call.numbers) & rows.real_BT
+        shape = (len(rows.pos_BT), call.model.num_kv_heads, call.model.head_dim)
+        if cache.k_B1KH is None or cache.v_B1KH is None:
+            nothing_BKH = jnp.zeros(shape, cache.cache.k_CO.dtype)
+            return nothing_BKH, nothing_BKH, keep_BT[:, 0]
+        return cache.k_B1KH[:, 0], cache.v_B1KH[:, 0], keep_BT[:, 0]
 
-    def computes(state, cache: Any, params_l, index):
+    def computes(before, cache: LayerCache, params_l, index):
         found = of_layer(params_l, index)
-        keep_B = kept_B(state, found[0])
-        state, cache, record, kept = layer.run(call, state, cache, *found)
-        return state, cache.keep(keep_B), (record, kept)
+        state, cache, record, kept = layer.run(call, before, cache, *found)
+        return state, ((record, kept), put_by(before, found[0], cache))
 
-    def stores(state, cache: Any, params_l, index):
+    def stays(stores: bool, before, cache: LayerCache, params_l, index):
         found = of_layer(params_l, index)
-        keep_B = kept_B(state, found[0])
-        state, cache, record, kept = idle(call, state, cache, *found)
-        return state, cache.keep(keep_B), (record, kept)
-
-    def passes(state, cache: LayerCache, params_l, index):
-        state, _, record, kept = idle(call, state, None, *of_layer(params_l, index))
-        return state, cache, (record, kept)
+        state, cache, record, kept = idle(call, before, cache, *found, stores)
+        return state, ((record, kept), put_by(before, found[0], cache))
 
     def branch(run: Layer):
         return functools.partial(over_segment, layers, start, count, run)
 
+    first, live_BT = jnp.int32(start + 1), rows.real_BT
+    branches = [branch(functools.partial(stays, stores)) for stores in (False, True)]
+    branches.append(branch(computes))
+    # Also where nobody may leave: the branch keeps the cache's readers before its writer.
+    which = 2 * live_BT.any().astype(jnp.int32)
     if not (plan.halting is not None and plan.halting.freeze and call.decides):
-        return branch(computes)(state, cache)
-    first = jnp.int32(start + 1)
-    any_computes = (rows.real_BT & (first <= state.halt_layer_BT)).any()
-    if plan.policy != "skip":
-        return lax.cond(any_computes, branch(computes), branch(stores), state, cache)
-    own = pasts.own_keys(call, state)
-    any_stores = (kv_skip.written(own, first, plan, call.numbers) & rows.real_BT).any()
-    # Passing through is the first branch: in any other the cache would be copied.
-    which = jnp.where(any_computes, 2, any_stores.astype(jnp.int32))
-    return lax.switch(which, [branch(passes), branch(stores), branch(computes)], state, cache)
+        branches, which = [branches[0], branches[2]], which // 2
+    else:
+        own = layer_keys.own(call, state)
+        stores = (kv_skip.written(own, first, plan, call.numbers) & live_BT).any()
+        stores |= plan.policy == "attended"
+        computing = (live_BT & (first <= state.halt_layer_BT)).any()
+        which = jnp.where(computing, 2, stores.astype(jnp.int32))
+    state, (out, own) = lax.switch(which, branches, state, cache)
+    return state, out, own
 
 
 def _at(tree: Any, index: Any) -> Any:
@@ -187,7 +212,14 @@ def advance(
     cache: Any = state.cache
     if plan.mechanisms is None:
         logits_BV, cache = dense_step(
-            params, layers, state.last_B, state.pos_B, cache, model, plan.segments
+            params,
+            layers,
+            state.last_B,
+            state.pos_B,
+            ~state.done_B,
+            cache,
+            model,
+            plan.segments,
         )
     else:
         assert numbers.mechanisms is not None

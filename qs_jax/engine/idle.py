@@ -19,35 +19,36 @@ from qs_jax.state import LayerRecord, TokenState
 def idle(
     call: Call,
     state: TokenState,
-    cache: Any,
+    cache: LayerCache,
     at: LayerNumbers,
     weights: layer.Weights,
     past_l: Any,
-) -> tuple[TokenState, Any, LayerRecord, pasts.Kept | None]:
+    stores: bool,
+) -> tuple[TokenState, LayerCache, LayerRecord, pasts.Kept | None]:
     """`layer.run` where every live token has halted before: only their keys and values, if any.
 
     Args:
       call: What all layers share.
       state: The carry.
-      cache: As in `layer.run`; None where no key needs writing.
+      cache: As in `layer.run`.
       at: Numbers of this layer.
       weights: Its arrays.
-      past_l: Its part of the past, or None.
+      past_l: Its part of the past.
+      stores: Some key needs writing.
     """
     rows, plan = call.rows, call.plan
     nobody_BT = jnp.zeros_like(rows.real_BT)
-    if cache is not None:
+    if stores:
 
-        def found(codes):
+        def found(codes: Any) -> Any:
             multiply = layer.multiply_of(call, state.bits_BT, weights.int8, codes)
             return layer.keys_values(call, state.h_BTD, rows.pos_BT, weights.params, multiply)
 
-        if weights.int8 is None:
-            k, v = found(None)
-        else:
-            k, v = lax.cond(at.has_bits, lambda: found(weights.int8), lambda: found(None))
+        k, v = found(None)
+        if weights.int8 is not None:
+            k, v = lax.cond(at.has_bits, lambda: found(weights.int8), lambda: (k, v))
         k, v = layer.stored(call, state, k, v, ~nobody_BT, weights.maps)
-        cache = pasts.write(cache, at.layer - 1, rows.pos_BT, k, v, call)[0]
+        cache = cache._replace(k_B1KH=k, v_B1KH=v)
     in_force = state
     if plan.shortlist_size and call.decides:
         state = decisions.find_shortlist(call, state, at)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from qs_jax.engine import decisions, one_query
+from qs_jax.engine import decisions, layer_keys, one_query
 from qs_jax.engine import past as pasts
 from qs_jax.engine.attention import Attended, attention, blocked_attention
 from qs_jax.engine.cache import LayerCache
@@ -67,7 +67,10 @@ def run(
     state, record, fused = decisions.decide_layer(
         call, state, attended, ran_BT, before_BTD, at, past_l
     )
-    kept = pasts.of_layer(call, size_BT, *fused, attended.mask_BTS, past_l)
+    mask_BTS = attended.mask_BTS
+    if isinstance(cache, LayerCache):
+        mask_BTS = mask_BTS[..., :-1]  # without the token itself
+    kept = pasts.of_layer(call, size_BT, *fused, mask_BTS, past_l)
     return state, attended.cache, record, kept
 
 
@@ -79,29 +82,30 @@ def _block(
     block = family_of(call.model).block(call.model)
     mask_BTS = _mask(call, state, cache, at)
     halted_BT = at.layer > state.halt_layer_BT
-    log_size_BS = _log_sizes(call, state, past_l)
+    log_size_BS = _log_sizes(call, state, cache, past_l)
     passive = call.around.passive if call.around is not None else None
 
     def attend(q, k, v, codes):
         k, v = stored(call, state, k, v, halted_BT, weights.maps)
+        if isinstance(cache, LayerCache):
+            own = cache._replace(k_B1KH=k, v_B1KH=v)
+            context, shown_BNTS = one_query.attention(q, own, mask_BTS, log_size_BS)
+            return context, Attended(own, mask_BTS, shown_BNTS, k, q, log_size_BS)
         kept, k_all, v_all = pasts.write(cache, at.layer - 1, rows.pos_BT, k, v, call)
         if passive is not None:
             k_p, v_p = _passive_keys(call, passive, weights._replace(int8=codes))
             if isinstance(kept, KVCache):
                 kept = kept.write_slots(at.layer - 1, passive.rows.pos_BT, k_p, v_p)
             k_all, v_all = jnp.concatenate([k_p, k_all], 1), jnp.concatenate([v_p, v_all], 1)
-        sizes_BS, shown_BNTS = log_size_BS, None
-        if isinstance(kept, LayerCache):
-            sizes_BS = None if sizes_BS is None else pasts.by_slot(sizes_BS, kept)
-            context, shown_BNTS = one_query.attention(q, k_all, v_all, mask_BTS, sizes_BS)
-        elif call.lean:
+        shown_BNTS = None
+        if call.lean:
             outside = k_all.shape[1] - q.shape[1]  # keys of passive tokens come first
             context = blocked_attention(
-                q, k_all, v_all, mask_BTS, prefix=outside, log_size_BS=sizes_BS
+                q, k_all, v_all, mask_BTS, prefix=outside, log_size_BS=log_size_BS
             )
         else:
-            context, shown_BNTS = attention(q, k_all, v_all, mask_BTS, sizes_BS)
-        return context, Attended(kept, mask_BTS, shown_BNTS, k_all, q, sizes_BS)
+            context, shown_BNTS = attention(q, k_all, v_all, mask_BTS, log_size_BS)
+        return context, Attended(kept, mask_BTS, shown_BNTS, k_all, q, log_size_BS)
 
     def apply_block(codes):
         multiply = multiply_of(call, state.bits_BT, weights.int8, codes)
@@ -139,21 +143,19 @@ def multiply_of(call: Call, bits_BT: Array, int8: Any, codes: Any) -> Multiply:
 
 
 def _mask(call: Call, state: TokenState, cache: Any, at: LayerNumbers) -> Array:
-    if not isinstance(cache, LayerCache):
-        keys = decisions.keys_at(call, state, at.layer)
-        return kv_skip.visible(call.rows.pos_BT, keys, at.layer, call.plan, call.numbers)
-    if not (call.fuses or call.plan.policy == "attended"):
-        return cache.mask(call.rows.pos_BT[:, 0])[:, None]  # all that is kept stays visible
-    keys = decisions.keys_at(call, state, at.layer)
-    keys = pasts.in_slots(keys, cache, call.rows.pos_BT)
+    if isinstance(cache, LayerCache):
+        return layer_keys.mask_of_slots(call, state, cache, at.layer)
+    keys = layer_keys.at_layer(call, state, at.layer)
     return kv_skip.visible(call.rows.pos_BT, keys, at.layer, call.plan, call.numbers)
 
 
-def _log_sizes(call: Call, state: TokenState, past_l: Any) -> Array | None:
+def _log_sizes(call: Call, state: TokenState, cache: Any, past_l: Any) -> Array | None:
     """Logarithm of the tokens each key stands for, where attention is proportional."""
     if call.plan.fusion is None or not call.plan.fusion.proportional_attention:
         return None
     own_BT = jnp.log(state.size_BT)
+    if isinstance(cache, LayerCache):
+        return cache.by_slot(jnp.log(past_l.size_BS), own_BT)
     if call.past is not None:
         return pasts.insert(jnp.log(past_l.size_BS), call.rows.pos_BT, own_BT)
     if call.around is None or call.around.passive is None:

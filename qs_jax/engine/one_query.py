@@ -1,4 +1,4 @@
-"""Attention of one query a row, for decoding.
+"""Attention of one query a row, for decoding: over a cache and the token's own key and value.
 
 A batched product over heads makes XLA transpose the whole cache at every step on CPU. With few
 heads it is cheaper to read keys and values once, as they lie, against block-diagonal queries.
@@ -12,40 +12,62 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from qs_jax.engine import attention as general
+from qs_jax.engine.cache import LayerCache
 from qs_jax.models.layers import exact_dtype
 
-# The block-diagonal product costs K times the arithmetic: from here on it is no longer hidden
-# behind reading the cache.
+# The block-diagonal product costs K times the arithmetic: with more query heads it is no longer
+# hidden behind reading the cache.
 MOST_HEADS = 16
+
+
+def products(
+    q_BKGH: Float[Array, "B K G H"], k_BCO: Float[Array, "B C O"], v_BCO: Float[Array, "B C O"]
+):
+    """Logits of the queries with the keys `[B, C, N]`, and the function that mixes the values."""
+    batch, kv_heads, group, dim = q_BKGH.shape
+    heads, slots, exact = kv_heads * group, k_BCO.shape[1], exact_dtype(q_BKGH.dtype)
+    if heads <= MOST_HEADS and jax.default_backend() == "cpu":
+        own_KJ = jnp.eye(kv_heads, dtype=q_BKGH.dtype)[None, :, None, :, None]
+        q_BNO = (q_BKGH[:, :, :, None, :] * own_KJ).reshape(batch, heads, kv_heads * dim)
+        logits_BCN = jnp.einsum("bco,bno->bcn", k_BCO, q_BNO, preferred_element_type=exact)
+
+        def mix(weights_BCN: Array) -> Array:
+            mixed_BNO = jnp.einsum("bcn,bco->bno", weights_BCN.astype(v_BCO.dtype), v_BCO)
+            mixed_BKGJH = mixed_BNO.reshape(batch, kv_heads, group, kv_heads, dim)
+            return (mixed_BKGJH * own_KJ).sum(3)
+
+        return logits_BCN, mix
+    k_BCKH, v_BCKH = (x.reshape(batch, slots, kv_heads, dim) for x in (k_BCO, v_BCO))
+    logits_BCKG = jnp.einsum("bckh,bkgh->bckg", k_BCKH, q_BKGH, preferred_element_type=exact)
+
+    def mix_heads(weights_BCN: Array) -> Array:
+        weights_BCKG = weights_BCN.astype(v_BCO.dtype).reshape(batch, slots, kv_heads, group)
+        return jnp.einsum("bckg,bckh->bkgh", weights_BCKG, v_BCKH)
+
+    return logits_BCKG.reshape(batch, slots, heads), mix_heads
 
 
 def attention(
     q_B1NH: Float[Array, "B 1 N H"],
-    k_BSKH: Float[Array, "B S K H"],
-    v_BSKH: Float[Array, "B S K H"],
-    mask_B1S: Bool[Array, "B 1 S"],
-    log_size_BS: Float[Array, "B S"] | None,
-) -> tuple[Float[Array, "B 1 N H"], Float[Array, "B N 1 S"]]:
-    """`attention.attention` for one query a row."""
+    cache: LayerCache,
+    mask_B1X: Bool[Array, "B 1 X"],
+    log_size_BX: Float[Array, "B X"] | None,
+) -> tuple[Float[Array, "B 1 N H"], Float[Array, "B N 1 X"]]:
+    """`attention.attention` over the slots of a cache and, last, the token itself."""
+    k_B1KH, v_B1KH = cache.k_B1KH, cache.v_B1KH
+    assert k_B1KH is not None
+    assert v_B1KH is not None
     batch, _, heads, dim = q_B1NH.shape
-    slots, kv_heads = k_BSKH.shape[1:3]
-    if heads > MOST_HEADS or jax.default_backend() != "cpu":
-        return general.attention(q_B1NH, k_BSKH, v_BSKH, mask_B1S, log_size_BS)
-    exact, group = exact_dtype(q_B1NH.dtype), heads // kv_heads
-    own_KJ = jnp.eye(kv_heads, dtype=q_B1NH.dtype)
-    q_BKGH = q_B1NH.reshape(batch, kv_heads, group, dim)
-    q_BKGJH = q_BKGH[:, :, :, None, :] * own_KJ[None, :, None, :, None]
-    k_BSO = k_BSKH.reshape(batch, slots, kv_heads * dim)
-    v_BSO = v_BSKH.reshape(batch, slots, kv_heads * dim)
-    q_BNO = q_BKGJH.reshape(batch, heads, kv_heads * dim)
-    logits_BSN = jnp.einsum("bso,bno->bsn", k_BSO, q_BNO, preferred_element_type=exact)
-    logits_BSN = logits_BSN / math.sqrt(dim)
-    if log_size_BS is not None:
-        logits_BSN = logits_BSN + log_size_BS[..., None]
-    logits_BSN = jnp.where(mask_B1S[:, 0, :, None], logits_BSN, jnp.finfo(exact).min)
-    weights_BSN = jax.nn.softmax(logits_BSN, axis=1)
-    mixed_BNO = jnp.einsum("bsn,bso->bno", weights_BSN.astype(v_BSO.dtype), v_BSO)
-    mixed_BKGJH = mixed_BNO.reshape(batch, kv_heads, group, kv_heads, dim)
-    context_BKGH = (mixed_BKGJH * own_KJ[None, :, None, :, None]).sum(3)
-    return context_BKGH.reshape(q_B1NH.shape), weights_BSN.swapaxes(1, 2)[:, :, None]
+    kv_heads, exact = k_B1KH.shape[2], exact_dtype(q_B1NH.dtype)
+    q_BKGH = q_B1NH.reshape(batch, kv_heads, heads // kv_heads, dim)
+    logits_BCN, mix = products(q_BKGH, *cache.of_layer())
+    own_BKG = jnp.einsum("bkh,bkgh->bkg", k_B1KH[:, 0], q_BKGH, preferred_element_type=exact)
+    logits_BXN = jnp.concatenate([logits_BCN, own_BKG.reshape(batch, 1, heads)], axis=1)
+    logits_BXN = logits_BXN / math.sqrt(dim)
+    if log_size_BX is not None:
+        logits_BXN = logits_BXN + log_size_BX[..., None]
+    logits_BXN = jnp.where(mask_B1X[:, 0, :, None], logits_BXN, jnp.finfo(exact).min)
+    weights_BXN = jax.nn.softmax(logits_BXN, axis=1)
+    own_BKG1 = weights_BXN[:, -1].reshape(batch, kv_heads, -1, 1).astype(v_B1KH.dtype)
+    context_BKGH = mix(weights_BXN[:, :-1]) + own_BKG1 * v_B1KH[:, 0, :, None]
+    return context_BKGH.reshape(q_B1NH.shape), weights_BXN.swapaxes(1, 2)[:, :, None]

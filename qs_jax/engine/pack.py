@@ -145,7 +145,7 @@ def _packed(cache: KVCache, held_LBS: Array, span: slice, capacity: int) -> Slot
         index = order_lBC[..., None, None]
         return jnp.take_along_axis(array_LBSKH[span], index, axis=2)
 
-    return SlotCache(gather(cache.k_LBSKH), gather(cache.v_LBSKH), pos_lBC, fill_lB)
+    return SlotCache.of(gather(cache.k_LBSKH), gather(cache.v_LBSKH), pos_lBC, fill_lB)
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "capacities", "width"))
@@ -163,7 +163,7 @@ def _pack(
     spans = list(zip(_spans(plan.segments), capacities, strict=True))
     if by_position(plan.mechanisms):
         caches = tuple(
-            SlotCache(
+            SlotCache.of(
                 _pad(cache.k_LBSKH[span], size, 2), _pad(cache.v_LBSKH[span], size, 2), None, None
             )
             for span, size in spans
@@ -203,8 +203,8 @@ def _grow(state: DecodeState, capacities: tuple[int, ...], width: int) -> Decode
     def wider(cache: SlotCache, size: int) -> SlotCache:
         pos_lBC = cache.pos_lBC
         return cache.replace(
-            k_lBCKH=_pad(cache.k_lBCKH, size, 2),
-            v_lBCKH=_pad(cache.v_lBCKH, size, 2),
+            k_CO=_pad(cache.k_CO, size, cache.k_CO.ndim - 2),
+            v_CO=_pad(cache.v_CO, size, cache.v_CO.ndim - 2),
             pos_lBC=None if pos_lBC is None else _pad(pos_lBC, size, 2, EMPTY),
         )
 

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from qs_jax.engine.cache import EMPTY, LayerCache
+from qs_jax.engine.cache import LayerCache
 from qs_jax.engine.call import Call
-from qs_jax.mechanisms import fusion, kv_skip
+from qs_jax.mechanisms import fusion
 from qs_jax.mechanisms.decide import Rows
 from qs_jax.mechanisms.plan import NEVER, Plan
 from qs_jax.models.layers import exact_dtype
@@ -53,100 +53,17 @@ def by_layer(past: Past | None) -> PastLayer | None:
     return PastLayer(past.size_LBS, window.before_LBWD, merged)
 
 
-def keys(past: Past, rows: Rows, layer: Array, state: TokenState) -> kv_skip.Keys:
-    """Every cached key as a layer finds it; slots are positions."""
-    batch, capacity = past.halt_layer_BS.shape
-    free_BS = layer <= past.hidden_after_BS
-    if state.taken_BW is not None:  # absorbed by this very token, at an earlier layer
-        slots_BW = _last_slots(rows.pos_BT, state.taken_BW.shape[1])
-        index_BW = jnp.where(slots_BW < 0, capacity, slots_BW)  # past the end: dropped
-        free_BS = free_BS.at[jnp.arange(batch)[:, None], index_BW].min(~state.taken_BW, mode="drop")
-    slots_BS = jnp.broadcast_to(jnp.arange(capacity, dtype=jnp.int32)[None], (batch, capacity))
-    return kv_skip.Keys(
-        pos_BS=slots_BS,
-        real_BS=slots_BS < rows.pos_BT[:, :1],
-        halt_layer_BS=past.halt_layer_BS,
-        hidden_from_BS=jnp.where(free_BS, NEVER, 0),
-        retain_BS=past.retain_BS,
-        received_BTS=state.received_BTS,
-    )
-
-
-def own_keys(call: Call, state: TokenState) -> kv_skip.Keys:
-    """The keys of the call's own tokens."""
-    rows = call.rows
-    return kv_skip.Keys(
-        pos_BS=rows.pos_BT,
-        real_BS=rows.real_BT,
-        halt_layer_BS=state.halt_layer_BT,
-        hidden_from_BS=call.hidden_from(state),
-        retain_BS=rows.retain_BT,
-        received_BTS=state.received_BTS,
-    )
-
-
-def all_keys(call: Call, state: TokenState) -> kv_skip.Keys:
-    """The keys a call without a past finds: of passive tokens, then of its own."""
-    own = own_keys(call, state)
-    passive = call.around.passive if call.around is not None else None
-    if passive is None:
-        return own
-    outside = kv_skip.Keys(
-        pos_BS=passive.rows.pos_BT,
-        real_BS=passive.rows.real_BT,
-        halt_layer_BS=passive.halt_layer_BP,
-        hidden_from_BS=passive.hidden_from_BP,
-        retain_BS=passive.rows.retain_BT,
-        received_BTS=None,
-    )
-    joined = (jnp.concatenate(both, 1) for both in zip(outside[:-1], own[:-1], strict=True))
-    return kv_skip.Keys(*joined, received_BTS=state.received_BTS)
-
-
-def in_slots(keys: kv_skip.Keys, cache: LayerCache, pos_BT: Array) -> kv_skip.Keys:
-    """The same keys in the order of a layer's slots; the current token's is the last entry."""
-    if cache.by_position:
-        return keys
-    # Before the token is written: what its slot still says is an earlier token's.
-    pos_BC = cache.write_position(pos_BT[:, 0]).pos_BC
-    index_BC = jnp.minimum(pos_BC, keys.pos_BS.shape[1] - 1)
-
-    def take(array_BS: Array) -> Array:
-        return jnp.take_along_axis(array_BS, index_BC, axis=1)
-
-    assert keys.received_BTS is None
-    return kv_skip.Keys(
-        pos_BS=pos_BC,
-        real_BS=take(keys.real_BS) & (pos_BC < EMPTY),
-        halt_layer_BS=take(keys.halt_layer_BS),
-        hidden_from_BS=take(keys.hidden_from_BS),
-        retain_BS=take(keys.retain_BS),
-        received_BTS=None,
-    )
-
-
-def by_slot(array_BS: Array, cache: LayerCache) -> Array:
-    """An array over positions in the order of a layer's slots."""
-    if cache.by_position:
-        return array_BS
-    index_BC = jnp.minimum(cache.pos_BC, array_BS.shape[1] - 1)
-    return jnp.take_along_axis(array_BS, index_BC, axis=1)
-
-
 def insert(array_BS: Array, pos_BT: Array, values_BT: Array) -> Array:
     """Write each row's one value at its position."""
     return array_BS.at[jnp.arange(len(pos_BT)), pos_BT[:, 0]].set(values_BT[:, 0])
 
 
 def write(
-    cache: KVCache | LayerCache | None, index: Array, pos_BT: Array, k: Array, v: Array, call: Call
-) -> tuple[KVCache | LayerCache | None, Array, Array]:
+    cache: KVCache | None, index: Array, pos_BT: Array, k: Array, v: Array, call: Call
+) -> tuple[KVCache | None, Array, Array]:
     """Write a layer's keys and values; returns the cache and all keys and values to attend to."""
     if cache is None:
         return None, k, v
-    if isinstance(cache, LayerCache):
-        cache = cache.write(pos_BT[:, 0], k, v)
-        return cache, *cache.of_layer()
     if call.around is not None:
         return cache.write_slots(index, pos_BT, k, v), k, v
     if call.past is None:
@@ -174,7 +91,7 @@ def contexts(embedded_BTD: Array, rows: Rows, plan: Plan, past: Past | None) -> 
     return jnp.concatenate([window.context_BWD, own_B1D], axis=1)
 
 
-def _last_slots(pos_BT: Array, count: int) -> Array:
+def last_slots(pos_BT: Array, count: int) -> Array:
     """The `count` positions before each row's one token, oldest first; negative where none."""
     return pos_BT[:, :1] + jnp.arange(-count, 0, dtype=jnp.int32)[None]
 
@@ -201,7 +118,7 @@ def earlier(call: Call, state: TokenState, past_l: PastLayer | None, layer: Arra
     assert past_l is not None
     assert past_l.before_BWD is not None
     assert past_l.merged is not None
-    slots_BW = _last_slots(pos_BT, count)
+    slots_BW = last_slots(pos_BT, count)
     runs_BW = _take(past.halt_layer_BS, slots_BW) > layer
     free_BW = (_take(past.hidden_after_BS, slots_BW) > layer) & ~state.taken_BW
     tokens = fusion.Tokens(
@@ -219,9 +136,12 @@ def last_keys(call: Call, k_BSKH: Array, count: int, cache: Any) -> Array:
     if call.past is None:
         k_BSKH = k_BSKH[:, -call.rows.pos_BT.shape[1] :]  # passive tokens come first
         return jnp.pad(k_BSKH, ((0, 0), (count, 0), (0, 0), (0, 0)))
-    slots_BX = jnp.concatenate([_last_slots(call.rows.pos_BT, count), call.rows.pos_BT], axis=1)
     if isinstance(cache, LayerCache):
-        slots_BX = cache.slots_of(slots_BX)
+        slots_BW = cache.slots_of(last_slots(call.rows.pos_BT, count))
+        found_BWO = _take(cache.of_layer()[0], slots_BW)
+        found_BWKH = found_BWO.reshape(*slots_BW.shape, *k_BSKH.shape[2:])
+        return jnp.concatenate([found_BWKH, k_BSKH], axis=1)
+    slots_BX = jnp.concatenate([last_slots(call.rows.pos_BT, count), call.rows.pos_BT], axis=1)
     return _take(k_BSKH, slots_BX)
 
 
@@ -230,10 +150,10 @@ def _last(call: Call, old: Array | None, new_BTX: Array, count: int) -> Array:
     if call.past is None:
         if call.around is not None:
             assert call.lengths_B is not None
-            index_BW = _last_slots(call.lengths_B[:, None], count)
+            index_BW = last_slots(call.lengths_B[:, None], count)
             return _take(new_BTX, _take(call.around.slot_of_BT, index_BW))
         ends_B1 = call.rows.real_BT.sum(1, dtype=jnp.int32)[:, None]
-        return _take(new_BTX, _last_slots(ends_B1, count))
+        return _take(new_BTX, last_slots(ends_B1, count))
     assert old is not None
     moved = jnp.concatenate([old, new_BTX], axis=1)[:, 1:]
     live = call.rows.real_BT[:, 0].reshape(-1, *[1] * (new_BTX.ndim - 1))
@@ -316,7 +236,7 @@ def _window(call: Call, kept: Kept) -> FusionWindow | None:
     exempt_BW = _last(call, old.exempt_BW if old is not None else None, exempt_BT, setting.window)
     if past is None:
         ends_B1 = rows.real_BT.sum(1, dtype=jnp.int32)[:, None]
-        exempt_BW |= _last_slots(ends_B1, setting.window) < 0
+        exempt_BW |= last_slots(ends_B1, setting.window) < 0
     embedded = real = context = None
     if setting.tau_ctx is not None:
         assert call.context_BXD is not None
@@ -328,7 +248,7 @@ def _window(call: Call, kept: Kept) -> FusionWindow | None:
         real = _last(call, olds[1], jnp.ones_like(rows.real_BT), setting.context - 1)
         if past is None:
             ends_B1 = rows.real_BT.sum(1, dtype=jnp.int32)[:, None]
-            real &= _last_slots(ends_B1, setting.context - 1) >= 0
+            real &= last_slots(ends_B1, setting.context - 1) >= 0
         context = _last(call, olds[2], call.context_BXD[:, -width:], setting.window)
     return FusionWindow(
         before_LBWD=kept.before_BWD,
@@ -363,7 +283,7 @@ def extend(call: Call, state: TokenState, record: LayerRecord, kept: Kept, cache
         layer_L11 = call.numbers.layers.layer[:, None, None]
         after_BW = jnp.where(taken_LBW, layer_L11, NEVER).min(0)
         from_BW = jnp.where(taken_LBW.any(0), rows.pos_BT, NEVER)
-        slots_BW = jnp.maximum(_last_slots(rows.pos_BT, after_BW.shape[1]), 0)
+        slots_BW = jnp.maximum(last_slots(rows.pos_BT, after_BW.shape[1]), 0)
         hidden_after_BS = hidden_after_BS.at[batch_B[:, None], slots_BW].min(after_BW)
         hidden_from_BS = hidden_from_BS.at[batch_B[:, None], slots_BW].min(from_BW)
     received_BS = past.received_BS
@@ -373,7 +293,7 @@ def extend(call: Call, state: TokenState, record: LayerRecord, kept: Kept, cache
     records = jax.tree.map(put_layers, past.record, record)
     if kept.absorbed_BW is not None and past.window is not None:
         taken_LBW = kept.absorbed_BW & live_B[None, :, None]
-        slots_BW = jnp.maximum(_last_slots(rows.pos_BT, taken_LBW.shape[2]), 0)
+        slots_BW = jnp.maximum(last_slots(rows.pos_BT, taken_LBW.shape[2]), 0)
         weighed_LBS = records.weighed_BT.at[:, batch_B[:, None], slots_BW].max(taken_LBW)
         layer_L11 = call.numbers.layers.layer[:, None, None]
         first_BW = jnp.where(taken_LBW, layer_L11, NEVER).min(0)
