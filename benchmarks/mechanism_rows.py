@@ -58,7 +58,7 @@ def percentiles(params: Params, rows_NT: np.ndarray, model: ModelConfig) -> dict
         sink_tokens=0,
         protect_special=False,
     )
-    record = qs_jax.score(params, rows_NT, Config(model, never)).record
+    record = qs_jax.score(params, rows_NT, Config(model, never, engine="masked")).record
     assert record is not None
     at = [layer - 1 for layer in layers]
     distances = adjacent_distances(params, rows_NT, model)

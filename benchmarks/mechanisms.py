@@ -94,7 +94,7 @@ def measure(args: Arguments) -> dict[str, Any]:
     ]
     maps = None
     for row in tqdm(stale, "rows"):
-        cfg = Config(model, row.quicksilver, protocol=row.protocol)
+        cfg = Config(model, row.quicksilver, protocol=row.protocol, engine="masked")
         here = params
         skip, halting = row.quicksilver.kv_skip, row.quicksilver.halting
         if skip is not None and skip.policy == "extrapolate":

@@ -7,6 +7,7 @@ Everything is split into "prefill" (the prompt, or all of a row scored teacher-f
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,8 @@ def tally(
       the signals in it, and "per_layer" lists of L.
     """
     qs = quicksilver or QuickSilverConfig()
+    if qs.amq is not None and (record.bits == 16).all():
+        qs = dataclasses.replace(qs, amq=None)  # execution "auto" left it out
     policy = qs.kv_skip.policy if qs.kv_skip is not None else "propagate"
     if policy == "extrapolate" and map_features is None:
         raise ConfigError("give map_features, the rows of the maps: they decide what a key costs.")

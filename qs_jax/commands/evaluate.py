@@ -62,8 +62,9 @@ class Evaluate:
     """Windows scored at a time."""
     preset: str = "off"
     """Mechanisms to run: a name, or FILE.json; off is the dense model."""
-    engine: Literal["masked"] = "masked"
-    """masked computes everything and selects: savings are simulated."""
+    engine: Literal["masked", "compact"] = "masked"
+    """masked computes everything and selects: savings are simulated. compact makes the same
+    decisions and computes active tokens only; AMQ in presets runs where int8 is faster, or not."""
     limit_windows: int | None = None
     """Score the first N windows only."""
     continuation_tokens: int = 128
@@ -95,7 +96,7 @@ class Evaluate:
             if job.maps is not None:
                 params["kv_maps"] = job.maps
             self._score(params, job, journal)
-            measured = results(journal.entries, dense=_is_dense(job.cfg))
+            measured = results(journal.entries, engine=None if _is_dense(job.cfg) else self.engine)
             write_json(self.out, measured | job.extra | job.identity)
             journal.remove()
         self._report(measured, job)
@@ -115,6 +116,7 @@ class Evaluate:
             quicksilver=quicksilver,
             protocol=self.protocol,
             continuation_tokens=self.continuation_tokens,
+            engine=self.engine,
         )
         check_width(self.seq_len, cfg)
         maps, maps_hash = find_maps(cfg, self.ckpt, self.kv_maps)
@@ -208,9 +210,10 @@ class Evaluate:
         table.add_row("windows", f"{measured['windows']:,} of {width} tokens")
         table.add_row("tokens scored", f"{measured['tokens_scored']:,}")
         table.add_row("preset", config["preset"])
-        if measured["simulated"]:
+        if not _is_dense(job.cfg):
+            how = "simulated" if measured["simulated"] else "counted"
             for name, label in _SAVED.items():
-                table.add_row(f"{label}, simulated", f"{measured[name]:.1%}")
+                table.add_row(f"{label}, {how}", f"{measured[name]:.1%}")
         table.add_row("results", str(self.out))
         Console().print(table)
 

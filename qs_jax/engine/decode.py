@@ -113,9 +113,8 @@ def dense_step(
 
     # Always taken. A branch is what keeps a cache's readers before its writer: else XLA copies it.
     h_B1D, owns = lax.cond(live_B.any(), walk, stay, h_B1D, caches)
-    kept_B = jnp.ones_like(live_B)
     written = tuple(
-        cache.append(pos_B, *own, jnp.broadcast_to(kept_B, (cache.layers, *kept_B.shape)))
+        cache.append(pos_B, own[0], own[1], jnp.ones((cache.layers, *live_B.shape), bool))
         for cache, own in zip(caches, owns, strict=True)
     )
     return head.logits(params, head.normed(params, h_B1D, model)[:, 0]), written

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
@@ -82,11 +83,9 @@ def mask_of_slots(
     known = of_past(call.past, rows, layer, state)
     if not cache.by_position:
         index_BC = jnp.minimum(cache.pos_BC, known.pos_BS.shape[1] - 1)
-        taken = [
-            None if leaf is None else jnp.take_along_axis(leaf, index_BC, axis=1)
-            for leaf in known[1:-1]
-        ]
-        known = kv_skip.Keys(cache.pos_BC, *taken, received_BTS=None)
+        assert known.received_BTS is None
+        known = jax.tree.map(lambda leaf: jnp.take_along_axis(leaf, index_BC, axis=1), known)
+        known = known._replace(pos_BS=cache.pos_BC)
     seen_B1C = kv_skip.visible(rows.pos_BT, known, layer, plan, call.numbers)
     seen_B1C &= known.pos_BS[:, None] < rows.pos_BT[:, :1, None]
     return jnp.pad(seen_B1C, ((0, 0), (0, 0), (0, 1)), constant_values=True)

@@ -164,12 +164,19 @@ def mean_nll(entries: Sequence[dict[str, Any]]) -> float:
     return total / sum(sum(entry["tokens"]) for entry in entries)
 
 
-def results(entries: Sequence[dict[str, Any]], *, dense: bool) -> dict[str, Any]:
+_NOTES = {
+    None: "the dense model: nothing is saved",
+    "masked": "savings are counted from the mechanisms' record; the masked engine computes all",
+    "compact": "savings are counted from the record of what ran; benchmarks.latency has the times",
+}
+
+
+def results(entries: Sequence[dict[str, Any]], *, engine: str | None) -> dict[str, Any]:
     """What all batches say together.
 
     Args:
       entries: Of `score_windows`, at least one.
-      dense: No mechanism ran.
+      engine: What ran the mechanisms; None where none ran.
 
     Returns:
       Perplexity with its interval, per-window records, counts and savings, as plain JSON types. A
@@ -180,9 +187,7 @@ def results(entries: Sequence[dict[str, Any]], *, dense: bool) -> dict[str, Any]
     counts = functools.reduce(accounting.add, [entry["counts"] for entry in entries])
     summary = accounting.summary(counts)
     nll = mean_nll(entries)
-    note = "the dense model: nothing is saved"
-    if not dense:
-        note = "savings are counted from the mechanisms' record; the masked engine computes all"
+    note = _NOTES[engine]
     return {
         "perplexity": exp(nll),
         "tokens_scored": int(tokens.sum()),
@@ -193,7 +198,7 @@ def results(entries: Sequence[dict[str, Any]], *, dense: bool) -> dict[str, Any]
         "per_window": {"nll": per_window.tolist(), "tokens": tokens.tolist()},
         "counts": counts,
         "summary": summary,
-        "simulated": not dense,
+        "simulated": engine == "masked",
         "note": note,
     }
 
