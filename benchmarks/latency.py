@@ -46,6 +46,8 @@ from qs_jax.models import Params, count_params, param_bytes
 Section = Literal["prefill", "scoring", "decode", "components", "hf"]
 # Share of the measured GEMM peak that a forward pass is assumed to reach, to foretell its time.
 ASSUMED = 0.4
+# A quick run begins no further round of a group after this long, but makes three.
+QUICK_SECONDS = 75.0
 
 
 @dataclasses.dataclass
@@ -150,6 +152,11 @@ class Run:
         done = self.results["groups"].get(group.key)
         if is_current(done, settings, environment.commit()) and not self.args.fresh:
             return
+        new_tokens = {"prefill": 1, "decode": self.args.new_tokens}.get(group.section, 0)
+        if group.length + new_tokens > self.model.max_positions:
+            reason = f"the model has {self.model.max_positions} positions"
+            self.results["skipped"][group.key] = reason
+            return
         minutes = self.foretell(group)
         if minutes > self.args.max_minutes and not (self.args.all or self.args.quick):
             reason = f"would take about {minutes:.0f} minutes here; --all measures it"
@@ -164,7 +171,7 @@ class Run:
             rows_NT,
             self.args.rounds,
             lambda: self._hf_runners(group, rows_NT),
-            seconds=100.0 if self.args.quick else None,
+            seconds=QUICK_SECONDS if self.args.quick else None,
         )
         about_group = {"settings": settings, "commit": environment.commit()}
         self.results["groups"][group.key] = found | about_group
@@ -181,10 +188,7 @@ class Run:
         if not self.args.quick:
             return runners
         # One run of each tells which is fastest; only that one is timed further.
-        seconds = {}
-        for name, runner in runners.items():
-            runner.warm()
-            seconds[name] = runner.run()["seconds"]
+        seconds = {name: runner.run()["seconds"] for name, runner in runners.items()}
         fastest = min(seconds, key=lambda name: seconds[name])
         return {fastest: runners[fastest]}
 

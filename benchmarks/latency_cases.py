@@ -184,26 +184,22 @@ def grid(
     """Every group of a full run, the headline's first."""
     sizes = dict.fromkeys((*HEADLINE, *((b, t) for t in lengths for b in batches)))
     for batch, length in sizes:
-        if length + 1 <= model.max_positions:
-            yield Group("prefill", batch, length, tuple(prefill_cases(model, names)))
-    for batch in batches:
-        for length in lengths:
-            if length + new_tokens <= model.max_positions:
-                cases = tuple(decode_cases(model, names, new_tokens))
-                yield Group("decode", batch, length, cases)
+        yield Group("prefill", batch, length, tuple(prefill_cases(model, names)))
+    for length in lengths:
+        for batch in batches:
+            yield Group("decode", batch, length, tuple(decode_cases(model, names, new_tokens)))
     for batch, length in sizes:
-        if length <= model.max_positions:
-            yield Group("scoring", batch, length, tuple(scoring_cases(model, names, length)))
+        yield Group("scoring", batch, length, tuple(scoring_cases(model, names, length)))
 
 
 def quick_grid(model: ModelConfig, names: tuple[str, ...], new_tokens: int) -> Iterator[Group]:
-    """What the headline needs and no more."""
+    """What the headline needs and no more: capacities as they are by default."""
     one: dict[str, Any] = {"max_new_tokens": 1, "eos_token_ids": ()}
     dense, saving = Case("dense", Config(model, **one)), FRACTIONS[1:]
     cases = {case.name: case for case in prefill_cases(model, names)}
     kept = ["dense", "off", "unmet thresholds", *(f"{n}, decisions only" for n in names)]
-    kept += [f"active {f:g}, {c}" for f in saving for c in CAPACITIES]
-    kept += [f"{n}, compact" for n in names]
+    kept += [f"active {f:g}, dynamic" for f in saving]
+    kept += ["paper, compact"] if "paper" in names else []
     yield Group("prefill", 4, 512, tuple(cases[name] for name in kept))
     by_quota = tuple(_fractions(model, ("dynamic",), saving, **one))
     yield Group("prefill", 8, 512, (dense, *by_quota), hf=False)

@@ -48,12 +48,13 @@ class HuggingFace:
     def model(self, attention: str, dtype: str) -> Any:
         """The model with that attention and dtype, in inference mode."""
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, GenerationConfig
 
         if (attention, dtype) not in self._models:
             model = AutoModelForCausalLM.from_pretrained(
                 self._folder, dtype=getattr(torch, dtype), attn_implementation=attention
             )
+            model.generation_config = GenerationConfig()  # its end token and sampling play no part
             self._models[attention, dtype] = model.to(self.device).eval()
         return self._models[attention, dtype]
 
@@ -116,12 +117,7 @@ class HuggingFaceRunner:
         from transformers import GenerationConfig
 
         settings = GenerationConfig(
-            max_new_tokens=count,
-            min_new_tokens=count,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-            use_cache=True,
+            max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
         )
         return self._model.generate(
             self._tokens,

@@ -74,24 +74,22 @@ class OurRunner:
             if self._section == "decode":
                 lengths = lengths + self._case.cfg.max_new_tokens - 1
             record, qs = accounting.dense_record(lengths, prompts, model), None
+        dense = out.record is None
         maps = self._params.get("kv_maps")
         counted = accounting.tally(
             record, model, qs, maps.maps_LXFO.shape[2] if maps is not None else None
         )
-        parts = [counted["prefill"], counted["decode"]]
-        if self._section != "scoring":  # of a decode, only the new tokens are timed
-            parts = parts[1:] if self._section == "decode" else parts[:1]
+        timed = {"prefill": ("prefill",), "decode": ("decode",)}  # of a decode, new tokens only
+        parts = [counted[name] for name in timed.get(self._section, ("prefill", "decode"))]
         total = {
             key: sum(part[key] for part in parts) for key in ("exact_flops_dense", "exact_flops")
         }
-        dense = total["exact_flops_dense"]
         return {
-            "exact_flops": total["exact_flops"],
-            "exact_flops_dense": dense,
-            "exact_flops_saved": 1 - total["exact_flops"] / dense if dense else 0.0,
+            **total,
+            "exact_flops_saved": 1 - total["exact_flops"] / total["exact_flops_dense"],
             "layer_tokens_saved": record.layer_tokens_saved,
             "kv_skip_rate": skip_rate(record),
-            "simulated": getattr(record, "simulated", None),
+            "simulated": None if dense else record.simulated,
         }
 
     def run(self) -> dict[str, float]:

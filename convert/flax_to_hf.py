@@ -81,7 +81,7 @@ def export(ckpt: str | Path, out: str | Path, *, max_shard_size: str = "5GB") ->
     """
     source, target = Path(ckpt), Path(os.path.realpath(out))
     check_target(target)
-    params, model = load(source)
+    params, model = load(source, dtype=None)
     tensors = hf_tensors(params, model)
     plan = split_state_dict_into_shards_factory(
         tensors,

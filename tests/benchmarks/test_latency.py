@@ -1,0 +1,246 @@
+"""The arithmetic of the headline, resuming, the tables on the page, and one small run."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import qs_jax
+from benchmarks import latency, latency_headline, latency_hf, latency_runs, latency_tables
+from benchmarks.latency_cases import Case, Group, decisions_only, forced_fraction, half_depth
+from convert.hf_to_flax import convert
+from qs_jax.presets import NAMES
+from qs_jax.testing import tiny_model, tiny_params
+from tests.convert.folders import llama_tensors, write_folder
+from tests.support import random_tokens
+
+PAGE = Path(latency.__file__).with_name("README.md")
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("latency")
+    convert(str(write_folder(folder / "hf", llama_tensors()[0])), folder / "ours")
+    return folder / "ours"
+
+
+def row(*seconds, saved=0.0, tokens_saved=0.0, **more):
+    runs = {"seconds": list(seconds), "call_seconds": [2 * value for value in seconds]}
+    about = {"exact_flops_saved": saved, "layer_tokens_saved": tokens_saved, "baseline": "dense"}
+    return {"runs": runs, "seconds": float(np.median(seconds)), **about, **more}
+
+
+def test_conversion_is_time_saved_over_flops_saved_round_by_round():
+    """The machine is ten times slower in the second round: ratios within a round do not see it."""
+    dense = row(1.0, 10.0, 1.0)
+    assert latency_headline.conversion(row(0.6, 6.0, 0.6, saved=0.5), dense) == pytest.approx(0.8)
+    assert latency_headline.conversion(row(0.5, 5.0, 0.9, saved=0.5), dense) == pytest.approx(1.0)
+    assert latency_headline.conversion(row(1.1, 11.0, 1.1, saved=0.5), dense) == pytest.approx(-0.2)
+    assert latency_headline.conversion(row(1.0, 10.0, 1.0, saved=-0.01), dense) is None
+
+
+def constructed():
+    """Results whose figures are known."""
+    prefill = {
+        "dense": row(1.0, 1.0),
+        "off": row(1.01, 1.01),
+        "unmet thresholds": row(1.02, 1.02),
+        "paper, compact": row(1.05, 1.05),
+        "aggressive, compact": row(0.9, 0.9, saved=0.2, tokens_saved=0.2),
+        "paper, masked": row(1.9, 1.9),
+        "paper, decisions only": row(1.04, 1.04),
+        "balanced, decisions only": row(1.015, 1.015),
+        "active 1, dynamic": row(1.03, 1.03),
+        "active 0.75, dynamic": row(0.85, 0.85, saved=0.16, tokens_saved=0.15),
+        "active 0.5, planned": row(0.7, 0.7, saved=0.32, tokens_saved=0.3),
+        "HF sdpa float32": row(1.5, 1.5),
+        "HF eager bfloat16": row(1.2, 1.2),
+    }
+    decode = {
+        "dense": row(0.02, 0.02, kv_bytes=1000, kv_skip_rate=0.0),
+        "half depth": row(0.01, 0.01, kv_bytes=540, kv_skip_rate=0.5),
+        "HF sdpa float32": row(0.05, 0.05),
+    }
+    return {
+        "groups": {
+            "prefill 4x512": {"section": "prefill", "batch": 4, "length": 512, "rows": prefill},
+            "decode 1x128": {"section": "decode", "batch": 1, "length": 128, "rows": decode},
+            "decode 1x512": {
+                "section": "decode",
+                "batch": 1,
+                "length": 512,
+                "rows": {"dense": row(9.0), "half depth": row(9.0)},
+            },
+        },
+        "machine": {"bandwidth": 100.0, "gemm_flops": 1.0},
+        "about": {"new_tokens": 64, "weight_bytes": 0.2, "kv_bytes_per_token": 0.005},
+    }
+
+
+def test_the_headline_is_the_worst_of_what_it_is_chosen_from():
+    found = latency_headline.headline(constructed())
+    expected = {
+        "conversion_efficiency": 0.15 / 0.16,
+        "off_over_dense": 1.01,
+        "no_saving_over_dense": 1.05,  # not the masked engine's, which does not try
+        "prefill_hf_over_ours": 1.2,
+        "decode_ours_over_hf": 2.5,
+        "decode_bandwidth_fraction": (0.2 + 160 * 0.005) / 100 / 0.02,
+        "half_depth_decode_speedup": 2.0,  # of the shortest context
+        "signal_share": 0.04,
+        "kv_bytes_over_skip_rate": 0.92,
+    }
+    assert found == pytest.approx(expected)
+    verdicts = {name: latency_headline.met(name, value) for name, value in found.items()}
+    failed = {name for name, good in verdicts.items() if not good}
+    assert failed == {
+        "conversion_efficiency",
+        "no_saving_over_dense",
+        "decode_bandwidth_fraction",
+        "signal_share",
+    }
+
+
+def test_what_was_not_measured_has_no_figure():
+    assert set(latency_headline.headline({}).values()) == {None}
+    results = constructed()
+    del results["groups"]["prefill 4x512"]["rows"]["HF eager bfloat16"]["runs"]
+    assert latency_headline.headline(results)["prefill_hf_over_ours"] == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(25, "abccbaabc"), (50, "abccbaabccba")])
+def test_rounds_alternate_and_stop_when_time_is_up(monkeypatch, seconds, expected):
+    order = []
+
+    class Fake:
+        def __init__(self, name):
+            self.name = name
+
+        def run(self):
+            order.append(self.name)
+            return {"seconds": 1.0}
+
+    monkeypatch.setattr(latency_runs.time, "perf_counter", lambda: 5.0 * len(order))
+    fakes = {name: Fake(name) for name in "abc"}
+    found = latency_runs.interleave(fakes, rounds=9, least=3, seconds=seconds)
+    assert "".join(order) == expected
+    assert {len(runs) for runs in found.values()} == {len(expected) // 3}
+
+
+@pytest.mark.parametrize("name", ["paper", "balanced", "aggressive"])
+def test_decisions_only_stop_nothing(name):
+    model = tiny_model(num_layers=6)
+    params, rows = tiny_params(model), random_tokens(model, width=60)
+    qs = decisions_only(NAMES[name](model))
+    cfg = qs_jax.Config(model, qs, protocol="continuation", continuation_tokens=4)
+    record = qs_jax.score(params, rows, cfg.replace(engine="masked")).record
+    assert record is not None
+    assert record.layer_tokens_saved == 0
+    assert record.kv_held.sum() == 6 * rows.size
+    assert (record.representative == np.arange(60)).all()
+
+
+def test_forced_rows_leave_what_they_say():
+    model = tiny_model(num_layers=6)
+    params, rows = tiny_params(model), random_tokens(model, width=81)
+    one = {"max_new_tokens": 1, "eos_token_ids": (), "engine": "masked"}
+    quarter = qs_jax.Config(model, forced_fraction(model, 0.25), **one)
+    record = qs_jax.generate(params, rows, quarter).record
+    assert record is not None
+    np.testing.assert_array_equal(record.active_counts[:, 0], [81] * 2 + [21] * 4)
+    half = qs_jax.generate(params, rows, qs_jax.Config(model, half_depth(model), **one)).record
+    assert half is not None
+    assert half.layer_tokens_saved == pytest.approx(0.5, abs=0.01)
+
+
+def small_grid(model, *_):
+    """Two groups of two rows each; a third is too long for the model."""
+    one = {"max_new_tokens": 1, "eos_token_ids": ()}
+    dense = Case("dense", qs_jax.Config(model, **one))
+    half = qs_jax.Config(model, forced_fraction(model, 0.5), engine="masked")
+    more = {"max_new_tokens": 4, "eos_token_ids": ()}
+    decode = Case("dense", qs_jax.Config(model, **more)), Case("half", half.replace(**more))
+    yield Group("prefill", 4, 64, (dense, Case("half", half.replace(**one))))
+    yield Group("decode", 1, 16, decode)
+    yield Group("prefill", 1, 4096, (dense,))
+
+
+def test_a_small_run_resumes_and_writes_its_tables(ckpt, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(latency.latency_cases, "grid", small_grid)
+    monkeypatch.setattr(latency.machine, "gemm_flops", lambda *_: {"jax": 1e9})
+    monkeypatch.setattr(latency.machine, "read_bandwidth", lambda: {"jax": 1e9})
+    monkeypatch.setattr(latency.environment, "commit", lambda: "abc1234")
+    calls, plain = [], latency_runs.measure
+    monkeypatch.setattr(
+        latency.latency_runs,
+        "measure",
+        lambda group, *a, **k: calls.append(group.key) or plain(group, *a, **k),
+    )
+    page, out = tmp_path / "page.md", tmp_path / "out.json"
+    page.write_text("<!-- table: latency prefill -->\n<!-- end -->\n")
+    arguments = ["--ckpt", str(ckpt), "--out", str(out), "--page", str(page), "--runs", "3"]
+    arguments += ["--only", "prefill", "decode", "--new-tokens", "4"]
+    latency.main(arguments)
+    assert "decode_ours_over_hf" in capsys.readouterr().out
+    assert calls == ["prefill 4x64", "decode 1x16"]
+    content = json.loads(out.read_text())
+    assert list(content)[: len(latency_headline.TARGETS)] == list(latency_headline.TARGETS)
+    assert content["skipped"] == {"prefill 1x4096": "the model has 128 positions"}
+    assert content["hf_not_measured"] == "left out by --only"
+    rows = content["groups"]["prefill 4x64"]["rows"]
+    assert len(rows["half"]["runs"]["seconds"]) == 3
+    assert rows["half"]["exact_flops_saved"] > 0.2
+    assert rows["dense"]["exact_flops_saved"] == 0
+    assert all(r["seconds"] <= r["call_seconds"] for r in rows.values())
+    memory = rows["dense"]["memory"]
+    weights = content["about"]["weight_bytes"]
+    assert memory["peak_bytes"] > memory["argument_bytes"] > weights > 0
+    assert "| half |" in page.read_text()
+
+    latency.main(arguments)  # all there
+    assert len(calls) == 2
+    del content["groups"]["decode 1x16"]
+    out.write_text(json.dumps(content))
+    latency.main(arguments)  # what is missing, and no more
+    assert calls[2:] == ["decode 1x16"]
+    with pytest.raises(SystemExit, match="holds other measurements"):
+        latency.main([*arguments[:-1], "5"])
+    monkeypatch.setattr(latency.environment, "commit", lambda: "def5678")
+    latency.main(arguments)  # another commit's figures are not this one's
+    assert len(calls) == 5
+
+
+def test_the_tables_on_the_page_are_those_of_the_result_file():
+    out = latency.environment.RESULTS / "latency.json"
+    results = json.loads(out.read_text()) if out.exists() else {}
+    text = PAGE.read_text()
+    for name, table in latency_tables.render(results):
+        found = re.search(rf"<!-- table: {name} -->\n(.*?)<!-- end -->", text, re.DOTALL)
+        assert found is not None, name
+        assert found[1] == f"{table}\n", name
+
+
+@pytest.mark.hf
+def test_hugging_face_runs_the_same_weights(ckpt, tmp_path):
+    torch = pytest.importorskip("torch")
+    params, model = qs_jax.load(ckpt)
+    rows = random_tokens(model, width=20)
+    models = latency_hf.HuggingFace(ckpt, tmp_path / "hf")
+    scores = qs_jax.score(params, rows, qs_jax.Config(model), return_logits=True)
+    greedy = qs_jax.generate(params, rows, qs_jax.Config(model, max_new_tokens=5, eos_token_ids=()))
+    for attention in latency_hf.ATTENTION:
+        runners = {
+            section: models.runner(section, rows, 5, (attention, "float32"))
+            for section in ("prefill", "scoring", "decode")
+        }
+        with torch.inference_mode():
+            logits = runners["prefill"]._prefill()
+            logprobs = runners["scoring"]._score()
+            made = runners["decode"]._generate(5)
+        assert logits.shape == (2, 1, 97)
+        np.testing.assert_allclose(logits[:, 0], scores.logits[:, -1], atol=1e-3)
+        np.testing.assert_allclose(logprobs[..., 0], scores.logprobs[:, 1:], atol=1e-3)
+        np.testing.assert_array_equal(made[:, 20:], greedy.tokens)
+        assert runners["decode"].run()["seconds"] < 5
