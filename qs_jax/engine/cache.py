@@ -66,7 +66,7 @@ class SlotCache(flax.struct.PyTreeNode):
     ) -> SlotCache:
         """One token a row, written in place; where it is not kept the next one takes its slot."""
         slot_lB, pos_lBC, fill_lB = self.slots(pos_B), self.pos_lBC, self.fill_lB
-        if pos_lBC is not None:
+        if pos_lBC is not None and fill_lB is not None:
             rows = jnp.arange(self.layers)[:, None], jnp.arange(pos_B.shape[0])[None, :]
             pos_lBC = pos_lBC.at[(*rows, slot_lB)].set(jnp.where(keep_lB, pos_B[None], EMPTY))
             fill_lB = fill_lB + keep_lB

@@ -105,7 +105,7 @@ def dense_step(
     h_B1D, owns = lax.cond(live_B.any(), walk, stay, h_B1D, caches)
     kept_B = jnp.ones_like(live_B)
     written = tuple(
-        cache.append(pos_B, *own, jnp.broadcast_to(kept_B, (cache.layers, *kept_B.shape)))
+        cache.append(pos_B, own[0], own[1], jnp.broadcast_to(kept_B, (cache.layers, len(kept_B))))
         for cache, own in zip(caches, owns, strict=True)
     )
     return head.logits(params, head.normed(params, h_B1D, model)[:, 0]), written
@@ -158,13 +158,13 @@ def _segment(call: Call, layers: Any, start: int, count: int, state, cache: Slot
         return cache.k_B1KH[:, 0], cache.v_B1KH[:, 0], keep_BT[:, 0]
 
     def computes(before, cache: LayerCache, params_l, index):
-        at, *rest = numbers_of(index)
-        state, cache, record, kept = masked.layer(call, before, cache, at, params_l, *rest)
+        at, maps_l, past_l = numbers_of(index)
+        state, cache, record, kept = masked.layer(call, before, cache, at, params_l, maps_l, past_l)
         return state, ((record, kept), put_by(before, at, cache))
 
     def stays(stores: bool, before, cache: LayerCache, params_l, index):
-        at, *rest = numbers_of(index)
-        state, cache, record, kept = idle(call, before, cache, at, params_l, *rest, stores)
+        at, maps_l, past_l = numbers_of(index)
+        state, cache, record, kept = idle(call, before, cache, at, params_l, maps_l, past_l, stores)
         return state, ((record, kept), put_by(before, at, cache))
 
     def branch(layer: Layer):

@@ -96,11 +96,18 @@ def mask_of_slots(
     known = keys(call.past, rows, layer, state)
     if not cache.by_position:
         index_BC = jnp.minimum(cache.pos_BC, known.pos_BS.shape[1] - 1)
-        taken = [
-            None if leaf is None else jnp.take_along_axis(leaf, index_BC, axis=1)
-            for leaf in known[1:-1]
-        ]
-        known = kv_skip.Keys(cache.pos_BC, *taken, received_BTS=None)
+
+        def take(array_BS: Array) -> Array:
+            return jnp.take_along_axis(array_BS, index_BC, axis=1)
+
+        known = kv_skip.Keys(
+            pos_BS=cache.pos_BC,
+            real_BS=take(known.real_BS),
+            halt_layer_BS=take(known.halt_layer_BS),
+            hidden_from_BS=take(known.hidden_from_BS),
+            retain_BS=take(known.retain_BS),
+            received_BTS=None,
+        )
     seen_B1C = kv_skip.visible(rows.pos_BT, known, layer, plan, call.numbers)
     seen_B1C &= known.pos_BS[:, None] < rows.pos_BT[:, :1, None]
     return jnp.pad(seen_B1C, ((0, 0), (0, 0), (0, 1)), constant_values=True)
