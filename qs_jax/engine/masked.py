@@ -74,7 +74,7 @@ def run(
         return (state, attended.cache), (record, kept)
 
     maps = params["kv_maps"].maps_LXFO if plan.policy == "extrapolate" else None
-    codes = params.get("int8") if plan.int8 else None
+    codes = params["int8"] if execution.multiplies(plan) else None
     scanned = (numbers.layers, params["layers"], codes, maps, pasts.by_layer(past))
     (state, cache), (record, kept) = lax.scan(layer, (_start(call), cache), scanned)
     following = None
@@ -203,7 +203,7 @@ def _decide(call: Call, state: TokenState, attended: Attended, ran_BT, before_BT
     if call.fuses:
         with jax.named_scope("fuse"):
             state, fused, weighed_BT = _fuse(call, state, attended, stopped_BT, at, past_l)
-    if plan.amq is not None and (call.decides or plan.int8):
+    if plan.amq is not None and (call.decides or plan.narrow):
         with jax.named_scope("amq"):
             state = _quantize(call, state, ran_BT, at)
     record = LayerRecord(
@@ -376,6 +376,6 @@ def _quantize(call: Call, state: TokenState, ran_BT, at) -> TokenState:
     )
     state = state.replace(bits_BT=jnp.where(at.assign_bits, assigned_BT, state.bits_BT))
     if "hidden" in setting.targets:
-        kept_BTD = amq.fake_quantize(state.h_BTD, state.bits_BT, setting)
+        kept_BTD = execution.simulate(state.h_BTD, state.bits_BT, setting)
         state = state.replace(h_BTD=jnp.where(ran_BT[..., None], kept_BTD, state.h_BTD))
     return state
