@@ -53,8 +53,8 @@ def paper(
 
     The entropy for the bits is that of the state's own softmax, "over its softmax-normalized latent
     distribution" (2.5, E.1). The logit lens, which other sections of the paper read, costs as much
-    as several layers for every token; the variants whose names end in "vocab" keep it, with
-    group-wise codes, simulated.
+    as several layers for every token; the variants whose names end in "vocab" keep it, with scales
+    for each group, which int8 products cannot have: simulated.
 
     Args:
       model: Depth and sizes.
@@ -63,7 +63,7 @@ def paper(
       normalization: Of the entropy for AMQ.
       tau_low: Of AMQ; 0.3 with "minmax", 0.25 with "log_vocab".
       tau_high: Of AMQ; 0.6 and 0.65.
-      execution: Of AMQ; "fake" quantises in groups, which int8 products cannot.
+      execution: Of AMQ.
     """
     layers = model.num_layers
 
@@ -86,7 +86,7 @@ def paper(
             normalization=normalization,
             tau_low=tau_low,
             tau_high=tau_high,
-            group=_group(model) if execution == "fake" else 0,
+            group=_group(model),
             execution=execution,
         ),
         provenance={
@@ -126,7 +126,7 @@ def aggressive(model: ModelConfig) -> QuickSilverConfig:
         ),
         kv_skip=KVSkipConfig(policy="skip"),
         fusion=FusionConfig(tau_fuse=0.35, distance="relative", first_layer=middle),
-        amq=AMQConfig.uniform(8, layer=middle, execution="auto"),
+        amq=AMQConfig.uniform(8, layer=middle, group=_group(model), execution="auto"),
         provenance=_SHIPPED,
     )
 

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from qs_jax.config import ModelConfig, QuickSilverConfig
+from qs_jax.mechanisms.int8 import LARGEST_ROTATION
 from qs_jax.models import family_of
 from qs_jax.record import Record
 
@@ -136,22 +137,27 @@ def _amq_flops(record: Record, model: ModelConfig, qs: QuickSilverConfig) -> np.
     assigned = (number == amq.layer) & deeper & record.subject
     added = assigned * entropy_flops(amq.entropy, model, qs.shortlist_size)
     # Quantise and dequantise a channel: 6 operations; a rotation there and back: 2 G each.
-    channel = 6 + (4 * amq.group if amq.rotate else 0)
+    real = amq.execution != "fake"
+    channel = 6 + (4 * amq.group if amq.rotate and not real else 0)
+    kv_channel = channel
+    if real:  # 3 more for the bits to leave out; rotated weights spare the way back
+        kv_channel = 9
+        channel = kv_channel + 2 * LARGEST_ROTATION
     inputs = 2 * model.hidden_size + model.q_size + model.mlp_size
     ran, kept = record.active & quantised, record.kv_written & quantised
     if "linear" in amq.targets:
         keys_only = record.kv_written & ~record.active & quantised
         added = added + ran * (inputs * channel) + keys_only * (model.hidden_size * channel)
-        if amq.execution != "fake":  # scales and column sums: 3 operations an output channel
+        if real:  # two scales: 2 operations an output channel
             outputs = 2 * model.hidden_size + model.q_size + 2 * model.kv_size
             outputs += (family_of(model).mlp_products - 1) * model.mlp_size
-            added = added + ran * (3 * outputs) + keys_only * (3 * 2 * model.kv_size)
+            added = added + ran * (2 * outputs) + keys_only * (2 * 2 * model.kv_size)
     if "hidden" in amq.targets:
         added = added + (record.active & deeper & (number >= amq.layer)) * (
             model.hidden_size * channel
         )
     if "kv" in amq.targets:
-        added = added + kept * (2 * model.kv_size * channel)
+        added = added + kept * (2 * model.kv_size * kv_channel)
     return added
 
 

@@ -21,13 +21,13 @@ def entry_bytes(model: ModelConfig, amq: AMQConfig | None = None) -> Float[np.nd
     values = 2 * model.kv_size
     table = np.full(17, values * jnp.dtype(model.dtype).itemsize, float)
     if amq is not None and "kv" in amq.targets:
-        groups = values / (amq.group or model.head_dim)
-        exact = jnp.dtype(exact_dtype(model.dtype)).itemsize
+        scale = jnp.dtype(exact_dtype(model.dtype)).itemsize
         for bits in (2, 4, 8):
             if amq.execution == "fake":
-                table[bits] = values * bits / 8 + groups * (2 if amq.symmetric else 4)
+                numbers = 2 if amq.symmetric else 4
+                table[bits] = values * bits / 8 + values / amq.group * numbers
             else:
-                table[bits] = values + groups * exact
+                table[bits] = values + 2 * model.num_kv_heads * scale
     return table
 
 

@@ -279,11 +279,12 @@ class AMQConfig:
       tau_high: Above it, 8 bits; 4 bits in between.
       targets: What is quantised: "linear" (inputs of the four projections), "hidden" (the residual
         stream), "kv" (keys and values).
-      group: Consecutive channels that share a scale; 0 is the whole vector (of a head, for "kv").
-        None is 16 under "fake". An int8 product has one scale a token, so otherwise it is 0.
+      group: Consecutive channels that share a scale. An int8 product has one scale a token: there,
+        a group shares the power of two that its codes of 4 or 2 bits are multiples of.
       symmetric: Scale by the largest magnitude instead of minimum and maximum. None is False under
-        "fake", otherwise True: likewise the only choice.
-      rotate: Hadamard rotation inside each group first; "fake" only.
+        "fake", otherwise True, the only choice.
+      rotate: Hadamard rotation inside each group first. None is False under "fake", otherwise True,
+        the only choice: inputs and weights of an int8 product are rotated in larger blocks.
       execution: "fake": quantise and dequantise; quality only, the saving is simulated. "int8":
         int8 products, and int8 keys and values, in the layers that have bits; no token keeps more
         than 8 there, whether the mechanisms act on it or not. "auto": int8 where an engine finds
@@ -297,9 +298,9 @@ class AMQConfig:
     tau_low: float = 1.0
     tau_high: float = 2.3
     targets: tuple[str, ...] = ("linear",)
-    group: int = None  # pyright: ignore[reportAssignmentType]  # __post_init__ chooses
-    symmetric: bool = None  # pyright: ignore[reportAssignmentType]
-    rotate: bool = False
+    group: int = 16
+    symmetric: bool = None  # pyright: ignore[reportAssignmentType]  # __post_init__ chooses
+    rotate: bool = None  # pyright: ignore[reportAssignmentType]
     execution: str = "fake"
     allow_noncausal: bool = False
 
@@ -315,17 +316,17 @@ class AMQConfig:
         _one_of("amq.normalization", self.normalization, ("nats", "log_vocab", "minmax"))
         _one_of("amq.execution", self.execution, ("fake", "int8", "auto"))
         fake = self.execution == "fake"
-        if self.group is None:
-            _set(self, group=16 if fake else 0)
         if self.symmetric is None:
             _set(self, symmetric=not fake)
+        if self.rotate is None:
+            _set(self, rotate=not fake)
         _set(
             self,
             layer=as_count("amq.layer", self.layer),
             tau_low=_number("amq.tau_low", self.tau_low),
             tau_high=_number("amq.tau_high", self.tau_high),
             targets=(self.targets,) if isinstance(self.targets, str) else tuple(self.targets),
-            group=as_count("amq.group", self.group),
+            group=as_count("amq.group", self.group, 1),
             symmetric=as_bool("amq.symmetric", self.symmetric),
             rotate=as_bool("amq.rotate", self.rotate),
         )
@@ -346,10 +347,10 @@ class AMQConfig:
         for target in self.targets:
             _one_of("amq.targets", target, ("linear", "hidden", "kv"))
         require(
-            fake or (self.group == 0 and self.symmetric and not self.rotate),
-            f"amq.execution {self.execution!r} quantises each vector whole and symmetric, without "
-            f"rotation, got group={self.group}, symmetric={self.symmetric}, rotate={self.rotate}: "
-            "leave them out, or use execution 'fake'.",
+            fake or (self.symmetric and self.rotate),
+            f"amq.execution {self.execution!r} quantises symmetric and rotated, got "
+            f"symmetric={self.symmetric}, rotate={self.rotate}: leave them out, or use execution "
+            "'fake'.",
         )
         require(
             fake or self.targets != ("hidden",),
@@ -357,6 +358,6 @@ class AMQConfig:
             "'kv' to amq.targets, or use execution 'fake'.",
         )
         require(
-            not self.rotate or (self.group > 0 and (self.group & (self.group - 1)) == 0),
+            not (fake and self.rotate) or (self.group & (self.group - 1)) == 0,
             f"amq.rotate needs a group that is a power of two, got {self.group}.",
         )

@@ -262,7 +262,7 @@ def _check_group(amq: AMQConfig, model: ModelConfig) -> None:
         widths["head_dim"] = model.head_dim
     for name, width in widths.items():
         require(
-            amq.group == 0 or width % amq.group == 0,
+            width % amq.group == 0,
             f"amq.group {amq.group} does not divide this model's {name} of {width}.",
         )
 

@@ -92,6 +92,11 @@ class Call(NamedTuple):
         return not (self.plan.continuation and self.past is not None)
 
     @property
+    def quantizes(self) -> bool:
+        """Tokens of this call have bits; in int8 also those that no mechanism may touch."""
+        return self.plan.amq is not None and (self.decides or self.plan.narrow)
+
+    @property
     def fuses(self) -> bool:
         """Fusion may happen."""
         return self.plan.fusion is not None and self.decides

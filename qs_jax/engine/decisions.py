@@ -12,7 +12,7 @@ from qs_jax.engine import past as pasts
 from qs_jax.engine.attention import Attended
 from qs_jax.engine.cache import LayerCache
 from qs_jax.engine.call import Call
-from qs_jax.mechanisms import amq, decide, fusion, halting, kv_skip, signals
+from qs_jax.mechanisms import amq, decide, execution, fusion, halting, kv_skip, signals
 from qs_jax.mechanisms.plan import NEVER, LayerNumbers
 from qs_jax.models.layers import exact_dtype
 from qs_jax.state import LayerRecord, TokenState
@@ -42,7 +42,7 @@ def decide_layer(call: Call, state: TokenState, attended: Attended, ran_BT, befo
     if call.fuses:
         with jax.named_scope("fuse"):
             state, fused, weighed_BT = _fuse(call, state, attended, stopped_BT, at, past_l)
-    if plan.amq is not None and (call.decides or plan.int8):
+    if call.quantizes:
         with jax.named_scope("amq"):
             state = _quantize(call, state, ran_BT, at)
     record = LayerRecord(
@@ -289,7 +289,7 @@ def _quantize(call: Call, state: TokenState, ran_BT: Array, at: LayerNumbers) ->
     assert setting is not None
     state = assign_bits(call, state, at)
     if "hidden" in setting.targets:
-        kept_BTD = amq.fake_quantize(state.h_BTD, state.bits_BT, setting)
+        kept_BTD = execution.simulate(state.h_BTD, state.bits_BT, setting)
         state = state.replace(h_BTD=jnp.where(ran_BT[..., None], kept_BTD, state.h_BTD))
     return state
 

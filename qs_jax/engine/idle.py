@@ -52,7 +52,7 @@ def idle(
     in_force = state
     if plan.shortlist_size and call.decides:
         state = decisions.find_shortlist(call, state, at)
-    if plan.amq is not None and call.decides:
+    if call.quantizes:
         state = decisions.assign_bits(call, state, at)
     nan_BT = jnp.full(nobody_BT.shape, jnp.nan, exact_dtype(call.model.dtype))
     no_mask_BTS = nobody_BT[..., None]

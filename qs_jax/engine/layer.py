@@ -43,7 +43,8 @@ def weights_of(call: Call, layers: Any) -> Weights:
       layers: Parameters of the blocks.
     """
     maps = call.params["kv_maps"].maps_LXFO if call.plan.policy == "extrapolate" else None
-    return Weights(layers, call.params.get("int8") if call.plan.int8 else None, maps)
+    codes = call.params["int8"] if execution.multiplies(call.plan) else None
+    return Weights(layers, codes, maps)
 
 
 def run(
@@ -114,7 +115,7 @@ def _block(
         return block.apply(params, state.h_BTD, rows.pos_BT, attends, multiply)
 
     out: Any = None
-    if weights.int8 is None or not call.decides:
+    if weights.int8 is None or not call.quantizes:
         out = apply_block(None)
     else:
         out = lax.cond(at.has_bits, lambda: apply_block(weights.int8), lambda: apply_block(None))
@@ -137,7 +138,7 @@ def multiply_of(call: Call, bits_BT: Array, int8: Any, codes: Any) -> Multiply:
       codes: The same where this layer has bits; None where it has none, or where they are
         simulated.
     """
-    if not call.decides or (int8 is not None and codes is None):
+    if not call.quantizes or (int8 is not None and codes is None):
         return dense_product
     return execution.multiplier(call.plan.amq, bits_BT, codes)
 
@@ -165,15 +166,15 @@ def _log_sizes(call: Call, state: TokenState, cache: Any, past_l: Any) -> Array 
 
 def stored(call: Call, state: TokenState, k: Array, v: Array, halted_BT: Array, maps_XFO: Any):
     """A layer's keys and values as they are kept: extrapolated where halted, quantised."""
-    if not call.decides:
-        return k, v
-    if call.plan.policy == "extrapolate":
+    if call.decides and call.plan.policy == "extrapolate":
         frozen = (state.h_BTD, call.embedded_BTD, state.halt_layer_BT, call.rows.pos_BT)
 
         def mapped():
             return _extrapolated(call, *frozen, k, v, halted_BT, maps_XFO)
 
         k, v = lax.cond(halted_BT.any(), mapped, lambda: (k, v)) if call.lean else mapped()
+    if not call.quantizes:
+        return k, v
     bits_BT, amq = state.bits_BT, call.plan.amq
     return execution.kept(k, bits_BT, amq), execution.kept(v, bits_BT, amq)
 
@@ -188,7 +189,7 @@ def _passive_keys(call: Call, passive: Passive, weights: Weights) -> tuple[Array
         everyone_BP = jnp.ones(rows.pos_BT.shape, bool)
         k, v = _extrapolated(call, *frozen, nothing, nothing, everyone_BP, weights.maps)
     else:
-        int8 = call.params.get("int8") if call.plan.int8 else None
+        int8 = weights_of(call, None).int8
         multiply = multiply_of(call, passive.bits_BP, int8, weights.int8)
         k, v = keys_values(call, passive.h_BPD, rows.pos_BT, weights.params, multiply)
     return execution.kept(k, passive.bits_BP, amq), execution.kept(v, passive.bits_BP, amq)

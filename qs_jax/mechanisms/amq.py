@@ -47,7 +47,7 @@ def assign_bits(
     bits_BT = jnp.where(entropy_BT > numbers.tau_high, 8, 4)
     bits_BT = jnp.where(entropy_BT < numbers.tau_low, 2, bits_BT)
     bits_BT = jnp.where(full_BT, 8, bits_BT)
-    spared = 8 if amq.execution == "int8" else FULL_BITS
+    spared = FULL_BITS if amq.execution == "fake" else 8
     return jnp.where(subject_BT, bits_BT, spared).astype(jnp.int32)
 
 
@@ -62,7 +62,7 @@ def code(
     Returns:
       Codes 0..255 `[..., C/G, G]`, and `low` and `range` `[..., C/G, 1]` of each group.
     """
-    groups = x.reshape(*x.shape[:-1], -1, amq.group or x.shape[-1])
+    groups = x.reshape(*x.shape[:-1], -1, amq.group)
     tiny = jnp.finfo(x.dtype).tiny
     if amq.symmetric:
         high = jnp.abs(groups).max(-1, keepdims=True)
@@ -92,7 +92,7 @@ def fake_quantize(
     """Quantise and dequantise each vector at its own number of bits; `FULL_BITS` is untouched.
 
     Args:
-      x: Vectors of C channels, C a multiple of the group (0: the whole vector).
+      x: Vectors of C channels, C a multiple of the group.
       bits: 2, 4, 8 or `FULL_BITS`.
       amq: Group, symmetry, rotation.
     """

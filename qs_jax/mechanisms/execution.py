@@ -1,14 +1,16 @@
 """How quantised products and keys are computed: simulated, in int8, or not at all.
 
-`auto` means: whoever only simulates (the masked engine, the definition) simulates the codes that
-int8 would use; an engine that is there to be fast runs int8 where that is faster on the device, and
-otherwise leaves AMQ out: no bits, no entropies. A mechanism that buys nothing must cost nothing.
+Under `auto`, who only simulates (the masked engine, the definition) simulates int8: its codes, in
+the products of the model's dtype. An engine that is there to be fast runs int8 where that is faster
+on the device, and otherwise leaves AMQ out: no bits, no entropies. A mechanism that buys nothing
+must cost nothing.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 import weakref
 from collections.abc import Callable, Mapping
@@ -43,18 +45,15 @@ def resolve_execution(
     Args:
       qs: Mechanisms.
       model: Sizes of the products.
-      engine: "masked": simulated. "compact" (prompts, scoring) and "decode" (`generate`): "int8",
-        or no AMQ.
+      engine: "masked": "auto" stays, and is simulated. "compact" (prompts, scoring) and "decode"
+        (`generate`): "int8", or no AMQ.
       faster: Whether int8 wins for this many tokens at a time; `is_faster` by default.
     """
-    if qs is None or qs.amq is None or qs.amq.execution != "auto":
+    if qs is None or qs.amq is None or qs.amq.execution != "auto" or engine == "masked":
         return qs
-    if engine == "masked":
-        chosen = dataclasses.replace(qs.amq, execution="fake")
-    else:
-        faster = faster or is_faster
-        wins = all(faster(model, tokens) for tokens in SIZES[engine])
-        chosen = dataclasses.replace(qs.amq, execution="int8") if wins else None
+    faster = faster or is_faster
+    wins = all(faster(model, tokens) for tokens in SIZES[engine])
+    chosen = dataclasses.replace(qs.amq, execution="int8") if wins else None
     return dataclasses.replace(qs, amq=chosen)
 
 
@@ -123,7 +122,9 @@ def product_seconds(
     }
     weights = int8.quantize_kernel(kernel)
     narrow = x.astype(dtypes[0])
-    calls["int8"] = functools.partial(jax.jit(int8.product), narrow, bits, weights)
+    group = math.gcd(inputs, 16)
+    in_int8 = jax.jit(int8.product, static_argnames=("group",))
+    calls["int8"] = functools.partial(in_int8, narrow, bits, group=group, weights=weights)
     repeats = {}
     for name, call in calls.items():
         jax.block_until_ready(call())
@@ -171,7 +172,7 @@ def quantize_weights(params: Params) -> Params:
 _last: dict[str, Any] = {}
 
 
-def _quantized(kernels: Mapping[str, Any]) -> dict[str, int8.QWeights]:
+def _quantized(kernels: Mapping[str, Any]) -> dict[str, int8.QTensor]:
     held = _last.get("kernels", {})
     if held.keys() == kernels.keys() and all(held[n]() is kernels[n] for n in kernels):
         return _last["weights"]
@@ -184,22 +185,38 @@ def _quantized(kernels: Mapping[str, Any]) -> dict[str, int8.QWeights]:
     return weights
 
 
+def multiplies(plan: Plan | None) -> bool:
+    """Whether products run in int8."""
+    setting = plan.amq if plan is not None else None
+    return setting is not None and setting.execution == "int8" and "linear" in setting.targets
+
+
 def with_weights(params: Params, plan: Plan | None) -> Params:
     """Parameters as a program of this plan takes them."""
-    if plan is None or not plan.int8 or plan.amq is None or "linear" not in plan.amq.targets:
-        return {name: part for name, part in params.items() if name != "int8"}
-    return quantize_weights(params)
+    if multiplies(plan):
+        return quantize_weights(params)
+    return {name: part for name, part in params.items() if name != "int8"}
+
+
+def simulate(
+    x: Float[Array, "*batch C"], bits: Int[Array, "*batch"], setting: AMQConfig
+) -> Float[Array, "*batch C"]:
+    """Quantise and dequantise each vector at its own number of bits; 16 is untouched."""
+    with jax.named_scope("amq"):
+        if setting.execution == "fake":
+            return amq.fake_quantize(x, bits, setting)
+        return int8.simulate(x, bits, setting.group)
 
 
 def multiplier(
     setting: AMQConfig | None,
     bits_BT: Int[Array, "B T"],
-    weights: Mapping[str, int8.QWeights] | None,
+    weights: Mapping[str, int8.QTensor] | None,
 ) -> Multiply:
     """How a block multiplies tokens of these bits.
 
     Args:
-      setting: AMQ, "fake" or "int8"; None is off.
+      setting: AMQ; None is off.
       bits_BT: Of each token.
       weights: Of the layer, by projection, for a product in int8; None simulates it.
     """
@@ -207,16 +224,14 @@ def multiplier(
         return dense_product
 
     def simulated(dense: Any, x: Array, start: int = 0) -> Array:
-        with jax.named_scope("amq"):
-            x = amq.fake_quantize(x, bits_BT, setting)
-        return dense_product(dense, x, start)
+        return dense_product(dense, simulate(x, bits_BT, setting), start)
 
     def in_int8(dense: Any, x: Array, start: int = 0) -> Array:
         assert weights is not None
         with jax.named_scope("amq"):
             bias_O = dense.variables["params"].get("bias")
             columns = jax.tree.map(lambda leaf: leaf[..., start:], (weights[dense.name], bias_O))
-            return int8.product(x, bits_BT, *columns)
+            return int8.product(x, bits_BT, setting.group, *columns)
 
     return simulated if weights is None else in_int8
 
@@ -228,8 +243,11 @@ def kept(
     if setting is None or "kv" not in setting.targets:
         return x_BTKH
     with jax.named_scope("amq"):
-        if setting.execution == "int8":
-            found = int8.decode_kv(int8.encode_kv(x_BTKH, bits_BT)).astype(x_BTKH.dtype)
+        if setting.execution != "fake":
+            cached = int8.encode_kv(x_BTKH, bits_BT, setting.group)
+            found = int8.decode_kv(cached).astype(x_BTKH.dtype)
             return jnp.where((bits_BT < amq.FULL_BITS)[..., None, None], found, x_BTKH)
+        if setting.group == 0:  # a rotated key would have to be turned back at every look
+            setting = dataclasses.replace(setting, rotate=False)
         bits_BTK = jnp.broadcast_to(bits_BT[..., None], x_BTKH.shape[:-1])
         return amq.fake_quantize(x_BTKH, bits_BTK, setting)

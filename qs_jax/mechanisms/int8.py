@@ -1,25 +1,25 @@
 """int8 execution of AMQ: int8 x int8 -> int32 products, and int8 keys and values (paper 2.5, E).
 
-Activations have one step a vector. With a = max |x|, the 8-bit code floor(128 x / a), clipped to
--128..127, nests: its top b bits are the b-bit code k, and k stands for the middle of its bin,
+**Rotation.** Language models have a few large channels, which would take all the steps of a vector.
+An orthonormal Hadamard matrix R = R^-1 in blocks of channels spreads them over their block; the
+weights are rotated once: x W = (x R) (R W). Below, x and w are rotated.
 
-    x^_d = s (k_d + 1/2),   s = a / 2^(b - 1).
+**Activations.** A vector has one step s = max |x| / 127 and the 8-bit codes c = round(x / s). At b
+bits, every group of channels leaves out the high bits that none of its codes uses, keeps the next
+b, and drops the r bits below; what is left stands for the middle of the codes it came from:
 
-Weights have one scale an output channel and are rounded to the nearest: w^_do = t_o m_do with
-t_o = max_d |w_do| / 127. The product of a token and a channel is then
+    n = 2^r floor(c / 2^r) + 2^(r-1),   or c where r = 0;   x^ = s n.
 
-    y_o = sum_d x^_d w^_do = (s t_o / 2) (2 sum_d k_d m_do + sum_d m_do).
+n is an int8 whatever the bits, so tokens of 8, 4 and 2 bits ride in one product.
 
-Sliced codes of 4 and 2 bits are small int8 numbers, so tokens of all widths ride in one
-`dot_general`; the middle of the bins is the column sum of the weight codes, counted once. The
-bracket is an exact int32; what is left is one multiplication.
+**Weights.** One scale an output channel, rounded to the nearest: w^ = t m with t = max |w| / 127.
 
-The codes are those of fake quantisation with `group=0` (the whole vector) and `symmetric=True`, so
-y differs from the fake-quantised float product by the rounding of the weights alone:
+**Product.** y_o = sum_d x^_d w^_do = s t_o sum_d n_d m_do, where the sum is an exact int32.
 
-    |y_o - sum_d x^_d w_do| <= t_o / 2 sum_d |x^_d|,
+**Bounds.** |x^ - x| <= s (2^r + 1) / 2, or s / 2 where r = 0, so
 
-and that from the unquantised product by at most s / 2 sum_d |w_do|.
+    |y_o - sum_d x^_d w_do| <= t_o / 2 sum_d |x^_d|             (int8 from its own simulation)
+    |y_o - sum_d x_d w_do| <= that + sum_d |x^_d - x_d| |w_do|   (from the float product)
 """
 
 from __future__ import annotations
@@ -32,78 +32,86 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Int8
 
-from qs_jax.config import AMQConfig
 from qs_jax.errors import ConfigError
 from qs_jax.mechanisms import amq
 from qs_jax.models.layers import exact_dtype
 
-# |2 k + 1| <= 255 and |m| <= 127: with more channels the int32 could overflow.
-MOST_CHANNELS = (2**31 - 1) // (255 * 127)
-_WHOLE = AMQConfig.uniform(8, 1, group=0, symmetric=True)
+MOST_CHANNELS = (2**31 - 1) // 127**2  # with more, the int32 could overflow
+LARGEST_ROTATION = 64  # channels: each costs 2 operations for every channel rotated with it
 
 
-@no_type_check  # JAX rebuilds these with placeholders, see qs_jax/state.py
+@no_type_check  # JAX rebuilds it with placeholders, see qs_jax/state.py
 class QTensor(flax.struct.PyTreeNode):
-    """Vectors as codes of a step each: `scale * (codes + 1/2)`.
+    """Vectors in int8: `scale * codes`.
 
     Attributes:
-      codes: 8-bit codes, or their top bits.
-      scale: Step of each vector.
+      codes: -127..127. Activations and keys: vectors on the last axis. Weights: on the last but
+        one, `[L, D, O]`.
+      scale: Step of each vector: the shape without that axis.
     """
 
-    codes: Int8[Array, "*batch C"]
-    scale: Float[Array, "*batch"]
+    codes: Int8[Array, "..."]
+    scale: Float[Array, "..."]
 
 
-@no_type_check
-class QWeights(flax.struct.PyTreeNode):
-    """A projection, of one layer or stacked: `scale * codes`.
-
-    Attributes:
-      codes: Rounded to the nearest, -127..127.
-      scale: One an output channel.
-      sums: Of the codes of each output channel.
-    """
-
-    codes: Int8[Array, "*L D O"]
-    scale: Float[Array, "*L O"]
-    sums: Int[Array, "*L O"]
-
-
-def encode(x: Float[Array, "*batch C"], bits: Int[Array, "*#batch"]) -> QTensor:
+def encode(x: Float[Array, "*batch C"], bits: Int[Array, "*#batch"], group: int) -> QTensor:
     """Codes of each vector at its own number of bits; 16 counts as 8.
 
     Args:
-      x: Inputs of a projection `[B, T, C]`, or keys or values `[B, T, K, H]`.
-      bits: 2, 4, 8 or 16; broadcasts against the vectors: `bits_BT[..., None]` for keys.
+      x: Vectors.
+      bits: 2, 4, 8 or 16.
+      group: Channels that leave out the same bits; divides C.
     """
-    codes, _, span = amq.code(x.astype(exact_dtype(x.dtype)), _WHOLE)
-    kept = jnp.minimum(bits, 8)
-    sliced = amq.slice_code(codes[..., 0, :] - 128, kept[..., None])
-    step = span[..., 0, 0] / (1 << kept).astype(span.dtype)
-    return QTensor(sliced.astype(jnp.int8), step)
+    exact = x.astype(exact_dtype(x.dtype))
+    scale = jnp.abs(exact).max(-1) / 127
+    tiny = jnp.finfo(exact.dtype).tiny
+    codes = jnp.round(exact / jnp.maximum(scale, tiny)[..., None]).astype(jnp.int32)
+    # Where the scale is tiny itself, a quotient could leave the range.
+    groups = jnp.clip(codes, -127, 127).reshape(*x.shape[:-1], -1, group)
+    largest = jnp.maximum(groups, ~groups).max(-1, keepdims=True)
+    used = 33 - lax.clz(largest)  # the sign included
+    dropped = jnp.maximum(used - jnp.minimum(bits, 8)[..., None, None], 0)
+    kept = ((groups >> dropped) << dropped) + ((1 << dropped) >> 1)
+    return QTensor(kept.astype(jnp.int8).reshape(x.shape), scale)
 
 
 def decode(vectors: QTensor) -> Float[Array, "*batch C"]:
     """The vectors that codes stand for, in the dtype of their scale."""
-    return (vectors.codes.astype(vectors.scale.dtype) + 0.5) * vectors.scale[..., None]
+    return vectors.codes.astype(vectors.scale.dtype) * vectors.scale[..., None]
 
 
-def encode_kv(k_BTKH: Float[Array, "B T K H"], bits_BT: Int[Array, "B T"]) -> QTensor:
-    """Keys or values as the cache holds them: codes `[B, T, K, H]`, one scale `[B, T, K]` a head.
+def encode_kv(k_BTKH: Float[Array, "B T K H"], bits_BT: Int[Array, "B T"], group: int) -> QTensor:
+    """Keys or values as a cache holds them: codes `[B, T, K, H]` and scales `[B, T, K]`.
 
-    A cache has one dtype: a slice of 4 or 2 bits takes a byte like the whole code.
+    Not rotated: they would have to be turned back at every look. A cache has one dtype: 4 or 2 bits
+    take a byte like 8.
     """
-    return encode(k_BTKH, bits_BT[..., None])
+    return encode(k_BTKH, bits_BT[..., None], group)
 
 
 decode_kv = decode
 
 
+def rotate(x: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
+    """R, in blocks of the largest power of two up to `LARGEST_ROTATION` that divides C."""
+    channels = x.shape[-1]
+    exact = x.astype(exact_dtype(x.dtype))
+    return amq.rotate(exact, min(channels & -channels, LARGEST_ROTATION))
+
+
+def simulate(
+    x: Float[Array, "*batch C"], bits: Int[Array, "*batch"], group: int
+) -> Float[Array, "*batch C"]:
+    """What an int8 product makes of its input; vectors of 16 bits are untouched."""
+    out = rotate(decode(encode(rotate(x), bits, group)))
+    return jnp.where((bits < amq.FULL_BITS)[..., None], out.astype(x.dtype), x)
+
+
 def product(
     x: Float[Array, "*batch D"],
-    bits: Int[Array, "*#batch"],
-    weights: QWeights,
+    bits: Int[Array, "*batch"],
+    group: int,
+    weights: QTensor,
     bias_O: Float[Array, "O"] | None = None,
 ) -> Float[Array, "*batch O"]:
     """A projection in int8: every token rides at its own bits (16: at 8, the width of the product).
@@ -111,29 +119,28 @@ def product(
     Args:
       x: Inputs.
       bits: Of each token.
-      weights: Of one layer.
+      group: Channels that leave out the same bits.
+      weights: Of one layer, codes `[D, O]`, from `quantize_kernel`.
       bias_O: Added in full precision.
 
     Returns:
       In the dtype of `x`.
     """
-    vectors = encode(x, bits)
+    vectors = encode(rotate(x), bits, group)
     dims = (((x.ndim - 1,), (0,)), ((), ()))
     dots = lax.dot_general(vectors.codes, weights.codes, dims, preferred_element_type=jnp.int32)
 
     def row(vector_O: Array) -> Array:
-        return vector_O.reshape((1,) * (x.ndim - 1) + vector_O.shape)
+        return vector_O.astype(exact).reshape((1,) * (x.ndim - 1) + vector_O.shape)
 
     exact = vectors.scale.dtype
-    whole = (2 * dots + row(weights.sums)).astype(exact)
-    out = whole * (vectors.scale[..., None] * row(weights.scale.astype(exact) / 2))
-    out = out if bias_O is None else out + row(bias_O.astype(exact))
-    return out.astype(x.dtype)
+    out = dots.astype(exact) * (vectors.scale[..., None] * row(weights.scale))
+    return (out if bias_O is None else out + row(bias_O)).astype(x.dtype)
 
 
 @jax.jit
-def quantize_kernel(kernel: Float[Array, "*L D O"]) -> QWeights:
-    """Codes, scales and column sums of a projection.
+def quantize_kernel(kernel: Float[Array, "*L D O"]) -> QTensor:
+    """Rotated codes of a projection, of one layer or stacked, with a scale an output channel.
 
     Raises:
       ConfigError: It has so many input channels that the int32 could overflow.
@@ -143,8 +150,9 @@ def quantize_kernel(kernel: Float[Array, "*L D O"]) -> QWeights:
             f"a projection of {kernel.shape[-2]} channels could overflow int32, {MOST_CHANNELS} "
             "is the most: use amq.execution 'fake'."
         )
-    exact = kernel.astype(exact_dtype(kernel.dtype))
-    scale = jnp.abs(exact).max(-2) / 127
-    unit = exact / jnp.maximum(scale, jnp.finfo(exact.dtype).tiny)[..., None, :]
-    codes = jnp.clip(jnp.round(unit), -127, 127).astype(jnp.int8)
-    return QWeights(codes, scale, codes.sum(-2, dtype=jnp.int32))
+    if kernel.ndim > 2:  # layer by layer: the whole stack in full precision would be large
+        return lax.map(quantize_kernel, kernel)
+    exact = rotate(kernel.T).T
+    scale = jnp.abs(exact).max(0) / 127
+    unit = exact / jnp.maximum(scale, jnp.finfo(exact.dtype).tiny)[None, :]
+    return QTensor(jnp.clip(jnp.round(unit), -127, 127).astype(jnp.int8), scale)

@@ -52,9 +52,9 @@ class Plan(NamedTuple):
         return self.kv_skip.policy if self.kv_skip is not None else "propagate"
 
     @property
-    def int8(self) -> bool:
-        """Products or keys of the layers with bits are int8."""
-        return self.amq is not None and self.amq.execution == "int8"
+    def narrow(self) -> bool:
+        """Every token has bits, whether the mechanisms act on it or not."""
+        return self.amq is not None and self.amq.execution != "fake"
 
     @property
     def sequential(self) -> bool:
@@ -182,11 +182,7 @@ def _static_fusion(fusion: FusionConfig) -> FusionConfig:
 def _static_amq(amq: AMQConfig) -> AMQConfig:
     uniform = amq.entropy is None
     low, high = (float("-inf"), float("inf")) if uniform else (0.0, 0.0)
-    # What is not int8 is simulated; an engine that does better has asked `resolve_execution`.
-    execution = "int8" if amq.execution == "int8" else "fake"
-    return dataclasses.replace(
-        amq, layer=1, tau_low=low, tau_high=high, allow_noncausal=False, execution=execution
-    )
+    return dataclasses.replace(amq, layer=1, tau_low=low, tau_high=high, allow_noncausal=False)
 
 
 def _special_ids(model: ModelConfig) -> tuple[int, ...]:

@@ -80,6 +80,46 @@ def fake_quant(
     return out.reshape(x.shape), edge
 
 
+def rotation(channels: int) -> np.ndarray:
+    """What int8 products rotate with: Hadamard blocks of at most 64 channels, `[D, D]`."""
+    size = math.gcd(channels, 64)
+    return np.kron(np.eye(channels // size), hadamard(size))
+
+
+def int8_quant(x: np.ndarray, bits: int, group: int, rotate: bool) -> tuple[np.ndarray, float]:
+    """What int8 stands for: codes of 8 bits with one step, of which each group keeps its top ones.
+
+    Args:
+      x: `[..., D]`.
+      bits: 2, 4 or 8; 16 leaves `x` alone.
+      group: Channels that keep the same bits; divides D.
+      rotate: Rotate before and after.
+
+    Returns:
+      The same shape, and how far the nearest value was from the edge between two codes, in codes.
+    """
+    if bits == 16:
+        return x, math.inf
+    turn = rotation(x.shape[-1]) if rotate else np.eye(x.shape[-1])
+    turned, edge = (x @ turn).reshape(-1, x.shape[-1]), math.inf
+    out = np.zeros_like(turned)
+    for row, values in enumerate(turned):
+        step = abs(values).max() / 127
+        if step == 0:
+            continue
+        scaled = values / step
+        edge = min(edge, float(abs(scaled - np.floor(scaled) - 0.5).min()))
+        for start in range(0, len(values), group):
+            codes = [round(float(value)) for value in scaled[start : start + group]]
+            wide = 1  # bits that hold every code of the group, sign included
+            while not all(-(2 ** (wide - 1)) <= code < 2 ** (wide - 1) for code in codes):
+                wide += 1
+            unit = 2 ** max(wide - bits, 0)
+            middles = [code if unit == 1 else code // unit * unit + unit // 2 for code in codes]
+            out[row, start : start + group] = np.array(middles) * step
+    return out.reshape(x.shape) @ turn.T, edge
+
+
 class OracleModel:
     """A checkpoint as functions of single states `[D]`; layers are numbered from 1.
 

@@ -11,7 +11,16 @@ from typing import Any
 import numpy as np
 
 from qs_jax.config import Config, QuickSilverConfig
-from qs_jax.testing.oracle_model import TINY, OracleModel, cosine, entropy, fake_quant, rms, softmax
+from qs_jax.testing.oracle_model import (
+    TINY,
+    OracleModel,
+    cosine,
+    entropy,
+    fake_quant,
+    int8_quant,
+    rms,
+    softmax,
+)
 
 NEVER = 2**30  # stands for "by nobody" where positions stand for absorbers
 
@@ -76,7 +85,7 @@ class Row:
         self.weighed = np.zeros((depth + 1, count), bool)
         self.size, self.mass = np.ones((2, depth + 1, count))
         # One int8 product has one width: who is left alone still gets no more than 8 bits.
-        self.bits = np.full(count, 8 if qs.amq is not None and qs.amq.execution == "int8" else 16)
+        self.bits = np.full(count, 8 if qs.amq is not None and qs.amq.execution != "fake" else 16)
         self.drift, self.entropy = np.full((2, depth + 1, count), np.nan)
         self.shortlist: dict[int, np.ndarray] = {}
         self.logits = np.zeros((count, m.vocab_size))
@@ -132,8 +141,10 @@ class Row:
         amq = self.qs.amq
         if amq is None or target not in amq.targets:
             return x
-        group = amq.group or x.shape[-1]
-        out, edge = fake_quant(x, bits, group, amq.symmetric, amq.rotate)
+        if amq.execution != "fake":
+            out, edge = int8_quant(x, bits, amq.group, rotate=target != "kv")
+        else:
+            out, edge = fake_quant(x, bits, amq.group, amq.symmetric, amq.rotate)
         self.judge.note(edge)
         return out
 

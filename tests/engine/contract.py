@@ -29,7 +29,7 @@ FUSE = FusionConfig(
 )
 BITS = AMQConfig(layer=2, tau_low=1.0, tau_high=3.0, targets=("linear", "hidden", "kv"), group=8)
 INT8 = AMQConfig(
-    layer=2, tau_low=1.0, tau_high=3.0, targets=("linear", "hidden", "kv"), execution="int8"
+    layer=2, tau_low=1.0, tau_high=3.0, targets=("linear", "kv"), group=8, execution="int8"
 )
 QUOTA = HaltingConfig(rule="quota", layers=(2, 4), quota=(0.4, 0.8), entropy=None)
 

@@ -103,6 +103,7 @@ BOTH: dict[str, QuickSilverConfig] = {
             tau_low=1.8,
             tau_high=2.4,
             targets=("linear", "hidden", "kv"),
+            group=4,
             execution="int8",
         )
     ),

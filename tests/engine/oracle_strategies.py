@@ -117,13 +117,13 @@ def amqs(draw: st.DrawFn, online: bool) -> AMQConfig:
         ),
     }
     if shared["targets"] != ("hidden",) and draw(st.integers(0, 3)) == 0:
-        shared["execution"] = "int8"
+        shared["execution"] = draw(st.sampled_from(["int8", "auto"]))
     else:
         shared |= {"symmetric": draw(st.booleans()), "rotate": draw(st.booleans())}
-        groups = [1, 2, 4] if shared["rotate"] else [0, 1, 2, 4]
-        if "kv" not in shared["targets"]:
-            groups += [8] if "linear" in shared["targets"] else [8, 16]
-        shared["group"] = draw(st.sampled_from(groups))
+    groups = [1, 2, 4]
+    if "kv" not in shared["targets"]:
+        groups += [8] if "linear" in shared["targets"] else [8, 16]
+    shared["group"] = draw(st.sampled_from(groups))
     if draw(st.integers(0, 5)) == 0:
         return AMQConfig.uniform(draw(st.sampled_from([2, 4, 8])), **shared)
     entropy = draw(st.sampled_from([name for name in ENTROPY if online or name != "final_prev"]))

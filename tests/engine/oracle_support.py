@@ -15,6 +15,7 @@ from qs_jax.config import (
 from qs_jax.engine.overrides import TokenOverrides
 from qs_jax.mechanisms.kv_maps import KVMaps
 from qs_jax.testing import oracle_score, tiny_model, tiny_params
+from qs_jax.testing.oracle_model import rotation
 
 VOCAB, DEPTH, WIDTH = 31, 4, 12
 LENGTHS, PROMPTS = (12, 9), (10, 7)
@@ -58,7 +59,7 @@ def with_maps(params: Any, layers: tuple[int, ...], features: tuple[str, ...], s
 
 
 def rounded(params: Any, quicksilver: QuickSilverConfig) -> Any:
-    """The weights that int8 products stand for: 127 steps a side and output channel."""
+    """The weights that int8 products stand for: rotated, 127 steps a side and output channel."""
     amq = quicksilver.amq
     if amq is None or amq.execution != "int8" or "linear" not in amq.targets:
         return params
@@ -66,9 +67,10 @@ def rounded(params: Any, quicksilver: QuickSilverConfig) -> Any:
     for part in stacked.values():
         if "kernel" in part:
             kernel = np.array(part["kernel"])
-            deep = kernel[amq.layer :]
+            turn = rotation(kernel.shape[1])
+            deep = turn @ kernel[amq.layer :]
             step = np.abs(deep).max(1, keepdims=True) / 127
-            kernel[amq.layer :] = np.round(deep / step) * step
+            kernel[amq.layer :] = turn.T @ (np.round(deep / step) * step)
             part["kernel"] = kernel
     return params | {"layers": stacked}
 
