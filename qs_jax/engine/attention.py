@@ -123,7 +123,7 @@ def blocked_attention(
     q_BKGTH = q_BTNH.reshape(batch, width, kv_heads, heads // kv_heads, dim)
     q_BKGTH = q_BKGTH.transpose(0, 2, 3, 1, 4)
     k_BKSH, v_BKSH = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
-    size = max(QUERY_BLOCK, -(-width // MOST_BLOCKS))
+    size = -(-width // min(-(-width // QUERY_BLOCK), MOST_BLOCKS))  # blocks of equal size
     blocks = []
     for start in range(0, width, size):
         end = min(start + size, width)

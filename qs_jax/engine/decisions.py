@@ -233,8 +233,9 @@ def _fuse(call: Call, state: TokenState, attended: Attended, stopped_BT, at, pas
         mass_BT = state.size_BT  # never read
         return fusion.Merged(state.h_BTD, mass_BT, state.size_BT), jnp.zeros_like(pairs_BTW)
 
-    # Where later tokens follow, they may fuse with these: their weights must be known.
-    needed = at.may_fuse if call.keeps else pairs_BTW.any()
+    # Where later tokens follow that may fuse with these, their weights must be known.
+    followed = call.keeps and not call.plan.continuation
+    needed = at.may_fuse if followed else pairs_BTW.any()
     merged, takes_BTW = lax.cond(needed, merge, leave)
     absorbed_BX = fusion.absorbers(takes_BTW, rows.pos_BT)
     absorbed_BT = absorbed_BX[:, -width:]

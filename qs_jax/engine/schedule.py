@@ -17,7 +17,7 @@ from qs_jax.mechanisms.execution import resolve_execution
 from qs_jax.mechanisms.plan import NEVER, Numbers, Plan, bind
 
 # Segments into which layers are cut where tokens may leave at any of them.
-SEGMENTS = 6
+SEGMENTS = 4
 # A row's slots are a multiple of this (or of a 64th of the width), so that few programs are made.
 GRANULE = 8
 # "dynamic" chooses among this many even steps where the count is not known; each is a body more.

@@ -152,7 +152,8 @@ def test_stacked_weights_are_those_of_each_layer():
 def logits(params, model, setting):
     qs = settings(amq=setting) if setting is not None else None
     tokens_BT = random_tokens(model, 2, 30)
-    return qs_jax.score(params, tokens_BT, Config(model, qs), return_logits=True).logits
+    cfg = Config(model, qs, engine="masked")
+    return qs_jax.score(params, tokens_BT, cfg, return_logits=True).logits
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
