@@ -121,7 +121,7 @@ def all_rows(model: ModelConfig, fitted: dict[str, Any]) -> Iterator[Row]:
             if name.startswith("paper") and not minmax:
                 yield Row("paper", name, protocol, make(model))
     for protocol in (TEACHER, CONTINUATION):
-        yield from ablation(protocol, "paper numbers", presets.paper(model))
+        yield from ablation(protocol, "paper numbers", presets.NAMES["paper-bits-vocab"](model))
         yield from ablation(protocol, "percentiles", by_percentiles(model, fitted))
 
 
@@ -166,7 +166,7 @@ def bit_rows(model: ModelConfig) -> Iterator[Row]:
 
 def by_percentiles(model: ModelConfig, fitted: dict[str, Any]) -> QuickSilverConfig:
     """The paper preset with thresholds that act: its own percentile rules on this model."""
-    base = presets.paper(model)
+    base = presets.NAMES["paper-bits-vocab"](model)
     tau_drift, tau_halt = [0.0] * model.num_layers, [0.0] * model.num_layers
     for layer, drift, halt in zip(
         fitted["layers"], fitted["tau_drift"], fitted["tau_halt"], strict=True

@@ -48,7 +48,8 @@ class Config:
         halt too. Planned capacities rank a whole prompt, so they are for prompts only.
       retention: "planned": pairs (layer, share): after this layer, at most this share of each
         prompt stays active. Layers and shares rise and fall respectively.
-      unroll: Layers per iteration of the scans over layers (`jax.lax.scan`).
+      unroll: Layers per iteration of the dense model's scan over the layers of a prompt or a scored
+        row (`jax.lax.scan`): fewer iterations, more to compile.
       decode_weights: "stacked": decoding scans over the stacked layers. "separate": it runs layer
         after layer on arrays of their own, copied once and kept as long as the parameters; XLA's
         CPU backend would otherwise copy every layer's weights at every token. "auto" is "separate"

@@ -114,6 +114,7 @@ def _prepare(
         sampling=sampling_plan,
         mechanisms=bound and bound[0],
         segments=pack.segments(cfg, bound and bound[0]) if fast else (),
+        unroll=cfg.unroll,
         schedule=schedule,
     )
     numbers = DecodeNumbers(

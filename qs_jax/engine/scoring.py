@@ -106,14 +106,15 @@ def score_dense(
     model: ModelConfig,
     count: int,
     return_logits: bool = False,
+    unroll: int = 1,
 ) -> dict[str, Any]:
     """Log-probabilities of the dense model, of `count` positions a row from `first_B` on."""
-    h_BTD = dense.forward(params, tokens_BT, model)
+    h_BTD = dense.forward(params, tokens_BT, model, unroll)
     out = {"logprobs": next_logprobs(params, h_BTD, tokens_BT, Scored(first_B, count))}
     return out | ({"logits": head.logits(params, h_BTD)} if return_logits else {})
 
 
-jit_score = jax.jit(score_dense, static_argnames=("model", "count", "return_logits"))
+jit_score = jax.jit(score_dense, static_argnames=("model", "count", "return_logits", "unroll"))
 
 
 def score_masked(
@@ -236,7 +237,9 @@ def score(
     bound = bind_call(cfg, "compact" if fast else "masked")
     record = None
     if bound is None:
-        out = jax.device_get(jit_score(params, padded.tokens_BT, first_B, **static))
+        out = jax.device_get(
+            jit_score(params, padded.tokens_BT, first_B, unroll=cfg.unroll, **static)
+        )
     else:
         plan, numbers = bound
         check_maps(params, plan, model)

@@ -27,6 +27,7 @@ class DecodePlan(NamedTuple):
       sampling: Which filters run.
       mechanisms: Static half of the mechanisms; None is the dense model.
       segments: Layers of each segment of the decode engine; none for the masked engine.
+      unroll: Layers per iteration of the dense model's scan over a prompt.
       schedule: How the compact engine cuts the prompts; None where the masked engine runs them.
     """
 
@@ -36,6 +37,7 @@ class DecodePlan(NamedTuple):
     sampling: sampling.SamplingPlan
     mechanisms: Plan | None
     segments: tuple[int, ...] = ()
+    unroll: int = 1
     schedule: compact.Schedule | None = None
 
 
@@ -95,7 +97,7 @@ def start(
     capacity = width if plan.segments else width + plan.new_capacity
     overflow = jnp.zeros((), bool)
     if plan.mechanisms is None:
-        logits_BV, cache = dense.prefill(params, tokens_BT, lengths_B, model, capacity)
+        logits_BV, cache = dense.prefill(params, tokens_BT, lengths_B, model, capacity, plan.unroll)
     else:
         assert numbers.mechanisms is not None
         prompt = tokenwise.Prompt(tokens_BT, lengths_B, lengths_B, numbers.overrides)

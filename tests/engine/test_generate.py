@@ -164,7 +164,7 @@ def test_the_last_position_can_be_used(model, params):
 
 def retrace_scoring(monkeypatch, function=scoring.score_dense):
     """Let changed constants act: a program of its own."""
-    static = ("model", "count", "return_logits")
+    static = ("model", "count", "return_logits", "unroll")
     program = jax.jit(lambda *a, **k: function(*a, **k), static_argnames=static)
     monkeypatch.setattr(scoring, "jit_score", program)
 
