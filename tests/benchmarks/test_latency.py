@@ -129,7 +129,10 @@ def test_rounds_alternate_and_stop_when_time_is_up(monkeypatch, seconds, expecte
     assert {len(runs) for runs in found.values()} == {len(expected) // 3}
 
 
-@pytest.mark.parametrize("name", ["paper", "balanced", "aggressive"])
+@pytest.mark.parametrize(
+    "name",
+    ["balanced", *(pytest.param(n, marks=pytest.mark.slow) for n in ("paper", "aggressive"))],
+)
 def test_decisions_only_stop_nothing(name):
     model = tiny_model(num_layers=6)
     params, rows = tiny_params(model), random_tokens(model, width=60)
@@ -167,6 +170,7 @@ def small_grid(model, *_):
     yield Group("prefill", 1, 4096, (dense,))
 
 
+@pytest.mark.slow
 def test_a_small_run_resumes_and_writes_its_tables(ckpt, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(latency.latency_cases, "grid", small_grid)
     monkeypatch.setattr(latency.machine, "gemm_flops", lambda *_: {"jax": 1e9})

@@ -46,7 +46,7 @@ SETTINGS |= {
         "teacher-forced",
     ),
 }
-SHOWN = ("dense", "skip", "skip-delay-retain", "HKFQ-llama-teacher-forced")
+SHOWN = ("dense", "skip")
 ROWS = (9, 20, 4)
 
 
@@ -92,7 +92,7 @@ def test_the_masked_engine_and_this_one_agree(name):
             assert ours.kv_bytes <= masked.kv_bytes * 1.25
 
 
-@pytest.mark.parametrize("name", ["skip", "dense"])
+@pytest.mark.parametrize("name", [pytest.param("skip", marks=pytest.mark.slow), "dense"])
 def test_growing_loses_nothing_and_compiles_boundedly(name, monkeypatch):
     """Room for 4 tokens at a time, 12 new ones: the first token is the prefill's."""
     cfg = config(name, max_new_tokens=12, decode_weights="stacked")
@@ -170,9 +170,18 @@ def test_no_step_copies_a_cache(name):
     assert copies == [], f"{len(copies)} copies of a cache in the loop"
 
 
-@pytest.mark.parametrize("kind", ["separate", "stacked"])
-@pytest.mark.parametrize("entry", ["run_until", "advance"])
-@pytest.mark.parametrize("name", ["dense", "HKFQ-llama-teacher-forced", "quota-llama-continuation"])
+LOWERED = {
+    (name, entry, kind): name == "dense" or (entry, kind) == ("run_until", "stacked")
+    for name in ("dense", "HKFQ-llama-teacher-forced", "quota-llama-continuation")
+    for entry in ("run_until", "advance")
+    for kind in ("separate", "stacked")
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "entry", "kind"),
+    [pytest.param(*key, marks=[pytest.mark.slow] * (not shown)) for key, shown in LOWERED.items()],
+)
 def test_every_program_lowers_for_cuda(name, entry, kind):
     cfg = config(name, decode_weights=kind)
     with jax.enable_x64(cfg.model.dtype == "float64"):

@@ -103,9 +103,34 @@ def exact_case(request):
 
 
 def test_decoding_equals_scoring(exact_case):
-    params, cfg = exact_case
+    check_decoding(*exact_case)
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(
+            case,
+            id=f"{case[0]}-{case[3]}",
+            marks=[pytest.mark.slow] * (case[0] != "HKFQ-llama" or case[3] == "continuation"),
+        )
+        for case in CASES
+    ]
+)
+def fast_case(request):
+    with jax.enable_x64(True):
+        params, cfg = _open(request.param)
+        model = cfg.model.replace(dtype="float64")
+        yield params_of(model), cfg.replace(model=model)
+
+
+def test_the_decode_engine_equals_scoring(fast_case):
+    check_decoding(*fast_case, engine="compact")
+
+
+def check_decoding(params, cfg, engine="masked"):
+    """Generates on one engine and scores on the masked one."""
     rows = [random_tokens(cfg.model, 1, width, seed=width)[0].tolist() for width in (9, 20, 4)]
-    out = qs_jax.generate(params, rows, cfg.replace(engine="auto"))
+    out = qs_jax.generate(params, rows, cfg.replace(engine=engine))
     kwargs = {}
     if cfg.effective_protocol == "continuation":
         kwargs["prompt_lengths"] = out.prompt_lengths
