@@ -118,7 +118,7 @@ def test_decoding_equals_scoring(exact_case):
 )
 def fast_case(request):
     with jax.enable_x64(True):
-        params, cfg = _open(request.param)
+        cfg = _open(request.param)[1]
         model = cfg.model.replace(dtype="float64")
         yield params_of(model), cfg.replace(model=model)
 
