@@ -83,7 +83,9 @@ def test_greedy_equals_hugging_face_generate(kind, tmp_path):
     np.testing.assert_array_equal(out.tokens[:, : theirs.shape[1]], theirs)
 
 
-@pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "sampling", [pytest.param({}, marks=pytest.mark.slow), SAMPLED], ids=["greedy", "sampled"]
+)
 def test_streaming_gives_the_tokens_of_generate(model, params, sampling):
     cfg = Config(model, max_new_tokens=15, eos_token_ids=(3, 17, 40, 50), **sampling)
     out = qs_jax.generate(params, RAGGED, cfg)
@@ -96,7 +98,9 @@ def test_streaming_gives_the_tokens_of_generate(model, params, sampling):
     np.testing.assert_allclose(logprobs_BM, out.logprobs[:, : len(steps)], atol=1e-5)
 
 
-@pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "sampling", [pytest.param({}, marks=pytest.mark.slow), SAMPLED], ids=["greedy", "sampled"]
+)
 def test_a_row_does_not_depend_on_its_batch_mates(model, params, sampling):
     """The same rows 0 and 1, with different mates of different lengths behind them."""
     cfg = Config(model, max_new_tokens=10, **sampling)
@@ -296,7 +300,7 @@ def test_norms_softmax_and_logits_are_float32_in_a_bfloat16_model(model_type):
     assert re.search(r":bf16\[2,16,\d+\] = dot_general", text), "the layers compute in bfloat16"
 
 
-@pytest.mark.parametrize("name", ["HKFQ", "quota"])
+@pytest.mark.parametrize("name", [pytest.param("HKFQ", marks=pytest.mark.slow), "quota"])
 def test_mechanisms_run_in_bfloat16(name):
     half = model_of("llama", dtype="bfloat16")
     params = params_of(half)

@@ -143,7 +143,10 @@ def check_decoding(params, cfg, engine="masked"):
         assert_same_decisions(out.record, scores.record)
 
 
-@pytest.mark.parametrize(("name", "protocol"), [("HKFQ", "teacher-forced"), ("quota", None)])
+@pytest.mark.parametrize(
+    ("name", "protocol"),
+    [("HKFQ", "teacher-forced"), pytest.param("quota", None, marks=pytest.mark.slow)],
+)
 def test_streaming_gives_the_tokens_of_generate(name, protocol):
     model = model_of("llama")
     cfg = Config(model, MATRIX[name], protocol=protocol, max_new_tokens=6, eos_token_ids=())
