@@ -194,10 +194,10 @@ def savings_table(rows: list[Row], length: int) -> Table:
         table.add_row(
             row.name,
             row.acts_on,
-            f"{row.perplexity:.2f} ({row.perplexity - dense.perplexity:+.2f})",
-            f"{prefill:.3f} ({prefill / median(dense.prefill):.0%})",
-            f"{1 / step:.1f} ({median(dense.step) / step:.0%})",
-            f"{row.kv_bytes / 1e6:.1f} ({row.kv_bytes / dense.kv_bytes:.0%})",
+            f"{row.perplexity:.2f}\n({row.perplexity - dense.perplexity:+.2f})",
+            f"{prefill:.3f}\n({prefill / median(dense.prefill):.0%})",
+            f"{1 / step:.1f}\n({median(dense.step) / step:.0%})",
+            f"{row.kv_bytes / 1e6:.1f}\n({row.kv_bytes / dense.kv_bytes:.0%})",
             f"{row.flops:.0%}",
         )
     return table

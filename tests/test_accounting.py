@@ -197,7 +197,7 @@ def test_tallies_add_up(model, params):
         arrays = {name: getattr(whole, name) for name in fields}
         one = slice(index, index + 1)
         cut = {
-            n: a if isinstance(a, str) else a[:, one] if a.ndim == 3 else a[one]
+            n: a if isinstance(a, str | bool) else a[:, one] if a.ndim == 3 else a[one]
             for n, a in arrays.items()
         }
         return accounting.tally(type(whole)(**cut), model, cfg.quicksilver)
