@@ -47,7 +47,7 @@ Section = Literal["prefill", "scoring", "decode", "components", "hf"]
 # Share of the measured GEMM peak that a forward pass is assumed to reach, to foretell its time.
 ASSUMED = 0.4
 # A quick run begins no further round of a group after this long, but makes three.
-QUICK_SECONDS = 75.0
+QUICK_SECONDS = 180.0
 
 
 @dataclasses.dataclass
