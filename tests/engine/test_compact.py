@@ -23,7 +23,6 @@ COUNTED = "active kv_written kv_held visible_keys bits fused depth representativ
 SHOWN = {
     "attended-delay-gpt2-teacher-forced",
     "extrapolate-llama-continuation",
-    "fusion-probability-llama-continuation",
 }
 # `make test-all` runs the others.
 DEFAULT = [case for case in cases() if case[0] == "HKFQ-llama" and case[3] == "continuation"]
