@@ -8,7 +8,7 @@ import pytest
 
 import qs_jax
 from qs_jax.config import Config
-from qs_jax.engine import masked, scoring, tokenwise
+from qs_jax.engine import decisions, scoring, tokenwise
 from qs_jax.mechanisms import fusion
 from qs_jax.mechanisms.plan import bind
 from tests.engine.contract import MATRIX, cases, model_of, params_of, preset_settings
@@ -283,6 +283,6 @@ def test_a_leaky_fusion_is_caught(monkeypatch):
         def __getattr__(self, name):
             return leaky_merge if name == "merge" else getattr(fusion, name)
 
-    monkeypatch.setattr(masked, "fusion", Leaky())
+    monkeypatch.setattr(decisions, "fusion", Leaky())
     with pytest.raises(AssertionError):
         assert_the_future_stays_away(logits_of, tokens_BT, 1, model.vocab_size)
