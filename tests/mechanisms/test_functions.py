@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import qs_jax
 from qs_jax.config import AMQConfig, Config, HaltingConfig
-from qs_jax.engine import masked, scoring, tokenwise
+from qs_jax.engine import attention, masked, scoring, tokenwise
 from qs_jax.mechanisms import amq, fusion, halting, signals
 from qs_jax.mechanisms.plan import bind
 from tests.engine.contract import MATRIX, model_of, params_of
@@ -103,12 +103,12 @@ def test_masked_keys_weigh_exactly_nothing():
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(1, 6, n, 8)), jnp.float32) for n in (4, 2, 2))
     mask = np.tril(rng.random((1, 6, 6)) < 0.5) | np.eye(6, dtype=bool)
-    context, weights = masked.attention(q, k, v, jnp.asarray(mask), None)
+    context, weights = attention.attention(q, k, v, jnp.asarray(mask), None)
     assert (np.asarray(weights)[:, :, ~mask[0]] == 0).all()
     np.testing.assert_allclose(np.asarray(weights).sum(-1), 1, rtol=1e-5)
     hidden = ~mask.any(1)[0]
     poisoned = v.at[:, hidden].set(1e30)
-    again, _ = masked.attention(q, k, poisoned, jnp.asarray(mask), None)
+    again, _ = attention.attention(q, k, poisoned, jnp.asarray(mask), None)
     np.testing.assert_array_equal(again, context)
     theirs = jax.nn.dot_product_attention(q, k, v, mask=jnp.asarray(mask)[:, None])
     np.testing.assert_allclose(context, theirs, atol=1e-6)
@@ -179,7 +179,8 @@ def test_a_threshold_sweep_compiles_once(name):
 
     @chex.assert_max_traces(n=1)
     def traced(params, prompt, numbers, model, plan):
-        return scoring.score_masked(params, prompt, numbers, model, plan, False)
+        first_B = jnp.ones(1, jnp.int32)
+        return scoring.score_masked(params, prompt, first_B, numbers, model, plan, 20, False)
 
     program = jax.jit(traced, static_argnames=("model", "plan"))
     results = set()
