@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.config import ModelConfig
-from qs_jax.engine import layer, opening, tokenwise
+from qs_jax.engine import decisions, layer, opening, tokenwise
 from qs_jax.engine import past as pasts
 from qs_jax.engine.call import Around, Call, Passive
 from qs_jax.mechanisms import decide, fusion
@@ -316,7 +316,7 @@ class _Put(NamedTuple):
         slots_BC, rest_BP = self.index.slots_BC, self.index.rest_BP
         rows_B1 = jnp.arange(len(slots_BC))[:, None]
         outside = 0 if rest_BP is None else rest_BP.shape[1]
-        base = _blank(self.call, self.before)
+        base = decisions.blank_record(self.call, self.before)
         written_BT = base.written_BT
         if rest_BP is not None:
             written_BT = written_BT.at[rows_B1, rest_BP].set(record.written_BT[:, :outside])
@@ -338,24 +338,8 @@ def _set(buffers: Any, number: Array, values: Any) -> Any:
     return jax.tree.map(lambda buffer, value: buffer.at[number].set(value), buffers, values)
 
 
-def _blank(call: Call, state: TokenState) -> LayerRecord:
-    """The record of tokens that take no part in a layer."""
-    no_BT = jnp.zeros(call.rows.pos_BT.shape, bool)
-    nan_BT = jnp.full(no_BT.shape, jnp.nan, exact_dtype(call.model.dtype))
-    return LayerRecord(
-        active_BT=no_BT,
-        written_BT=no_BT,
-        visible_BT=no_BT.astype(jnp.int32),
-        bits_BT=state.bits_BT,
-        fused_BT=state.hidden_from_BT,
-        drift_BT=nan_BT,
-        entropy_BT=nan_BT,
-        weighed_BT=no_BT,
-    )
-
-
 def _empty_record(call: Call) -> LayerRecord:
-    blank, layers = _blank(call, opening.start(call)), call.model.num_layers
+    blank, layers = decisions.blank_record(call, opening.start(call)), call.model.num_layers
     return jax.tree.map(lambda leaf: jnp.zeros((layers, *leaf.shape), leaf.dtype), blank)
 
 

@@ -58,6 +58,22 @@ def decide_layer(call: Call, state: TokenState, attended: Attended, ran_BT, befo
     return state, record, fused
 
 
+def blank_record(call: Call, state: TokenState) -> LayerRecord:
+    """The record of tokens that take no part in a layer."""
+    no_BT = jnp.zeros(call.rows.pos_BT.shape, bool)
+    nan_BT = jnp.full(no_BT.shape, jnp.nan, exact_dtype(call.model.dtype))
+    return LayerRecord(
+        active_BT=no_BT,
+        written_BT=no_BT,
+        visible_BT=no_BT.astype(jnp.int32),
+        bits_BT=state.bits_BT,
+        fused_BT=state.hidden_from_BT,
+        drift_BT=nan_BT,
+        entropy_BT=nan_BT,
+        weighed_BT=no_BT,
+    )
+
+
 def find_shortlist(call: Call, state: TokenState, at: LayerNumbers) -> TokenState:
     """The ids of the shortlist entropy, at the one layer that picks them."""
     before_BTX, size = state.shortlist_BTX, call.plan.shortlist_size

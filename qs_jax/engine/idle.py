@@ -12,7 +12,6 @@ from qs_jax.engine import past as pasts
 from qs_jax.engine.call import Call
 from qs_jax.mechanisms import fusion
 from qs_jax.mechanisms.plan import LayerNumbers
-from qs_jax.models.layers import exact_dtype
 from qs_jax.state import LayerRecord, TokenState
 
 
@@ -54,18 +53,9 @@ def idle(
         state = decisions.find_shortlist(call, state, at)
     if call.quantizes:
         state = decisions.assign_bits(call, state, at)
-    nan_BT = jnp.full(nobody_BT.shape, jnp.nan, exact_dtype(call.model.dtype))
     no_mask_BTS = nobody_BT[..., None]
-    record = LayerRecord(
-        active_BT=nobody_BT,
-        written_BT=decisions.written_of(call, in_force, nobody_BT, no_mask_BTS, at.layer),
-        visible_BT=jnp.zeros_like(in_force.bits_BT),
-        bits_BT=in_force.bits_BT,
-        fused_BT=in_force.hidden_from_BT,
-        drift_BT=nan_BT,
-        entropy_BT=nan_BT,
-        weighed_BT=nobody_BT,
-    )
+    written_BT = decisions.written_of(call, in_force, nobody_BT, no_mask_BTS, at.layer)
+    record = decisions.blank_record(call, in_force).replace(written_BT=written_BT)
     fused = (None, None, None)
     if call.fuses:
         assert state.taken_BW is not None

@@ -91,7 +91,7 @@ def arrange(
     assert qs is not None
     ends = _ends(qs, cfg, overrides, plan)
     first = [1, *(end + 1 for end in ends[:-1])]
-    whole_layers = _whole_layers(qs)
+    whole_layers = _whole_layers(qs, plan)
     whole = [begin == end and end in whole_layers for begin, end in zip(first, ends, strict=True)]
     assert ends[-1] == layers
     width = padded.tokens_BT.shape[1]
@@ -152,15 +152,15 @@ def _ends(qs: QuickSilverConfig, cfg: Config, overrides: Overrides | None, plan:
         ends |= forced if len(forced) <= SEGMENTS else cut_from(min(forced))
     if qs.fusion is not None and plan.continuation:  # absorbed tokens stop
         ends |= cut_from(max(qs.fusion.first_layer, 1))
-    for layer in _whole_layers(qs):
+    for layer in _whole_layers(qs, plan):
         ends |= {layer - 1, layer}
     return sorted(end for end in ends if 1 <= end <= layers)
 
 
-def _whole_layers(qs: QuickSilverConfig) -> set[int]:
+def _whole_layers(qs: QuickSilverConfig, plan: Plan) -> set[int]:
     """Layers at which every token gets something, whether it computes or not."""
-    layers = {qs.amq.layer} if qs.amq is not None else set()
-    if "shortlist" in qs.entropies and qs.shortlist_layer is not None:
+    layers = {qs.amq.layer} if qs.amq is not None and plan.amq is not None else set()
+    if plan.shortlist_size and qs.shortlist_layer is not None:
         layers.add(qs.shortlist_layer)
     return layers
 

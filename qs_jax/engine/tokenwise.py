@@ -112,7 +112,15 @@ def run_prompt(
         h_BTD, past = run_rows(params, prompt, model, plan, numbers, capacity)
     else:
         rows = whole_rows(prompt, plan, numbers)
-        h_BTD, _, _, kept = masked.run(params, rows, model, plan, numbers, capacity=capacity)
+        h_BTD, _, _, kept = masked.run(
+            params,
+            rows,
+            model,
+            plan,
+            numbers,
+            capacity=capacity,
+            prompt_lengths_B=prompt.prompt_lengths_B,
+        )
         assert kept is not None
         past = kept
     logits_BV = head.logits(params, h_BTD[rows_B, prompt.lengths_B - 1])

@@ -247,7 +247,5 @@ def kept(
             cached = int8.encode_kv(x_BTKH, bits_BT, setting.group)
             found = int8.decode_kv(cached).astype(x_BTKH.dtype)
             return jnp.where((bits_BT < amq.FULL_BITS)[..., None, None], found, x_BTKH)
-        if setting.group == 0:  # a rotated key would have to be turned back at every look
-            setting = dataclasses.replace(setting, rotate=False)
         bits_BTK = jnp.broadcast_to(bits_BT[..., None], x_BTKH.shape[:-1])
         return amq.fake_quantize(x_BTKH, bits_BTK, setting)
