@@ -17,7 +17,7 @@ test: $(VENV)/.installed-test
 	$(PY) -m pytest -n 2 -m "not slow"
 
 test-all: $(VENV)/.installed-test
-	$(PY) -m pytest -n 2
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PY) -m pytest -n 2
 
 lint: $(VENV)/.installed-lint
 	$(VENV)/bin/ruff check $(SOURCES)

@@ -202,6 +202,7 @@ class DecodeState(flax.struct.PyTreeNode):
       logprobs_BM: Log-probability of each produced token in nats.
       lengths_B: Tokens each row has produced, the end token included.
       overflow: A planned capacity of the prompt was too small.
+      full: Decode engine: some cache has no slot left for a live row's next token.
       cache: Keys and values of all positions before `pos_B`; a `Past` under the mechanisms. In the
         decode engine a `SlotCache` for each segment of layers takes the place of a `KVCache`.
     """
@@ -216,4 +217,5 @@ class DecodeState(flax.struct.PyTreeNode):
     logprobs_BM: Float[Array, "B M"]
     lengths_B: Int[Array, "B"]
     overflow: Bool[Array, ""]
+    full: Bool[Array, ""]
     cache: KVCache | tuple[Any, ...] | Past

@@ -2,6 +2,7 @@
 
 Set before JAX is imported: four virtual CPU devices. Then: jaxtyping annotations checked by
 beartype at every call, silent rank promotion is an error, and (pyproject.toml) so is any warning.
+Most of the suite's time is compilation: by default XLA optimises little.
 """
 
 import os
@@ -20,7 +21,11 @@ install_import_hook(["qs_jax", "convert"], "beartype.beartype")
 import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:  # `make test-all` turns them on
+    jax.config.update("jax_disable_most_optimizations", True)
 
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -31,6 +36,21 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_
 hypothesis.settings.load_profile("ci")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+# Every compiled program maps memory, and Linux allows a process 65,530 maps by default: beyond
+# that, XLA crashes.
+MOST_MAPS = 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs() -> Iterator[None]:
+    """Let go of compiled programs between modules, where there are many."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Int8
+
+from qs_jax.mechanisms import int8
 
 # Position of an empty slot: after every query.
 EMPTY = 2**30
@@ -30,6 +32,9 @@ class SlotCache(flax.struct.PyTreeNode):
       k_CO: Keys, after RoPE, `[C, O]` with O = K * H; `[l, C, O]`, `[B, C, O]` or `[l, B, C, O]`
         where there are several layers or rows.
       v_CO: Values.
+      k_scale_CK: Steps of the keys, one a head, where they are int8 codes (`int8.QTensor`); None
+        where they are floats.
+      v_scale_CK: Of the values.
       pos_lBC: Position of the token in each slot, EMPTY where there is none; None where every
         token is kept and slots are positions.
       fill_lB: Entries kept; the next token goes to the slot after them. None likewise.
@@ -37,20 +42,45 @@ class SlotCache(flax.struct.PyTreeNode):
       head_dim: H.
     """
 
-    k_CO: Float[Array, "*lB C O"]
-    v_CO: Float[Array, "*lB C O"]
+    k_CO: Float[Array, "*lB C O"] | Int8[Array, "*lB C O"]
+    v_CO: Float[Array, "*lB C O"] | Int8[Array, "*lB C O"]
+    k_scale_CK: Float[Array, "*lB C K"] | None
+    v_scale_CK: Float[Array, "*lB C K"] | None
     pos_lBC: Int[Array, "l B C"] | None
     fill_lB: Int[Array, "l B"] | None
     layers: int = flax.struct.field(pytree_node=False)
     head_dim: int = flax.struct.field(pytree_node=False)
 
     @classmethod
-    def of(cls, k_lBCKH: Array, v_lBCKH: Array, pos_lBC: Array | None, fill_lB: Array | None):
-        """A cache of these keys and values, `[l, B, C, K, H]`."""
-        layers, batch, capacity, heads, dim = k_lBCKH.shape
+    def of(
+        cls,
+        k_lBCKH: Array,
+        v_lBCKH: Array,
+        pos_lBC: Array | None,
+        fill_lB: Array | None,
+        bits_lBC: Array | None = None,
+    ):
+        """A cache of these keys and values, `[l, B, C, K, H]`.
+
+        Args:
+          k_lBCKH: Keys; values that int8 codes stand for, where there are bits.
+          v_lBCKH: Values.
+          pos_lBC: As the attribute.
+          fill_lB: As the attribute.
+          bits_lBC: Hold int8 codes: bits of each token.
+        """
+        layers, batch, _, _, dim = k_lBCKH.shape
         many = [size for size in (layers, batch) if size > 1]
-        shape = (*many, capacity, heads * dim)
-        return cls(k_lBCKH.reshape(shape), v_lBCKH.reshape(shape), pos_lBC, fill_lB, layers, dim)
+
+        def flat(array: Array) -> Array:
+            return array.reshape(*many, array.shape[2], -1)
+
+        scales = (None, None)
+        if bits_lBC is not None:
+            coded = [int8.recode_kv(x, bits_lBC) for x in (k_lBCKH, v_lBCKH)]
+            k_lBCKH, v_lBCKH = (each.codes for each in coded)
+            scales = tuple(flat(each.scale) for each in coded)
+        return cls(flat(k_lBCKH), flat(v_lBCKH), *scales, pos_lBC, fill_lB, layers, dim)
 
     @property
     def capacity(self) -> int:
@@ -63,8 +93,17 @@ class SlotCache(flax.struct.PyTreeNode):
         k_lBKH: Float[Array, "l B K H"],
         v_lBKH: Float[Array, "l B K H"],
         keep_lB: Bool[Array, "l B"],
+        bits_B: Int[Array, "B"] | None = None,
     ) -> SlotCache:
-        """One token a row, written in place; where it is not kept the next one takes its slot."""
+        """One token a row, written in place; where it is not kept the next one takes its slot.
+
+        Args:
+          pos_B: Positions.
+          k_lBKH: Keys.
+          v_lBKH: Values.
+          keep_lB: The token is kept in the layer.
+          bits_B: Of the tokens; needed where the cache holds int8 codes.
+        """
         slot_lB, pos_lBC, fill_lB = self.slots(pos_B), self.pos_lBC, self.fill_lB
         if pos_lBC is not None:
             assert fill_lB is not None
@@ -72,8 +111,24 @@ class SlotCache(flax.struct.PyTreeNode):
             pos_lBC = pos_lBC.at[(*rows, slot_lB)].set(jnp.where(keep_lB, pos_B[None], EMPTY))
             fill_lB = fill_lB + keep_lB
         with jax.named_scope("kv_write"):
-            k_CO, v_CO = _put(self.k_CO, slot_lB, k_lBKH), _put(self.v_CO, slot_lB, v_lBKH)
-        return self.replace(k_CO=k_CO, v_CO=v_CO, pos_lBC=pos_lBC, fill_lB=fill_lB)
+            moved = self.replace(pos_lBC=pos_lBC, fill_lB=fill_lB)
+            if self.k_scale_CK is not None:
+                assert bits_B is not None
+                k, v = (int8.recode_kv(x, bits_B[None]) for x in (k_lBKH, v_lBKH))
+                k_lBKH, v_lBKH = k.codes, v.codes
+                moved = moved.replace(
+                    k_scale_CK=_put(self.k_scale_CK, slot_lB, k.scale),
+                    v_scale_CK=_put(self.v_scale_CK, slot_lB, v.scale),
+                )
+            return moved.replace(
+                k_CO=_put(self.k_CO, slot_lB, k_lBKH), v_CO=_put(self.v_CO, slot_lB, v_lBKH)
+            )
+
+    def full(self, live_B: Bool[Array, "B"]) -> Bool[Array, ""]:
+        """Some live row has no slot left in some layer; never where slots are positions."""
+        if self.fill_lB is None:
+            return jnp.zeros((), bool)
+        return ((self.fill_lB >= self.capacity) & live_B[None]).any()
 
     def slots(self, pos_B: Int[Array, "B"]) -> Int[Array, "l B"]:
         """Where the token at each row's position goes."""
@@ -138,7 +193,15 @@ class LayerCache(NamedTuple):
             array_CO = array_CO[index] if cache.layers > 1 else array_CO
             return array_CO.reshape(-1, *array_CO.shape[-2:])
 
-        return of(cache.k_CO), of(cache.v_CO)
+        def decoded(codes_CO: Array, scale_CK: Array | None) -> Array:
+            found_BCO = of(codes_CO)
+            if scale_CK is None:
+                return found_BCO
+            scale_BCK = of(scale_CK)
+            codes_BCKH = found_BCO.reshape(*scale_BCK.shape, cache.head_dim)
+            return int8.decode_kv(int8.QTensor(codes_BCKH, scale_BCK)).reshape(found_BCO.shape)
+
+        return decoded(cache.k_CO, cache.k_scale_CK), decoded(cache.v_CO, cache.v_scale_CK)
 
     def slots_of(self, pos_BW: Int[Array, "B W"]) -> Int[Array, "B W"]:
         """Slot of each earlier position; any where the layer does not hold it."""

@@ -92,6 +92,11 @@ class Call(NamedTuple):
         return not (self.plan.continuation and self.past is not None)
 
     @property
+    def groups_maps(self) -> bool:
+        """Extrapolation takes the wanted tokens only; the masked engine takes all, plainly."""
+        return self.lean or (self.past is not None and isinstance(self.past.cache, tuple))
+
+    @property
     def quantizes(self) -> bool:
         """Tokens of this call have bits; in int8 also those that no mechanism may touch."""
         return self.plan.amq is not None and (self.decides or self.plan.narrow)

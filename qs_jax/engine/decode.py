@@ -137,7 +137,7 @@ def step(
     for count, cache in zip(segments, past.cache, strict=True):
         state, out, own = _segment(call, layers, start, count, state, cache)
         outs.append(out)
-        written.append(cache.append(rows.pos_BT[:, 0], *own))
+        written.append(cache.append(rows.pos_BT[:, 0], *own, state.bits_BT[:, 0]))
         start += count
     record, kept = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outs)
     following = pasts.extend(call, state, record, kept, tuple(written))
@@ -161,7 +161,7 @@ def _segment(call: Call, layers: Any, start: int, count: int, state, cache: Slot
         keep_BT = kv_skip.written(own, at.layer, plan, call.numbers) & rows.real_BT
         shape = (len(rows.pos_BT), call.model.num_kv_heads, call.model.head_dim)
         if cache.k_B1KH is None or cache.v_B1KH is None:
-            nothing_BKH = jnp.zeros(shape, cache.cache.k_CO.dtype)
+            nothing_BKH = jnp.zeros(shape, call.embedded_BTD.dtype)
             return nothing_BKH, nothing_BKH, keep_BT[:, 0]
         return cache.k_B1KH[:, 0], cache.v_B1KH[:, 0], keep_BT[:, 0]
 
@@ -234,7 +234,15 @@ def advance(
             plan.segments,
         )
     moved = state.replace(cache=cache, pos_B=state.pos_B + ~state.done_B)
-    return token_loop.emit(moved, logits_BV, numbers, plan)
+    state = token_loop.emit(moved, logits_BV, numbers, plan)
+    caches = slot_caches(state)
+    full = functools.reduce(jnp.logical_or, [each.full(~state.done_B) for each in caches])
+    return state.replace(full=full)
+
+
+def slot_caches(state: DecodeState) -> Any:
+    """The caches of all segments; the prompt's full one where nothing has been packed yet."""
+    return state.cache.cache if isinstance(state.cache, Past) else state.cache
 
 
 def run_until(
@@ -246,10 +254,10 @@ def run_until(
     model: ModelConfig,
     plan: DecodePlan,
 ) -> DecodeState:
-    """Steps until `limit` tokens are produced or every row has ended."""
+    """Steps until `limit` tokens are produced, every row has ended, or a cache is full."""
 
     def unfinished(state: DecodeState) -> Array:
-        return (state.step < limit) & ~state.done_B.all()
+        return (state.step < limit) & ~state.done_B.all() & ~state.full
 
     def body(state: DecodeState) -> DecodeState:
         return advance(params, layers, state, numbers, model, plan)
@@ -275,17 +283,21 @@ class Decoder:
         self.static = {"model": cfg.model, "plan": plan}
         self.produced = 1  # prefill chooses the first token
         self.limit = 1
+        self.surprised = False  # a cache was full before its time
 
     def room(self, state: DecodeState) -> DecodeState:
         """Caches with room for the next steps; `limit` is where it ends."""
+        self.surprised |= self.produced < self.limit
         steps = min(self.plan.new_capacity - self.produced, pack.GROWTH)
-        state = pack.make_room(state, self.numbers.mechanisms, self.cfg, self.plan, steps)
+        state = pack.make_room(
+            state, self.numbers.mechanisms, self.cfg, self.plan, steps, for_all=self.surprised
+        )
         self.limit = self.produced + steps
         return state
 
     def advance(self, state: DecodeState) -> DecodeState:
         """One more token a row."""
-        if self.produced == self.limit:
+        if self.produced == self.limit or bool(state.full):
             state = self.room(state)
         self.produced += 1
         return jit_advance(self.params, self.layers, state, self.numbers, **self.static)
@@ -295,11 +307,11 @@ class Decoder:
         budget = self.cfg.max_new_tokens
         while self.produced < budget and not np.asarray(state.done_B).all():
             state = self.room(state)
-            self.produced = min(self.limit, budget)
-            limit = jnp.int32(self.produced)
+            limit = jnp.int32(min(self.limit, budget))
             state = jit_run_until(
                 self.params, self.layers, state, limit, self.numbers, **self.static
             )
+            self.produced = int(state.step)
         return state
 
 
@@ -310,5 +322,4 @@ def generate(
     state = token_loop.jit_start(params, *padded, numbers, model=cfg.model, plan=plan)
     decoder = Decoder(params, numbers, cfg, plan)
     state = decoder.finish(state)
-    cache = state.cache.cache if isinstance(state.cache, Past) else state.cache
-    return token_loop.results(state), cache_bytes(cache)
+    return token_loop.results(state), cache_bytes(slot_caches(state))

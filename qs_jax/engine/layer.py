@@ -172,7 +172,10 @@ def stored(call: Call, state: TokenState, k: Array, v: Array, halted_BT: Array, 
         def mapped():
             return _extrapolated(call, *frozen, k, v, halted_BT, maps_XFO)
 
-        k, v = lax.cond(halted_BT.any(), mapped, lambda: (k, v)) if call.lean else mapped()
+        if call.groups_maps:
+            k, v = lax.cond(halted_BT.any(), mapped, lambda: (k, v))
+        else:
+            k, v = mapped()
     if not call.quantizes:
         return k, v
     bits_BT, amq = state.bits_BT, call.plan.amq
@@ -208,7 +211,11 @@ def _extrapolated(call: Call, h_BTD, embedded_BTD, halt_layer_BT, pos_BT, k, v, 
     """Keys and values with those of halted tokens read from their frozen states."""
     model, kv_maps = call.model, call.params["kv_maps"]
     read = kv_skip.features(h_BTD, embedded_BTD, kv_maps.features)
-    found = kv_skip.extrapolate(read, maps.astype(read.dtype), halt_layer_BT, kv_maps.layers)
+    maps = maps.astype(read.dtype)
+    if call.groups_maps:
+        found = kv_skip.extrapolate_grouped(read, maps, halt_layer_BT, kv_maps.layers, halted_BT)
+    else:
+        found = kv_skip.extrapolate(read, maps, halt_layer_BT, kv_maps.layers)
     k_mapped, v_mapped = jnp.split(found, 2, axis=-1)
     k_mapped, v_mapped = k_mapped.reshape(k.shape), v_mapped.reshape(v.shape)
     if family_of(model).rotates:

@@ -2,14 +2,17 @@
 
 A capacity is a static size, so every new one is a new program. They are buckets, eight to an
 octave, shared by groups of layers; a cache that cannot hold what the next steps may write is grown
-before they run, so nothing is ever dropped. A call of n new tokens compiles at most
-`1 + ceil(n / GROWTH)` decoding programs, and further calls whose tokens leave alike none.
+before they run, so nothing is ever dropped. New tokens get room for as large a share of them as of
+the prompt; where that runs out the loop stops, and from there on there is room for all. A call of n
+new tokens compiles at most `2 + ceil(n / GROWTH)` decoding programs, and further calls whose tokens
+leave alike none.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import math
 from typing import Any
 
 import jax
@@ -32,6 +35,8 @@ SHARED = 3
 # Segments of a stacked scan where tokens may leave at any layer: each costs a host sync on GPU.
 STACKED_SEGMENTS = 6
 SMALLEST = 8
+# Room for new tokens beyond what the prompt's share foretells.
+MARGIN = 1.25
 
 
 def bucket(n: int) -> int:
@@ -61,13 +66,23 @@ def segments(cfg: Config, plan: Plan | None) -> tuple[int, ...]:
     count = cfg.model.num_layers
     if weights.chosen(cfg.decode_weights) == "separate":
         return (1,) * count
+    edges = {coded_after(cfg, plan)}
     if plan is None or (plan.halting is None and plan.fusion is None):
-        return (count,)
+        return _sizes(edges, count)
     leaving = _leaving(cfg)
     if leaving and len(leaving) <= 2 * STACKED_SEGMENTS:
-        return _sizes(leaving, count)
+        return _sizes(edges | leaving, count)
     width = -(-count // STACKED_SEGMENTS)
-    return _sizes(set(range(0, count, width)), count)
+    return _sizes(edges | set(range(0, count, width)), count)
+
+
+def coded_after(cfg: Config, plan: Plan | None) -> int:
+    """Layers before those whose cache holds int8 codes; all of them where none does."""
+    qs = cfg.quicksilver
+    if plan is None or plan.amq is None or qs is None or qs.amq is None:
+        return cfg.model.num_layers
+    holds = plan.amq.execution == "int8" and "kv" in plan.amq.targets
+    return min(qs.amq.layer, cfg.model.num_layers) if holds else cfg.model.num_layers
 
 
 def _groups(cfg: Config, plan: DecodePlan) -> list[slice]:
@@ -132,7 +147,9 @@ def _spans(sizes: tuple[int, ...]) -> list[slice]:
     return [slice(a, b) for a, b in itertools.pairwise(edges)]
 
 
-def _packed(cache: KVCache, held_LBS: Array, span: slice, capacity: int) -> SlotCache:
+def _packed(
+    cache: KVCache, held_LBS: Array, span: slice, capacity: int, bits_LBS: Array | None
+) -> SlotCache:
     """A segment's entries that are held, in order, then room."""
     held_lBS = held_LBS[span]
     fill_lB = held_lBS.sum(2, dtype=jnp.int32)
@@ -145,35 +162,46 @@ def _packed(cache: KVCache, held_LBS: Array, span: slice, capacity: int) -> Slot
         index = order_lBC[..., None, None]
         return jnp.take_along_axis(array_LBSKH[span], index, axis=2)
 
-    return SlotCache.of(gather(cache.k_LBSKH), gather(cache.v_LBSKH), pos_lBC, fill_lB)
+    bits_lBC = None
+    if bits_LBS is not None:
+        bits_lBC = jnp.take_along_axis(bits_LBS[span], order_lBC, axis=2)
+    return SlotCache.of(gather(cache.k_LBSKH), gather(cache.v_LBSKH), pos_lBC, fill_lB, bits_lBC)
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "capacities", "width"))
+@functools.partial(jax.jit, static_argnames=("plan", "capacities", "width", "coded"))
 def _pack(
     state: DecodeState,
     numbers: Numbers | None,
     plan: DecodePlan,
     capacities: tuple[int, ...],
     width: int,
+    coded: int,
 ) -> DecodeState:
     past, cache = state.cache, state.cache
     if isinstance(past, Past):
         cache = past.cache
     assert isinstance(cache, KVCache)
     spans = list(zip(_spans(plan.segments), capacities, strict=True))
+
+    def bits_from(span: slice) -> Array | None:
+        return past.record.bits_BT if isinstance(past, Past) and span.start >= coded else None
+
+    def whole(span: slice, size: int) -> SlotCache:
+        bits_LBS = bits_from(span)
+        bits_lBC = None if bits_LBS is None else _pad(bits_LBS[span], size, 2)
+        k, v = (_pad(array[span], size, 2) for array in (cache.k_LBSKH, cache.v_LBSKH))
+        return SlotCache.of(k, v, None, None, bits_lBC)
+
     if by_position(plan.mechanisms):
-        caches = tuple(
-            SlotCache.of(
-                _pad(cache.k_LBSKH[span], size, 2), _pad(cache.v_LBSKH[span], size, 2), None, None
-            )
-            for span, size in spans
-        )
+        caches = tuple(whole(span, size) for span, size in spans)
     else:
         assert isinstance(past, Past)
         assert plan.mechanisms is not None
         assert numbers is not None
         held_LBS = held(past, state.pos_B, plan.mechanisms, numbers)
-        caches = tuple(_packed(cache, held_LBS, span, size) for span, size in spans)
+        caches = tuple(
+            _packed(cache, held_LBS, span, size, bits_from(span)) for span, size in spans
+        )
     if isinstance(past, Past):
         return state.replace(cache=_widened(past.replace(cache=caches), width))
     return state.replace(cache=caches)
@@ -201,23 +229,30 @@ def _grow(state: DecodeState, capacities: tuple[int, ...], width: int) -> Decode
     caches: Any = past.cache if isinstance(past, Past) else past
 
     def wider(cache: SlotCache, size: int) -> SlotCache:
-        pos_lBC = cache.pos_lBC
-        return cache.replace(
-            k_CO=_pad(cache.k_CO, size, cache.k_CO.ndim - 2),
-            v_CO=_pad(cache.v_CO, size, cache.v_CO.ndim - 2),
-            pos_lBC=None if pos_lBC is None else _pad(pos_lBC, size, 2, EMPTY),
-        )
+        pos_lBC, axis = cache.pos_lBC, cache.k_CO.ndim - 2
+        names = ("k_CO", "v_CO", "k_scale_CK", "v_scale_CK")
+        given = {name: getattr(cache, name) for name in names}
+        padded = {n: _pad(array, size, axis) for n, array in given.items() if array is not None}
+        pos_lBC = None if pos_lBC is None else _pad(pos_lBC, size, 2, EMPTY)
+        return cache.replace(pos_lBC=pos_lBC, **padded)
 
     caches = tuple(wider(cache, size) for cache, size in zip(caches, capacities, strict=True))
+    state = state.replace(full=jnp.zeros((), bool))
     if isinstance(past, Past):
         return state.replace(cache=_widened(past.replace(cache=caches), width))
     return state.replace(cache=caches)
 
 
 def make_room(
-    state: DecodeState, numbers: Numbers | None, cfg: Config, plan: DecodePlan, room: int
+    state: DecodeState,
+    numbers: Numbers | None,
+    cfg: Config,
+    plan: DecodePlan,
+    room: int,
+    *,
+    for_all: bool,
 ) -> DecodeState:
-    """Caches that hold all there is and `room` more tokens a row; what they hold is unchanged.
+    """Caches that hold all there is and more tokens a row; what they hold is unchanged.
 
     Args:
       state: After prefill, with a full cache, or with caches to grow. Its caches are deleted: no
@@ -226,6 +261,7 @@ def make_room(
       cfg: Model and where tokens may leave.
       plan: Static half of the call.
       room: Steps that will follow.
+      for_all: Make room for all of their tokens in every layer, not for a share of them.
     """
     past = state.cache
     caches: Any = past.cache if isinstance(past, Past) else past
@@ -240,10 +276,17 @@ def make_room(
         else:
             fills = jax.device_get([cache.fill_lB for cache in caches])
             filled = np.concatenate([fill.max(1) for fill in fills])
-        needed = [int(filled[span].max()) + room for span in _spans(plan.segments)]
+        needed = []
+        for span in _spans(plan.segments):
+            most = int(filled[span].max())
+            # Under "continuation" new tokens are no subjects: every layer keeps them.
+            sure = for_all or plan.mechanisms is None or plan.mechanisms.continuation
+            share = 1.0 if sure else min(MARGIN * most / longest, 1.0)
+            needed.append(most + max(math.ceil(share * room), 1))
         capacities = _shared(needed, cfg, plan)
     if fresh:
-        roomy = _pack(state, numbers, plan, capacities, width)
+        after = coded_after(cfg, plan.mechanisms)
+        roomy = _pack(state, numbers, plan, capacities, width, after)
     else:
         old = [cache.capacity for cache in caches]
         capacities = tuple(max(pair) for pair in zip(old, capacities, strict=True))

@@ -125,6 +125,7 @@ def start(
         logprobs_BM=jnp.zeros((batch, plan.new_capacity), logits_BV.dtype),
         lengths_B=jnp.zeros(batch, jnp.int32),
         overflow=overflow,
+        full=jnp.zeros((), bool),
         cache=cache,
     )
     return emit(state, logits_BV, numbers, plan)

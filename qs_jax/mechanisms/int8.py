@@ -92,6 +92,29 @@ def encode_kv(k_BTKH: Float[Array, "B T K H"], bits_BT: Int[Array, "B T"], group
 decode_kv = decode
 
 
+def recode_kv(x: Float[Array, "*batch K H"], bits: Int[Array, "*#batch"]) -> QTensor:
+    """The codes of keys or values that `decode_kv` gave, from their values alone.
+
+    A cache is packed after attention has read what the codes stand for. The largest code of a
+    vector is known: +-127, with the bits below b exchanged for their middle. So the step is too.
+    From bfloat16, which has 8 bits itself, the largest codes may come back as their neighbours.
+
+    Args:
+      x: What `decode_kv(encode_kv(...))` gave.
+      bits: Of each token, as `encode_kv` had them.
+
+    Returns:
+      Codes, and scales in the dtype of `x`.
+    """
+    dropped = 8 - jnp.clip(bits, 2, 8)
+    largest = ((127 >> dropped) << dropped) + ((1 << dropped) >> 1)
+    exact = x.astype(exact_dtype(x.dtype))
+    scale = jnp.abs(exact).max(-1) / largest[..., None]
+    unit = exact / jnp.maximum(scale, jnp.finfo(exact.dtype).tiny)[..., None]
+    codes = jnp.clip(jnp.round(unit), -127, 127).astype(jnp.int8)
+    return QTensor(codes, scale.astype(x.dtype))
+
+
 def rotate(x: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
     """R, in blocks of the largest power of two up to `LARGEST_ROTATION` that divides C."""
     channels = x.shape[-1]

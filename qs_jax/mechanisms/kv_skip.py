@@ -100,6 +100,53 @@ def extrapolate(
     return out
 
 
+# Tokens that are mapped at a time.
+CHUNK = 64
+
+
+def extrapolate_grouped(
+    features_BTF: Float[Array, "B T F"],
+    maps_XFO: Float[Array, "X F O"],
+    halt_layer_BT: Int[Array, "B T"],
+    layers: Sequence[int],
+    wanted_BT: Bool[Array, "B T"],
+) -> Float[Array, "B T O"]:
+    """`extrapolate` at the cost of one product a wanted token; zeros for the others.
+
+    Tokens are sorted by their map and go through it in as many chunks as are needed.
+
+    Args:
+      features_BTF: As in `extrapolate`.
+      maps_XFO: Likewise.
+      halt_layer_BT: Likewise.
+      layers: Likewise.
+      wanted_BT: Tokens whose result is read.
+    """
+    batch, width, size = features_BTF.shape
+    count, chunk, kinds = batch * width, min(CHUNK, batch * width), len(layers)
+    layers_X = jnp.asarray(layers, jnp.int32)
+    here_XN = (halt_layer_BT.reshape(1, count) == layers_X[:, None]) & wanted_BT.reshape(1, count)
+    kind_N = jnp.where(here_XN.any(0), here_XN.argmax(0), kinds).astype(jnp.int32)
+    order_N = jnp.argsort(kind_N, stable=True).astype(jnp.int32)
+    tokens_X = here_XN.sum(1, dtype=jnp.int32)
+    chunks_X = -(-tokens_X // chunk)
+    first_X = jnp.cumsum(tokens_X) - tokens_X  # place in the order of each map's first token
+    before_X = jnp.cumsum(chunks_X) - chunks_X
+    features_NF = features_BTF.reshape(count, size)
+
+    def body(index: Array, out_NO: Array) -> Array:
+        kind = (before_X + chunks_X <= index).sum(dtype=jnp.int32)
+        offsets_C = (index - before_X[kind]) * chunk + jnp.arange(chunk, dtype=jnp.int32)
+        places_C = jnp.minimum(first_X[kind] + offsets_C, count - 1)
+        tokens_C = jnp.where(offsets_C < tokens_X[kind], order_N[places_C], count)
+        found_CO = features_NF.at[tokens_C].get(mode="clip") @ maps_XFO[kind]
+        return out_NO.at[tokens_C].set(found_CO, mode="drop")
+
+    nothing_NO = jnp.zeros((count, maps_XFO.shape[-1]), features_BTF.dtype)
+    out_NO = jax.lax.fori_loop(0, chunks_X.sum(), body, nothing_NO)
+    return out_NO.reshape(batch, width, -1)
+
+
 def features(
     h_BTD: Float[Array, "B T D"], embedded_BTD: Float[Array, "B T D"], names: Sequence[str]
 ) -> Float[Array, "B T F"]:

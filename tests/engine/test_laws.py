@@ -145,7 +145,7 @@ def check_decoding(params, cfg, engine="masked"):
 
 @pytest.mark.parametrize(
     ("name", "protocol"),
-    [("HKFQ", "teacher-forced"), pytest.param("quota", None, marks=pytest.mark.slow)],
+    [pytest.param("HKFQ", "teacher-forced", marks=pytest.mark.slow), ("quota", None)],
 )
 def test_streaming_gives_the_tokens_of_generate(name, protocol):
     model = model_of("llama")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 import scipy.special
@@ -224,7 +225,11 @@ def test_a_process_killed_by_the_system(run, ckpt, tmp_path):
     flags = ["--seq-len", "4", "--batch-size", "1"]
     command = [sys.executable, "-m", "qs_jax", "evaluate", "--ckpt", str(ckpt), *flags]
     command += ["--data", str(tmp_path / "long.txt"), "--out", str(tmp_path / "out.json")]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    # The same programs as in this process, to the last bit.
+    plain = os.environ | {
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": str(jax.config.read("jax_disable_most_optimizations"))
+    }
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=plain)
     partial = tmp_path / "out.json.partial"
     deadline = time.monotonic() + 120
     while not partial.exists() and process.poll() is None and time.monotonic() < deadline:

@@ -126,6 +126,19 @@ def test_keys_come_back_as_they_were_coded(k, bits):
     error = np.abs(back - k).max(-1)
     half = np.where(bits == 8, 0.5, 2.0 ** (7 - bits) + 0.5)[..., None]
     assert (error <= half * largest / 127 * (1 + 1e-4)).all()
+    again = int8.recode_kv(int8.decode_kv(cached), jnp.asarray(bits))
+    np.testing.assert_array_equal(again.codes, cached.codes)
+    np.testing.assert_allclose(again.scale, cached.scale, rtol=1e-6)
+
+
+def test_bfloat16_keys_keep_their_codes_within_one():
+    """Values and steps are rounded to the 8 bits bfloat16 has: the largest codes may move by 1."""
+    k = np.random.default_rng(0).normal(size=(64, 16, 4, 8)).astype(np.float32)
+    bits = jnp.asarray(np.random.default_rng(1).choice([2, 4, 8], (64, 16)))
+    cached = int8.encode_kv(jnp.asarray(k), bits, 8)
+    again = int8.recode_kv(int8.decode_kv(cached).astype(jnp.bfloat16), bits)
+    assert np.abs(np.asarray(again.codes, np.int32) - np.asarray(cached.codes)).max() <= 1
+    assert again.scale.dtype == jnp.bfloat16
 
 
 def test_extreme_products_fit_into_the_int32():

@@ -1,12 +1,17 @@
 """The fit against an independent least squares, and maps that must be there."""
 
+import hypothesis.extra.numpy as hnp
+import jax
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import qs_jax
 from qs_jax import ConfigError, InputError
 from qs_jax.config import Config, HaltingConfig, KVSkipConfig, QuickSilverConfig
 from qs_jax.errors import CheckpointError
+from qs_jax.mechanisms import kv_skip
 from qs_jax.mechanisms.kv_maps import KVMaps, select
 from qs_jax.testing import oracle_model, tiny_model, tiny_params
 from tests.support import random_tokens
@@ -58,6 +63,9 @@ def dense_states(params, tokens_NT):
         keys_values[layer] = np.stack([kv for kv, _ in rows])
         h = states[layer] = np.stack([after for _, after in rows])
     return states, keys_values
+
+
+grouped = jax.jit(kv_skip.extrapolate_grouped, static_argnames=("layers",))
 
 
 def dense_layer(weights, layer, h):
@@ -121,6 +129,23 @@ def test_maps_change_the_result_and_are_charged(params, maps):
     assert (a.logprobs != b.logprobs).any()
     out = qs_jax.generate(with_maps, tokens_BT, Config(MODEL, QS, max_new_tokens=4))
     assert out.tokens.shape == (2, 4)
+
+
+@given(
+    hnp.arrays(np.int32, (2, 90), elements=st.sampled_from([1, 3, 4, 9])),
+    hnp.arrays(bool, (2, 90)),
+)
+def test_grouped_products_are_the_plain_ones(halt_layer, wanted):
+    """Tokens of no map, maps without tokens, and groups that do not fill their chunks."""
+    rng = np.random.default_rng(0)
+    features, maps = rng.normal(size=(2, 90, 5)), rng.normal(size=(3, 5, 2))
+    found = grouped(features, maps, halt_layer, (1, 3, 7), wanted)
+    index = {1: 0, 3: 1}
+    expected = np.zeros((2, 90, 2))
+    for row, at in zip(*np.nonzero(wanted), strict=True):
+        if halt_layer[row, at] in index:
+            expected[row, at] = features[row, at] @ maps[index[halt_layer[row, at]]]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_bad_fits_are_refused(params):
