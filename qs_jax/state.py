@@ -50,6 +50,15 @@ class KVCache(flax.struct.PyTreeNode):
                 v_LBSKH=lax.dynamic_update_slice(self.v_LBSKH, v_BTKH[None], start),
             )
 
+    def write_layers(self, first: Array, end: Array, other: KVCache) -> KVCache:
+        """The layers from `first` up to `end`, not included: the first ones of another cache."""
+
+        def write(index: Array, cache: KVCache) -> KVCache:
+            k_BSKH, v_BSKH = other.of_layer(index - first)
+            return cache.write_rows(index, k_BSKH, v_BSKH)
+
+        return lax.fori_loop(first, end, write, self)
+
     def write_slots(self, index: Array, pos_BC: Array, k_BCKH: Array, v_BCKH: Array) -> KVCache:
         """One layer's keys and values of a few tokens a row, at their distinct positions."""
         rows_B1 = jnp.arange(pos_BC.shape[0])[:, None]

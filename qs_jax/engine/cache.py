@@ -75,12 +75,13 @@ class SlotCache(flax.struct.PyTreeNode):
         def flat(array: Array) -> Array:
             return array.reshape(*many, array.shape[2], -1)
 
-        scales = (None, None)
+        k_scale = v_scale = None
         if bits_lBC is not None:
-            coded = [int8.recode_kv(x, bits_lBC) for x in (k_lBCKH, v_lBCKH)]
-            k_lBCKH, v_lBCKH = (each.codes for each in coded)
-            scales = tuple(flat(each.scale) for each in coded)
-        return cls(flat(k_lBCKH), flat(v_lBCKH), *scales, pos_lBC, fill_lB, layers, dim)
+            k, v = (int8.recode_kv(x, bits_lBC) for x in (k_lBCKH, v_lBCKH))
+            k_lBCKH, v_lBCKH = k.codes, v.codes
+            k_scale, v_scale = flat(k.scale), flat(v.scale)
+        keys_values = flat(k_lBCKH), flat(v_lBCKH)
+        return cls(*keys_values, k_scale, v_scale, pos_lBC, fill_lB, layers, dim)
 
     @property
     def capacity(self) -> int:
@@ -113,6 +114,7 @@ class SlotCache(flax.struct.PyTreeNode):
         with jax.named_scope("kv_write"):
             moved = self.replace(pos_lBC=pos_lBC, fill_lB=fill_lB)
             if self.k_scale_CK is not None:
+                assert self.v_scale_CK is not None
                 assert bits_B is not None
                 k, v = (int8.recode_kv(x, bits_B[None]) for x in (k_lBKH, v_lBKH))
                 k_lBKH, v_lBKH = k.codes, v.codes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -69,6 +69,7 @@ class Call(NamedTuple):
       prompt_lengths_B: Tokens of each row's prompt; only planned capacities read it.
       lean: Nothing is computed that no decision reads: attention weights, drifts and entropies
         only where a decision falls (compact engine).
+      layers_before: Layers before the cache's first, where it holds a segment's only.
       around: The tokens are a segment's gathered ones; None for whole rows.
     """
 
@@ -84,6 +85,7 @@ class Call(NamedTuple):
     lengths_B: Int[Array, "B"] | None = None
     prompt_lengths_B: Int[Array, "B"] | None = None
     lean: bool = False
+    layers_before: Any = 0
     around: Around | None = None
 
     @property

@@ -29,14 +29,17 @@ class Schedule(NamedTuple):
     """The static half of how a prompt is cut: calls with equal schedules share a program.
 
     Attributes:
-      capacities: "dynamic": token slots to choose from, rising, the whole width last; one body is
-        compiled for each. "planned": slots of each segment.
-      planned: Which of the two.
+      capacities: Token slots of each segment, where `fixed`; else slots to choose from, rising, the
+        whole width last. One body is compiled for each.
+      fixed: How many tokens compute is known before the call.
+      longest: Most layers of a segment, or a few more; where not fixed, keys and values of so many
+        layers are made apart, as a cache that goes through a branch is copied.
       keeps_keys: Tokens that stopped may still be seen: the policy, a delay or a retained key.
     """
 
     capacities: tuple[int, ...]
-    planned: bool
+    fixed: bool
+    longest: int
     keeps_keys: bool
 
 
@@ -117,10 +120,10 @@ def run(
     carry = Carry(
         opening.start(call), cache, _empty_record(call), _empty_kept(call), jnp.zeros((), bool)
     )
-    if schedule.planned:
+    if schedule.fixed:
         for index, slots in enumerate(schedule.capacities):
             bounds = jax.tree.map(lambda leaf, at=index: leaf[at], segments)
-            carry = _planned_segment(call, schedule, slots, carry, bounds)
+            carry = _fixed_segment(call, schedule, slots, carry, bounds)
     else:
         carry = _dynamic_segments(call, schedule, carry, segments)
     past = None
@@ -135,17 +138,34 @@ def _dynamic_segments(call: Call, schedule: Schedule, carry: Carry, segments: Se
     sizes_C = jnp.asarray(schedule.capacities, jnp.int32)
 
     def branch(slots: int):
-        return lambda carry, bounds: _segment(call, schedule, slots, carry, bounds)
+        def run(carry: Carry, bounds: Segments) -> Carry:
+            cache = own_cache()
+            inner = call._replace(layers_before=bounds.first_S - 1)
+            return _segment(inner, schedule, slots, carry._replace(cache=cache), bounds)
+
+        return run
+
+    def own_cache() -> KVCache | None:
+        if cache is None:
+            return None
+        shape = (schedule.longest, *cache.k_LBSKH.shape[1:])
+        return KVCache(*(jnp.zeros(shape, cache.k_LBSKH.dtype) for _ in range(2)))
 
     def segment(carry: Carry, bounds: Segments):
         needed = _computing(call, carry.state, bounds.first_S).sum(1).max()
         index = jnp.where(bounds.whole_S, len(sizes_C) - 1, (sizes_C < needed).sum())
-        return lax.switch(index, [branch(c) for c in schedule.capacities], carry, bounds), None
+        branches = [branch(c) for c in schedule.capacities]
+        after = lax.switch(index, branches, carry._replace(cache=None), bounds)
+        cache = carry.cache
+        if cache is not None:
+            cache = cache.write_layers(bounds.first_S - 1, bounds.last_S, after.cache)
+        return after._replace(cache=cache), None
 
+    cache = carry.cache
     return lax.scan(segment, carry, segments)[0]
 
 
-def _planned_segment(
+def _fixed_segment(
     call: Call, schedule: Schedule, slots: int, carry: Carry, bounds: Segments
 ) -> Carry:
     needed = _computing(call, carry.state, bounds.first_S).sum(1).max()

@@ -92,11 +92,12 @@ def _block(
             own = cache._replace(k_B1KH=k, v_B1KH=v)
             context, shown_BNTS = one_query.attention(q, own, mask_BTS, log_size_BS)
             return context, Attended(own, mask_BTS, shown_BNTS, k, q, log_size_BS)
-        kept, k_all, v_all = pasts.write(cache, at.layer - 1, rows.pos_BT, k, v, call)
+        slot = at.layer - 1 - call.layers_before
+        kept, k_all, v_all = pasts.write(cache, slot, rows.pos_BT, k, v, call)
         if passive is not None:
             k_p, v_p = _passive_keys(call, passive, weights._replace(int8=codes))
             if isinstance(kept, KVCache):
-                kept = kept.write_slots(at.layer - 1, passive.rows.pos_BT, k_p, v_p)
+                kept = kept.write_slots(slot, passive.rows.pos_BT, k_p, v_p)
             k_all, v_all = jnp.concatenate([k_p, k_all], 1), jnp.concatenate([v_p, v_all], 1)
         shown_BNTS = None
         if call.lean:

@@ -102,18 +102,21 @@ def arrange(
     def slots(count: int) -> int:
         return min(-(-count // granule) * granule, width)
 
-    if cfg.capacity == "planned":
+    fixed, longest = cfg.capacity == "planned" or _counted(qs, plan, overrides), 0
+    if fixed:
         capacities = tuple(
             width if all_of_it else slots(_entering(begin, left, prompts))
             for begin, all_of_it in zip(first, whole, strict=True)
         )
     else:
+        step = max(SMALLEST_STEP, -(-width // STEPS))
         found = {slots(count) for _, count in left} | {width}
-        if not _counted(qs, plan, overrides):
-            step = max(SMALLEST_STEP, -(-width // STEPS))
-            found |= {slots(step * k) for k in range(1, STEPS + 1)}
+        found |= {slots(step * k) for k in range(1, STEPS + 1)}
         capacities = tuple(sorted(found))
-    schedule = Schedule(capacities, cfg.capacity == "planned", _keeps_keys(qs, overrides))
+        part = math.ceil(layers / SEGMENTS)  # few values, so that sweeps share programs
+        longest = max(end - begin + 1 for begin, end in zip(first, ends, strict=True))
+        longest = min(math.ceil(longest / part) * part, layers)
+    schedule = Schedule(capacities, fixed, longest, _keeps_keys(qs, overrides))
     return schedule, Segments(
         first_S=jnp.asarray(np.array(first, np.int32)),
         last_S=jnp.asarray(np.array(ends, np.int32)),

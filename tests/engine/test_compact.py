@@ -104,6 +104,7 @@ def test_same_decisions_and_logits_as_the_masked_engine(name, kind, qs, protocol
 
 def widths_traced(monkeypatch):
     """Tokens a row in every layer body that is traced from now on."""
+    jax.clear_caches()  # a quota's capacities are known either way: one program serves both
     widths, block = set(), layer._block
 
     def noting(call, state, *args):
@@ -171,6 +172,19 @@ def test_planned_capacity_halts_the_lowest_scores(name):
         for row, drift in enumerate(ours.record.drift[2]):
             gone, stays = drift[depth[row] == 3], drift[may[row] & (depth[row] > 3)]
             assert gone.max() <= stays.min()
+
+
+def test_generation_goes_on_from_planned_prompts():
+    """The masked engine plans its prompts too: the same tokens follow."""
+    model = model_of("llama")
+    fields = {"capacity": "planned", "retention": ((3, 0.6),), "protocol": "continuation"}
+    cfg = Config(model, UNMET, max_new_tokens=6, eos_token_ids=(), **fields)
+    params, rows = params_of(model), rows_of(model)
+    ours = qs_jax.generate(params, rows, cfg)
+    masked = qs_jax.generate(params, rows, cfg.replace(engine="masked"))
+    np.testing.assert_array_equal(ours.tokens, masked.tokens)
+    np.testing.assert_array_equal(ours.record.depth, masked.record.depth)
+    assert (ours.record.depth == 3).any()
 
 
 def test_planned_capacities_refuse_what_they_cannot_hold():
