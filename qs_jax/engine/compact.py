@@ -148,8 +148,10 @@ def _dynamic_segments(call: Call, schedule: Schedule, carry: Carry, segments: Se
     def own_cache() -> KVCache | None:
         if cache is None:
             return None
-        shape = (schedule.longest, *cache.k_LBSKH.shape[1:])
-        return KVCache(*(jnp.zeros(shape, cache.k_LBSKH.dtype) for _ in range(2)))
+        shape, dtype = (schedule.longest, *cache.k_LBSKH.shape[1:]), cache.k_LBSKH.dtype
+        # Two constants that XLA cannot take for one: it would fill one buffer and copy it.
+        zero = lax.optimization_barrier(jnp.zeros((), dtype))
+        return KVCache(jnp.zeros(shape, dtype), jnp.broadcast_to(zero, shape))
 
     def segment(carry: Carry, bounds: Segments):
         needed = _computing(call, carry.state, bounds.first_S).sum(1).max()

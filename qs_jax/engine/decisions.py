@@ -48,7 +48,7 @@ def decide_layer(call: Call, state: TokenState, attended: Attended, ran_BT, befo
     record = LayerRecord(
         active_BT=ran_BT,
         written_BT=written_of(call, in_force, ran_BT, attended.mask_BTS, at.layer),
-        visible_BT=jnp.where(ran_BT, attended.mask_BTS.sum(-1), 0).astype(jnp.int32),
+        visible_BT=jnp.where(ran_BT, _visible(call, in_force, attended, at.layer), 0),
         bits_BT=in_force.bits_BT,
         fused_BT=in_force.hidden_from_BT,
         drift_BT=drift_BT,
@@ -56,6 +56,21 @@ def decide_layer(call: Call, state: TokenState, attended: Attended, ran_BT, befo
         weighed_BT=weighed_BT,
     )
     return state, record, fused
+
+
+def _visible(call: Call, state: TokenState, attended: Attended, layer: Array) -> Array:
+    """How many keys each token's query could see, itself included."""
+    plan = call.plan
+    alike = plan.policy != "attended" and plan.fusion is None  # a key is there for all or for none
+    if not (call.lean and alike):
+        return attended.mask_BTS.sum(-1, dtype=jnp.int32)
+    keys, pos_BT = layer_keys.without_past(call, state), call.rows.pos_BT
+    seen_BS = keys.real_BS & kv_skip.written(keys, layer, plan, call.numbers)
+    shape = call.around.slot_of_BT.shape if call.around is not None else pos_BT.shape
+    rows_B1 = jnp.arange(len(pos_BT))[:, None]
+    seen_BP = jnp.zeros(shape, jnp.int32).at[rows_B1, keys.pos_BS].set(seen_BS.astype(jnp.int32))
+    before_BP = jnp.cumsum(seen_BP, axis=1) - seen_BP
+    return jnp.take_along_axis(before_BP, pos_BT, axis=1) + 1
 
 
 def blank_record(call: Call, state: TokenState) -> LayerRecord:
