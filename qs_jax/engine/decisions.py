@@ -252,22 +252,31 @@ def _fuse(call: Call, state: TokenState, attended: Attended, stopped_BT, at, pas
         assert state.similarity_BTW is not None
         state = state.replace(similarity_BTW=state.similarity_BTW + found_BTW)
         mean_BTW = state.similarity_BTW / at.layer.astype(found_BTW.dtype)
-    pairs_BTW = at.may_fuse & fusion.pairs(
-        tokens, width, mean_BTW, at.tau_fuse, setting, call.numbers
-    )
+    nobody_BTW = jnp.zeros((*rows.pos_BT.shape, setting.window), bool)
+
+    def find():
+        return fusion.pairs(tokens, width, mean_BTW, at.tau_fuse, setting, call.numbers)
+
+    pairs_BTW = lax.cond(at.may_fuse, find, lambda: nobody_BTW)
 
     def merge():
         own_BT, paid_BTW = _weights(call, state, attended, tokens.h_BXD)
         return fusion.merge(state.h_BTD, pairs_BTW, own_BT, paid_BTW, state.size_BT, before.merged)
 
-    def leave():
-        mass_BT = state.size_BT  # never read
-        return fusion.Merged(state.h_BTD, mass_BT, state.size_BT), jnp.zeros_like(pairs_BTW)
+    def leave(mass_BT: Array):
+        return fusion.Merged(state.h_BTD, mass_BT, state.size_BT), nobody_BTW
 
     # Where later tokens follow that may fuse with these, their weights must be known.
     followed = call.keeps and not call.plan.continuation
-    needed = at.may_fuse if followed else pairs_BTW.any()
-    merged, takes_BTW = lax.cond(needed, merge, leave)
+    weigh = at.may_fuse & followed
+    merged, takes_BTW = lax.switch(
+        jnp.where(pairs_BTW.any(), 2, weigh.astype(jnp.int32)),
+        [
+            lambda: leave(state.size_BT),  # never read
+            lambda: leave(_weights(call, state, attended, tokens.h_BXD)[0]),
+            merge,
+        ],
+    )
     absorbed_BX = fusion.absorbers(takes_BTW, rows.pos_BT)
     absorbed_BT = absorbed_BX[:, -width:]
     now_BT = absorbed_BT != NEVER
