@@ -32,14 +32,16 @@ class Schedule(NamedTuple):
       capacities: Token slots of each segment, where `fixed`; else slots to choose from, rising, the
         whole width last. One body is compiled for each.
       fixed: How many tokens compute is known before the call.
-      longest: Most layers of a segment, or a few more; where not fixed, keys and values of so many
-        layers are made apart, as a cache that goes through a branch is copied.
+      longest: Where not fixed: most layers of a segment that chooses its slots, or a few more. Keys
+        and values of so many layers are made apart: a cache that goes through a branch is copied.
+      leading: Where not fixed: the first segment has no choice to make, as nobody has stopped.
       keeps_keys: Tokens that stopped may still be seen: the policy, a delay or a retained key.
     """
 
     capacities: tuple[int, ...]
     fixed: bool
     longest: int
+    leading: bool
     keeps_keys: bool
 
 
@@ -164,6 +166,10 @@ def _dynamic_segments(call: Call, schedule: Schedule, carry: Carry, segments: Se
         return after._replace(cache=cache), None
 
     cache = carry.cache
+    if schedule.leading:
+        first = jax.tree.map(lambda leaf: leaf[0], segments)
+        carry = _segment(call, schedule, schedule.capacities[-1], carry, first)
+        segments = jax.tree.map(lambda leaf: leaf[1:], segments)
     return lax.scan(segment, carry, segments)[0]
 
 

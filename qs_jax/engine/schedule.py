@@ -102,7 +102,8 @@ def arrange(
     def slots(count: int) -> int:
         return min(-(-count // granule) * granule, width)
 
-    fixed, longest = cfg.capacity == "planned" or _counted(qs, plan, overrides), 0
+    fixed = cfg.capacity == "planned" or _counted(qs, plan, overrides)
+    longest, leading = 0, False
     if fixed:
         capacities = tuple(
             width if all_of_it else slots(_entering(begin, left, prompts))
@@ -114,9 +115,11 @@ def arrange(
         found |= {slots(step * k) for k in range(1, STEPS + 1)}
         capacities = tuple(sorted(found))
         part = math.ceil(layers / SEGMENTS)  # few values, so that sweeps share programs
-        longest = max(end - begin + 1 for begin, end in zip(first, ends, strict=True))
+        sizes = [end - begin + 1 for begin, end in zip(first, ends, strict=True)]
+        leading = sizes[0] >= max(part // 2, 2)
+        longest = max(sizes[leading:], default=1)
         longest = min(math.ceil(longest / part) * part, layers)
-    schedule = Schedule(capacities, fixed, longest, _keeps_keys(qs, overrides))
+    schedule = Schedule(capacities, fixed, longest, leading, _keeps_keys(qs, overrides))
     return schedule, Segments(
         first_S=jnp.asarray(np.array(first, np.int32)),
         last_S=jnp.asarray(np.array(ends, np.int32)),

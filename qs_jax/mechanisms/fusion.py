@@ -7,6 +7,7 @@ gives each member the mean of the run up to itself, and the last member is the s
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -161,9 +162,14 @@ def merge(
     window = pairs_BTW.shape[-1]
     newest = jax.tree.map(lambda leaf: leaf[:, ::-1], earlier)  # distance 1 first
 
-    def step(carry, x):
-        ring, gone_BW = carry
-        h_BD, pair_BW, own_B, paid_BW, size_B = x
+    paid = jnp.zeros(pairs_BTW.shape, weight_BT.dtype) if paid_BTW is None else paid_BTW
+
+    def step(index: Array, carry):
+        ring, gone_BW, out = carry
+        read = functools.partial(lax.dynamic_index_in_dim, index=index, axis=1, keepdims=False)
+        h_BD, pair_BW, own_B, paid_BW, size_B = map(
+            read, (h_BTD, pairs_BTW, weight_BT, paid, size_BT)
+        )
         take_BW = pair_BW & ~gone_BW
         weights_BW = jnp.where(take_BW, ring.mass_BX if paid_BTW is None else paid_BW, 0)
         mass_B = own_B + weights_BW.sum(1)
@@ -179,15 +185,13 @@ def merge(
 
         ring = Merged(*(push(old, entry) for old, entry in zip(ring, new, strict=True)))
         gone_BW = push(gone_BW | take_BW, jnp.zeros_like(take_BW[:, 0]))
-        return (ring, gone_BW), (new, take_BW)
+        write = functools.partial(lax.dynamic_update_index_in_dim, index=index, axis=1)
+        return ring, gone_BW, jax.tree.map(write, out, (new, take_BW))
 
-    paid = jnp.zeros(pairs_BTW.shape, weight_BT.dtype) if paid_BTW is None else paid_BTW
-    xs = jax.tree.map(
-        lambda leaf: jnp.moveaxis(leaf, 1, 0), (h_BTD, pairs_BTW, weight_BT, paid, size_BT)
-    )
-    gone_BW = jnp.zeros_like(pairs_BTW[:, 0])
-    _, ys = lax.scan(step, (newest, gone_BW), xs)
-    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), ys)
+    # Along axis 1, not scanned over: a scan would want all rows' states with that axis in front.
+    out = Merged(h_BTD, weight_BT, size_BT), jnp.zeros_like(pairs_BTW)
+    first = (newest, jnp.zeros_like(pairs_BTW[:, 0]), out)
+    return lax.fori_loop(0, h_BTD.shape[1], step, first)[2]
 
 
 def absorbers(takes_BTW: Bool[Array, "B T W"], pos_BT: Int[Array, "B T"]) -> Int[Array, "B X"]:
