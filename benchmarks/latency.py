@@ -47,7 +47,7 @@ Section = Literal["prefill", "scoring", "decode", "components", "hf"]
 # Share of the measured GEMM peak that a forward pass is assumed to reach, to foretell its time.
 ASSUMED = 0.4
 # A quick run begins no further round of a group after this long, but makes three.
-QUICK_SECONDS = 180.0
+QUICK_SECONDS = 90.0
 
 
 @dataclasses.dataclass
@@ -187,9 +187,9 @@ class Run:
         }
         if not self.args.quick:
             return runners
-        # The best of three runs tells which is fastest; only that one is timed further.
+        # The better of two runs tells which is fastest; only that one is timed further.
         seconds = {
-            name: min(runner.run()["seconds"] for _ in range(3)) for name, runner in runners.items()
+            name: min(runner.run()["seconds"] for _ in range(2)) for name, runner in runners.items()
         }
         fastest = min(seconds, key=lambda name: seconds[name])
         return {fastest: runners[fastest]}

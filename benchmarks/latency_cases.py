@@ -199,10 +199,9 @@ def quick_grid(model: ModelConfig, names: tuple[str, ...], new_tokens: int) -> I
     cases = {case.name: case for case in prefill_cases(model, names)}
     kept = ["dense", "off", "unmet thresholds", *(f"{n}, decisions only" for n in names)]
     kept += [f"active {f:g}, dynamic" for f in saving]
-    kept += ["paper, compact"] if "paper" in names else []
     yield Group("prefill", 4, 512, tuple(cases[name] for name in kept))
     by_quota = tuple(_fractions(model, ("dynamic",), saving, **one))
     yield Group("prefill", 8, 512, (dense, *by_quota), hf=False)
     decode = {case.name: case for case in decode_cases(model, names, new_tokens)}
-    wanted = ("dense", "half depth", "active 0.5", "active 0.25")
+    wanted = ("dense", "half depth", "active 0.5")
     yield Group("decode", 1, 128, tuple(decode[name] for name in wanted))
