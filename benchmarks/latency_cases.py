@@ -203,5 +203,5 @@ def quick_grid(model: ModelConfig, names: tuple[str, ...], new_tokens: int) -> I
     by_quota = tuple(_fractions(model, ("dynamic",), saving, **one))
     yield Group("prefill", 8, 512, (dense, *by_quota), hf=False)
     decode = {case.name: case for case in decode_cases(model, names, new_tokens)}
-    wanted = ("dense", "half depth", "active 0.5")
+    wanted = ("dense", "half depth")
     yield Group("decode", 1, 128, tuple(decode[name] for name in wanted))

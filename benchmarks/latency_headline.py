@@ -1,7 +1,7 @@
 """Ratios of measured rows, and the headline made of them.
 
-A ratio of two rows is the median over rounds of the ratio within a round: what slows the machine
-down for a while slows both.
+A ratio of a row and its baseline is the median over rounds of the ratio to the baseline's run right
+before or after the row's: what slows the machine down for a while slows both.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ def met(name: str, value: float) -> bool:
     return value >= target if sign == ">=" else value <= target
 
 
-def ratio(above: dict[str, Any], below: dict[str, Any], time: str = "seconds") -> float:
-    """Median over rounds of one row's time over another's."""
-    pairs = zip(above["runs"][time], below["runs"][time], strict=True)
-    return median(a / b for a, b in pairs)
+def ratio(row: dict[str, Any], baseline: dict[str, Any], time: str = "seconds") -> float:
+    """Median over rounds of a row's time over its baseline's beside it."""
+    runs = row["runs"]
+    beside = runs.get(f"baseline_{time}", baseline["runs"][time])
+    return median(a / b for a, b in zip(runs[time], beside, strict=True))
 
 
 def conversion(row: dict[str, Any], dense: dict[str, Any]) -> float | None:
@@ -135,8 +136,7 @@ def _decode(
     if hf is not None:
         yield "decode_ours_over_hf", f"{key}, {hf}", ratio(rows[hf], dense, "call_seconds")
     if "half depth" in rows:
-        value = ratio(dense, rows["half depth"])
-        yield "half_depth_decode_speedup", key, value
+        yield "half_depth_decode_speedup", key, 1 / ratio(rows["half depth"], dense)
     if "machine" in results:
         limit = bandwidth_seconds(group["batch"], group["length"], results)
         yield "decode_bandwidth_fraction", key, limit / dense["seconds"]

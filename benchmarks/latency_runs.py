@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping
 from statistics import median
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -115,26 +117,57 @@ def skip_rate(record: Record) -> float:
 def interleave(
     runners: Mapping[str, Runner],
     rounds: int,
+    baselines: Mapping[str, str] = MappingProxyType({}),
     least: int = 3,
     seconds: float | None = None,
     label: str = "",
 ) -> dict[str, list[dict[str, float]]]:
-    """Run every runner once a round, in alternating order, so that drift hits all alike.
+    """Run every runner once a round, each right before or after its baseline.
+
+    Two runners share the baseline's run between pairs: A x y A z w A. The order turns round every
+    round, so that drift hits all alike.
 
     Args:
       runners: By name.
-      rounds: Runs of each.
+      rounds: Runs of each; of a baseline one more than it has pairs, every round.
+      baselines: What a runner is compared with, by name.
       least: Rounds that are made whatever they take.
       seconds: Begin no further round after this long; None is no limit.
       label: For the progress bar.
+
+    Returns:
+      Times of each run; those of the baseline beside it under the same names with "baseline_".
     """
     found: dict[str, list[dict[str, float]]] = {name: [] for name in runners}
+
+    def run(name: str) -> dict[str, float]:
+        found[name].append(runners[name].run())
+        return found[name][-1]
+
+    def beside(name: str, base: dict[str, float]) -> None:
+        found[name][-1] = found[name][-1] | {f"baseline_{key}": base[key] for key in base}
+
+    def one_round(names: list[str], base: str | None) -> None:
+        before = run(base) if base is not None else {}
+        pairs = [names[at : at + 2] for at in range(0, len(names), 2)]  # batched needs Python 3.12
+        for first, *second in pairs:
+            run(first)
+            beside(first, before)
+            for name in second:
+                run(name)
+                before = run(base) if base is not None else {}
+                beside(name, before)
+
+    names = list(runners)
+    bases = [base for base in dict.fromkeys(baselines.values()) if base in runners]
+    compared = {base: [n for n in names if baselines.get(n) == base != n] for base in bases}
+    alone = [name for name in names if name not in {*bases, *itertools.chain(*compared.values())}]
     began = time.perf_counter()
     for index in tqdm(range(rounds), label, leave=False):
         if seconds is not None and index >= least and time.perf_counter() - began > seconds:
             break
-        for name in list(runners) if index % 2 == 0 else reversed(list(runners)):
-            found[name].append(runners[name].run())
+        for base, others in [*compared.items(), (None, alone)]:
+            one_round(others if index % 2 == 0 else others[::-1], base)
     return found
 
 
@@ -177,7 +210,8 @@ def measure(
         except (QuickSilverError, NotImplementedError) as error:
             rows[name] = {"not_measured": str(error)}
             del runners[name]
-    timed = interleave(runners, rounds, seconds=seconds, label=group.key)
+    beside = {name: baselines.get(name, "dense") for name in runners}
+    timed = interleave(runners, rounds, beside, seconds=seconds, label=group.key)
     for name, runs in timed.items():
         rows[name] |= summarise(runs) | {"baseline": baselines.get(name, "dense")}
     return {"rows": rows, "batch": group.batch, "length": group.length, "section": group.section}

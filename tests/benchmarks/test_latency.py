@@ -110,6 +110,31 @@ def test_what_was_not_measured_has_no_figure():
     assert latency_headline.headline(results)["prefill_hf_over_ours"] == pytest.approx(1.5)
 
 
+def test_every_row_runs_beside_its_baseline():
+    """A counts the runs: each row's baseline is the run of A right before or after its own."""
+    order = []
+
+    class Fake:
+        def __init__(self, name):
+            self.name = name
+
+        def run(self):
+            order.append(self.name)
+            return {"seconds": float(len(order))}
+
+    fakes = {name: Fake(name) for name in "AbcdZ"}
+    beside = dict.fromkeys("Abcd", "A")
+    found = latency_runs.interleave(fakes, rounds=2, baselines=beside)
+    assert "".join(order) == "AbcAdZ" + "AdcAbZ"
+    apart = [abs(run["seconds"] - run["baseline_seconds"]) for name in "bcd" for run in found[name]]
+    assert apart == [1] * 6
+    assert latency_headline.ratio(
+        latency_runs.summarise(found["c"]), latency_runs.summarise(found["A"])
+    ) == pytest.approx((3 / 4 + 9 / 10) / 2)
+    assert len(found["A"]) == 4
+    assert "baseline_seconds" not in found["Z"][0]
+
+
 @pytest.mark.parametrize(("seconds", "expected"), [(25, "abccbaabc"), (50, "abccbaabccba")])
 def test_rounds_alternate_and_stop_when_time_is_up(monkeypatch, seconds, expected):
     order = []
