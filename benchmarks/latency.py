@@ -8,6 +8,7 @@ FILE` measures what the headline figures need, in minutes.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib.metadata
 import json
 import os
@@ -173,9 +174,17 @@ class Run:
             lambda: self._hf_runners(group, rows_NT),
             seconds=QUICK_SECONDS if self.args.quick else None,
         )
-        about_group = {"settings": settings, "commit": environment.commit()}
+        peak = {name: self.results["machine"][name] for name in ("gemm_flops", "bandwidth")}
+        about_group = {"settings": settings, "commit": environment.commit(), "machine": peak}
         self.results["groups"][group.key] = found | about_group
         self.save()
+        self._forget_programs()
+
+    @staticmethod
+    def _forget_programs() -> None:
+        """Other sizes are other programs: a few groups of them use up the memory maps of Linux."""
+        jax.clear_caches()
+        gc.collect()
 
     def _hf_runners(self, group: Group, rows_NT: np.ndarray) -> dict[str, Any]:
         if self._hf is None or not group.hf:

@@ -137,23 +137,28 @@ def _decode(
         yield "decode_ours_over_hf", f"{key}, {hf}", ratio(rows[hf], dense, "call_seconds")
     if "half depth" in rows:
         yield "half_depth_decode_speedup", key, 1 / ratio(rows["half depth"], dense)
-    if "machine" in results:
-        limit = bandwidth_seconds(group["batch"], group["length"], results)
+    if peaks(group, results) is not None:
+        limit = bandwidth_seconds(group, results)
         yield "decode_bandwidth_fraction", key, limit / dense["seconds"]
 
 
-def bandwidth_seconds(batch: int, length: int, results: dict[str, Any]) -> float:
+def peaks(group: dict[str, Any], results: dict[str, Any]) -> dict[str, float] | None:
+    """The machine's best in the run that measured a group; the last run's where it is not noted."""
+    return group.get("machine", results.get("machine"))
+
+
+def bandwidth_seconds(group: dict[str, Any], results: dict[str, Any]) -> float:
     """Least seconds of a decoding step: every weight and every key and value is read once.
 
     Args:
-      batch: Rows.
-      length: Tokens of a prompt; the context is that and, on average, half of the new tokens.
-      results: Has "machine" and "about" with "weight_bytes" and "kv_bytes_per_token".
+      group: Its prompts and half of the new tokens are, on average, the context.
+      results: Has "about" with "weight_bytes" and "kv_bytes_per_token".
     """
-    about = results["about"]
-    context = length + about["new_tokens"] / 2
-    read = about["weight_bytes"] + batch * context * about["kv_bytes_per_token"]
-    return read / results["machine"]["bandwidth"]
+    about, peak = results["about"], peaks(group, results)
+    assert peak is not None
+    context = group["length"] + about["new_tokens"] / 2
+    read = about["weight_bytes"] + group["batch"] * context * about["kv_bytes_per_token"]
+    return read / peak["bandwidth"]
 
 
 def _kv(key: str, rows: dict[str, Any]) -> Iterator[tuple[str, str, float]]:

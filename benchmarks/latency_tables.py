@@ -92,11 +92,11 @@ def _cells(
 
 
 def _of_peak(group: dict[str, Any], row: dict[str, Any], results: dict[str, Any]) -> str:
-    machine = results.get("machine")
+    machine = figures.peaks(group, results)
     if machine is None or "exact_flops" not in row:
         return ""
     if group["section"] == "decode":
-        limit = figures.bandwidth_seconds(group["batch"], group["length"], results)
+        limit = figures.bandwidth_seconds(group, results)
         return f"{limit / row['seconds']:.0%} of bandwidth"
     return f"{row['exact_flops'] / row['seconds'] / machine['gemm_flops']:.0%} of GEMM"
 
