@@ -116,7 +116,9 @@ def _components(components: dict[str, dict[str, float]]) -> str:
 def _skipped(skipped: dict[str, str]) -> str:
     if not skipped:
         return "Nothing was left out."
-    return _table(["left out", "why"], [[key, reason] for key, reason in skipped.items()])
+    note = "Tables above of a size that stands here hold what a quick run measures."
+    table = _table(["left out", "why"], [[key, reason] for key, reason in skipped.items()])
+    return f"{table}\n\n{note}"
 
 
 def _range(counts: set[int]) -> str:
