@@ -270,18 +270,18 @@ def make_room(
     if by_position(plan.mechanisms):
         capacities = (width,) * len(plan.segments)
     else:
+        assert plan.mechanisms is not None
         if fresh:
-            assert plan.mechanisms is not None
             filled = np.asarray(_needed(past, state.pos_B, numbers, plan.mechanisms))
         else:
             fills = jax.device_get([cache.fill_lB for cache in caches])
             filled = np.concatenate([fill.max(1) for fill in fills])
+        # Under "continuation" new tokens are no subjects: every layer keeps them.
+        least = 1.0 if for_all or plan.mechanisms.continuation else 0.0
         needed = []
         for span in _spans(plan.segments):
             most = int(filled[span].max())
-            # Under "continuation" new tokens are no subjects: every layer keeps them.
-            sure = for_all or plan.mechanisms is None or plan.mechanisms.continuation
-            share = 1.0 if sure else min(MARGIN * most / longest, 1.0)
+            share = min(max(MARGIN * most / longest, least), 1.0)
             needed.append(most + max(math.ceil(share * room), 1))
         capacities = _shared(needed, cfg, plan)
     if fresh:
