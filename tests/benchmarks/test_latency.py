@@ -110,19 +110,22 @@ def test_what_was_not_measured_has_no_figure():
     assert latency_headline.headline(results)["prefill_hf_over_ours"] == pytest.approx(1.5)
 
 
+class Fake:
+    """A runner whose time is its place among all runs."""
+
+    def __init__(self, name, order):
+        self.name, self.order = name, order
+
+    def run(self):
+        self.order.append(self.name)
+        return {"seconds": float(len(self.order))}
+
+
 def test_every_row_runs_beside_its_baseline():
     """A counts the runs: each row's baseline is the run of A right before or after its own."""
     order = []
 
-    class Fake:
-        def __init__(self, name):
-            self.name = name
-
-        def run(self):
-            order.append(self.name)
-            return {"seconds": float(len(order))}
-
-    fakes = {name: Fake(name) for name in "AbcdZ"}
+    fakes = {name: Fake(name, order) for name in "AbcdZ"}
     beside = dict.fromkeys("Abcd", "A")
     found = latency_runs.interleave(fakes, rounds=2, baselines=beside)
     assert "".join(order) == "AbcAdZ" + "AdcAbZ"
@@ -139,16 +142,8 @@ def test_every_row_runs_beside_its_baseline():
 def test_rounds_alternate_and_stop_when_time_is_up(monkeypatch, seconds, expected):
     order = []
 
-    class Fake:
-        def __init__(self, name):
-            self.name = name
-
-        def run(self):
-            order.append(self.name)
-            return {"seconds": 1.0}
-
     monkeypatch.setattr(latency_runs.time, "perf_counter", lambda: 5.0 * len(order))
-    fakes = {name: Fake(name) for name in "abc"}
+    fakes = {name: Fake(name, order) for name in "abc"}
     found = latency_runs.interleave(fakes, rounds=9, least=3, seconds=seconds)
     assert "".join(order) == expected
     assert {len(runs) for runs in found.values()} == {len(expected) // 3}
