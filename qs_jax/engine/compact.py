@@ -206,7 +206,7 @@ def _segment(call: Call, schedule: Schedule, slots: int, carry: Carry, bounds: S
     loop = (state, carry.cache, carry.record, carry.kept)
     state, cache, record, kept = lax.fori_loop(bounds.first_S - 1, bounds.last_S, body, loop)
     if index is not None:
-        state = gathering.scatter(call, carry.state, state, index, bounds)
+        state = gathering.scatter(call, carry.state, state, index, bounds.first_S, bounds.last_S)
     return Carry(state, cache, record, kept, carry.overflow)
 
 

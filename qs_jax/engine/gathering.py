@@ -109,9 +109,9 @@ def gather(call: Call, state: TokenState, index: Index, first: Array) -> tuple[C
 
 
 def scatter(
-    call: Call, old: TokenState, new: TokenState, index: Index, bounds: Segments
+    call: Call, old: TokenState, new: TokenState, index: Index, first: Array, last: Array
 ) -> TokenState:
-    """The carry over all positions: what was gathered comes back changed."""
+    """The carry over all positions: what was gathered comes back changed by layers first..last."""
     rows_B1 = jnp.arange(len(index.slots_BC))[:, None]
 
     def put(old_BT: Array, new_BC: Array) -> Array:
@@ -132,7 +132,7 @@ def scatter(
         before_BT = jnp.cumsum(index.inside_BT, axis=1) - 1
         found_BTS = jnp.take_along_axis(found_BCS, jnp.maximum(before_BT, 0)[..., None], axis=1)
         last_BS = state.halt_layer_BT + call.numbers.delay
-        settled_BS = (last_BS >= bounds.first_S) & (last_BS <= bounds.last_S)
+        settled_BS = (last_BS >= first) & (last_BS <= last)
         settled_BTS = settled_BS[:, None, :] & (before_BT >= 0)[..., None]
         received = jnp.where(settled_BTS, found_BTS, received)
     return state.replace(received_BTS=received, taken_BW=new.taken_BW)
