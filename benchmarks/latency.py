@@ -47,8 +47,9 @@ from qs_jax.models import Params, count_params, param_bytes
 Section = Literal["prefill", "scoring", "decode", "components", "hf"]
 # Share of the measured GEMM peak that a forward pass is assumed to reach, to foretell its time.
 ASSUMED = 0.4
-# A quick run begins no further round of a group after this long, but makes three.
-QUICK_SECONDS = 90.0
+# No further round of a group begins when its time is up, but so many are made.
+LEAST_ROUNDS = 3
+QUICK_MINUTES = 1.5
 
 
 @dataclasses.dataclass
@@ -78,9 +79,10 @@ class Arguments:
     text: Path | None = None
     """UTF-8 text to take the tokens from; random token ids without."""
     max_minutes: float = 10.0
-    """Leave out groups that need longer than this, warm-up aside."""
+    """Of each group, warm-up aside: no round begins later, and where three would take longer the
+    group is left out."""
     all: bool = False
-    """Leave nothing out."""
+    """Leave nothing out, and make every run."""
     fresh: bool = False
     """Measure anew what this commit has measured already."""
     tables_only: bool = False
@@ -93,6 +95,13 @@ class Arguments:
         """The JSON file."""
         name = "latency_quick.json" if self.quick else "latency.json"
         return self.out or environment.RESULTS / name
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds after which a group begins no further round; None is no limit."""
+        if self.quick:
+            return 60 * QUICK_MINUTES
+        return None if self.all else 60 * self.max_minutes
 
     @property
     def rounds(self) -> int:
@@ -160,7 +169,7 @@ class Run:
             return
         minutes = self.foretell(group)
         if minutes > self.args.max_minutes and not (self.args.all or self.args.quick):
-            reason = f"would take about {minutes:.0f} minutes here; --all measures it"
+            reason = f"{LEAST_ROUNDS} rounds would take about {minutes:.0f} minutes here"
             self.results["skipped"][group.key] = reason
             self.save()
             return
@@ -172,7 +181,8 @@ class Run:
             rows_NT,
             self.args.rounds,
             lambda: self._hf_runners(group, rows_NT),
-            seconds=QUICK_SECONDS if self.args.quick else None,
+            least=LEAST_ROUNDS,
+            seconds=self.args.seconds,
         )
         peak = {name: self.results["machine"][name] for name in ("gemm_flops", "bandwidth")}
         about_group = {"settings": settings, "commit": environment.commit(), "machine": peak}
@@ -194,17 +204,17 @@ class Run:
             latency_hf.name_of(*setting): models.runner(group.section, rows_NT, new_tokens, setting)
             for setting in latency_hf.SETTINGS
         }
-        if not self.args.quick:
-            return runners
-        # The better of two runs tells which is fastest; only that one is timed further.
+        # The better of two runs tells which is faster; only that one is timed further.
         seconds = {
             name: min(runner.run()["seconds"] for _ in range(2)) for name, runner in runners.items()
         }
-        fastest = min(seconds, key=lambda name: seconds[name])
-        return {fastest: runners[fastest]}
+        names = latency_hf.faster_dtype(seconds)
+        if self.args.quick:
+            names = names[:1]
+        return {name: runners[name] for name in names}
 
     def foretell(self, group: Group) -> float:
-        """Minutes a group's runs should take, from its FLOPs or, for a decode, its bytes."""
+        """Minutes the fewest rounds should take, from a group's FLOPs or a decode's bytes."""
         model, peak = self.model, self.results["machine"]
         tokens, length = group.batch * group.length, group.length
         layer = flops.linear_flops(model) + length / 2 * flops.key_flops(model)
@@ -214,8 +224,9 @@ class Run:
         if group.section == "decode":  # one call with all tokens, one with the first
             steps = self.args.new_tokens / ASSUMED * self.about["weight_bytes"]
             seconds = 2 * seconds + steps / peak["bandwidth"]
-        rows = len(group.cases) + (len(latency_hf.SETTINGS) if self._hf is not None else 0)
-        return seconds * rows * self.args.rounds / 60
+        rows = len(group.cases) + (len(latency_hf.ATTENTION) if self._hf is not None else 0)
+        runs = rows + rows // 2  # the baseline's between every two
+        return seconds * runs * LEAST_ROUNDS / 60
 
     def _components(self) -> None:
         """Components of a dense prefill and decode and of each preset's prefill."""

@@ -10,7 +10,6 @@ from qs_jax import presets
 from qs_jax.config import Config, HaltingConfig, KVSkipConfig, ModelConfig, QuickSilverConfig
 
 FRACTIONS = (1.0, 0.75, 0.5, 0.25)
-CAPACITIES = ("dynamic", "planned")
 SHIPPED = ("paper", "balanced", "aggressive")
 HEADLINE = ((4, 512), (8, 512))
 NEVER = float("-inf")
@@ -117,12 +116,11 @@ def decisions_only(qs: QuickSilverConfig) -> QuickSilverConfig:
     return dataclasses.replace(qs, halting=halting, fusion=fusion, amq=amq)
 
 
-def _fractions(model: ModelConfig, capacities: tuple[str, ...], shares: tuple[float, ...], **kw):
+def _fractions(model: ModelConfig, shares: tuple[float, ...], **kw: Any) -> Iterator[Case]:
+    """What a quota leaves is known before the call: `dynamic` and `planned` are one program."""
     for fraction in shares:
-        qs = forced_fraction(model, fraction)
-        for capacity in capacities:
-            cfg = Config(model, qs, capacity=capacity, engine="compact", **kw)
-            yield Case(f"active {fraction:g}, {capacity}", cfg)
+        cfg = Config(model, forced_fraction(model, fraction), engine="compact", **kw)
+        yield Case(f"active {fraction:g}", cfg)
 
 
 def prefill_cases(model: ModelConfig, names: tuple[str, ...]) -> Iterator[Case]:
@@ -136,7 +134,7 @@ def prefill_cases(model: ModelConfig, names: tuple[str, ...]) -> Iterator[Case]:
         for engine in ("masked", "compact"):
             yield Case(f"{name}, {engine}", Config(model, qs, engine=engine, **one))
         yield Case(f"{name}, decisions only", Config(model, decisions_only(qs), **one))
-    yield from _fractions(model, CAPACITIES, FRACTIONS, **one)
+    yield from _fractions(model, FRACTIONS, **one)
     half = forced_fraction(model, 0.5)
     yield Case("active 0.5, masked", Config(model, half, engine="masked", **one))
 
@@ -157,7 +155,7 @@ def scoring_cases(model: ModelConfig, names: tuple[str, ...], length: int) -> It
                 yield Case(f"{name}, {engine}", cfg, "dense, continuation")
             else:
                 yield Case(f"{name}, {engine}", Config(model, qs, engine=engine))
-    for case in _fractions(model, CAPACITIES, FRACTIONS, **tail):
+    for case in _fractions(model, FRACTIONS, **tail):
         yield dataclasses.replace(case, baseline="dense, continuation")
 
 
@@ -193,14 +191,14 @@ def grid(
 
 
 def quick_grid(model: ModelConfig, names: tuple[str, ...], new_tokens: int) -> Iterator[Group]:
-    """What the headline needs and no more: capacities as they are by default."""
+    """What the headline needs and no more."""
     one: dict[str, Any] = {"max_new_tokens": 1, "eos_token_ids": ()}
     dense, saving = Case("dense", Config(model, **one)), FRACTIONS[1:]
     cases = {case.name: case for case in prefill_cases(model, names)}
     kept = ["dense", "off", "unmet thresholds", *(f"{n}, decisions only" for n in names)]
-    kept += [f"active {f:g}, dynamic" for f in saving]
+    kept += [f"active {f:g}" for f in saving]
     yield Group("prefill", 4, 512, tuple(cases[name] for name in kept))
-    by_quota = tuple(_fractions(model, ("dynamic",), saving, **one))
+    by_quota = tuple(_fractions(model, saving, **one))
     yield Group("prefill", 8, 512, (dense, *by_quota), hf=False)
     decode = {case.name: case for case in decode_cases(model, names, new_tokens)}
     wanted = ("dense", "half depth")

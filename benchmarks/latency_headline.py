@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from statistics import median
 from typing import Any
 
-from benchmarks.latency_cases import CAPACITIES, FRACTIONS, HEADLINE, SHIPPED, key_of
+from benchmarks.latency_cases import FRACTIONS, HEADLINE, SHIPPED, key_of
 
 # Name, target as a comparison, and what it is.
 TARGETS: dict[str, tuple[str, float, str]] = {
@@ -107,11 +107,10 @@ def _prefill(key: str, rows: dict[str, Any]) -> Iterator[tuple[str, str, float]]
     if dense is None:
         return
     for fraction in (f for f in FRACTIONS if f <= 0.75):
-        for capacity in CAPACITIES:
-            row = rows.get(f"active {fraction:g}, {capacity}")
-            value = conversion(row, dense) if row is not None else None
-            if value is not None:
-                yield "conversion_efficiency", f"{key}, active {fraction:g}, {capacity}", value
+        row = rows.get(f"active {fraction:g}")
+        value = conversion(row, dense) if row is not None else None
+        if value is not None:
+            yield "conversion_efficiency", f"{key}, active {fraction:g}", value
     if "off" in rows:
         yield "off_over_dense", key, ratio(rows["off"], dense)
     for name, row in rows.items():

@@ -7,6 +7,7 @@ as not measured.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,16 @@ SETTINGS = tuple((attention, dtype) for dtype in DTYPES for attention in ATTENTI
 def name_of(attention: str, dtype: str) -> str:
     """Name of a row."""
     return f"HF {attention} {dtype}"
+
+
+def faster_dtype(seconds: Mapping[str, float]) -> list[str]:
+    """Names of the faster of both dtypes of each kind of attention, the fastest first.
+
+    Args:
+      seconds: Of a run of each row, by `name_of`.
+    """
+    pairs = [[name_of(attention, dtype) for dtype in DTYPES] for attention in ATTENTION]
+    return sorted((min(pair, key=seconds.__getitem__) for pair in pairs), key=seconds.__getitem__)
 
 
 def unavailable() -> str | None:

@@ -183,6 +183,7 @@ def measure(
     rows_NT: np.ndarray,
     rounds: int,
     extra: Callable[[], dict[str, Runner]] = dict,
+    least: int = 3,
     seconds: float | None = None,
 ) -> dict[str, Any]:
     """Warm every case of a group up, then time them in turn.
@@ -193,6 +194,7 @@ def measure(
       rows_NT: Token ids, `[batch, length]`.
       rounds: Runs of each case.
       extra: Makes runners to be timed with them.
+      least: As `interleave`.
       seconds: As `interleave`.
 
     Returns:
@@ -211,7 +213,7 @@ def measure(
             rows[name] = {"not_measured": str(error)}
             del runners[name]
     beside = {name: baselines.get(name, "dense") for name in runners}
-    timed = interleave(runners, rounds, beside, seconds=seconds, label=group.key)
+    timed = interleave(runners, rounds, beside, least, seconds, label=group.key)
     for name, runs in timed.items():
         rows[name] |= summarise(runs) | {"baseline": baselines.get(name, "dense")}
     return {"rows": rows, "batch": group.batch, "length": group.length, "section": group.section}

@@ -259,29 +259,29 @@ def _fuse(call: Call, state: TokenState, attended: Attended, stopped_BT, at, pas
 
     pairs_BTW = lax.cond(at.may_fuse, find, lambda: nobody_BTW)
 
-    def merge():
-        own_BT, paid_BTW = _weights(call, state, attended, tokens.h_BXD)
-        return fusion.merge(state.h_BTD, pairs_BTW, own_BT, paid_BTW, state.size_BT, before.merged)
-
-    def leave(mass_BT: Array):
-        return fusion.Merged(state.h_BTD, mass_BT, state.size_BT), nobody_BTW
-
     # Where later tokens follow that may fuse with these, their weights must be known.
     followed = call.keeps and not call.plan.continuation
-    weigh = at.may_fuse & followed
-    merged, takes_BTW = lax.switch(
-        jnp.where(pairs_BTW.any(), 2, weigh.astype(jnp.int32)),
-        [
-            lambda: leave(state.size_BT),  # never read
-            lambda: leave(_weights(call, state, attended, tokens.h_BXD)[0]),
-            merge,
-        ],
+
+    def weigh():
+        return _weights(call, state, attended, tokens.h_BXD)
+
+    def unread():
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(weigh))
+
+    own_BT, paid_BTW = lax.cond(pairs_BTW.any() | (at.may_fuse & followed), weigh, unread)
+    h_BTD, last_BWD = state.h_BTD, pasts.last_states(call, state.h_BTD, past_l)
+    if (
+        last_BWD is not None
+    ):  # taken before the merge, which then may reuse the memory of the states
+        h_BTD, last_BWD = lax.optimization_barrier((h_BTD, last_BWD))
+    merged, takes_BTW = fusion.merge(
+        h_BTD, pairs_BTW, own_BT, paid_BTW, state.size_BT, before.merged
     )
     absorbed_BX = fusion.absorbers(takes_BTW, rows.pos_BT)
     absorbed_BT = absorbed_BX[:, -width:]
     now_BT = absorbed_BT != NEVER
     took_BW = absorbed_BX[:, :-width] != NEVER
-    fused = (state.h_BTD, merged, took_BW)
+    fused = (last_BWD, merged, took_BW)
     after_BT = jnp.where(now_BT, at.layer, NEVER)
     assert state.taken_BW is not None
     state = state.replace(

@@ -60,7 +60,8 @@ def idle(
     if call.fuses:
         assert state.taken_BW is not None
         merged = fusion.Merged(state.h_BTD, state.size_BT, state.size_BT)
-        fused = (state.h_BTD, merged, jnp.zeros_like(state.taken_BW))
+        last_BWD = pasts.last_states(call, state.h_BTD, past_l)
+        fused = (last_BWD, merged, jnp.zeros_like(state.taken_BW))
     width = call.past.halt_layer_BS.shape[1] if call.past is not None else rows.pos_BT.shape[1]
     kept_mask_BTS = jnp.zeros((*rows.pos_BT.shape, width), bool)
     kept = pasts.of_layer(call, state.size_BT, *fused, kept_mask_BTS, past_l)

@@ -160,10 +160,18 @@ def _last(call: Call, old: Array | None, new_BTX: Array, count: int) -> Array:
     return jnp.where(live, moved, old)
 
 
+def last_states(call: Call, h_BTD: Array, past_l: PastLayer | None) -> Array | None:
+    """States `[B, W, D]` of the last tokens as they are now; None where no later token fuses."""
+    fusing = call.plan.fusion
+    if fusing is None or not call.keeps or call.plan.continuation:
+        return None
+    return _last(call, past_l.before_BWD if past_l is not None else None, h_BTD, fusing.window)
+
+
 def of_layer(
     call: Call,
     size_BT: Array,
-    before_BTD: Array | None,
+    before_BWD: Array | None,
     merged: fusion.Merged | None,
     absorbed_BW: Array | None,
     mask_BTS: Array,
@@ -176,10 +184,9 @@ def of_layer(
     proportional = plan.fusion is not None and plan.fusion.proportional_attention
     if merged is not None and not plan.continuation:
         assert plan.fusion is not None
-        assert before_BTD is not None
         count = plan.fusion.window
         old = past_l if past_l is not None else PastLayer(None, None, None)
-        kept_before = _last(call, old.before_BWD, before_BTD, count)
+        kept_before = before_BWD
         olds = old.merged if old.merged is not None else (None, None, None)
         pieces = [_last(call, was, new, count) for was, new in zip(olds, merged, strict=True)]
         kept_merged = fusion.Merged(*pieces)

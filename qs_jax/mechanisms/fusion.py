@@ -159,7 +159,7 @@ def merge(
     Returns:
       States after fusion, and which pairs took place.
     """
-    window = pairs_BTW.shape[-1]
+    window, width = pairs_BTW.shape[-1], h_BTD.shape[1]
     newest = jax.tree.map(lambda leaf: leaf[:, ::-1], earlier)  # distance 1 first
 
     paid = jnp.zeros(pairs_BTW.shape, weight_BT.dtype) if paid_BTW is None else paid_BTW
@@ -167,9 +167,8 @@ def merge(
     def step(index: Array, carry):
         ring, gone_BW, out = carry
         read = functools.partial(lax.dynamic_index_in_dim, index=index, axis=1, keepdims=False)
-        h_BD, pair_BW, own_B, paid_BW, size_B = map(
-            read, (h_BTD, pairs_BTW, weight_BT, paid, size_BT)
-        )
+        h_BD, own_B, size_B = map(read, out[0])  # not written yet
+        pair_BW, paid_BW = read(pairs_BTW), read(paid)
         take_BW = pair_BW & ~gone_BW
         weights_BW = jnp.where(take_BW, ring.mass_BX if paid_BTW is None else paid_BW, 0)
         mass_B = own_B + weights_BW.sum(1)
@@ -189,9 +188,10 @@ def merge(
         return ring, gone_BW, jax.tree.map(write, out, (new, take_BW))
 
     # Along axis 1, not scanned over: a scan would want all rows' states with that axis in front.
+    # Without a pair, no steps: unlike a branch, a loop hands states on without a copy.
     out = Merged(h_BTD, weight_BT, size_BT), jnp.zeros_like(pairs_BTW)
     first = (newest, jnp.zeros_like(pairs_BTW[:, 0]), out)
-    return lax.fori_loop(0, h_BTD.shape[1], step, first)[2]
+    return lax.fori_loop(0, jnp.where(pairs_BTW.any(), width, 0), step, first)[2]
 
 
 def absorbers(takes_BTW: Bool[Array, "B T W"], pos_BT: Int[Array, "B T"]) -> Int[Array, "B X"]:

@@ -52,9 +52,9 @@ def constructed():
         "paper, masked": row(1.9, 1.9),
         "paper, decisions only": row(1.04, 1.04),
         "balanced, decisions only": row(1.015, 1.015),
-        "active 1, dynamic": row(1.03, 1.03),
-        "active 0.75, dynamic": row(0.85, 0.85, saved=0.16, tokens_saved=0.15),
-        "active 0.5, planned": row(0.7, 0.7, saved=0.32, tokens_saved=0.3),
+        "active 1": row(1.03, 1.03),
+        "active 0.75": row(0.85, 0.85, saved=0.16, tokens_saved=0.15),
+        "active 0.5": row(0.7, 0.7, saved=0.32, tokens_saved=0.3),
         "HF sdpa float32": row(1.5, 1.5),
         "HF eager bfloat16": row(1.2, 1.2),
     }
@@ -108,6 +108,16 @@ def test_what_was_not_measured_has_no_figure():
     results = constructed()
     del results["groups"]["prefill 4x512"]["rows"]["HF eager bfloat16"]["runs"]
     assert latency_headline.headline(results)["prefill_hf_over_ours"] == pytest.approx(1.5)
+
+
+def test_of_each_attention_the_faster_dtype_is_timed():
+    seconds = {
+        "HF sdpa float32": 3.0,
+        "HF eager float32": 2.5,
+        "HF sdpa bfloat16": 2.0,
+        "HF eager bfloat16": 4.0,
+    }
+    assert latency_hf.faster_dtype(seconds) == ["HF sdpa bfloat16", "HF eager float32"]
 
 
 class Fake:
