@@ -1,7 +1,7 @@
 """Ratios of measured rows, and the headline made of them.
 
-A ratio of a row and its baseline is the median over rounds of the ratio to the baseline's run right
-before or after the row's: what slows the machine down for a while slows both.
+A ratio of a row and its baseline is the median over rounds of the ratio to the mean of the
+baseline's runs before and after the row's: what slows the machine down for a while slows both.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def met(name: str, value: float) -> bool:
 
 
 def ratio(row: dict[str, Any], baseline: dict[str, Any], time: str = "seconds") -> float:
-    """Median over rounds of a row's time over its baseline's beside it."""
+    """Median over rounds of a row's time over its baseline's around it."""
     runs = row["runs"]
     beside = runs.get(f"baseline_{time}", baseline["runs"][time])
     return median(a / b for a, b in zip(runs[time], beside, strict=True))

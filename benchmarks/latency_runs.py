@@ -122,10 +122,10 @@ def interleave(
     seconds: float | None = None,
     label: str = "",
 ) -> dict[str, list[dict[str, float]]]:
-    """Run every runner once a round, each right before or after its baseline.
+    """Run every runner once a round, between two runs of its baseline.
 
-    Two runners share the baseline's run between pairs: A x y A z w A. The order turns round every
-    round, so that drift hits all alike.
+    Two runners share those: A x y A z w A. The order turns round every round, so that drift hits
+    all alike.
 
     Args:
       runners: By name.
@@ -136,7 +136,8 @@ def interleave(
       label: For the progress bar.
 
     Returns:
-      Times of each run; those of the baseline beside it under the same names with "baseline_".
+      Times of each run; the mean of both runs of the baseline around it under the same names with
+      "baseline_".
     """
     found: dict[str, list[dict[str, float]]] = {name: [] for name in runners}
 
@@ -144,19 +145,17 @@ def interleave(
         found[name].append(runners[name].run())
         return found[name][-1]
 
-    def beside(name: str, base: dict[str, float]) -> None:
-        found[name][-1] = found[name][-1] | {f"baseline_{key}": base[key] for key in base}
-
     def one_round(names: list[str], base: str | None) -> None:
         before = run(base) if base is not None else {}
         pairs = [names[at : at + 2] for at in range(0, len(names), 2)]  # batched needs Python 3.12
-        for first, *second in pairs:
-            run(first)
-            beside(first, before)
-            for name in second:
+        for pair in pairs:
+            for name in pair:
                 run(name)
-                before = run(base) if base is not None else {}
-                beside(name, before)
+            after = run(base) if base is not None else {}
+            around = {f"baseline_{key}": (before[key] + after[key]) / 2 for key in before}
+            for name in pair:
+                found[name][-1] |= around
+            before = after
 
     names = list(runners)
     bases = [base for base in dict.fromkeys(baselines.values()) if base in runners]

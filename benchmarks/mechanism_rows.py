@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 import qs_jax
 from qs_jax import presets
@@ -23,7 +22,7 @@ from qs_jax.config import (
 )
 from qs_jax.engine import dense
 from qs_jax.mechanisms import fusion
-from qs_jax.models import Params, family_of
+from qs_jax.models import Params
 
 TEACHER, CONTINUATION = "teacher-forced", "continuation"
 MAP_LAYERS = (15, 20, 24)
@@ -74,24 +73,18 @@ def percentiles(params: Params, rows_NT: np.ndarray, model: ModelConfig) -> dict
 
 def adjacent_distances(params: Params, rows_NT: np.ndarray, model: ModelConfig) -> np.ndarray:
     """Raw L2 distance of each token's state to the one before it, `[L, N, T - 1]`."""
-    family = family_of(model)
-    block = family.block(model)
 
-    @jax.jit
-    def run(tokens_BT):
-        pos_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
-        h_BTD = family.embed(model).apply({"params": params["embed"]}, tokens_BT, pos_BT)
+    def attend(q, k, v):
+        return dense.causal_attention(q, k, v), None
 
-        def attend(q, k, v):
-            return dense.causal_attention(q, k, v), None
+    def look(before_BTD, after_BTD, kept):
+        del before_BTD, kept
+        return fusion.distances(after_BTD[:, 1:], after_BTD[:, :-1], "raw")
 
-        def layer(h_BTD, params_l):
-            h_BTD, _ = block.apply({"params": params_l}, h_BTD, pos_BT, attend)
-            return h_BTD, fusion.distances(h_BTD[:, 1:], h_BTD[:, :-1], "raw")
-
-        return lax.scan(layer, h_BTD, params["layers"])[1]
-
-    return np.asarray(run(jnp.asarray(rows_NT)))
+    program = jax.jit(
+        lambda tokens_BT: dense.look_at_layers(params, tokens_BT, model, look, attend)
+    )
+    return np.asarray(program(jnp.asarray(rows_NT)))
 
 
 def quota(

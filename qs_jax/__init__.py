@@ -1,6 +1,7 @@
 """QuickSilver in JAX: a frozen language model that does less work per token."""
 
 from qs_jax import accounting, presets
+from qs_jax.calibration import calibrate
 from qs_jax.checkpoint import load, load_tokenizer
 from qs_jax.config import (
     AMQConfig,
@@ -11,6 +12,7 @@ from qs_jax.config import (
     ModelConfig,
     QuickSilverConfig,
 )
+from qs_jax.engine.devices import replicate
 from qs_jax.engine.fit_maps import fit_kv_maps
 from qs_jax.engine.generate import GenerateOutput, StreamStep, generate, stream
 from qs_jax.engine.overrides import TokenOverrides
@@ -29,6 +31,7 @@ __all__ = [
     # Checkpoints
     "load",
     "load_tokenizer",
+    "replicate",
     # Running a model
     "generate",
     "score",
@@ -38,6 +41,8 @@ __all__ = [
     "StreamStep",
     "Record",
     "TokenOverrides",
+    # Fitting a preset to a quality budget
+    "calibrate",
     # Configuration
     "Config",
     "ModelConfig",

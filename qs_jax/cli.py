@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from qs_jax.commands.calibrate import Calibrate
 from qs_jax.commands.evaluate import Evaluate
 from qs_jax.commands.maps import find_maps
 from qs_jax.errors import InputError, QuickSilverError
@@ -37,7 +38,8 @@ class Generate:
     """Mechanisms act on every token, or on the prompt only. By default on every token, unless the
     preset can act on prompts only."""
     kv_maps: Path | None = None
-    """Maps of the "extrapolate" policy; by default kv_maps.safetensors in the checkpoint folder."""
+    """Maps of the "extrapolate" policy; by default those beside the preset's file, or
+    kv_maps.safetensors in the checkpoint folder."""
     max_new_tokens: int = 64
     """Longest continuation, in tokens."""
     temperature: float = 0.0
@@ -78,7 +80,7 @@ class Generate:
             repetition_penalty=self.repetition_penalty,
             seed=self.seed,
         )
-        maps, _ = find_maps(cfg, self.ckpt, self.kv_maps)
+        maps, _ = find_maps(cfg, self.ckpt, self.kv_maps, self.preset)
         if maps is not None:
             params["kv_maps"] = maps
         stream = TextStream(params, tokenizer, ids, cfg)
@@ -220,6 +222,7 @@ def encode_prompt(
 Command = (
     Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
     | Annotated[Info, tyro.conf.subcommand("info")]
 )
 

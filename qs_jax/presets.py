@@ -26,6 +26,8 @@ from qs_jax.errors import ConfigError
 
 _FORMAT = "qs-jax preset"
 _PAPER_DEPTH = 30
+# Fields of a model that a preset made for another does not fit.
+_MADE_FOR = ("model_type", "num_layers", "hidden_size", "vocab_size")
 
 
 def off(model: ModelConfig) -> QuickSilverConfig:
@@ -185,12 +187,12 @@ def save(
     Args:
       path: File to write.
       quicksilver: Settings; `provenance` goes along.
-      model: Notes the architecture it was made for, so that `load` can refuse another depth.
+      model: Notes the architecture it was made for, so that `load` can refuse another.
     """
     path, fields = Path(path), quicksilver.to_dict()
     provenance = fields.pop("provenance")
     if model is not None:
-        provenance |= {"model_type": model.model_type, "num_layers": model.num_layers}
+        provenance |= {name: getattr(model, name) for name in _MADE_FOR}
     content = {"format": _FORMAT, "version": 1, "quicksilver": fields, "provenance": provenance}
     path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return path
@@ -214,7 +216,7 @@ def load(path: str | Path, model: ModelConfig) -> QuickSilverConfig:
     if content.get("version") != 1:
         raise ConfigError(f"{path} is a preset of version {content.get('version')}, known: 1.")
     provenance = content.get("provenance", {})
-    for name in ("model_type", "num_layers"):
+    for name in _MADE_FOR:
         made_for = provenance.get(name)
         if made_for is not None and made_for != getattr(model, name):
             raise ConfigError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -11,9 +12,12 @@ from qs_jax.commands.maps import find_maps
 from qs_jax.errors import InputError
 
 if TYPE_CHECKING:
+    import jax
+
     from qs_jax.config import Config
     from qs_jax.evaluation.journal import Journal
     from qs_jax.evaluation.perplexity import Windows
+    from qs_jax.evaluation.processes import Processes
     from qs_jax.mechanisms.kv_maps import KVMaps
     from qs_jax.models import Params
 
@@ -69,8 +73,18 @@ class Evaluate:
     """Score the first N windows only."""
     continuation_tokens: int = 128
     """Under continuation: the last tokens of each window, which are scored."""
+    devices: str = "1"
+    """Local devices that share each batch: a number, or all."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, to share the batches among several processes; they all get the same
+    options but --process-id, and process 0 writes --out."""
+    num_processes: int = 1
+    """How many processes there are."""
+    process_id: int = 0
+    """Which of them this is, from 0."""
     kv_maps: Path | None = None
-    """Maps of the "extrapolate" policy; by default kv_maps.safetensors in the checkpoint folder."""
+    """Maps of the "extrapolate" policy; by default those beside the preset's file, or
+    kv_maps.safetensors in the checkpoint folder."""
     dtype: Literal["auto", "float32", "bfloat16"] | None = "auto"
     """Convert parameters while loading; auto takes the faster on this device, None keeps them."""
     resume: bool = False
@@ -80,26 +94,42 @@ class Evaluate:
 
     def run(self) -> None:
         """Check, score, write, report."""
+        from qs_jax.evaluation.processes import connect, explained
+
+        processes = connect(self.coordinator, self.num_processes, self.process_id)
+        with explained(processes):
+            self._run(processes)
+
+    def _run(self, processes: Processes) -> None:
         from qs_jax.checkpoint import load
+        from qs_jax.engine.devices import local_devices
         from qs_jax.evaluation.journal import Journal, check_target, is_complete, write_json
         from qs_jax.evaluation.perplexity import results
 
-        check_target(self.out, resume=self.resume, overwrite=self.overwrite)
+        own = self.out.with_name(self.out.name + processes.suffix)
+        for out in dict.fromkeys((self.out, own)):
+            check_target(out, resume=self.resume, overwrite=self.overwrite)
         if self.batch_size < 1:
             raise InputError(f"--batch-size must be at least 1, got {self.batch_size}.")
+        devices = local_devices(self.devices)
         job = self._job()
-        if self.resume and is_complete(self.out, job.identity):
+        complete = self.resume and is_complete(self.out, job.identity)
+        if processes.gather([{"complete": complete}])[0]["complete"]:
             print(f"{self.out} is complete; it was left as it is.")
             return
-        with Journal(self.out, job.identity, resume=self.resume) as journal:
+        with Journal(own, job.identity, resume=self.resume) as journal:
             params, _ = load(self.ckpt, dtype=self.dtype)
             if job.maps is not None:
                 params["kv_maps"] = job.maps
-            self._score(params, job, journal)
-            measured = results(journal.entries, engine=None if _is_dense(job.cfg) else self.engine)
-            write_json(self.out, measured | job.extra | job.identity)
+            rate = self._score(params, job, journal, devices, processes)
+            entries = processes.gather(journal.entries)
+            measured = results(entries, engine=None if _is_dense(job.cfg) else self.engine)
+            if processes.index == 0:
+                write_json(self.out, measured | job.extra | job.identity)
+            processes.gather([])  # nobody forgets before it is written
             journal.remove()
-        self._report(measured, job)
+        if processes.index == 0:
+            self._report(measured, job, rate, len(devices))
 
     def _job(self) -> Job:
         """Everything that can be wrong is looked at here, before the weights are read."""
@@ -119,7 +149,7 @@ class Evaluate:
             engine=self.engine,
         )
         check_width(self.seq_len, cfg)
-        maps, maps_hash = find_maps(cfg, self.ckpt, self.kv_maps)
+        maps, maps_hash = find_maps(cfg, self.ckpt, self.kv_maps, self.preset)
         tokenizer = load_tokenizer(self.ckpt)
         text, windows = read_windows(self.data, tokenizer, self.seq_len, self.limit_windows)
         check_width(windows.tokens_WT.shape[1], cfg)
@@ -166,25 +196,43 @@ class Evaluate:
             "seq_len": self.seq_len,
         }
 
-    def _score(self, params: Params, job: Job, journal: Journal) -> None:
-        """Score what the journal does not have yet, with a bar on standard error."""
+    def _score(
+        self,
+        params: Params,
+        job: Job,
+        journal: Journal,
+        devices: tuple[jax.Device, ...],
+        processes: Processes,
+    ) -> float | None:
+        """Score what the journal does not have yet, with a bar on standard error.
+
+        Returns:
+          Tokens a second, of the batches after the first, which compiles; None without any.
+        """
         from tqdm import tqdm
 
         from qs_jax.evaluation.perplexity import exp, mean_nll, score_windows
 
         done = sum(len(entry["tokens"]) for entry in journal.entries)
-        total = len(job.windows.tokens_WT)
+        windows = len(job.windows.tokens_WT)
+        mine = processes.share(range(-(-windows // self.batch_size)))
+        total = sum(min(self.batch_size, windows - at * self.batch_size) for at in mine)
         batches = score_windows(
             params,
             job.windows,
             job.cfg,
             batch_size=self.batch_size,
-            first=len(journal.entries),
+            batches=mine[len(journal.entries) :],
+            devices=devices if len(devices) > 1 else None,
         )
+        began, timed = 0.0, 0
         try:
             with tqdm(total=total, initial=done, unit="window", desc="evaluating") as bar:
                 for entry in batches:
                     journal.append(entry)
+                    if began:
+                        timed += len(entry["tokens"])
+                    began = began or time.perf_counter()
                     perplexity = exp(mean_nll(journal.entries)) or float("inf")
                     bar.set_postfix_str(f"perplexity {perplexity:.2f}", refresh=False)
                     bar.update(len(entry["tokens"]))
@@ -192,8 +240,10 @@ class Evaluate:
             if journal.entries:
                 print(f"finished batches are in {journal.path}; --resume goes on", file=sys.stderr)
             raise
+        tokens = timed * job.windows.tokens_WT.shape[1]
+        return tokens / (time.perf_counter() - began) if timed else None
 
-    def _report(self, measured: dict[str, Any], job: Job) -> None:
+    def _report(self, measured: dict[str, Any], job: Job, rate: float | None, devices: int) -> None:
         """Print the table of what was measured."""
         from rich.console import Console
         from rich.table import Table
@@ -209,6 +259,9 @@ class Evaluate:
         width = job.windows.tokens_WT.shape[1]
         table.add_row("windows", f"{measured['windows']:,} of {width} tokens")
         table.add_row("tokens scored", f"{measured['tokens_scored']:,}")
+        if rate is not None:
+            each = f", {rate / devices:,.0f} on each of {devices} devices" if devices > 1 else ""
+            table.add_row("tokens per second", f"{rate:,.0f}{each} (first batch not counted)")
         table.add_row("preset", config["preset"])
         if not _is_dense(job.cfg):
             how = "simulated" if measured["simulated"] else "counted"

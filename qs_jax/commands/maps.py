@@ -13,13 +13,16 @@ if TYPE_CHECKING:
     from qs_jax.mechanisms.kv_maps import KVMaps
 
 
-def find_maps(cfg: Config, ckpt: Path, given: Path | None) -> tuple[KVMaps | None, str | None]:
+def find_maps(
+    cfg: Config, ckpt: Path, given: Path | None, preset: str = ""
+) -> tuple[KVMaps | None, str | None]:
     """The maps of the configuration's halting layers, if its policy reads any.
 
     Args:
       cfg: Its `kv_skip.policy` decides.
-      ckpt: Checkpoint folder, where the maps are by default.
+      ckpt: Checkpoint folder, where the maps are unless the preset has its own.
       given: Another file, or None.
+      preset: The preset's name or file; `calibrate` writes its maps beside it.
 
     Returns:
       The maps and the file's SHA-256, or None twice.
@@ -29,6 +32,7 @@ def find_maps(cfg: Config, ckpt: Path, given: Path | None) -> tuple[KVMaps | Non
       ConfigError: The maps are of other layers or another model.
       InputError: A file was given though the policy reads none.
     """
+    from qs_jax.calibration.files import maps_path
     from qs_jax.mechanisms.kv_maps import FILE_NAME, KVMaps, select
 
     qs = cfg.quicksilver
@@ -41,7 +45,8 @@ def find_maps(cfg: Config, ckpt: Path, given: Path | None) -> tuple[KVMaps | Non
         return None, None
     assert qs.halting is not None
     assert qs.halting.layers is not None
-    path = given or ckpt / FILE_NAME
+    own = maps_path(Path(preset)) if preset.endswith(".json") else None
+    path = given or (own if own is not None and own.exists() else ckpt / FILE_NAME)
     path = path / FILE_NAME if path.is_dir() else path
     maps = select(KVMaps.load(path), qs.halting.layers)
     maps.check(cfg.model)

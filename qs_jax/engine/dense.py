@@ -110,6 +110,38 @@ def forward(
     return run_layers(params, tokens_BT, pos_BT, model, attend_causal, None, unroll)[0]
 
 
+def look_at_layers(
+    params: Params,
+    tokens_BT: Int[Array, "B T"],
+    model: ModelConfig,
+    look: Callable[[Array, Array, Any], Any],
+    attend: Callable[[Array, Array, Array], tuple[Array, Any]],
+) -> Any:
+    """What a function says of every layer of the dense model.
+
+    Args:
+      params: Stacked tree of `model`.
+      tokens_BT: Rows without padding.
+      model: Architecture.
+      look: Gets the states before and after a layer, `[B, T, D]`, and what `attend` kept there.
+      attend: Causal attention; gets q, k and v of a layer, returns the context and what to keep.
+
+    Returns:
+      What `look` returned, stacked: leaves `[L, ...]`.
+    """
+    family = family_of(model)
+    block = family.block(model)
+    pos_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
+
+    def layer(h_BTD, params_l):
+        out: Any = block.apply({"params": params_l}, h_BTD, pos_BT, attend)
+        after_BTD, kept = out
+        return after_BTD, look(h_BTD, after_BTD, kept)
+
+    embedded: Any = family.embed(model).apply({"params": params["embed"]}, tokens_BT, pos_BT)
+    return lax.scan(layer, embedded, params["layers"])[1]
+
+
 def prefill(
     params: Params,
     tokens_BT: Int[Array, "B T"],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.config import Config, ModelConfig
 from qs_jax.engine import batching, compact, dense, masked, tokenwise
+from qs_jax.engine import devices as on_devices
 from qs_jax.engine.checks import check_finite, check_maps, check_overflow, check_params
 from qs_jax.engine.overrides import TokenOverrides, arrays_of
 from qs_jax.engine.schedule import arrange, bind_call, uses_compact
@@ -190,6 +190,7 @@ def score(
     prompt_lengths: Sequence[int] | np.ndarray | None = None,
     overrides: TokenOverrides | None = None,
     return_logits: bool = False,
+    devices: Sequence[jax.Device] | None = None,
 ) -> ScoreOutput:
     """Log-probability of every token given the tokens before it in its row.
 
@@ -207,6 +208,9 @@ def score(
         `cfg.continuation_tokens`.
       overrides: What to do with single tokens, whatever their signals say.
       return_logits: Also return `[B, T, V]` float32 logits (4 * B * T * V bytes).
+      devices: Split the rows over these (`jax.pmap`), e.g. `jax.local_devices()`; parameters that
+        are not on all of them are copied there at every call (`qs_jax.replicate` does it once).
+        Min-max entropy then looks at the rows of its own device.
 
     Returns:
       Per-position log-probabilities in nats, rows right-padded, and the record of the mechanisms.
@@ -237,21 +241,27 @@ def score(
     bound = bind_call(cfg, "compact" if fast else "masked")
     record = None
     if bound is None:
-        out = jax.device_get(
-            jit_score(params, padded.tokens_BT, first_B, unroll=cfg.unroll, **static)
-        )
+        static["unroll"] = cfg.unroll
+        rows, shared = (padded.tokens_BT, first_B), ()
+        program, sharded = jit_score, score_dense
     else:
         plan, numbers = bound
         check_maps(params, plan, model)
         params = with_weights(params, plan)
         host: Any = (*padded, ends_B)  # NumPy arrays until the program takes them
         prompt = tokenwise.Prompt(*host, overrides=chosen)
+        rows, shared = (prompt, first_B), (numbers,)
+        static["plan"] = plan
+        program, sharded = jit_score_masked, score_masked
         if fast:
-            cut, segments = arrange(cfg, padded, ends_B, chosen, plan)
-            program = functools.partial(jit_score_compact, segments=segments, schedule=cut)
-        else:
-            program = jit_score_masked
-        out = jax.device_get(program(params, prompt, first_B, numbers=numbers, plan=plan, **static))
+            static["schedule"], segments = arrange(cfg, padded, ends_B, chosen, plan)
+            shared = (numbers, segments)
+            program, sharded = jit_score_compact, score_compact
+    if devices is not None:
+        out = on_devices.run(sharded, devices, params, rows, shared, static)
+    else:
+        out = jax.device_get(program(params, *rows, *shared, **static))
+    if bound is not None:
         check_overflow(out.get("overflow", False))
         record = Record.of(
             out["evidence"],

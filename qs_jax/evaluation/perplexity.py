@@ -13,11 +13,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 from jaxtyping import Int
 
 from qs_jax import accounting
 from qs_jax.config import Config
+from qs_jax.engine.devices import replicate
 from qs_jax.engine.scoring import score
 from qs_jax.errors import InputError
 from qs_jax.evaluation.datasets import Text, read_text
@@ -122,7 +124,13 @@ def check_width(width: int, cfg: Config) -> None:
 
 
 def score_windows(
-    params: Params, windows: Windows, cfg: Config, *, batch_size: int, first: int = 0
+    params: Params,
+    windows: Windows,
+    cfg: Config,
+    *,
+    batch_size: int,
+    batches: Sequence[int] | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Score batch after batch; a window's result depends on no other window.
 
@@ -131,17 +139,20 @@ def score_windows(
       windows: What to score.
       cfg: Model, mechanisms and protocol.
       batch_size: Windows at a time.
-      first: Index of the first batch to score.
+      batches: Which to score, by index; None is all.
+      devices: Split each batch over these; None is the default device.
 
     Yields:
       Per batch: "nll", each window's total negative log-likelihood in nats (float64); "tokens",
       each window's scored positions; "counts", the tally of `qs_jax.accounting`.
     """
+    if devices is not None:
+        params = replicate(params, devices)
     maps = params.get("kv_maps")
     features = None if maps is None else maps.maps_LXFO.shape[2]
-    for start in range(first * batch_size, len(windows.tokens_WT), batch_size):
-        tokens_BT = windows.tokens_WT[start : start + batch_size]
-        out = score(params, tokens_BT, cfg)
+    for index in range(-(-len(windows.tokens_WT) // batch_size)) if batches is None else batches:
+        tokens_BT = windows.tokens_WT[index * batch_size : (index + 1) * batch_size]
+        out = score(params, tokens_BT, cfg, devices=devices)
         if out.record is None:
             lengths_B = np.full(len(tokens_BT), tokens_BT.shape[1])
             prompts_B = lengths_B - cfg.continuation_tokens

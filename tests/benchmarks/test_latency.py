@@ -131,20 +131,21 @@ class Fake:
         return {"seconds": float(len(self.order))}
 
 
-def test_every_row_runs_beside_its_baseline():
-    """A counts the runs: each row's baseline is the run of A right before or after its own."""
+def test_every_row_runs_between_two_runs_of_its_baseline():
+    """Times count the runs: a row's baseline is the mean of the runs of A before and after."""
     order = []
 
     fakes = {name: Fake(name, order) for name in "AbcdZ"}
     beside = dict.fromkeys("Abcd", "A")
     found = latency_runs.interleave(fakes, rounds=2, baselines=beside)
-    assert "".join(order) == "AbcAdZ" + "AdcAbZ"
-    apart = [abs(run["seconds"] - run["baseline_seconds"]) for name in "bcd" for run in found[name]]
-    assert apart == [1] * 6
+    assert "".join(order) == "AbcAdAZ" + "AdcAbAZ"
+    assert [run["baseline_seconds"] for run in found["b"]] == [(1 + 4) / 2, (11 + 13) / 2]
+    assert [run["baseline_seconds"] for run in found["c"]] == [(1 + 4) / 2, (8 + 11) / 2]
+    assert [run["baseline_seconds"] for run in found["d"]] == [(4 + 6) / 2, (8 + 11) / 2]
     assert latency_headline.ratio(
         latency_runs.summarise(found["c"]), latency_runs.summarise(found["A"])
-    ) == pytest.approx((3 / 4 + 9 / 10) / 2)
-    assert len(found["A"]) == 4
+    ) == pytest.approx((3 / 2.5 + 10 / 9.5) / 2)
+    assert len(found["A"]) == 6
     assert "baseline_seconds" not in found["Z"][0]
 
 

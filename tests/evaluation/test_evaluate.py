@@ -374,3 +374,23 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         journal.write_json(tmp_path / "a.json", {"x": float("nan")})
     assert content(tmp_path) == {}
+
+
+@pytest.mark.parametrize("devices", ["2", "all"])
+def test_the_perplexity_does_not_depend_on_the_devices(run, tmp_path, capsys, devices):
+    """Nine windows in batches of four: the last batch has fewer windows than devices."""
+    assert run(out="one.json") == 0
+    capsys.readouterr()
+    assert run("--devices", devices, out="more.json") == 0
+    count = jax.local_device_count() if devices == "all" else int(devices)
+    assert f"on each of {count} devices" in capsys.readouterr().out
+    one, more = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "more"))
+    assert more["perplexity"] == pytest.approx(one["perplexity"], rel=1e-6)
+    assert more["config"] == one["config"]
+    assert more["counts"] == one["counts"]
+
+
+def test_devices_that_are_not_there_are_refused(run, tmp_path, capsys):
+    assert run("--devices", "99") == 1
+    assert "devices must be" in capsys.readouterr().err
+    assert not (tmp_path / "out.json").exists()

@@ -1,0 +1,196 @@
+"""What the signals are on real text: the distributions that thresholds are taken from.
+
+Rules of the paper: 25th percentile of drift and of entropy (B.2), 95th percentile of the attention
+to halted tokens (C.3), 15th percentile of the distance of neighbours (D.3).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+from tqdm import tqdm
+
+from qs_jax.config import ModelConfig
+from qs_jax.engine import dense
+from qs_jax.engine.attention import attention
+from qs_jax.engine.checks import check_params
+from qs_jax.errors import InputError
+from qs_jax.mechanisms import fusion, signals
+from qs_jax.models import Params
+
+PERCENTS = (1, 5, 10, 15, 25, 50, 75, 90, 95, 99)
+_HALTED_PERCENT, _KV_PERCENT, _FUSE_PERCENT = 25, 95, 15
+_FUSE_DEPTHS = (10 / 30, 15 / 30, 20 / 30)  # D.3 samples layers 10, 15 and 20 of 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Observed:
+    """Signals of the dense model, layer by layer, at a sample of positions.
+
+    Row l - 1 is layer l; columns are `percents`.
+
+    Attributes:
+      percents: Which percentiles.
+      tokens: Sampled tokens.
+      drift_LQ: Raw drift.
+      relative_drift_LQ: Drift over the norm of the state after the layer.
+      entropy_LQ: Of the exact logit lens, in nats.
+      distance_LQ: Raw L2 distance of a state and its left neighbour's.
+      relative_distance_LQ: Over the mean of both norms.
+      received_LQ: Most attention that any head of any later query pays to the token, among tokens
+        that have been under both 25th percentiles at this layer or before; nan if there are none.
+      tau_kv: 95th percentile of `received` over all layers (C.3).
+      tau_kv_gaussian: The same of a Gaussian fitted to it, as C.3 has it; it can exceed 1.
+      tau_fuse: 15th percentile of the raw distance at a third, half and two thirds of the depth.
+    """
+
+    percents: tuple[int, ...]
+    tokens: int
+    drift_LQ: Float[np.ndarray, "L Q"]
+    relative_drift_LQ: Float[np.ndarray, "L Q"]
+    entropy_LQ: Float[np.ndarray, "L Q"]
+    distance_LQ: Float[np.ndarray, "L Q"]
+    relative_distance_LQ: Float[np.ndarray, "L Q"]
+    received_LQ: Float[np.ndarray, "L Q"]
+    tau_kv: float
+    tau_kv_gaussian: float
+    tau_fuse: float
+
+    def at(self, name: str, percent: int) -> tuple[float, ...]:
+        """One percentile of a signal for every layer, as a threshold of L numbers.
+
+        Args:
+          name: "drift", "relative_drift", "entropy", "distance" or "relative_distance".
+          percent: One of `percents`.
+        """
+        table_LQ: Any = getattr(self, f"{name}_LQ")
+        return tuple(table_LQ[:, self.percents.index(percent)].tolist())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; nan is None."""
+        out: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, np.ndarray):
+                name = field.name.removesuffix("_LQ")
+                out[name] = [[None if math.isnan(x) else x for x in row] for row in value.tolist()]
+            else:
+                out[field.name] = value
+        return out
+
+
+def observe(
+    params: Params,
+    tokens_WT: Int[np.ndarray, "W T"],
+    model: ModelConfig,
+    *,
+    positions: int = 64,
+    batch_size: int = 4,
+    seed: int = 0,
+    progress: bool = False,
+) -> Observed:
+    """Run the dense model over windows and take the percentiles of its signals.
+
+    Args:
+      params: From `qs_jax.load`.
+      tokens_WT: Windows, all of one length.
+      model: Architecture.
+      positions: Tokens sampled from each window: the logit lens of all would cost more than the
+        model.
+      batch_size: Windows at a time.
+      seed: Of the sample.
+      progress: Show a progress bar.
+
+    Raises:
+      ConfigError: The parameters are another model's.
+      InputError: A window has fewer than three tokens: none has a neighbour and a later query.
+    """
+    check_params(params, model)
+    windows, width = tokens_WT.shape
+    if width < 3 or not windows:
+        raise InputError(f"windows of {width} tokens are too short to observe: 3 are needed.")
+    rng = np.random.default_rng(seed)
+    count = min(positions, width - 2)
+    sample_WP = np.stack(
+        [np.sort(rng.choice(width - 2, count, replace=False)) + 1 for _ in range(windows)]
+    ).astype(np.int32)
+    program = jax.jit(_signals, static_argnames="model")
+    found = []
+    for start in tqdm(range(0, windows, batch_size), "observing", disable=not progress):
+        rows = slice(start, start + batch_size)
+        found.append(jax.device_get(program(params, tokens_WT[rows], sample_WP[rows], model=model)))
+    return summarise(
+        {name: np.concatenate([part[name] for part in found], axis=1) for name in found[0]}
+    )
+
+
+def summarise(signals_LWP: dict[str, np.ndarray]) -> Observed:
+    """Percentiles of the sampled signals, each `[L, W, P]`: those of `observe`'s tables."""
+    flat = {
+        name: array.reshape(len(array), -1).astype(np.float64)
+        for name, array in signals_LWP.items()
+    }
+    marked_LN = np.ones(flat["drift"].shape, bool)
+    for name in ("drift", "entropy"):
+        marked_LN &= flat[name] < np.percentile(flat[name], _HALTED_PERCENT, axis=1, keepdims=True)
+    halted_LN = np.logical_or.accumulate(marked_LN, axis=0)
+    halted_LN[-1:] = False  # nothing is left to skip after the last layer
+    received = flat.pop("received")
+    tables = {
+        f"{name}_LQ": np.percentile(array, PERCENTS, axis=1).T for name, array in flat.items()
+    }
+    tables["received_LQ"] = np.stack(
+        [
+            np.percentile(row[halted], PERCENTS) if halted.any() else np.full(len(PERCENTS), np.nan)
+            for row, halted in zip(received, halted_LN, strict=True)
+        ]
+    )
+    of_halted = received[halted_LN]
+    depth = len(received)
+    at = sorted({min(max(round(share * depth), 1), depth) - 1 for share in _FUSE_DEPTHS})
+    some = len(of_halted) > 0
+    return Observed(
+        percents=PERCENTS,
+        tokens=received.shape[1],
+        **tables,
+        tau_kv=float(np.percentile(of_halted, _KV_PERCENT)) if some else 0.0,
+        tau_kv_gaussian=float(of_halted.mean() + 1.645 * of_halted.std()) if some else 0.0,
+        tau_fuse=float(np.percentile(flat["distance"][at], _FUSE_PERCENT)),
+    )
+
+
+def _signals(params: Params, tokens_BT, sample_BP, model: ModelConfig) -> dict[str, Any]:
+    """Each signal `[L, B, P]` at the sampled positions, none the first or the last of its row."""
+    width = tokens_BT.shape[1]
+    mask_BTT = jnp.broadcast_to(
+        jnp.tril(jnp.ones((width, width), bool)), (tokens_BT.shape[0], width, width)
+    )
+
+    def attend(q, k, v):
+        context, weights_BNTS = attention(q, k, v, mask_BTT, None)
+        # A token's weight on itself says nothing about what others read from it.
+        others_BTS = jnp.where(jnp.eye(width, dtype=bool), 0, weights_BNTS.max(1))
+        return context, others_BTS.max(1)
+
+    def take(array_BT: Any, index_BP=sample_BP):
+        index = index_BP.reshape(*index_BP.shape, *[1] * (array_BT.ndim - 2))
+        return jnp.take_along_axis(array_BT, index, axis=1)
+
+    def look(before_BTD, after_BTD, received_BT) -> dict[str, Any]:
+        before, after, left = take(before_BTD), take(after_BTD), take(after_BTD, sample_BP - 1)
+        return {
+            "drift": signals.drift("raw", after, before),
+            "relative_drift": signals.drift("relative", after, before),
+            "entropy": signals.entropy("vocab", after, params, model, None, None),
+            "distance": fusion.distances(after, left, "raw"),
+            "relative_distance": fusion.distances(after, left, "relative"),
+            "received": take(received_BT),
+        }
+
+    return dense.look_at_layers(params, tokens_BT, model, look, attend)

@@ -1,0 +1,110 @@
+"""One program on several devices, a share of the rows on each (`jax.pmap`)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from qs_jax.errors import ConfigError
+from qs_jax.models import Params
+
+
+def local_devices(wanted: str | int) -> tuple[jax.Device, ...]:
+    """Devices of this process.
+
+    Args:
+      wanted: "all", or how many.
+
+    Raises:
+      ConfigError: There are not so many.
+    """
+    found = tuple(jax.local_devices())
+    if wanted == "all":
+        return found
+    try:
+        count = int(wanted)
+    except ValueError:
+        count = 0
+    if not 1 <= count <= len(found):
+        raise ConfigError(
+            f"devices must be 'all' or between 1 and {len(found)}, the devices of kind "
+            f"{found[0].device_kind} that this process has, got {wanted!r}."
+        )
+    return found[:count]
+
+
+def replicate(params: Params, devices: Sequence[jax.Device]) -> Params:
+    """Parameters on every device; those that are there already are left alone."""
+    sharding = NamedSharding(Mesh(np.array(devices), ("rows",)), PartitionSpec())
+    return jax.device_put(params, sharding)
+
+
+def run(
+    function: Callable[..., dict[str, Any]],
+    devices: Sequence[jax.Device],
+    params: Params,
+    rows: tuple[Any, ...],
+    shared: tuple[Any, ...],
+    static: dict[str, Any],
+) -> dict[str, Any]:
+    """Call `function(params, *rows, *shared, **static)` on shares of the rows.
+
+    Rows that do not divide are filled up with the last one, whose copies are dropped again.
+
+    Args:
+      function: Not jitted; returns arrays whose first axis is the rows, with those of
+        ["evidence"]["layers"] on the second, and "overflow", one truth value.
+      devices: Where to run.
+      params: Put on all devices, if they are not there.
+      rows: Trees of host arrays, `[B, ...]`.
+      shared: Trees that every device gets whole.
+      static: Hashable settings; others compile anew.
+
+    Returns:
+      Host arrays as one call with all rows would give them.
+    """
+    count = len(devices)
+    batch = len(jax.tree.leaves(rows)[0])
+    share = -(-batch // count)
+
+    def split(leaf: Any) -> np.ndarray:
+        leaf = np.asarray(leaf)
+        filled = np.concatenate([leaf, np.repeat(leaf[-1:], share * count - batch, axis=0)])
+        return filled.reshape(count, share, *leaf.shape[1:])
+
+    program = _program(function, tuple(devices), len(rows), len(shared), tuple(static.items()))
+    out = jax.device_get(program(replicate(params, devices), *jax.tree.map(split, rows), *shared))
+
+    def join(leaf: np.ndarray) -> np.ndarray:
+        return leaf.reshape(share * count, *leaf.shape[2:])[:batch]
+
+    def join_second(leaf: np.ndarray) -> np.ndarray:
+        leaf = np.moveaxis(leaf, 0, 1)
+        return leaf.reshape(len(leaf), share * count, *leaf.shape[3:])[:, :batch]
+
+    overflow = out.pop("overflow", None)
+    layers = out.get("evidence", {}).pop("layers", None)
+    joined = jax.tree.map(join, out)
+    if overflow is not None:
+        joined["overflow"] = np.any(overflow)
+    if layers is not None:
+        joined["evidence"]["layers"] = jax.tree.map(join_second, layers)
+    return joined
+
+
+@functools.lru_cache(maxsize=64)
+def _program(
+    function: Callable[..., dict[str, Any]],
+    devices: tuple[jax.Device, ...],
+    rows: int,
+    shared: int,
+    static: tuple[tuple[str, Any], ...],
+) -> Any:
+    """A pmapped program is cached by the function it is made of: one for each set of settings."""
+    in_axes = (None, *[0] * rows, *[None] * shared)
+    return jax.pmap(functools.partial(function, **dict(static)), in_axes=in_axes, devices=devices)

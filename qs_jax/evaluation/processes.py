@@ -1,0 +1,139 @@
+"""One evaluation in several processes, each on its own share of the batches (`jax.distributed`).
+
+Process i of n scores batches i, i + n, i + 2n, ... of the same windows and keeps its own journal.
+At the end the entries are exchanged, and process 0 writes what one process would have written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from qs_jax.errors import ConfigError, InputError
+
+# A process that has been silent for so long is given up, and the others end with an error.
+HEARTBEAT_SECONDS = 20
+CONNECT_SECONDS = 60
+_WATCH = "import sys; sys.stdin.read() == 'done' or print(sys.argv[1], file=sys.stderr)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """Which of how many processes this one is.
+
+    Attributes:
+      index: From 0.
+      count: 1 for a run on its own.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    @property
+    def suffix(self) -> str:
+        """Tells the journals of processes that share a folder apart."""
+        return "" if self.count == 1 else f".{self.index}-of-{self.count}"
+
+    def share(self, items: Sequence[Any]) -> Sequence[Any]:
+        """Every `count`-th item, from `index` on."""
+        return items[self.index :: self.count]
+
+    def gather(self, entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The entries of all processes in the order of the batches, on every process.
+
+        Args:
+          entries: This process's, JSON types, in order.
+
+        Raises:
+          InputError: Another process is gone.
+        """
+        if self.count == 1:
+            return list(entries)
+        mine = np.frombuffer(json.dumps(list(entries)).encode("ascii"), np.uint8)
+        sizes = self._all(np.array([len(mine)], np.int32)).reshape(-1)
+        padded = np.zeros(int(sizes.max()), np.uint8)
+        padded[: len(mine)] = mine
+        texts = self._all(padded)
+        lists = [
+            json.loads(bytes(text[:size])) for text, size in zip(texts, sizes.tolist(), strict=True)
+        ]
+        rounds = itertools.zip_longest(*lists)
+        return [entry for one in rounds for entry in one if entry is not None]
+
+    def _all(self, array: np.ndarray) -> np.ndarray:
+        """The array of every process, stacked."""
+        from jax.experimental import multihost_utils
+
+        try:
+            return np.asarray(multihost_utils.process_allgather(array))
+        except (RuntimeError, ValueError) as error:  # a broken connection
+            raise InputError(self.lost) from error
+
+    @property
+    def lost(self) -> str:
+        """What to say when another process is gone."""
+        return (
+            f"process {self.index} of {self.count} ended without a result, most likely because "
+            f"another one was lost ({HEARTBEAT_SECONDS} seconds of silence; its own output says "
+            "why). Finished batches are kept: start all processes again with --resume."
+        )
+
+
+@contextlib.contextmanager
+def explained(processes: Processes) -> Iterator[None]:
+    """Say on standard error what happened if this process is ended from within.
+
+    JAX aborts every process, past all Python, when one of them falls silent. A watcher of a few
+    lines outlives that, and explains it.
+    """
+    if processes.count == 1:
+        yield
+        return
+    command = [sys.executable, "-c", _WATCH, f"error: {processes.lost}"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, text=True) as watcher:
+        try:
+            yield
+        finally:
+            watcher.communicate("done")
+
+
+def connect(coordinator: str | None, count: int, index: int) -> Processes:
+    """Join the other processes; to be called before anything is computed.
+
+    Args:
+      coordinator: HOST:PORT of process 0, which listens there; None for a run on its own.
+      count: Processes in all.
+      index: Of this one, from 0.
+
+    Raises:
+      ConfigError: The numbers do not fit, or the others did not come within a minute.
+    """
+    if coordinator is None:
+        if (count, index) != (1, 0):
+            raise ConfigError("several processes need --coordinator HOST:PORT, that of process 0.")
+        return Processes()
+    if not 0 <= index < count:
+        raise ConfigError(f"--process-id must be from 0 to {count - 1}, got {index}.")
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            num_processes=count,
+            process_id=index,
+            initialization_timeout=CONNECT_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"process {index} of {count} could not join at {coordinator}: {error}"
+        ) from error
+    return Processes(index, count)

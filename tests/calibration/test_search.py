@@ -1,0 +1,327 @@
+"""Calibration: bounds, the walk over the front, whole searches on a tiny model, mistakes."""
+
+import dataclasses
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+
+import qs_jax
+from convert.hf_to_flax import convert
+from qs_jax import cli, presets
+from qs_jax.calibration import climb, families, paired, search
+from qs_jax.calibration.files import maps_path
+from qs_jax.calibration.observe import observe
+from qs_jax.engine import scoring
+from qs_jax.testing import tiny_model, tiny_params
+from tests.convert.folders import llama_tensors, write_folder
+
+WINDOWS, WIDTH, CONTINUED = 12, 60, 12
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(num_layers=6)
+
+
+@pytest.fixture(scope="module")
+def params(model):
+    return tiny_params(model, scale=3.0)
+
+
+@pytest.fixture(scope="module")
+def text(model, params):
+    """Text of the model itself, sampled: its perplexity is that of a language model."""
+    cfg = qs_jax.Config(model, max_new_tokens=WIDTH - 2, temperature=1.0, eos_token_ids=())
+    starts = np.random.default_rng(0).integers(2, model.vocab_size, (WINDOWS, 2), np.int32)
+    return np.array(qs_jax.generate(params, starts, cfg).sequences, np.int32)
+
+
+@pytest.fixture(scope="module")
+def cfg(model):
+    return qs_jax.Config(model, continuation_tokens=CONTINUED)
+
+
+def scores(nll, tokens=10):
+    nll = np.asarray(nll, float)
+    return paired.Scores(nll, np.full(len(nll), tokens), {})
+
+
+def test_the_bound_of_a_constant_difference_is_that_difference():
+    dense = scores([1.0, 2.0, 3.0])
+    worse = scores([1.1, 2.1, 3.1])
+    expected = math.exp(2.1) - math.exp(2.0)
+    assert paired.ppl_increase(worse, dense) == pytest.approx(expected)
+    assert paired.upper_bound(worse, dense, 0.95) == pytest.approx(expected)
+    assert paired.upper_bound(scores([1.1]), scores([1.0]), 0.95) == math.inf
+
+
+def test_the_bound_covers_as_often_as_it_says():
+    """Windows drawn anew 4,000 times: the true increase is under the bound in 90 % of draws."""
+    rng = np.random.default_rng(0)
+    true = 0.05
+    hits = 0
+    for _ in range(4000):
+        dense_W = rng.normal(2.0, 1.0, 8)
+        dense, worse = scores(dense_W), scores(dense_W + rng.normal(true, 0.2, 8))
+        hits += paired.upper_bound(worse, dense, 0.9) >= dense.perplexity * math.expm1(true)
+    assert 0.885 < hits / 4000 < 0.915
+
+
+def space_of(model, observed=None, **changes):
+    fields = {
+        "name": "skip",
+        "policy": "skip",
+        "rule": "quota",
+        "layers": (2, 3, 4),
+        "observed": observed,
+        "model": model,
+        "fuses": False,
+    }
+    return families.Space(**fields | changes)
+
+
+def test_steps_keep_shares_rising(model):
+    space = space_of(model)
+    assert dict(space.steps((0, 1, 2, 0, 0))) == {
+        0: (1, 1, 2, 0, 0),
+        1: (0, 2, 2, 0, 0),
+        2: (0, 1, 3, 0, 0),
+    }
+    assert dict(space.steps((4, 4, 4, 0, 0))) == {}
+    halting = space.preset((0, 1, 1, 0, 0), lean=True).halting
+    assert (halting.layers, halting.quota) == ((3,), (0.25,))
+    assert space.preset((0, 1, 1, 0, 0)).halting.quota == (0.0, 0.25, 0.25)
+    assert space.preset(space.start, lean=True).is_off
+
+
+# Saving and price of a share halted by the first, second and third layer: closed forms.
+SAVES, PRICES = (0.4, 0.3, 0.2), (3.0, 0.5, 0.1)
+
+
+def stand_in(task, space, levels):
+    """A candidate whose saving and price are sums over the layers of what newly stopped there."""
+    stopped = np.diff(np.array([0, *levels[:3]]) / 4)
+    saving = float(np.dot(stopped, SAVES))
+    price = float(np.dot(stopped**2, PRICES))
+    return climb.Point(space.name, levels, price, {}, saving)
+
+
+def task_of(budget):
+    return climb.Task({}, None, None, None, budget, "exact_flops", 1)
+
+
+def test_the_climb_finds_the_front_and_measures_little(model, monkeypatch):
+    """Against every candidate there is: 35 rising schedules."""
+    monkeypatch.setattr(climb, "_point", stand_in)
+    space, task = space_of(model), task_of(0.3)
+    found = climb.climb(task, space, 35)
+    every = [
+        stand_in(task, space, (*levels, 0, 0))
+        for levels in itertools.product(range(5), repeat=3)
+        if list(levels) == sorted(levels)
+    ]
+    assert len(every) == 35
+    best = max(point.saving for point in every if point.ppl_increase <= 0.3)
+    mine = max(point.saving for point in found if point.ppl_increase <= 0.3)
+    assert mine >= 0.95 * best
+    assert len(found) < 25
+    front = climb.pareto(every)
+    for point in front:
+        assert not any(
+            other.saving >= point.saving and other.ppl_increase < point.ppl_increase
+            for other in every
+        )
+    assert [p.saving for p in front] == sorted(p.saving for p in front)
+
+
+def test_the_climb_stops_when_it_may_measure_no_more(model, monkeypatch):
+    monkeypatch.setattr(climb, "_point", stand_in)
+    assert len(climb.climb(task_of(10.0), space_of(model), 5)) == 5
+
+
+def test_the_walk_ends_at_the_first_candidate_out_of_budget(monkeypatch):
+    """A later one that would pass by luck is not looked at."""
+    increases = iter([0.05, 0.3, 0.05])
+    dense = scores([1.0, 1.0])
+
+    def measured(task, qs):
+        del task, qs
+        nll = math.log(math.e + next(increases))
+        saved = dict.fromkeys(climb._KEPT, 0.1)
+        return dataclasses.replace(scores([nll, nll]), saved=saved)
+
+    monkeypatch.setattr(climb, "measure", measured)
+    task = task_of(0.1)._replace(dense=dense)
+    points = [climb.Point("skip", (level, 0, 0), 0.0, {}, 0.1) for level in (1, 2, 3)]
+    space = space_of(tiny_model(), layers=(2,))
+    best, told = climb.verify(task, points, {"skip": space}, 0.95)
+    assert best == points[0]
+    assert [entry["within_budget"] for entry in told] == [True, False]
+
+
+@pytest.fixture(scope="module")
+def generous(params, text, cfg):
+    """A search with a budget of a tenth of the perplexity."""
+    dense = qs_jax.score(params, text, cfg.replace(protocol="continuation")).perplexity
+    before = scoring.jit_score_masked._cache_size()
+    found = search(params, text, cfg, max_ppl_increase=dense / 10, max_evaluations=25, timed_runs=1)
+    return found, dense, scoring.jit_score_masked._cache_size() - before
+
+
+def test_a_calibrated_preset_keeps_its_budget_on_windows_it_never_saw(generous, params, text, cfg):
+    """Scored again through the public call, by the engine that really leaves work out."""
+    found, dense, _ = generous
+    verified = found.preset.provenance["verified"]
+    assert not found.preset.is_off
+    assert verified["upper_bound"] <= dense / 10
+    mine = cfg.replace(protocol="continuation", quicksilver=found.preset, engine="compact")
+    rows = text[WINDOWS // 2 :]
+    worse = qs_jax.score(params, rows, mine)
+    plain = qs_jax.score(params, rows, mine.replace(quicksilver=None))
+    assert worse.perplexity - plain.perplexity == pytest.approx(
+        verified["ppl_increase"], abs=1e-3 * plain.perplexity
+    )
+    assert worse.record.layer_tokens_saved == pytest.approx(
+        verified["layer_tokens_saved"], abs=1e-6
+    )
+    assert verified["exact_flops_saved"] > 0
+    assert verified["measured_time_saved"] is not None
+    assert verified["windows"] == WINDOWS // 2
+
+
+def test_a_sweep_compiles_once_for_each_program(generous):
+    """Quotas and thresholds are numbers: with fusion and without, at whole and last batches."""
+    found, _, compiled = generous
+    assert len(found.points) > 15
+    assert compiled <= 2 * 2
+
+
+def test_the_front_costs_and_saves_more_and_more(generous):
+    found, _, _ = generous
+    savings = [point.saving for point in found.front]
+    prices = [point.ppl_increase for point in found.front]
+    assert savings == sorted(savings)
+    assert prices == sorted(prices)
+    json.dumps(found.to_dict(), allow_nan=False)
+
+
+def test_a_budget_that_nothing_meets_gives_off(params, text, cfg):
+    preset = qs_jax.calibrate(
+        params, text, cfg, max_ppl_increase=1e-9, max_evaluations=4, fusion=False
+    )
+    assert preset.is_off
+    assert "off" in preset.provenance["verified"]["reason"]
+
+
+def test_teacher_forced_thresholds_come_from_percentiles(params, text, cfg):
+    found = search(
+        params,
+        text,
+        cfg.replace(protocol="teacher-forced"),
+        max_ppl_increase=1e6,
+        objective="layer_tokens",
+        layers=(3, 5),
+        max_evaluations=8,
+        fusion=False,
+        timed_runs=0,
+    )
+    halting = found.preset.halting
+    assert halting.rule == "dual"
+    layer = halting.layers[0]
+    at = [found.observed.at("drift", p)[layer - 1] for p in (25, 50, 75, 90)]
+    assert halting.tau_drift[layer - 1] in at
+    assert found.preset.provenance["verified"]["layer_tokens_saved"] > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "told"),
+    [
+        ({"max_ppl_increase": 0.0}, qs_jax.ConfigError, "must be positive"),
+        ({"max_ppl_increase": float("nan")}, qs_jax.ConfigError, "must be positive"),
+        ({"objective": "speed"}, qs_jax.ConfigError, "objective must be one of"),
+        ({"confidence": 1.0}, qs_jax.ConfigError, "confidence must be between"),
+        ({"policies": ("extrapolate",)}, qs_jax.ConfigError, "needs maps"),
+        ({"policies": ("attended",)}, qs_jax.ConfigError, "threshold of its own"),
+        ({"layers": (6,)}, qs_jax.ConfigError, "layers must be between 1 and 5"),
+        ({"max_evaluations": 0}, qs_jax.ConfigError, "max_evaluations must be at least 1"),
+        ({"verify_share": 0.1}, qs_jax.InputError, "too few"),
+    ],
+)
+def test_mistakes_are_told(params, text, cfg, changes, error, told):
+    settings = {"max_ppl_increase": 1.0, "max_evaluations": 1} | changes
+    with pytest.raises(error, match=told):
+        search(params, text, cfg, **settings)
+
+
+def test_windows_must_fit(params, text, cfg):
+    with pytest.raises(qs_jax.InputError, match="no prompt before"):
+        qs_jax.calibrate(params, text[:, :CONTINUED], cfg, max_ppl_increase=1.0)
+    ragged = [row[: len(row) - index] for index, row in enumerate(text.tolist())]
+    with pytest.raises(qs_jax.InputError, match="one length"):
+        qs_jax.calibrate(params, ragged, cfg, max_ppl_increase=1.0)
+    with pytest.raises(qs_jax.InputError, match="too short to observe"):
+        observe(params, text[:, :2], cfg.model)
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("calibrate")
+    convert(str(write_folder(folder / "hf", llama_tensors()[0])), folder / "ckpt")
+    return folder / "ckpt"
+
+
+def command(ckpt, folder, characters, *flags):
+    (folder / "text.txt").write_text(("the quick brown fox jumps over the dog; " * 99)[:characters])
+    command = ["calibrate", "--ckpt", str(ckpt), "--data", str(folder / "text.txt")]
+    command += ["--out", str(folder / "preset.json"), "--seq-len", "48"]
+    command += ["--continuation-tokens", "8", "--windows", "4", "--verify-windows", "4"]
+    return cli.main([*command, *flags])
+
+
+def test_it_writes_a_preset_that_evaluate_takes(ckpt, tmp_path, capsys):
+    flags = ["--max-ppl-increase", "1e6", "--fit-windows", "16", "--max-evaluations", "6"]
+    assert command(ckpt, tmp_path, 3000, *flags, "--timed-runs", "0") == 0
+    told = capsys.readouterr().out
+    content = json.loads((tmp_path / "preset.json").read_text())
+    verified = content["provenance"]["verified"]
+    names = {"ppl_increase", "upper_bound", "exact_flops_saved", "paper_flops_saved"}
+    assert names | {"measured_time_saved", "data", "windows"} <= set(verified)
+    assert "preset.json" in told
+    searched = json.loads((tmp_path / "preset.search.json").read_text())
+    assert {point["family"] for point in searched["points"]} == {"skip", "extrapolate"}
+    evaluate = ["evaluate", "--ckpt", str(ckpt), "--data", str(tmp_path / "text.txt")]
+    evaluate += ["--preset", str(tmp_path / "preset.json"), "--out", str(tmp_path / "out.json")]
+    evaluate += ["--seq-len", "48", "--continuation-tokens", "8", "--limit-windows", "8"]
+    assert cli.main(evaluate) == 0
+    assert maps_path(tmp_path / "preset.json").name == "preset.kv_maps.safetensors"
+    _, model = qs_jax.load(ckpt)
+    assert presets.load(tmp_path / "preset.json", model).halting is not None
+    for field, value in (("num_layers", 2), ("hidden_size", 64), ("vocab_size", 50)):
+        with pytest.raises(qs_jax.ConfigError, match=f"made for a model with {field}"):
+            presets.load(tmp_path / "preset.json", model.replace(**{field: value}))
+
+
+@pytest.mark.parametrize(
+    ("characters", "flags", "told"),
+    [
+        (30, [], "less than one window of 48"),
+        (600, [], "were asked for"),
+        (3000, ["--verify-windows", "1"], "must be at least 2"),
+        (3000, ["--fit-windows", "-1"], "must not be negative"),
+    ],
+)
+def test_mistakes(ckpt, tmp_path, capsys, characters, flags, told):
+    flags = ["--max-ppl-increase", "0.2", *flags]
+    assert command(ckpt, tmp_path, characters, *flags) == 1
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "preset.json").exists()
+
+
+def test_it_overwrites_nothing_unasked(ckpt, tmp_path, capsys):
+    (tmp_path / "preset.json").write_text("mine")
+    assert command(ckpt, tmp_path, 3000, "--max-ppl-increase", "0.2") == 1
+    assert "exists" in capsys.readouterr().err
+    assert (tmp_path / "preset.json").read_text() == "mine"
