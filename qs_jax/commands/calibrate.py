@@ -10,7 +10,7 @@ from qs_jax.errors import InputError
 
 if TYPE_CHECKING:
     from qs_jax.calibration import Calibration
-    from qs_jax.config import ModelConfig
+    from qs_jax.config import Config, ModelConfig
     from qs_jax.models import Params
 
 
@@ -52,6 +52,8 @@ class Calibrate:
     """Candidates measured for each KV policy."""
     candidates: int = 4
     """Candidates of the front to verify."""
+    amq_grid: bool = False
+    """Also score the paper's grid of entropy thresholds for bits (E.9), into OUT's .amq.json."""
     timed_runs: int = 3
     """Runs of the winner and of the dense model, in turn, for the measured time; 0 for none."""
     dtype: Literal["auto", "float32", "bfloat16"] | None = "auto"
@@ -111,7 +113,19 @@ class Calibrate:
             timed_runs=self.timed_runs,
             progress=True,
         )
-        self._report(found, save(found, self.out, model))
+        files = save(found, self.out, model)
+        if self.amq_grid:
+            files.append(self._amq_grid(params, tokens_WT[: self.windows], cfg))
+        self._report(found, files)
+
+    def _amq_grid(self, params: Params, tokens_WT: Any, cfg: Config) -> Path:
+        from qs_jax.calibration import amq_grid
+        from qs_jax.evaluation.journal import write_json
+
+        points = amq_grid(params, tokens_WT, cfg, batch_size=self.batch_size, progress=True)
+        path = self.out.with_name(f"{self.out.stem}.amq.json")
+        write_json(path, {"points": [dataclasses.asdict(point) for point in points]})
+        return path
 
     def _with_maps(self, params: Params, fitting_WT: Any, model: ModelConfig, data: str) -> Params:
         from qs_jax import fit_kv_maps

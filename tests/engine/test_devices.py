@@ -20,9 +20,10 @@ def model():
     return tiny_model(num_layers=5)
 
 
-@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 2, 4])
 @pytest.mark.parametrize(
-    ("name", "engine"), [(None, "auto"), ("HKFQ", "masked"), ("HK", "compact")]
+    ("name", "engine"),
+    [(None, "auto"), pytest.param("HKFQ", "masked", marks=pytest.mark.slow), ("HK", "compact")],
 )
 def test_scores_do_not_depend_on_the_number_of_devices(model, count, name, engine):
     """Five rows of different lengths: they divide by no number of devices but one."""

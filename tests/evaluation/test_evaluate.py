@@ -376,7 +376,7 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path):
     assert content(tmp_path) == {}
 
 
-@pytest.mark.parametrize("devices", ["2", "all"])
+@pytest.mark.parametrize("devices", [pytest.param("2", marks=pytest.mark.slow), "all"])
 def test_the_perplexity_does_not_depend_on_the_devices(run, tmp_path, capsys, devices):
     """Nine windows in batches of four: the last batch has fewer windows than devices."""
     assert run(out="one.json") == 0
