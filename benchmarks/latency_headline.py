@@ -136,14 +136,20 @@ def _decode(
         yield "decode_ours_over_hf", f"{key}, {hf}", ratio(rows[hf], dense, "call_seconds")
     if "half depth" in rows:
         yield "half_depth_decode_speedup", key, 1 / ratio(rows["half depth"], dense)
-    if peaks(group, results) is not None:
+    if peaks(results) is not None:
         limit = bandwidth_seconds(group, results)
         yield "decode_bandwidth_fraction", key, limit / dense["seconds"]
 
 
-def peaks(group: dict[str, Any], results: dict[str, Any]) -> dict[str, float] | None:
-    """The machine's best in the run that measured a group; the last run's where it is not noted."""
-    return group.get("machine", results.get("machine"))
+def peaks(results: dict[str, Any]) -> dict[str, float] | None:
+    """The best of the machine in any of the runs that made a file; None if nothing was measured.
+
+    A run that shares the machine sees less of it, and a share of that would flatter.
+    """
+    groups = results.get("groups", {}).values()
+    found = [part["machine"] for part in (*groups, results) if part.get("machine")]
+    names = ("gemm_flops", "bandwidth")
+    return {name: max(part[name] for part in found) for name in names} if found else None
 
 
 def bandwidth_seconds(group: dict[str, Any], results: dict[str, Any]) -> float:
@@ -153,7 +159,7 @@ def bandwidth_seconds(group: dict[str, Any], results: dict[str, Any]) -> float:
       group: Its prompts and half of the new tokens are, on average, the context.
       results: Has "about" with "weight_bytes" and "kv_bytes_per_token".
     """
-    about, peak = results["about"], peaks(group, results)
+    about, peak = results["about"], peaks(results)
     assert peak is not None
     context = group["length"] + about["new_tokens"] / 2
     read = about["weight_bytes"] + group["batch"] * context * about["kv_bytes_per_token"]

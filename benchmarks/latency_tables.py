@@ -92,7 +92,7 @@ def _cells(
 
 
 def _of_peak(group: dict[str, Any], row: dict[str, Any], results: dict[str, Any]) -> str:
-    machine = figures.peaks(group, results)
+    machine = figures.peaks(results)
     if machine is None or "exact_flops" not in row:
         return ""
     if group["section"] == "decode":
@@ -129,7 +129,8 @@ def _range(counts: set[int]) -> str:
 
 
 def _about(results: dict[str, Any]) -> str:
-    about, machine, made_with = results["about"], results["machine"], results["environment"]
+    about, made_with = results["about"], results["environment"]
+    machine = results["machine"] | (figures.peaks(results) or {})
     packages = made_with["packages"]
     versions = "".join(f", {name} {number}" for name, number in about["versions"].items())
     return (
@@ -137,6 +138,6 @@ def _about(results: dict[str, Any]) -> str:
         f"tokens. {machine['device']} ({machine['platform']}), {made_with['processor']}, "
         f"{made_with['cores']} cores; best matrix product "
         f"{machine['gemm_flops'] / 1e9:,.0f} GFLOP/s, best read {machine['bandwidth'] / 1e9:.1f} "
-        f"GB/s, in the same run. Python {made_with['python']}, jax {packages['jax']}{versions}. "
+        f"GB/s, of all runs. Python {made_with['python']}, jax {packages['jax']}{versions}. "
         f"Peak resident memory of the whole process {about['peak_rss_bytes'] / 1e9:.1f} GB."
     )

@@ -103,6 +103,17 @@ def test_the_headline_is_the_worst_of_what_it_is_chosen_from():
     }
 
 
+def test_shares_are_of_the_best_that_any_run_saw_of_the_machine():
+    results = constructed()
+    before = latency_headline.headline(results)["decode_bandwidth_fraction"]
+    group = results["groups"]["prefill 4x512"]
+    group["machine"] = {"bandwidth": 200.0, "gemm_flops": 0.5}
+    assert latency_headline.peaks(results) == {"bandwidth": 200.0, "gemm_flops": 1.0}
+    after = latency_headline.headline(results)["decode_bandwidth_fraction"]
+    assert after == pytest.approx(before / 2)
+    assert latency_headline.peaks({}) is None
+
+
 def test_what_was_not_measured_has_no_figure():
     assert set(latency_headline.headline({}).values()) == {None}
     results = constructed()
