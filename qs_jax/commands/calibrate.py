@@ -180,4 +180,4 @@ class Calibrate:
         elif verified["measured_time_saved"] is not None:
             console.print(f"time saved here, measured: {verified['measured_time_saved']:.1%}")
         for path in files:
-            console.print(f"wrote {path}", highlight=False)
+            print(f"wrote {path}")  # rich would break long paths
