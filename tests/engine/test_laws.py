@@ -122,7 +122,7 @@ def fast_case(request):
     with jax.enable_x64(True):
         cfg = _open(request.param)[1]
         qs, model = cfg.quicksilver, cfg.model.replace(dtype="float64")
-        if qs.amq is not None:
+        if qs.amq is not None and qs.amq.execution == "auto":
             amq = dataclasses.replace(qs.amq, execution="int8")
             qs = dataclasses.replace(qs, amq=amq)
         yield params_of(model), cfg.replace(model=model, quicksilver=qs)
