@@ -9,7 +9,6 @@ on the windows that follow the scored ones. All savings are simulated: counted f
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from benchmarks import environment, mechanism_rows, mechanism_tables
 from qs_jax import accounting
 from qs_jax.checkpoint import read_manifest
 from qs_jax.config import Config, ModelConfig
-from qs_jax.evaluation.perplexity import Windows, cut_windows, score_windows
+from qs_jax.evaluation.perplexity import Windows, cut_windows, score_windows, total_counts
 from qs_jax.mechanisms.kv_maps import KVMaps, select
 from qs_jax.models import Params
 
@@ -55,11 +54,10 @@ class Arguments:
 def score_row(params: Params, windows: Windows, cfg: Config, batch_size: int) -> dict[str, Any]:
     """Per-window negative log-likelihood and the savings of one configuration."""
     entries = list(score_windows(params, windows, cfg, batch_size=batch_size))
-    counted = functools.reduce(accounting.add, [entry["counts"] for entry in entries])
     return {
         "nll": [value for entry in entries for value in entry["nll"]],
         "tokens": [count for entry in entries for count in entry["tokens"]],
-        "saved": accounting.summary(counted),
+        "saved": accounting.summary(total_counts(entries)),
     }
 
 

@@ -15,13 +15,13 @@ from tqdm import tqdm
 from qs_jax.calibration import paired
 from qs_jax.calibration.families import Levels, Space
 from qs_jax.config import Config, QuickSilverConfig
+from qs_jax.evaluation.perplexity import SAVED
 from qs_jax.mechanisms.kv_maps import select
 from qs_jax.models import Params
 
 # Steps are tried up to this multiple of the budget: the front shows what a little more would buy.
 _BEYOND = 1.5
 _TINY = 1e-6
-_KEPT = ("exact_flops_saved", "paper_flops_saved", "layer_tokens_saved", "kv_bytes_saved")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +204,7 @@ def verify(
                 "upper_bound": bound if math.isfinite(bound) else None,
                 "confidence": confidence,
                 "within_budget": kept,
-                **{name: scores.saved[name] for name in _KEPT},
+                **{name: scores.saved[name] for name in SAVED},
                 "windows": len(scores.nll_W),
             }
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -12,7 +11,13 @@ from jaxtyping import Float, Int
 
 from qs_jax import accounting
 from qs_jax.config import Config
-from qs_jax.evaluation.perplexity import cut_windows, exp, score_windows
+from qs_jax.evaluation.perplexity import (
+    cut_windows,
+    exp,
+    per_window_nll,
+    score_windows,
+    total_counts,
+)
 from qs_jax.models import Params
 
 OBJECTIVES = ("exact_flops", "paper_flops", "layer_tokens")
@@ -60,10 +65,7 @@ def score_tokens(
     """
     windows = cut_windows(tokens_WT.reshape(-1).tolist(), tokens_WT.shape[1])
     entries = list(score_windows(params, windows, cfg, batch_size=batch_size))
-    tokens_W = np.array([count for entry in entries for count in entry["tokens"]])
-    nll_W = np.array([value for entry in entries for value in entry["nll"]]) / tokens_W
-    counted = functools.reduce(accounting.add, [entry["counts"] for entry in entries])
-    return Scores(nll_W, tokens_W, accounting.summary(counted))
+    return Scores(*per_window_nll(entries), accounting.summary(total_counts(entries)))
 
 
 def ppl_increase(scores: Scores, dense: Scores) -> float:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from qs_jax import accounting
 from qs_jax.config import Config
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # Of English in any subword vocabulary; where it is too few, documents are taken again.
 _CHARS_PER_TOKEN = 8
 _VERSIONED = ("jax", "jaxlib", "flax", "numpy", "qs-jax")
-_SAVED = ("paper_flops_saved", "exact_flops_saved", "kv_bytes_saved", "layer_tokens_saved")
+SAVED = ("paper_flops_saved", "exact_flops_saved", "kv_bytes_saved", "layer_tokens_saved")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +169,19 @@ def score_windows(
         }
 
 
+def per_window_nll(
+    entries: Sequence[dict[str, Any]],
+) -> tuple[Float[np.ndarray, "W"], Int[np.ndarray, "W"]]:
+    """Mean negative log-likelihood of each window's scored tokens, in nats, and their number."""
+    tokens_W = np.array([count for entry in entries for count in entry["tokens"]])
+    return np.array([value for entry in entries for value in entry["nll"]]) / tokens_W, tokens_W
+
+
+def total_counts(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The tally of all batches together."""
+    return functools.reduce(accounting.add, [entry["counts"] for entry in entries])
+
+
 def mean_nll(entries: Sequence[dict[str, Any]]) -> float:
     """Negative log-likelihood of all scored tokens so far, in nats per token."""
     total = math.fsum(value for entry in entries for value in entry["nll"])
@@ -193,16 +206,15 @@ def results(entries: Sequence[dict[str, Any]], *, engine: str | None) -> dict[st
       Perplexity with its interval, per-window records, counts and savings, as plain JSON types. A
       perplexity beyond the range of float64 is None.
     """
-    tokens = np.array([count for entry in entries for count in entry["tokens"]])
-    per_window = np.array([value for entry in entries for value in entry["nll"]]) / tokens
-    counts = functools.reduce(accounting.add, [entry["counts"] for entry in entries])
+    per_window, tokens = per_window_nll(entries)
+    counts = total_counts(entries)
     summary = accounting.summary(counts)
     nll = mean_nll(entries)
     note = _NOTES[engine]
     return {
         "perplexity": exp(nll),
         "tokens_scored": int(tokens.sum()),
-        **{name: summary[name] for name in _SAVED},
+        **{name: summary[name] for name in SAVED},
         "nll": nll,
         "perplexity_interval": interval(per_window),
         "windows": len(tokens),

@@ -150,7 +150,7 @@ def test_the_walk_ends_at_the_first_candidate_out_of_budget(monkeypatch):
     def measured(task, qs):
         del task, qs
         nll = math.log(math.e + next(increases))
-        saved = dict.fromkeys(climb._KEPT, 0.1)
+        saved = dict.fromkeys(climb.SAVED, 0.1)
         return dataclasses.replace(scores([nll, nll]), saved=saved)
 
     monkeypatch.setattr(climb, "measure", measured)
