@@ -78,9 +78,7 @@ class OurRunner:
             record, qs = accounting.dense_record(lengths, prompts, model), None
         dense = out.record is None
         maps = self._params.get("kv_maps")
-        counted = accounting.tally(
-            record, model, qs, maps.maps_LXFO.shape[2] if maps is not None else None
-        )
+        counted = accounting.tally(record, model, qs, maps.sizes if maps is not None else None)
         timed = {"prefill": ("prefill",), "decode": ("decode",)}  # of a decode, new tokens only
         parts = [counted[name] for name in timed.get(self._section, ("prefill", "decode"))]
         total = {

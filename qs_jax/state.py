@@ -101,6 +101,7 @@ class TokenState(flax.struct.PyTreeNode):
       received_BTS: Attention received by each key (`kv_skip.Keys.received_BTS`); or None.
       shortlist_BTX: Ids of the shortlist entropy; or None.
       taken_BW: Which of the W tokens before the call's first it has absorbed; or None.
+      code_BTR: What the extrapolation maps read of a token, from when it halted; or None.
     """
 
     h_BTD: Float[Array, "B T D"]
@@ -113,6 +114,7 @@ class TokenState(flax.struct.PyTreeNode):
     received_BTS: Float[Array, "B T S"] | None
     shortlist_BTX: Int[Array, "B T X"] | None
     taken_BW: Bool[Array, "B W"] | None
+    code_BTR: Float[Array, "B T R"] | None
 
 
 @no_type_check

@@ -181,7 +181,7 @@ def test_new_tokens_are_not_charged_under_continuation(model, params):
 def test_maps_must_be_named_to_be_charged(model, params):
     qs = dataclasses.replace(forced("skip"), kv_skip=KVSkipConfig("extrapolate"))
     record = accounting.dense_record(np.array([9]), np.array([4]), model)
-    with pytest.raises(qs_jax.ConfigError, match="map_features"):
+    with pytest.raises(qs_jax.ConfigError, match="map_sizes"):
         accounting.tally(record, model, qs)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from qs_jax.accounting import flops, memory
 from qs_jax.config import ModelConfig, QuickSilverConfig
 from qs_jax.errors import ConfigError
+from qs_jax.mechanisms.kv_maps import MapSizes
 from qs_jax.record import Record
 
 _SAVED = {
@@ -31,7 +32,7 @@ def tally(
     record: Record,
     model: ModelConfig,
     quicksilver: QuickSilverConfig | None,
-    map_features: int | None = None,
+    map_sizes: MapSizes | None = None,
 ) -> dict[str, Any]:
     """Count one call.
 
@@ -39,8 +40,7 @@ def tally(
       record: Its evidence.
       model: Sizes.
       quicksilver: Mechanisms that ran; None for none.
-      map_features: Rows of the extrapolation maps (`maps_LXFO.shape[2]`) where the policy is
-        "extrapolate".
+      map_sizes: Of the extrapolation maps (`KVMaps.sizes`) where the policy is "extrapolate".
 
     Returns:
       {"prefill": part, "decode": part}; a part has totals, their dense counterparts, the cost of
@@ -50,10 +50,9 @@ def tally(
     if qs.amq is not None and (record.bits == 16).all():
         qs = dataclasses.replace(qs, amq=None)  # execution "auto" left it out
     policy = qs.kv_skip.policy if qs.kv_skip is not None else "propagate"
-    if policy == "extrapolate" and map_features is None:
-        raise ConfigError("give map_features, the rows of the maps: they decide what a key costs.")
-    features = map_features if policy == "extrapolate" else None
-    added = flops.added_flops(record, model, qs, features)
+    if policy == "extrapolate" and map_sizes is None:
+        raise ConfigError("give map_sizes, those of the KV maps: they decide what a key costs.")
+    added = flops.added_flops(record, model, qs, map_sizes if policy == "extrapolate" else None)
     counts = {
         "layer_tokens": record.active,
         "exact_flops": flops.model_flops(record.active, record.visible_keys, model) + added,

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 
 from qs_jax.config import ModelConfig, QuickSilverConfig
 from qs_jax.mechanisms.int8 import LARGEST_ROTATION
+from qs_jax.mechanisms.kv_maps import MapSizes
 from qs_jax.models import family_of
 from qs_jax.record import Record
 
@@ -49,6 +50,13 @@ def kv_only_flops(model: ModelConfig, features: int | None = None) -> int:
     return 2 * rows * 2 * model.kv_size
 
 
+def code_flops(model: ModelConfig, sizes: MapSizes) -> int:
+    """What is read of a token once, when it stops: the next layer's MLP neurons, and the code."""
+    d, width, products = model.hidden_size, model.mlp_size, family_of(model).mlp_products
+    neurons = 2 * d * width * (products - 1) if sizes.neurons else 0
+    return neurons + (2 * sizes.features * sizes.code if sizes.code < sizes.features else 0)
+
+
 def entropy_flops(kind: str | None, model: ModelConfig, shortlist_size: int) -> int:
     """One evaluation of an entropy estimator; "final_prev" is charged as a readout."""
     vocab = head_flops(model) + 4 * model.vocab_size
@@ -66,7 +74,10 @@ def model_flops(
 
 
 def added_flops(
-    record: Record, model: ModelConfig, qs: QuickSilverConfig, features: int | None
+    record: Record,
+    model: ModelConfig,
+    qs: QuickSilverConfig,
+    map_sizes: MapSizes | None,
 ) -> Int[np.ndarray, "L B T"]:
     """What the mechanisms add to each (layer, token).
 
@@ -74,9 +85,14 @@ def added_flops(
       record: Evidence.
       model: Sizes.
       qs: Which mechanisms ran.
-      features: Rows of an extrapolation map; None where keys come from the projection.
+      map_sizes: Of the extrapolation maps; None where keys come from the projection.
     """
-    added = (record.kv_written & ~record.active) * kv_only_flops(model, features)
+    code = map_sizes.code if map_sizes is not None else None
+    added = (record.kv_written & ~record.active) * kv_only_flops(model, code)
+    if map_sizes is not None:
+        number = np.arange(1, len(record.active) + 1)[:, None, None]
+        stops = (record.depth == number) & (number < model.num_layers) & record.real
+        added = added + stops * code_flops(model, map_sizes)
     if qs.halting is not None:
         added = added + _halting_flops(record, model, qs)
     if qs.fusion is not None:

@@ -183,9 +183,18 @@ def verify(
     spaces: dict[str, Space],
     confidence: float,
     *,
+    also: Mapping[str, Task] | None = None,
     progress: bool = False,
 ) -> tuple[Point | None, list[dict[str, Any]]]:
     """Score candidates on the task's windows in order, until one's bound leaves the budget.
+
+    Args:
+      task: Windows to verify on.
+      walk: Candidates, the safest first.
+      spaces: What their levels stand for.
+      confidence: Of each bound.
+      also: Other texts, by name, on which the bound must stay within the budget too.
+      progress: Show a progress bar.
 
     Returns:
       The last one within the budget (None if the first is not), and what was measured of each.
@@ -195,20 +204,35 @@ def verify(
         qs = spaces[point.family].preset(point.levels, lean=True)
         scores = measure(task, qs)
         bound = paired.upper_bound(scores, task.dense, confidence)
+        others = {
+            name: _on_other_text(other, qs, confidence) for name, other in (also or {}).items()
+        }
         kept = bound <= task.max_ppl_increase
-        told.append(
-            {
-                "family": point.family,
-                "levels": list(point.levels),
-                "ppl_increase": paired.ppl_increase(scores, task.dense),
-                "upper_bound": bound if math.isfinite(bound) else None,
-                "confidence": confidence,
-                "within_budget": kept,
-                **{name: scores.saved[name] for name in SAVED},
-                "windows": len(scores.nll_W),
-            }
-        )
+        kept = kept and all(entry["within_budget"] for entry in others.values())
+        entry = {
+            "family": point.family,
+            "levels": list(point.levels),
+            "ppl_increase": paired.ppl_increase(scores, task.dense),
+            "upper_bound": bound if math.isfinite(bound) else None,
+            "confidence": confidence,
+            "within_budget": kept,
+            **{name: scores.saved[name] for name in SAVED},
+            "windows": len(scores.nll_W),
+        }
+        told.append(entry | ({"also": others} if others else {}))
         if not kept:
             break
         best = point
     return best, told
+
+
+def _on_other_text(task: Task, qs: QuickSilverConfig, confidence: float) -> dict[str, Any]:
+    scores = measure(task, qs)
+    bound = paired.upper_bound(scores, task.dense, confidence)
+    return {
+        "ppl_increase": paired.ppl_increase(scores, task.dense),
+        "upper_bound": bound if math.isfinite(bound) else None,
+        "within_budget": bool(bound <= task.max_ppl_increase),
+        "dense_perplexity": task.dense.perplexity,
+        "windows": len(scores.nll_W),
+    }

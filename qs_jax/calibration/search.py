@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,6 +80,7 @@ def search(
     objective: str = "exact_flops",
     confidence: float = 0.95,
     verify_share: float = 0.5,
+    also: Mapping[str, batching.TokensLike] | None = None,
     policies: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
     fusion: bool = True,
@@ -102,6 +103,8 @@ def search(
         tried for "paper_flops" only: the other two do not fall with them.
       confidence: Of the bound that must stay within the budget.
       verify_share: Share of the windows that is kept for verifying.
+      also: Windows of other texts, by name, as long as those of `tokens`: a preset must stay within
+        the budget on each of them, too.
       policies: KV policies to try; by default "skip" and, where there are maps, "extrapolate".
       layers: Where tokens may halt; by default eight layers from 0.4 of the depth on. With
         "extrapolate", those of the maps.
@@ -138,7 +141,12 @@ def search(
         tokens_WT=verifying_WT,
         dense=paired.score_tokens(params, verifying_WT, cfg, batch_size),
     )
-    best, told = verify(verifier, walk, spaces, confidence, progress=progress)
+    others = {}
+    for name, more in (also or {}).items():
+        windows_WT = split(more, cfg, 0.5, whole=True)[1]
+        scored = paired.score_tokens(params, windows_WT, cfg, batch_size)
+        others[name] = task._replace(tokens_WT=windows_WT, dense=scored)
+    best, told = verify(verifier, walk, spaces, confidence, also=others, progress=progress)
     return _result(verifier, best, told, spaces, points, front, observed, data, timed_runs)
 
 
@@ -193,9 +201,11 @@ def _check(
 
 
 def split(
-    tokens: batching.TokensLike, cfg: Config, verify_share: float
+    tokens: batching.TokensLike, cfg: Config, verify_share: float, *, whole: bool = False
 ) -> tuple[Int[np.ndarray, "C T"], Int[np.ndarray, "V T"]]:
     """Windows to calibrate on and windows to verify on, in the order of the text.
+
+    With `whole`, all of them verify.
 
     Raises:
       InputError: Rows of several lengths, windows without a prompt, or fewer than two windows for
@@ -221,6 +231,7 @@ def split(
             "whose differences give the confidence bound. Give more text or shorter windows."
         )
     tokens_WT = batch.tokens_BT[:, :width]
+    verifying = count if whole else verifying
     return tokens_WT[: count - verifying], tokens_WT[count - verifying :]
 
 
@@ -302,9 +313,14 @@ def _why_off(front: Sequence[Point], told: list[dict[str, Any]], budget: float) 
     if told:
         bound = told[0]["upper_bound"]
         shown = "unbounded" if bound is None else f"+{bound:.3g}"
+        beyond = [name for name, e in told[0].get("also", {}).items() if not e["within_budget"]]
+        where = "the verification windows"
+        if bound is not None and bound <= budget and beyond:
+            other = told[0]["also"][beyond[0]]["upper_bound"]
+            where, shown = beyond[0], "unbounded" if other is None else f"+{other:.3g}"
         return (
-            f"the safest candidate's bound on the verification windows is {shown}, above the "
-            f"budget of {budget:g}: off. More windows narrow it."
+            f"the safest candidate's bound on {where} is {shown}, above the budget of "
+            f"{budget:g}: off. More windows narrow it."
         )
     if front:
         least = min(point.ppl_increase for point in front)

@@ -6,6 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from qs_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -46,8 +48,16 @@ class Calibrate:
     """Of the bound that must stay within the budget."""
     layers: tuple[int, ...] | None = None
     """Layers at which tokens may halt; eight from 0.4 of the depth on by default."""
-    features: tuple[Literal["state", "embedding"], ...] = ("state", "embedding")
-    """What the maps read."""
+    also: tuple[Path, ...] = ()
+    """Other texts, on the first --verify-windows windows of which the preset must stay within the
+    budget too."""
+    fit_data: tuple[Path, ...] = ()
+    """More text to fit the maps on, whole: files as for --data."""
+    features: tuple[Literal["state", "embedding", "previous", "neurons"], ...] | None = None
+    """What the maps read (docs/mechanisms.md); by default everything that the protocol allows."""
+    rank: int = 256
+    """Numbers of the code that the maps of all deeper layers share; 0, or a model with no more features
+    than that, reads the features."""
     max_evaluations: int = 60
     """Candidates measured for each KV policy."""
     candidates: int = 4
@@ -92,11 +102,15 @@ class Calibrate:
                 f"{self.windows} to search on, {self.verify_windows} to verify on and "
                 f"{self.fit_windows} for the maps were asked for."
             )
+        others = {}
+        for path in self.also:
+            other, more = read_windows(str(path), tokenizer, self.seq_len, self.verify_windows)
+            others[other.name] = more.tokens_WT
         params, model = load(self.ckpt, dtype=self.dtype)
         cfg = Config(
             model=model, protocol=self.protocol, continuation_tokens=self.continuation_tokens
         )
-        params = self._with_maps(params, tokens_WT[needed:], model, text.name)
+        params = self._with_maps(params, tokens_WT[needed:], model, text.name, tokenizer)
         found = search(
             params,
             tokens_WT[:needed],
@@ -105,6 +119,7 @@ class Calibrate:
             objective=self.objective,
             confidence=self.confidence,
             verify_share=self.verify_windows / needed,
+            also=others,
             layers=self.layers,
             max_evaluations=self.max_evaluations,
             candidates=self.candidates,
@@ -127,19 +142,32 @@ class Calibrate:
         write_json(path, {"points": [dataclasses.asdict(point) for point in points]})
         return path
 
-    def _with_maps(self, params: Params, fitting_WT: Any, model: ModelConfig, data: str) -> Params:
+    def _with_maps(
+        self, params: Params, fitting_WT: Any, model: ModelConfig, data: str, tokenizer: Any
+    ) -> Params:
         from qs_jax import fit_kv_maps
         from qs_jax.calibration.families import halting_layers
+        from qs_jax.evaluation.perplexity import read_windows
+        from qs_jax.mechanisms.kv_maps import FEATURES, PROMPT_FEATURES, feature_count
 
         if not self.fit_windows:
             return params
         layers = self.layers or halting_layers(model)
+        for path in self.fit_data:
+            text, more = read_windows(str(path), tokenizer, self.seq_len, None)
+            fitting_WT = np.concatenate([fitting_WT, more.tokens_WT])
+            data = f"{data}, {text.name}"
+        features = self.features
+        if features is None:
+            only = () if self.protocol == "continuation" else PROMPT_FEATURES
+            features = tuple(name for name in FEATURES if name not in only)
         maps = fit_kv_maps(
             params,
             fitting_WT,
             layers,
             model,
-            features=self.features,
+            features=features,
+            rank=self.rank if 0 < self.rank < feature_count(features, model) else None,
             batch_size=self.batch_size,
             data=data,
             progress=True,

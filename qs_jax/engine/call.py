@@ -24,7 +24,7 @@ class Passive(NamedTuple):
       hidden_from_BP: Position from which queries have lost them.
       bits_BP: Bits of their keys and values.
       size_BP: Tokens they stand for.
-      embedded_BPD: Input embeddings.
+      code_BPR: What extrapolation maps read of them; None under other policies.
     """
 
     rows: decide.Rows
@@ -33,7 +33,7 @@ class Passive(NamedTuple):
     hidden_from_BP: Int[Array, "B P"]
     bits_BP: Int[Array, "B P"]
     size_BP: Float[Array, "B P"]
-    embedded_BPD: Float[Array, "B P D"]
+    code_BPR: Float[Array, "B P R"] | None
 
 
 class Around(NamedTuple):

@@ -51,12 +51,12 @@ def check_maps(params: Params, plan: Plan, model: ModelConfig) -> None:
     """A policy that extrapolates needs the maps of its halting layers.
 
     Raises:
-      ConfigError: They are absent, or of other layers or another model.
+      ConfigError: They are absent, of other layers or another model, or for prompts only.
     """
     if plan.policy == "extrapolate":
         assert plan.halting is not None
         assert plan.halting.layers is not None
-        require_maps(params, plan.halting.layers, model)
+        require_maps(params, plan.halting.layers, model, prompts_only=plan.continuation)
 
 
 def _told(entry: Any) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -14,6 +16,7 @@ from qs_jax.engine.cache import LayerCache
 from qs_jax.engine.call import Call
 from qs_jax.mechanisms import amq, decide, execution, fusion, halting, kv_skip, signals
 from qs_jax.mechanisms.plan import NEVER, LayerNumbers
+from qs_jax.models import family_of
 from qs_jax.models.layers import exact_dtype
 from qs_jax.state import LayerRecord, TokenState
 
@@ -45,6 +48,8 @@ def decide_layer(call: Call, state: TokenState, attended: Attended, ran_BT, befo
     if call.quantizes:
         with jax.named_scope("amq"):
             state = _quantize(call, state, ran_BT, at)
+    if plan.policy == "extrapolate" and call.decides:
+        state = state.replace(code_BTR=_codes(call, state, at.layer))
     record = LayerRecord(
         active_BT=ran_BT,
         written_BT=written_of(call, in_force, ran_BT, attended.mask_BTS, at.layer),
@@ -119,7 +124,8 @@ def _halt(call: Call, state: TokenState, attended, ran_BT, stopped_BT, before_BT
     plan, rows = call.plan, call.rows
     rule = plan.halting
     assert rule is not None
-    drift_BT = signals.drift(rule.drift, state.h_BTD, before_BTD)
+    with jax.named_scope("signals"):
+        drift_BT = signals.drift(rule.drift, state.h_BTD, before_BTD)
     halted_BT = at.layer > state.halt_layer_BT
     decided = at.may_halt | (at.keep < 1) if plan.planned else at.may_halt
     candidates_BT = decide.eligible(rows, stopped_BT) & ~halted_BT & decided
@@ -137,7 +143,8 @@ def _halt(call: Call, state: TokenState, attended, ran_BT, stopped_BT, before_BT
             "entropy": lambda: jnp.where(candidates_BT, entropy_BT, 0),
             "random": lambda: halting.random_score(rows.pos_BT, rule),
         }
-        score_BT = scores[rule.score]()
+        with jax.named_scope("signals"):
+            score_BT = scores[rule.score]()
     tested = entropy_BT if rule.entropy_used is not None else None
     outside_B = call.around.halted_B if call.around is not None else None
     signals_read = (drift_BT, tested, score_BT)
@@ -192,6 +199,45 @@ def _entropy(call: Call, state: TokenState, kind: str, needed_BT: Array) -> Arra
     count = needed_BT.sum()
     case = (count > 0).astype(jnp.int32) + (count > few)
     return lax.switch(case, [nothing, compute_few, lambda: compute(*read)])
+
+
+def _codes(call: Call, state: TokenState, layer: Array) -> Array:
+    """What the maps read of a token, computed once, from the state it stops with."""
+    now_BT = (state.halt_layer_BT == layer) & (layer < call.model.num_layers)
+    assert state.code_BTR is not None
+    h_BTD, before_BTR = state.h_BTD, state.code_BTR
+
+    def neurons() -> Array:
+        layers, block = call.params["layers"], family_of(call.model).block(call.model, parent=None)
+        params_l = jax.tree.map(lambda leaf: leaf[layer], layers)  # of the next layer
+        found: Any = block.apply({"params": params_l}, h_BTD, method=block.mlp_neurons)
+        return found
+
+    sources = {
+        "state": lambda: h_BTD,
+        "embedding": lambda: call.embedded_BTD,
+        "previous": lambda: _states_before(call, h_BTD),
+        "neurons": neurons,
+    }
+    wanted_BT = now_BT if call.groups_maps else None
+
+    def encode() -> Array:
+        found_BTR = kv_skip.encode(call.params["kv_maps"], sources, state.halt_layer_BT, wanted_BT)
+        return jnp.where(now_BT[..., None], found_BTR, before_BTR)
+
+    return lax.cond(now_BT.any(), encode, lambda: before_BTR)
+
+
+def _states_before(call: Call, h_BTD: Array) -> Array:
+    """State of the token just before each of the call's, zeros before a row's first."""
+    before_BTD = jnp.pad(h_BTD, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+    if call.around is None:
+        return before_BTD
+    assert call.around.previous_BTD is not None
+    pos_BT = call.rows.pos_BT
+    near_BT1 = (jnp.diff(pos_BT, axis=1, prepend=-NEVER) == 1)[..., None]
+    first_BT1 = (pos_BT == 0)[..., None]
+    return jnp.where(near_BT1 | first_BT1, before_BTD, call.around.previous_BTD)
 
 
 def _received(call: Call, state: TokenState, attended: Attended, ran_BT, layer) -> Array:

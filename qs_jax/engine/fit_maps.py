@@ -18,7 +18,7 @@ from qs_jax.engine import batching, dense
 from qs_jax.engine.checks import check_params
 from qs_jax.errors import ConfigError, InputError
 from qs_jax.mechanisms import kv_skip
-from qs_jax.mechanisms.kv_maps import FEATURES, KVMaps
+from qs_jax.mechanisms.kv_maps import FEATURES, KVMaps, feature_count
 from qs_jax.models import Params, family_of, layers
 
 
@@ -29,6 +29,7 @@ def fit_kv_maps(
     model: ModelConfig,
     *,
     features: Sequence[str] = ("state",),
+    rank: int | None = None,
     ridge: float = 1e-3,
     skip_first: int = 4,
     batch_size: int = 8,
@@ -38,7 +39,9 @@ def fit_kv_maps(
     """Fit, for each halting layer, one linear map to each deeper layer's keys and values.
 
     One dense pass over the tokens accumulates the Gram matrices X'X and X'Y of each pair of layers
-    in float64, batch by batch; the maps solve (X'X + ridge n I) M = X'Y.
+    in float64, batch by batch; the maps solve (X'X + ridge n I) M = X'Y. With a `rank`, the maps of
+    all layers deeper than a halting layer share one code of that many numbers (reduced-rank
+    regression, Izenman 1975), which costs less to apply and to keep.
 
     Args:
       params: From `qs_jax.load`.
@@ -46,7 +49,9 @@ def fit_kv_maps(
         other than those the maps are judged on.
       layers: Halting layers, 1 to L - 1.
       model: From `qs_jax.load`.
-      features: What a map reads: ("state",), or ("state", "embedding").
+      features: What is read of a token: "state" and any of "embedding", "previous" and "neurons"
+        (`KVMaps.features`).
+      rank: Numbers of the code; None maps from the features themselves.
       ridge: Relative to the features' mean square, which is 1.
       skip_first: Positions left out at the start of each row: attention sinks are not typical.
       batch_size: Rows at a time.
@@ -70,15 +75,18 @@ def fit_kv_maps(
         raise ConfigError(f"layers must be between 1 and {model.num_layers - 1}, got {layers}.")
     unknown = [name for name in features if name not in FEATURES]
     if unknown or "state" not in features:
-        raise ConfigError(f"features must hold 'state' and may hold 'embedding', got {features}.")
+        raise ConfigError(f"features must hold 'state' and be among {FEATURES}, got {features}.")
     batch = batching.make_batch(tokens, model)
     batching.check_positions(batch.tokens_BT.shape[1], 0, model)
     count = int(np.maximum(batch.lengths_B - skip_first, 0).sum())
-    size = len(features) * model.hidden_size + 1
+    size = feature_count(features, model)
     if count < size:
         raise InputError(
             f"{count} tokens cannot determine maps of {size} rows: give several times that."
         )
+    rank = None if rank is None else as_count("rank", rank, 1)
+    if rank is not None and rank >= size:
+        raise ConfigError(f"rank must be below the {size} numbers that the features are.")
     sums = None
     program = jax.jit(_moments, static_argnames=("model", "chosen", "features"))
     for start in tqdm(range(0, len(batch.tokens_BT), batch_size), "fitting", disable=not progress):
@@ -95,16 +103,50 @@ def fit_kv_maps(
     gram, cross = sums
     penalty = np.eye(size) * ridge * count
     penalty[-1, -1] = 0  # the constant is free
-    maps = np.stack(
-        [np.linalg.solve(gram[x] + penalty, cross[:, x]) for x in range(len(chosen))], axis=1
-    )
+    encode, maps = None, []
+    for x, layer in enumerate(chosen):
+        maps.append(np.linalg.solve(gram[x] + penalty, cross[:, x]))
+        if rank is not None:
+            encode = [] if encode is None else encode
+            code, maps[x] = _reduced(gram[x] + penalty, maps[x], layer, rank, count)
+            encode.append(code)
     provenance = {"data": data, "tokens": count, "rows": len(batch.tokens_BT), "ridge": ridge}
     return KVMaps(
-        maps_LXFO=jnp.asarray(maps, jnp.float32),
+        maps_LXFO=jnp.asarray(np.stack(maps, axis=1), jnp.float32),
+        encode_XFR=None if encode is None else jnp.asarray(np.stack(encode), jnp.float32),
         layers=chosen,
         features=tuple(features),
         provenance=json.dumps(provenance | {"skip_first": skip_first}),
     )
+
+
+def _reduced(
+    gram_FF: np.ndarray, maps_LFO: np.ndarray, layer: int, rank: int, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The code `[F, R]` and the maps from it `[L, R, O]` that lose least of the full maps.
+
+    Keys and values of a layer count alike, whatever their scale: their errors are measured in
+    units of what the full maps explain of them beyond the mean.
+
+    Args:
+      gram_FF: X'X and the penalty.
+      maps_LFO: Full maps; zero up to `layer`.
+      layer: Halting layer.
+      rank: R.
+      count: Tokens.
+    """
+    root_FF = np.linalg.cholesky(gram_FF).T  # gram = root' root
+    fitted_LFO = root_FF @ maps_LFO[layer:]
+    deeper, size, columns = fitted_LFO.shape
+    mean_LO = (gram_FF[-1] @ maps_LFO[layer:]) / count
+    energy_LO = np.square(fitted_LFO).sum(1) / count - np.square(mean_LO)
+    halves_L2 = energy_LO.reshape(deeper, 2, columns // 2).sum(-1)
+    scale_LO = np.repeat(1 / np.sqrt(np.maximum(halves_L2, 1e-12)), columns // 2, axis=1)
+    flat_FP = np.moveaxis(fitted_LFO * scale_LO[:, None, :], 0, 1).reshape(size, -1)
+    basis_FR = np.linalg.eigh(flat_FP @ flat_FP.T)[1][:, ::-1][:, :rank]
+    maps_LRO = np.zeros((len(maps_LFO), rank, columns))
+    maps_LRO[layer:] = basis_FR.T @ fitted_LFO
+    return np.linalg.solve(root_FF, basis_FR), maps_LRO
 
 
 def _moments(params: Params, tokens_BT, counted_BT, model: ModelConfig, chosen, features):
@@ -116,8 +158,14 @@ def _moments(params: Params, tokens_BT, counted_BT, model: ModelConfig, chosen, 
     boundary_X = jnp.asarray(chosen)
     used_BT1 = counted_BT[..., None].astype(embedded.dtype)
 
-    def read(h_BTD):
-        return kv_skip.features(h_BTD, embedded, features) * used_BT1
+    def read(block, h_BTD):
+        sources = {
+            "state": lambda: h_BTD,
+            "embedding": lambda: embedded,
+            "previous": lambda: jnp.pad(h_BTD, ((0, 0), (1, 0), (0, 0)))[:, :-1],
+            "neurons": lambda: block.mlp_neurons(h_BTD),
+        }
+        return kv_skip.features(sources, features) * used_BT1
 
     def unrotated(block, h_BTD):
         _, k, v = block.project(layers.normed(block.attn_norm, h_BTD), jnp.zeros_like(pos_BT))
@@ -126,18 +174,31 @@ def _moments(params: Params, tokens_BT, counted_BT, model: ModelConfig, chosen, 
     def layer(carry, scanned):
         h_BTD, read_XBTF = carry
         number, params_l = scanned
+        # The state at the start of this layer is the one a token stops with after the last.
+        here_X = number == boundary_X + 1
+
+        def stops():
+            read_BTF: Any = block.apply({"params": params_l}, h_BTD, method=read)
+            return jnp.where(here_X[:, None, None, None], read_BTF[None], read_XBTF)
+
+        read_XBTF = lax.cond(here_X.any(), stops, lambda: read_XBTF)
         projected: Any = block.apply({"params": params_l}, h_BTD, method=unrotated)
         k, v = projected
         target = jnp.concatenate([k.reshape(*batch, -1), v.reshape(*batch, -1)], axis=-1)
-        cross_XFO = jnp.einsum("xbtf,bto->xfo", read_XBTF, target)
-        deeper_X11 = (number > boundary_X)[:, None, None]
+        cross = []
+        for index, boundary in enumerate(chosen):
+            zeros = jnp.zeros((size, target.shape[-1]), target.dtype)
+
+            def product(index=index):
+                return jnp.einsum("btf,bto->fo", read_XBTF[index], target)
+
+            cross.append(lax.cond(number > boundary, product, lambda zeros=zeros: zeros))
         attend = lambda q, k, v: (dense.causal_attention(q, k, v), None)  # noqa: E731
         out: Any = block.apply({"params": params_l}, h_BTD, pos_BT, attend)
-        here_X = (number == boundary_X)[:, None, None, None]
-        read_XBTF = jnp.where(here_X, read(out[0])[None], read_XBTF)
-        return (out[0], read_XBTF), jnp.where(deeper_X11, cross_XFO, 0)
+        return (out[0], read_XBTF), jnp.stack(cross)
 
-    empty = jnp.zeros((len(chosen), *batch, len(features) * model.hidden_size + 1), embedded.dtype)
+    size = feature_count(features, model)
+    empty = jnp.zeros((len(chosen), *batch, size), embedded.dtype)
     numbers = jnp.arange(1, model.num_layers + 1)
     (_, read_XBTF), cross = lax.scan(layer, (embedded, empty), (numbers, params["layers"]))
     return jnp.einsum("xbtf,xbtg->xfg", read_XBTF, read_XBTF), cross

@@ -75,15 +75,17 @@ def gather(call: Call, state: TokenState, index: Index, first: Array) -> tuple[C
     passive = None
     if index.rest_BP is not None:
         outside = (call.rows, state.h_BTD, state.halt_layer_BT, call.hidden_from(state))
-        outside += (state.bits_BT, state.size_BT, call.embedded_BTD)
+        outside += (state.bits_BT, state.size_BT, state.code_BTR)
         rest_BP = index.rest_BP
         passive = Passive(*jax.tree.map(lambda leaf: _take(leaf, rest_BP), outside))
     waiting_BT = decide.eligible(call.rows, stopped_BT) & (first > state.halt_layer_BT)
     previous_BTD = context_BXD = None
+    weighs = plan.fusion is not None and plan.fusion.alpha == "probability" and call.fuses
+    maps = call.params["kv_maps"].features if plan.policy == "extrapolate" else ()
+    if weighs or "previous" in maps:
+        previous_BTD = take(jnp.roll(state.h_BTD, 1, axis=1))
     if call.fuses:
         assert plan.fusion is not None
-        if plan.fusion.alpha == "probability":
-            previous_BTD = take(jnp.roll(state.h_BTD, 1, axis=1))
         if call.context_BXD is not None:
             own_BTD = take(call.context_BXD[:, plan.fusion.window :])
             context_BXD = jnp.pad(own_BTD, ((0, 0), (plan.fusion.window, 0), (0, 0)))

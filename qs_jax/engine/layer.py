@@ -27,7 +27,7 @@ class Weights(NamedTuple):
     Attributes:
       params: Of the block.
       int8: Codes of its projections, for products in int8; else None.
-      maps: Extrapolation maps, `[X, F, O]`; None under other policies.
+      maps: Extrapolation maps, `[X, R, O]`; None under other policies.
     """
 
     params: Any
@@ -165,13 +165,14 @@ def _log_sizes(call: Call, state: TokenState, cache: Any, past_l: Any) -> Array 
     return jnp.concatenate([jnp.log(call.around.passive.size_BP), own_BT], axis=1)
 
 
-def stored(call: Call, state: TokenState, k: Array, v: Array, halted_BT: Array, maps_XFO: Any):
+def stored(call: Call, state: TokenState, k: Array, v: Array, halted_BT: Array, maps_XRO: Any):
     """A layer's keys and values as they are kept: extrapolated where halted, quantised."""
     if call.decides and call.plan.policy == "extrapolate":
-        frozen = (state.h_BTD, call.embedded_BTD, state.halt_layer_BT, call.rows.pos_BT)
+        assert state.code_BTR is not None
+        frozen = (state.code_BTR, state.halt_layer_BT, call.rows.pos_BT)
 
         def mapped():
-            return _extrapolated(call, *frozen, k, v, halted_BT, maps_XFO)
+            return _extrapolated(call, *frozen, k, v, halted_BT, maps_XRO)
 
         if call.groups_maps:
             k, v = lax.cond(halted_BT.any(), mapped, lambda: (k, v))
@@ -187,7 +188,8 @@ def _passive_keys(call: Call, passive: Passive, weights: Weights) -> tuple[Array
     """Keys and values of tokens that run no more, from their frozen states."""
     rows, amq = passive.rows, call.plan.amq
     if call.plan.policy == "extrapolate":
-        frozen = (passive.h_BPD, passive.embedded_BPD, passive.halt_layer_BP, rows.pos_BT)
+        assert passive.code_BPR is not None
+        frozen = (passive.code_BPR, passive.halt_layer_BP, rows.pos_BT)
         shape = (*rows.pos_BT.shape, call.model.num_kv_heads, call.model.head_dim)
         nothing = jnp.zeros(shape, passive.h_BPD.dtype)
         everyone_BP = jnp.ones(rows.pos_BT.shape, bool)
@@ -208,15 +210,12 @@ def keys_values(call: Call, h_BTD: Array, pos_BT: Array, params_l: Any, multiply
     return found
 
 
-def _extrapolated(call: Call, h_BTD, embedded_BTD, halt_layer_BT, pos_BT, k, v, halted_BT, maps):
+def _extrapolated(call: Call, code_BTR, halt_layer_BT, pos_BT, k, v, halted_BT, maps):
     """Keys and values with those of halted tokens read from their frozen states."""
     model, kv_maps = call.model, call.params["kv_maps"]
-    read = kv_skip.features(h_BTD, embedded_BTD, kv_maps.features)
-    maps = maps.astype(read.dtype)
-    if call.groups_maps:
-        found = kv_skip.extrapolate_grouped(read, maps, halt_layer_BT, kv_maps.layers, halted_BT)
-    else:
-        found = kv_skip.extrapolate(read, maps, halt_layer_BT, kv_maps.layers)
+    maps = maps.astype(code_BTR.dtype)
+    wanted_BT = halted_BT if call.groups_maps else None
+    found = kv_skip.apply_maps(code_BTR, maps, halt_layer_BT, kv_maps.layers, wanted_BT)
     k_mapped, v_mapped = jnp.split(found, 2, axis=-1)
     k_mapped, v_mapped = k_mapped.reshape(k.shape), v_mapped.reshape(v.shape)
     if family_of(model).rotates:

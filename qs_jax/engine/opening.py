@@ -46,7 +46,7 @@ def start(call: Call) -> TokenState:
     plan, model, past = call.plan, call.model, call.past
     shape, exact = call.rows.pos_BT.shape, exact_dtype(model.dtype)
     never_BT = jnp.full(shape, NEVER, jnp.int32)
-    similarity = received = shortlist = taken = None
+    similarity = received = shortlist = taken = code = None
     if call.fuses:
         assert plan.fusion is not None
         taken = jnp.zeros((shape[0], plan.fusion.window), bool)
@@ -59,6 +59,9 @@ def start(call: Call) -> TokenState:
             received = past.received_BS[:, None, :]
     if plan.shortlist_size:
         shortlist = jnp.zeros((*shape, plan.shortlist_size), jnp.int32)
+    if plan.policy == "extrapolate":
+        size = call.params["kv_maps"].code_size
+        code = jnp.zeros((*shape, size), call.embedded_BTD.dtype)
     return TokenState(
         h_BTD=call.embedded_BTD,
         halt_layer_BT=jnp.full(shape, model.num_layers, jnp.int32),
@@ -70,4 +73,5 @@ def start(call: Call) -> TokenState:
         received_BTS=received,
         shortlist_BTX=shortlist,
         taken_BW=taken,
+        code_BTR=code,
     )

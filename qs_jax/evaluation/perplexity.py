@@ -149,7 +149,7 @@ def score_windows(
     if devices is not None:
         params = replicate(params, devices)
     maps = params.get("kv_maps")
-    features = None if maps is None else maps.maps_LXFO.shape[2]
+    sizes = None if maps is None else maps.sizes
     for index in range(-(-len(windows.tokens_WT) // batch_size)) if batches is None else batches:
         tokens_BT = windows.tokens_WT[index * batch_size : (index + 1) * batch_size]
         out = score(params, tokens_BT, cfg, devices=devices)
@@ -161,7 +161,7 @@ def score_windows(
             )
             counts = accounting.dense_tally(lengths_B, prompts_B, cfg.model)
         else:
-            counts = accounting.tally(out.record, cfg.model, cfg.quicksilver, features)
+            counts = accounting.tally(out.record, cfg.model, cfg.quicksilver, sizes)
         yield {
             "nll": (-out.logprobs.sum(axis=1, dtype=np.float64)).tolist(),
             "tokens": out.mask.sum(axis=1).tolist(),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, no_type_check
+from typing import Any, NamedTuple, no_type_check
 
 import flax.struct
 import jax
@@ -16,7 +17,23 @@ from qs_jax.config import ModelConfig
 from qs_jax.errors import CheckpointError, ConfigError
 
 FILE_NAME = "kv_maps.safetensors"
-FEATURES = ("state", "embedding")
+FEATURES = ("state", "embedding", "previous", "neurons")
+# These look beyond the token's own states: for prompts, which are there whole.
+PROMPT_FEATURES = ("previous", "neurons")
+
+
+class MapSizes(NamedTuple):
+    """What decides the work of extrapolating.
+
+    Attributes:
+      features: Numbers read of a token that stops.
+      code: Numbers that the map of each deeper layer reads; fewer where there is a code.
+      neurons: Inner activations of an MLP are among the features.
+    """
+
+    features: int
+    code: int
+    neurons: bool = False
 
 
 @no_type_check
@@ -24,17 +41,33 @@ class KVMaps(flax.struct.PyTreeNode):
     """Maps of each layer, one for each halting layer; they travel as `params["kv_maps"]`.
 
     Attributes:
-      maps_LXFO: O is the keys' 2 K H columns, keys before RoPE, then values; F the features, a
-        constant 1 last. Entry [l - 1, x] is zero where layer l is not deeper than `layers[x]`.
+      maps_LXFO: O is the keys' 2 K H columns, keys before RoPE, then values; F what the maps read.
+        Entry [l - 1, x] is zero where layer l is not deeper than `layers[x]`.
       layers: X halting layers.
-      features: What the maps read: "state", or "state" and "embedding", each RMS-normalised.
+      features: What is read of a token that stops: "state"; "embedding", its input embedding;
+        "previous", the state of the token before it (these three RMS-normalised); "neurons", the
+        inner activations of the next layer's MLP on its state.
       provenance: JSON text: data, tokens, rows, ridge.
+      encode_XFR: Of reduced rank: the code that the maps of all deeper layers read, R numbers, from
+        the features. None where the maps read the features themselves, a constant 1 last.
     """
 
     maps_LXFO: Float[Array, "L X F O"]
     layers: tuple[int, ...] = flax.struct.field(pytree_node=False)
     features: tuple[str, ...] = flax.struct.field(pytree_node=False)
     provenance: str = flax.struct.field(pytree_node=False, default="{}")
+    encode_XFR: Float[Array, "X F R"] | None = None
+
+    @property
+    def code_size(self) -> int:
+        """Numbers that the maps of each layer read."""
+        return self.maps_LXFO.shape[2]
+
+    @property
+    def sizes(self) -> MapSizes:
+        """What decides the work of extrapolating."""
+        features = self.code_size if self.encode_XFR is None else self.encode_XFR.shape[1]
+        return MapSizes(features, self.code_size, "neurons" in self.features)
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file; a folder gets the usual name in it."""
@@ -48,7 +81,10 @@ class KVMaps(flax.struct.PyTreeNode):
             "features": json.dumps(self.features),
             "provenance": self.provenance,
         }
-        save_file({"maps": maps}, str(path), metadata=metadata)
+        arrays = {"maps": maps}
+        if self.encode_XFR is not None:
+            arrays["encode"] = np.ascontiguousarray(np.asarray(self.encode_XFR, np.float32))
+        save_file(arrays, str(path), metadata=metadata)
         return path
 
     @classmethod
@@ -65,11 +101,13 @@ class KVMaps(flax.struct.PyTreeNode):
         try:
             with safe_open(str(path), framework="numpy") as file:
                 metadata = file.metadata() or {}
+                encode = file.get_tensor("encode") if "encode" in file.keys() else None  # noqa: SIM118
                 return cls(
-                    maps_LXFO=jnp.asarray(file.get_tensor("maps")),
+                    maps_LXFO=jnp.asarray(file.get_tensor("maps"), jnp.float32),
                     layers=tuple(json.loads(metadata["layers"])),
                     features=tuple(json.loads(metadata["features"])),
                     provenance=metadata["provenance"],
+                    encode_XFR=None if encode is None else jnp.asarray(encode, jnp.float32),
                 )
         except FileNotFoundError as error:
             raise CheckpointError(
@@ -84,7 +122,13 @@ class KVMaps(flax.struct.PyTreeNode):
         Raises:
           ConfigError: Their sizes differ.
         """
-        size = len(self.features) * model.hidden_size + 1
+        size = read = feature_count(self.features, model)
+        if self.encode_XFR is not None:
+            size = self.encode_XFR.shape[-1]
+            expected = (len(self.layers), read, size)
+            if self.encode_XFR.shape != expected:
+                shapes = f"{self.encode_XFR.shape}, expected {expected}"
+                raise ConfigError(f"these KV maps' code is not of this model: {shapes}.")
         expected = (model.num_layers, len(self.layers), size, 2 * model.kv_size)
         if self.maps_LXFO.shape != expected:
             raise ConfigError(
@@ -92,11 +136,20 @@ class KVMaps(flax.struct.PyTreeNode):
             )
 
 
-def require_maps(params: dict[str, Any], layers: tuple[int, ...], model: ModelConfig) -> None:
+def feature_count(features: Sequence[str], model: ModelConfig) -> int:
+    """Numbers that these features are together, with the constant."""
+    widths = {"neurons": model.mlp_size}
+    return sum(widths.get(name, model.hidden_size) for name in features) + 1
+
+
+def require_maps(
+    params: dict[str, Any], layers: tuple[int, ...], model: ModelConfig, *, prompts_only: bool
+) -> None:
     """Refuse to extrapolate without the maps of these halting layers.
 
     Raises:
-      ConfigError: `params["kv_maps"]` is absent or is for other layers.
+      ConfigError: `params["kv_maps"]` is absent, is for other layers, or reads features that only
+        a prompt has.
     """
     maps = params.get("kv_maps")
     if maps is None:
@@ -110,6 +163,12 @@ def require_maps(params: dict[str, Any], layers: tuple[int, ...], model: ModelCo
             f"{tuple(layers)}."
         )
     maps.check(model)
+    beyond = [name for name in maps.features if name in PROMPT_FEATURES]
+    if beyond and not prompts_only:
+        raise ConfigError(
+            f"these KV maps read {beyond}, which is for prompts: protocol='continuation', or maps "
+            "of ('state', 'embedding')."
+        )
 
 
 def select(maps: KVMaps, layers: tuple[int, ...]) -> KVMaps:
@@ -122,7 +181,8 @@ def select(maps: KVMaps, layers: tuple[int, ...]) -> KVMaps:
     if missing:
         raise ConfigError(f"there are KV maps for layers {maps.layers}, none for {missing}.")
     index = np.array([maps.layers.index(layer) for layer in layers])
-    return maps.replace(maps_LXFO=maps.maps_LXFO[:, index], layers=tuple(layers))
+    encode = None if maps.encode_XFR is None else maps.encode_XFR[index]
+    return maps.replace(maps_LXFO=maps.maps_LXFO[:, index], layers=tuple(layers), encode_XFR=encode)
 
 
 def rms_normalised(x: jax.Array) -> jax.Array:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from qs_jax.mechanisms.kv_maps import rms_normalised
+from qs_jax.mechanisms.kv_maps import KVMaps, rms_normalised
 from qs_jax.mechanisms.plan import Numbers, Plan
+
+Sources: TypeAlias = Mapping[str, Callable[[], Array]]
 
 
 class Keys(NamedTuple):
@@ -147,10 +149,48 @@ def extrapolate_grouped(
     return out_NO.reshape(batch, width, -1)
 
 
-def features(
-    h_BTD: Float[Array, "B T D"], embedded_BTD: Float[Array, "B T D"], names: Sequence[str]
-) -> Float[Array, "B T F"]:
-    """What the maps read: RMS-normalised frozen state, input embedding if asked for, and 1."""
-    sources = {"state": h_BTD, "embedding": embedded_BTD}
-    parts = [rms_normalised(sources[name]) for name in names]
-    return jnp.concatenate([*parts, jnp.ones_like(h_BTD[..., :1])], axis=-1)
+def apply_maps(
+    read_BTF: Float[Array, "B T F"],
+    maps_XFO: Float[Array, "X F O"],
+    halt_layer_BT: Int[Array, "B T"],
+    layers: Sequence[int],
+    wanted_BT: Bool[Array, "B T"] | None,
+) -> Float[Array, "B T O"]:
+    """`extrapolate_grouped` of the wanted tokens, or `extrapolate` of all where None is given."""
+    if wanted_BT is None:
+        return extrapolate(read_BTF, maps_XFO, halt_layer_BT, layers)
+    return extrapolate_grouped(read_BTF, maps_XFO, halt_layer_BT, layers, wanted_BT)
+
+
+def encode(
+    kv_maps: KVMaps,
+    sources: Sources,
+    halt_layer_BT: Int[Array, "B T"],
+    wanted_BT: Bool[Array, "B T"] | None,
+) -> Float[Array, "B T R"]:
+    """What the maps of all deeper layers read of a token that stops: its features, or their code.
+
+    Args:
+      kv_maps: With `encode_XFR` where a code stands between features and maps.
+      sources: Each feature of the tokens.
+      halt_layer_BT: Where each token halted.
+      wanted_BT: Tokens whose result is read; None for all.
+    """
+    read_BTF = features(sources, kv_maps.features)
+    if kv_maps.encode_XFR is None:
+        return read_BTF
+    encoders = kv_maps.encode_XFR.astype(read_BTF.dtype)
+    return apply_maps(read_BTF, encoders, halt_layer_BT, kv_maps.layers, wanted_BT)
+
+
+def features(sources: Sources, names: Sequence[str]) -> Float[Array, "B T F"]:
+    """What is read of tokens that stop, in the order of the names, and 1.
+
+    Args:
+      sources: "state", "embedding", "previous": `[B, T, D]`; "neurons": `[B, T, F]`. Called for
+        those that are named.
+      names: Of `KVMaps.features`.
+    """
+    found = {name: sources[name]() for name in names}
+    parts = [x if name == "neurons" else rms_normalised(x) for name, x in found.items()]
+    return jnp.concatenate([*parts, jnp.ones_like(parts[0][..., :1])], axis=-1)

@@ -45,9 +45,8 @@ class Block(layers.PreNormBlock):
         del pos_BT  # positions are in the embedding
         return layers.split_heads(multiply(self.qkv, x_BTD), self.model)
 
-    def mlp(self, x_BTD: Array, multiply: layers.Multiply) -> Array:
-        up_BTF = multiply(self.up, x_BTD)
-        return multiply(self.down, layers.ACTIVATIONS[self.model.activation](up_BTF))
+    def neurons(self, x_BTD: Array, multiply: layers.Multiply) -> Array:
+        return layers.ACTIVATIONS[self.model.activation](multiply(self.up, x_BTD))
 
 
 class FinalNorm(nn.Module):

@@ -48,7 +48,8 @@ def dense_product(dense: nn.Dense, x: Array, start: int = 0) -> Array:
 class PreNormBlock(nn.Module):
     """One layer: `h + Attn(norm(h))`, then `h + MLP(norm(h))`.
 
-    Families define the submodules `attn_norm`, `qkv`, `out` and `mlp_norm`, and the methods below.
+    Families define the submodules `attn_norm`, `qkv`, `out`, `mlp_norm` and `down`, and the methods
+    below.
     """
 
     model: ModelConfig
@@ -78,9 +79,17 @@ class PreNormBlock(nn.Module):
         del pos_BT
         return x_BTXH
 
+    def neurons(self, x_BTD: Array, multiply: Multiply) -> Array:
+        """What `down` reads of normed states, `[B, T, F]`."""
+        raise NotImplementedError
+
     def mlp(self, x_BTD: Array, multiply: Multiply) -> Array:
         """The MLP of normed states."""
-        raise NotImplementedError
+        return multiply(self.down, self.neurons(x_BTD, multiply))
+
+    def mlp_neurons(self, h_BTD: Float[Array, "B T D"]) -> Array:
+        """`neurons` of states as they come from the layer before."""
+        return self.neurons(normed(self.mlp_norm, h_BTD), dense_product)
 
     def __call__(
         self,

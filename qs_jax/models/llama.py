@@ -49,9 +49,9 @@ class Block(layers.PreNormBlock):
     def place(self, x_BTXH: Array, pos_BT: Array) -> Array:
         return rope.rotate(x_BTXH, pos_BT, self.model)
 
-    def mlp(self, x_BTD: Array, multiply: layers.Multiply) -> Array:
+    def neurons(self, x_BTD: Array, multiply: layers.Multiply) -> Array:
         gate_BTF, up_BTF = jnp.split(multiply(self.gate_up, x_BTD), 2, axis=-1)
-        return multiply(self.down, layers.ACTIVATIONS[self.model.activation](gate_BTF) * up_BTF)
+        return layers.ACTIVATIONS[self.model.activation](gate_BTF) * up_BTF
 
 
 class FinalNorm(nn.Module):

@@ -187,11 +187,19 @@ class Row:
         return context.reshape(-1)
 
     def extrapolated(self, t: int, layer: int) -> np.ndarray:
-        source = {"state": self.state[layer - 1, t], "embedding": self.state[0, t]}
-        parts = [source[name] / max(rms(source[name]), 1e-6) for name in self.maps.features]
+        at = int(self.halt[t])
+        states = {"state": self.state[at, t], "embedding": self.state[0, t]}
+        states["previous"] = self.state[at, t - 1] if t else np.zeros_like(self.state[0, 0])
+        source = {name: x / max(rms(x), 1e-6) for name, x in states.items()}
+        normed = self.net.norm("mlp_norm", at + 1, self.state[at, t])
+        source["neurons"] = self.net.mlp_inner(at + 1, normed)
+        parts = [source[name] for name in self.maps.features]
         index = self.maps.layers.index(int(self.halt[t]))
         table = np.asarray(self.maps.maps_LXFO).astype(np.float64)[layer - 1, index]
-        return np.concatenate([*parts, [1.0]]) @ table
+        read = np.concatenate([*parts, [1.0]])
+        if self.maps.encode_XFR is not None:
+            read = read @ np.asarray(self.maps.encode_XFR).astype(np.float64)[index]
+        return read @ table
 
     # 2. Signals.
 

@@ -13,7 +13,7 @@ from qs_jax.config import (
     QuickSilverConfig,
 )
 from qs_jax.engine.overrides import TokenOverrides
-from qs_jax.mechanisms.kv_maps import KVMaps
+from qs_jax.mechanisms.kv_maps import FEATURES, KVMaps, feature_count
 from qs_jax.testing import oracle_score, tiny_model, tiny_params
 from qs_jax.testing.oracle_model import rotation
 
@@ -49,13 +49,26 @@ def a_model(kind: str, dtype: str) -> tuple[ModelConfig, Any]:
         return model, jax.tree.map(nudge, params)
 
 
-def with_maps(params: Any, layers: tuple[int, ...], features: tuple[str, ...], seed: int) -> Any:
-    kv = params["layers"]["qkv"]["kernel"].shape[-1] - 16
-    dtype = params["final_norm"]["norm"]["scale"].dtype
-    shape = (DEPTH, len(layers), 16 * len(features) + 1, kv)
-    maps = np.random.default_rng(seed).standard_normal(shape).astype(dtype) / 4
-    array = jax.numpy.asarray(maps)
-    return params | {"kv_maps": KVMaps(maps_LXFO=array, layers=layers, features=features)}
+def with_maps(
+    params: Any,
+    model: ModelConfig,
+    layers: tuple[int, ...],
+    features: tuple[str, ...],
+    seed: int,
+    code: int | None = None,
+) -> Any:
+    """Random maps, behind a random code of so many numbers."""
+    dtype, rng = params["final_norm"]["norm"]["scale"].dtype, np.random.default_rng(seed)
+    read = feature_count(features, model)
+
+    def numbers(*shape):
+        return jax.numpy.asarray(rng.standard_normal(shape).astype(dtype) / 4)
+
+    maps = numbers(DEPTH, len(layers), code or read, 2 * model.kv_size)
+    encode = numbers(len(layers), read, code) if code else None
+    return params | {
+        "kv_maps": KVMaps(maps_LXFO=maps, layers=layers, features=features, encode_XFR=encode)
+    }
 
 
 def rounded(params: Any, quicksilver: QuickSilverConfig) -> Any:
@@ -103,7 +116,10 @@ def check(
     with jax.enable_x64(dtype == "float64"):
         if skip is not None and skip.policy == "extrapolate":
             assert quicksilver.halting is not None
-            params = with_maps(params, quicksilver.halting.layers, features, seed)
+            read = (params, model, quicksilver.halting.layers)
+            prompts = protocol == "continuation"  # what a whole prompt offers, through a code
+            more = (FEATURES, seed, 9) if prompts else (features, seed)
+            params = with_maps(*read, *more)
         options: dict[str, Any] = {}
         if protocol == "continuation":
             options["prompt_lengths"] = PROMPTS

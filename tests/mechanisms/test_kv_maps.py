@@ -156,3 +156,58 @@ def test_bad_fits_are_refused(params):
         qs_jax.fit_kv_maps(params, tokens_BT, (1,), MODEL, features=("lag",))
     with pytest.raises(InputError, match="cannot determine"):
         qs_jax.fit_kv_maps(params, tokens_BT[:1, :10], (1,), MODEL)
+
+
+def test_a_code_is_reduced_rank_regression(params):
+    """Against the truncated SVD of the fitted outputs, with columns scaled by their own spread."""
+    tokens_NT, every = random_tokens(MODEL, 12, 40), ("state", "embedding", "previous", "neurons")
+    full = qs_jax.fit_kv_maps(params, tokens_NT, (1,), MODEL, features=every)
+    coded = qs_jax.fit_kv_maps(params, tokens_NT, (1,), MODEL, features=every, rank=5)
+    assert coded.maps_LXFO.shape[2] == coded.encode_XFR.shape[-1] == 5
+    x = features_of(params, tokens_NT)
+    ours = [
+        x @ np.asarray(coded.encode_XFR[0]) @ np.asarray(coded.maps_LXFO[at, 0]) for at in (1, 2, 3)
+    ]
+    whole = [x @ np.asarray(full.maps_LXFO[at, 0]) for at in (1, 2, 3)]
+    penalty = np.sqrt(1e-3 * len(x)) * np.eye(x.shape[1])
+    penalty[-1, -1] = 0
+    outputs, shrunk, columns = [], [], MODEL.kv_size
+    for at, y in zip((1, 2, 3), whole, strict=True):
+        extra = penalty @ np.asarray(full.maps_LXFO[at, 0])
+        for half in (slice(None, columns), slice(columns, None)):
+            both = np.concatenate([y[:, half], extra[:, half]])
+            spread = np.sqrt((np.square(both).sum(0) / len(x) - y[:, half].mean(0) ** 2).sum())
+            outputs.append(both / spread)
+            shrunk.append(ours[at - 1][:, half] / spread)
+    left, sizes, right = np.linalg.svd(np.concatenate(outputs, axis=1), full_matrices=False)
+    best = (left[:, :5] * sizes[:5]) @ right[:5]
+    np.testing.assert_allclose(np.concatenate(shrunk, axis=1), best[: len(x)], atol=5e-3)
+
+
+def features_of(params, tokens_NT):
+    """All features of tokens that stop after layer 1, by NumPy."""
+    weights = oracle_model.OracleModel(params, MODEL)
+    states, _ = dense_states(params, tokens_NT)
+    h = states[1]
+    embedded = np.stack(
+        [[weights.embed(int(t), i) for i, t in enumerate(row)] for row in tokens_NT]
+    )
+    previous = np.concatenate([np.zeros_like(h[:, :1]), h[:, :-1]], axis=1)
+    normed = [x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-12) for x in (h, embedded, previous)]
+    neurons = [[weights.mlp_inner(2, weights.norm("mlp_norm", 2, x)) for x in row] for row in h]
+    x = np.concatenate([*normed, np.stack(neurons), np.ones_like(h[..., :1])], axis=-1)
+    return x[:, 4:].reshape(-1, x.shape[-1]).astype(np.float64)
+
+
+def test_features_of_prompts_need_prompts(params):
+    tokens_NT = random_tokens(MODEL, 12, 40)
+    maps = qs_jax.fit_kv_maps(
+        params, tokens_NT, (1, 2), MODEL, features=("state", "previous"), rank=4
+    )
+    qs = QuickSilverConfig(
+        halting=HaltingConfig(layers=(1, 2), entropy=None), kv_skip=KVSkipConfig("extrapolate")
+    )
+    with pytest.raises(ConfigError, match="is for prompts"):
+        qs_jax.score({**params, "kv_maps": maps}, tokens_NT, Config(MODEL, qs))
+    with pytest.raises(ConfigError, match="rank must be below"):
+        qs_jax.fit_kv_maps(params, tokens_NT, (1,), MODEL, rank=MODEL.hidden_size + 1)
