@@ -56,8 +56,8 @@ class Calibrate:
     features: tuple[Literal["state", "embedding", "previous", "neurons"], ...] | None = None
     """What the maps read (docs/mechanisms.md); by default everything that the protocol allows."""
     rank: int = 256
-    """Numbers of the code that the maps of all deeper layers share; 0, or a model with no more features
-    than that, reads the features."""
+    """Numbers of the code that the maps of all deeper layers share; 0, or a model with no more
+    features than that, reads the features."""
     max_evaluations: int = 60
     """Candidates measured for each KV policy."""
     candidates: int = 4
@@ -167,8 +167,8 @@ class Calibrate:
             layers,
             model,
             features=features,
+            batch_size=4 * self.batch_size,  # sums of products as large as these are slow to add up
             rank=self.rank if 0 < self.rank < feature_count(features, model) else None,
-            batch_size=self.batch_size,
             data=data,
             progress=True,
         )

@@ -32,7 +32,7 @@ def fit_kv_maps(
     rank: int | None = None,
     ridge: float = 1e-3,
     skip_first: int = 4,
-    batch_size: int = 8,
+    batch_size: int = 16,
     data: str = "",
     progress: bool = False,
 ) -> KVMaps:
@@ -97,8 +97,10 @@ def fit_kv_maps(
         moments = program(
             params, tokens_BT, counted_BT, model=model, chosen=chosen, features=tuple(features)
         )
-        found = [np.asarray(part, np.float64) for part in moments]
-        sums = found if sums is None else [a + b for a, b in zip(sums, found, strict=True)]
+        if sums is None:
+            sums = [np.zeros(part.shape, np.float64) for part in moments]
+        for total, part in zip(sums, moments, strict=True):
+            np.add(total, np.asarray(part), out=total)
     assert sums is not None
     gram, cross = sums
     penalty = np.eye(size) * ridge * count
