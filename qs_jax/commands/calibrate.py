@@ -58,6 +58,8 @@ class Calibrate:
     rank: int = 256
     """Numbers of the code that the maps of all deeper layers share; 0, or a model with no more
     features than that, reads the features."""
+    policies: tuple[Literal["skip", "propagate", "extrapolate"], ...] | None = None
+    """KV policies to try; by default skip, and extrapolate where maps are fitted."""
     max_evaluations: int = 60
     """Candidates measured for each KV policy."""
     candidates: int = 4
@@ -120,6 +122,7 @@ class Calibrate:
             confidence=self.confidence,
             verify_share=self.verify_windows / needed,
             also=others,
+            policies=self.policies,
             layers=self.layers,
             max_evaluations=self.max_evaluations,
             candidates=self.candidates,
