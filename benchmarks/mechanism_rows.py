@@ -179,19 +179,24 @@ def by_percentiles(model: ModelConfig, fitted: dict[str, Any]) -> QuickSilverCon
     )
 
 
+def only(full: QuickSilverConfig, letters: str) -> QuickSilverConfig:
+    """Some mechanisms of a configuration: any of H, K, F and Q.
+
+    K without H lets flagged tokens keep computing: only their keys are skipped.
+    """
+    halting = full.halting
+    if halting is not None and "H" not in letters:
+        halting = dataclasses.replace(halting, freeze=False) if "K" in letters else None
+    return dataclasses.replace(
+        full,
+        halting=halting,
+        kv_skip=full.kv_skip if "K" in letters else None,
+        fusion=full.fusion if "F" in letters else None,
+        amq=full.amq if "Q" in letters else None,
+    )
+
+
 def ablation(protocol: str, label: str, full: QuickSilverConfig) -> Iterator[Row]:
     """H, K, F, Q alone, then added one after the other (paper Table 11)."""
-    assert full.halting is not None
-    none = QuickSilverConfig()
-    flags_only = dataclasses.replace(full.halting, freeze=False)
-    rows = {
-        "H": dataclasses.replace(none, halting=full.halting),
-        "K": dataclasses.replace(none, halting=flags_only, kv_skip=full.kv_skip),
-        "F": dataclasses.replace(none, fusion=full.fusion),
-        "Q": dataclasses.replace(none, amq=full.amq),
-        "H+K": dataclasses.replace(none, halting=full.halting, kv_skip=full.kv_skip),
-        "H+K+F": dataclasses.replace(full, amq=None),
-        "H+K+F+Q": full,
-    }
-    for name, qs in rows.items():
-        yield Row(f"ablation, {label}", name, protocol, qs)
+    for name in ("H", "K", "F", "Q", "H+K", "H+K+F", "H+K+F+Q"):
+        yield Row(f"ablation, {label}", name, protocol, only(full, name))

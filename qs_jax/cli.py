@@ -14,6 +14,7 @@ import tyro
 
 from qs_jax.commands.calibrate import Calibrate
 from qs_jax.commands.evaluate import Evaluate
+from qs_jax.commands.linguistics import Linguistics
 from qs_jax.commands.maps import find_maps
 from qs_jax.errors import InputError, QuickSilverError
 
@@ -223,6 +224,7 @@ Command = (
     Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
+    | Annotated[Linguistics, tyro.conf.subcommand("linguistics")]
     | Annotated[Info, tyro.conf.subcommand("info")]
 )
 
