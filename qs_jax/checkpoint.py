@@ -25,6 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from qs_jax.config import ModelConfig
 from qs_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from qs_jax.hf import read_tokenizer
+from qs_jax.mechanisms.kv_maps import FILE_NAME, KVMaps
 from qs_jax.models import Params, abstract_params
 
 if TYPE_CHECKING:
@@ -113,7 +114,9 @@ def load(
         over each).
 
     Returns:
-      The stacked parameter tree, and the configuration with the dtype it has now.
+      The stacked parameter tree, and the configuration with the dtype it has now. The tree holds
+      "kv_maps" where there is a kv_maps.safetensors in the folder, or maps for this checkpoint come
+      with the library (`qs_jax.presets.shipped_maps`).
 
     Raises:
       CheckpointError: The folder is missing, incomplete, damaged or of another format.
@@ -136,7 +139,17 @@ def load(
     params = _restore(folder, target)
     if verify:
         _check_finite(params, path)
-    return params, model
+    maps = _kv_maps(Path(path), manifest["source"], model)
+    return params if maps is None else {**params, "kv_maps": maps}, model
+
+
+def _kv_maps(path: Path, source: str, model: ModelConfig) -> KVMaps | None:
+    """Maps of the "extrapolate" policy beside the checkpoint, or those shipped for it."""
+    from qs_jax import presets
+
+    if (path / FILE_NAME).is_file():
+        return KVMaps.load(path)
+    return presets.shipped_maps(model) if source.startswith("embedded ") else None
 
 
 def choose_dtype(dtype: str | None, model: ModelConfig, device: Any = None) -> str:

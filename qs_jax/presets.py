@@ -8,6 +8,7 @@ ours, and act on prompts only: that is where the embedded model forgives.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -23,6 +24,7 @@ from qs_jax.config import (
     QuickSilverConfig,
 )
 from qs_jax.errors import ConfigError
+from qs_jax.mechanisms.kv_maps import KVMaps
 
 _FORMAT = "qs-jax preset"
 _PAPER_DEPTH = 30
@@ -99,12 +101,16 @@ def paper(
 
 
 def balanced(model: ModelConfig) -> QuickSilverConfig:
-    """Prompts only: the least attended half of a prompt stops at 0.8 of the depth.
+    """Prompts only: most of a prompt stops early, in stages, the least attended tokens first.
 
-    Its keys are skipped from there on. Chosen on the embedded model to stay within 0.2 of its dense
-    perplexity; the measured cost is in docs/mechanisms.md. For another model it is a starting
-    point, not a promise.
+    For the embedded SmolLM2-135M-Instruct this is what `python -m qs_jax calibrate` found within
+    0.2 of the dense perplexity, with the record of its verification; it reads `shipped_maps`, which
+    `qs_jax.load` puts into the parameters of that checkpoint. For any other model it is a starting
+    point, not a promise: the least attended half of a prompt stops at 0.8 of the depth and its keys
+    are skipped from there on.
     """
+    if _is_shipped(model):
+        return load(_SHIPPED_PRESET, model)
     layers = _layers(model, 0.8)
     return QuickSilverConfig(
         halting=HaltingConfig(rule="quota", layers=layers, quota=(0.5,), entropy=None),
@@ -131,6 +137,39 @@ def aggressive(model: ModelConfig) -> QuickSilverConfig:
         amq=AMQConfig.uniform(8, layer=middle, group=_group(model), execution="auto"),
         provenance=_SHIPPED,
     )
+
+
+def shipped_maps(model: ModelConfig) -> KVMaps | None:
+    """Extrapolation maps that come with the library: those of `balanced` for the embedded model.
+
+    Put them into `params["kv_maps"]`; `qs_jax.load` does. None for a model of other sizes.
+    """
+    path = shipped_path(model)
+    return None if path is None else KVMaps.load(path)
+
+
+def shipped_path(model: ModelConfig) -> Path | None:
+    """The file of `shipped_maps`."""
+    path = maps_path(_SHIPPED_PRESET)
+    return path if _is_shipped(model) and path.exists() else None
+
+
+def maps_path(preset: Path) -> Path:
+    """Where the maps of a preset file are."""
+    return preset.with_name(f"{preset.stem}.kv_maps.safetensors")
+
+
+_SHIPPED_PRESET = Path(__file__).parent / "shipped" / "smollm2-135m-instruct.json"
+
+
+@functools.cache
+def _made_for() -> dict[str, Any]:
+    provenance = json.loads(_SHIPPED_PRESET.read_text(encoding="utf-8"))["provenance"]
+    return {name: provenance[name] for name in _MADE_FOR}
+
+
+def _is_shipped(model: ModelConfig) -> bool:
+    return {name: getattr(model, name) for name in _MADE_FOR} == _made_for()
 
 
 _SHIPPED: Mapping[str, Any] = {

@@ -217,6 +217,7 @@ def verify(
             "confidence": confidence,
             "within_budget": kept,
             **{name: scores.saved[name] for name in SAVED},
+            "prompt_exact_flops_saved": scores.saved["prefill"]["exact_flops_saved"],
             "windows": len(scores.nll_W),
         }
         told.append(entry | ({"also": others} if others else {}))

@@ -8,14 +8,10 @@ from typing import TYPE_CHECKING
 from qs_jax import presets
 from qs_jax.config import ModelConfig
 from qs_jax.evaluation.journal import write_json
+from qs_jax.presets import maps_path
 
 if TYPE_CHECKING:
     from qs_jax.calibration.search import Calibration
-
-
-def maps_path(preset: Path) -> Path:
-    """Where the maps of a preset file are."""
-    return preset.with_name(f"{preset.stem}.kv_maps.safetensors")
 
 
 def save(calibration: Calibration, path: str | Path, model: ModelConfig) -> list[Path]:

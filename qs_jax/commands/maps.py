@@ -22,7 +22,8 @@ def find_maps(
       cfg: Its `kv_skip.policy` decides.
       ckpt: Checkpoint folder, where the maps are unless the preset has its own.
       given: Another file, or None.
-      preset: The preset's name or file; `calibrate` writes its maps beside it.
+      preset: The preset's name or file; `calibrate` writes its maps beside it, and `balanced` has
+        its own.
 
     Returns:
       The maps and the file's SHA-256, or None twice.
@@ -32,7 +33,7 @@ def find_maps(
       ConfigError: The maps are of other layers or another model.
       InputError: A file was given though the policy reads none.
     """
-    from qs_jax.calibration.files import maps_path
+    from qs_jax import presets
     from qs_jax.mechanisms.kv_maps import FILE_NAME, KVMaps, select
 
     qs = cfg.quicksilver
@@ -45,7 +46,9 @@ def find_maps(
         return None, None
     assert qs.halting is not None
     assert qs.halting.layers is not None
-    own = maps_path(Path(preset)) if preset.endswith(".json") else None
+    own = presets.maps_path(Path(preset)) if preset.endswith(".json") else None
+    if preset == "balanced":
+        own = presets.shipped_path(cfg.model)
     path = given or (own if own is not None and own.exists() else ckpt / FILE_NAME)
     path = path / FILE_NAME if path.is_dir() else path
     maps = select(KVMaps.load(path), qs.halting.layers)

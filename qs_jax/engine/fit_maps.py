@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,12 +65,111 @@ def fit_kv_maps(
       ConfigError: Layers or features that do not exist.
       InputError: Too few tokens to determine the maps.
     """
+    _check_sizes(feature_count(features, model), rank, ridge)
+    found = accumulate(
+        params,
+        tokens,
+        layers,
+        model,
+        features=features,
+        skip_first=skip_first,
+        batch_size=batch_size,
+        data=data,
+        progress=progress,
+    )
+    return found.solve(rank=rank, ridge=ridge)
+
+
+def _check_sizes(size: int, rank: int | None, ridge: float) -> None:
+    if not ridge > 0:
+        raise ConfigError(f"ridge must be positive, got {ridge}.")
+    if rank is not None and as_count("rank", rank, 1) >= size:
+        raise ConfigError(f"rank must be below the {size} numbers that the features are.")
+
+
+class Moments(NamedTuple):
+    """What the maps are solved from; features may be left out without another pass.
+
+    Attributes:
+      gram_XFF: X'X of each halting layer, float64.
+      cross_LXFO: X'Y of each deeper layer.
+      layers: X halting layers.
+      features: In the order of F, a constant 1 after them.
+      model: Architecture.
+      provenance: Data and counts.
+    """
+
+    gram_XFF: np.ndarray
+    cross_LXFO: np.ndarray
+    layers: tuple[int, ...]
+    features: tuple[str, ...]
+    model: ModelConfig
+    provenance: dict[str, Any]
+
+    def solve(
+        self,
+        features: Sequence[str] | None = None,
+        *,
+        rank: int | None = None,
+        ridge: float = 1e-3,
+    ) -> KVMaps:
+        """Maps that read some of the features, by default all; arguments as of `fit_kv_maps`."""
+        names = self.features if features is None else tuple(features)
+        size, tokens = feature_count(names, self.model), self.provenance["tokens"]
+        _check_sizes(size, rank, ridge)
+        if tokens < size:
+            raise InputError(
+                f"{tokens} tokens cannot determine maps of {size} rows: give several times that."
+            )
+        kept_F = self._columns(names)
+        penalty = np.eye(size) * ridge * tokens
+        penalty[-1, -1] = 0  # the constant is free
+        maps, encoders = [], []
+        for x, layer in enumerate(self.layers):
+            gram_FF = self.gram_XFF[x][np.ix_(kept_F, kept_F)] + penalty
+            cross_FDO = np.moveaxis(self.cross_LXFO[layer:, x][:, kept_F], 0, 1)
+            solved = np.linalg.solve(gram_FF, cross_FDO.reshape(size, -1))
+            maps_DFO = np.moveaxis(solved.reshape(cross_FDO.shape), 0, 1)
+            if rank is not None:
+                code, maps_DFO = _reduced(gram_FF, maps_DFO, rank, tokens)
+                encoders.append(code)
+            shallow = np.zeros((layer, *maps_DFO.shape[1:]))
+            maps.append(np.concatenate([shallow, maps_DFO]))
+        return KVMaps(
+            maps_LXFO=jnp.asarray(np.stack(maps, axis=1), jnp.float32),
+            encode_XFR=jnp.asarray(np.stack(encoders), jnp.float32) if encoders else None,
+            layers=self.layers,
+            features=names,
+            provenance=json.dumps(self.provenance | {"ridge": ridge}),
+        )
+
+    def _columns(self, names: tuple[str, ...]) -> np.ndarray:
+        """Places of the features' numbers and of the constant."""
+        places, start = {}, 0
+        for name in self.features:
+            width = feature_count((name,), self.model) - 1
+            places[name] = np.arange(start, start + width)
+            start += width
+        return np.concatenate([*(places[name] for name in names), [start]])
+
+
+def accumulate(
+    params: Params,
+    tokens: batching.TokensLike,
+    layers: Any,
+    model: ModelConfig,
+    *,
+    features: Sequence[str] = ("state",),
+    skip_first: int = 4,
+    batch_size: int = 16,
+    data: str = "",
+    progress: bool = False,
+) -> Moments:
+    """The dense pass of `fit_kv_maps`, whose arguments these are."""
     check_params(params, model)
     chosen = tuple(sorted(set(as_integers("layers", layers))))
     skip_first = as_count("skip_first", skip_first)
     batch_size = as_count("batch_size", batch_size, 1)
-    if not ridge > 0:
-        raise ConfigError(f"ridge must be positive, got {ridge}.")
     if not chosen or chosen[0] < 1 or chosen[-1] > model.num_layers - 1:
         raise ConfigError(f"layers must be between 1 and {model.num_layers - 1}, got {layers}.")
     unknown = [name for name in features if name not in FEATURES]
@@ -78,15 +177,6 @@ def fit_kv_maps(
         raise ConfigError(f"features must hold 'state' and be among {FEATURES}, got {features}.")
     batch = batching.make_batch(tokens, model)
     batching.check_positions(batch.tokens_BT.shape[1], 0, model)
-    count = int(np.maximum(batch.lengths_B - skip_first, 0).sum())
-    size = feature_count(features, model)
-    if count < size:
-        raise InputError(
-            f"{count} tokens cannot determine maps of {size} rows: give several times that."
-        )
-    rank = None if rank is None else as_count("rank", rank, 1)
-    if rank is not None and rank >= size:
-        raise ConfigError(f"rank must be below the {size} numbers that the features are.")
     sums = None
     program = jax.jit(_moments, static_argnames=("model", "chosen", "features"))
     for start in tqdm(range(0, len(batch.tokens_BT), batch_size), "fitting", disable=not progress):
@@ -102,53 +192,39 @@ def fit_kv_maps(
         for total, part in zip(sums, moments, strict=True):
             np.add(total, np.asarray(part), out=total)
     assert sums is not None
-    gram, cross = sums
-    penalty = np.eye(size) * ridge * count
-    penalty[-1, -1] = 0  # the constant is free
-    encode, maps = None, []
-    for x, layer in enumerate(chosen):
-        maps.append(np.linalg.solve(gram[x] + penalty, cross[:, x]))
-        if rank is not None:
-            encode = [] if encode is None else encode
-            code, maps[x] = _reduced(gram[x] + penalty, maps[x], layer, rank, count)
-            encode.append(code)
-    provenance = {"data": data, "tokens": count, "rows": len(batch.tokens_BT), "ridge": ridge}
-    return KVMaps(
-        maps_LXFO=jnp.asarray(np.stack(maps, axis=1), jnp.float32),
-        encode_XFR=None if encode is None else jnp.asarray(np.stack(encode), jnp.float32),
-        layers=chosen,
-        features=tuple(features),
-        provenance=json.dumps(provenance | {"skip_first": skip_first}),
-    )
+    provenance = {
+        "data": data,
+        "tokens": int(np.maximum(batch.lengths_B - skip_first, 0).sum()),
+        "rows": len(batch.tokens_BT),
+        "skip_first": skip_first,
+    }
+    return Moments(*sums, chosen, tuple(features), model, provenance)
 
 
 def _reduced(
-    gram_FF: np.ndarray, maps_LFO: np.ndarray, layer: int, rank: int, count: int
+    gram_FF: np.ndarray, maps_DFO: np.ndarray, rank: int, tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The code `[F, R]` and the maps from it `[L, R, O]` that lose least of the full maps.
+    """The code `[F, R]` and the maps from it `[D, R, O]` that lose least of the full maps.
 
     Keys and values of a layer count alike, whatever their scale: their errors are measured in
     units of what the full maps explain of them beyond the mean.
 
     Args:
       gram_FF: X'X and the penalty.
-      maps_LFO: Full maps; zero up to `layer`.
-      layer: Halting layer.
+      maps_DFO: Full maps of the D deeper layers.
       rank: R.
-      count: Tokens.
+      tokens: Number of them in X.
     """
     root_FF = np.linalg.cholesky(gram_FF).T  # gram = root' root
-    fitted_LFO = root_FF @ maps_LFO[layer:]
-    deeper, size, columns = fitted_LFO.shape
-    mean_LO = (gram_FF[-1] @ maps_LFO[layer:]) / count
-    energy_LO = np.square(fitted_LFO).sum(1) / count - np.square(mean_LO)
-    halves_L2 = energy_LO.reshape(deeper, 2, columns // 2).sum(-1)
-    scale_LO = np.repeat(1 / np.sqrt(np.maximum(halves_L2, 1e-12)), columns // 2, axis=1)
-    flat_FP = np.moveaxis(fitted_LFO * scale_LO[:, None, :], 0, 1).reshape(size, -1)
+    fitted_DFO = root_FF @ maps_DFO
+    deeper, size, columns = fitted_DFO.shape
+    mean_DO = (gram_FF[-1] @ maps_DFO) / tokens
+    energy_DO = np.square(fitted_DFO).sum(1) / tokens - np.square(mean_DO)
+    halves_D2 = energy_DO.reshape(deeper, 2, columns // 2).sum(-1)
+    scale_DO = np.repeat(1 / np.sqrt(np.maximum(halves_D2, 1e-12)), columns // 2, axis=1)
+    flat_FP = np.moveaxis(fitted_DFO * scale_DO[:, None, :], 0, 1).reshape(size, -1)
     basis_FR = np.linalg.eigh(flat_FP @ flat_FP.T)[1][:, ::-1][:, :rank]
-    maps_LRO = np.zeros((len(maps_LFO), rank, columns))
-    maps_LRO[layer:] = basis_FR.T @ fitted_LFO
-    return np.linalg.solve(root_FF, basis_FR), maps_LRO
+    return np.linalg.solve(root_FF, basis_FR), basis_FR.T @ fitted_DFO
 
 
 def _moments(params: Params, tokens_BT, counted_BT, model: ModelConfig, chosen, features):

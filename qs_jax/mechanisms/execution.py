@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 from qs_jax.config import AMQConfig, ModelConfig, QuickSilverConfig
 from qs_jax.errors import ConfigError
 from qs_jax.mechanisms import amq, int8
+from qs_jax.mechanisms.kv_maps import select
 from qs_jax.mechanisms.plan import Plan
 from qs_jax.models import Params, family_of
 from qs_jax.models.layers import Multiply, dense_product
@@ -192,10 +193,17 @@ def multiplies(plan: Plan | None) -> bool:
 
 
 def with_weights(params: Params, plan: Plan | None) -> Params:
-    """Parameters as a program of this plan takes them."""
+    """Parameters as a program of this plan takes them: with what it reads and nothing more."""
+    spare = {"int8", "kv_maps"}
+    taken = {name: part for name, part in params.items() if name not in spare}
     if multiplies(plan):
-        return quantize_weights(params)
-    return {name: part for name, part in params.items() if name != "int8"}
+        taken["int8"] = quantize_weights(params)["int8"]
+    if plan is not None and plan.policy == "extrapolate":
+        maps, rule = params["kv_maps"], plan.halting
+        assert rule is not None
+        assert rule.layers is not None
+        taken["kv_maps"] = maps if maps.layers == rule.layers else select(maps, rule.layers)
+    return taken
 
 
 def simulate(

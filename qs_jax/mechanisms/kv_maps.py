@@ -69,22 +69,30 @@ class KVMaps(flax.struct.PyTreeNode):
         features = self.code_size if self.encode_XFR is None else self.encode_XFR.shape[1]
         return MapSizes(features, self.code_size, "neurons" in self.features)
 
-    def save(self, path: str | Path) -> Path:
-        """Write one safetensors file; a folder gets the usual name in it."""
+    def save(self, path: str | Path, dtype: str = "float32") -> Path:
+        """Write one safetensors file; a folder gets the usual name in it.
+
+        Args:
+          path: File or folder.
+          dtype: "float32", or "float16" for half of the bytes.
+        """
         from safetensors.numpy import save_file
 
         path = Path(path)
         path = path / FILE_NAME if path.is_dir() else path
-        maps = np.ascontiguousarray(np.asarray(self.maps_LXFO, np.float32))
+        maps = np.asarray(self.maps_LXFO)
         metadata = {
+            "depth": str(len(maps)),
             "layers": json.dumps(self.layers),
             "features": json.dumps(self.features),
             "provenance": self.provenance,
         }
-        arrays = {"maps": maps}
+        # Layers that are not deeper hold zeros.
+        arrays = {f"maps.{layer}": maps[layer:, x] for x, layer in enumerate(self.layers)}
         if self.encode_XFR is not None:
-            arrays["encode"] = np.ascontiguousarray(np.asarray(self.encode_XFR, np.float32))
-        save_file(arrays, str(path), metadata=metadata)
+            arrays["encode"] = np.asarray(self.encode_XFR)
+        stored = {name: np.ascontiguousarray(array, dtype) for name, array in arrays.items()}
+        save_file(stored, str(path), metadata=metadata)
         return path
 
     @classmethod
@@ -102,9 +110,14 @@ class KVMaps(flax.struct.PyTreeNode):
             with safe_open(str(path), framework="numpy") as file:
                 metadata = file.metadata() or {}
                 encode = file.get_tensor("encode") if "encode" in file.keys() else None  # noqa: SIM118
+                layers, depth = tuple(json.loads(metadata["layers"])), int(metadata["depth"])
+                deeper = [file.get_tensor(f"maps.{layer}") for layer in layers]
+                maps = np.zeros((depth, len(layers), *deeper[0].shape[1:]), np.float32)
+                for x, layer in enumerate(layers):
+                    maps[layer:, x] = deeper[x]
                 return cls(
-                    maps_LXFO=jnp.asarray(file.get_tensor("maps"), jnp.float32),
-                    layers=tuple(json.loads(metadata["layers"])),
+                    maps_LXFO=jnp.asarray(maps),
+                    layers=layers,
                     features=tuple(json.loads(metadata["features"])),
                     provenance=metadata["provenance"],
                     encode_XFR=None if encode is None else jnp.asarray(encode, jnp.float32),
@@ -148,8 +161,8 @@ def require_maps(
     """Refuse to extrapolate without the maps of these halting layers.
 
     Raises:
-      ConfigError: `params["kv_maps"]` is absent, is for other layers, or reads features that only
-        a prompt has.
+      ConfigError: `params["kv_maps"]` is absent, lacks one of the layers, or reads features that
+        only a prompt has.
     """
     maps = params.get("kv_maps")
     if maps is None:
@@ -157,10 +170,11 @@ def require_maps(
             "kv_skip.policy 'extrapolate' needs maps: put qs_jax.fit_kv_maps(params, tokens, "
             f"layers={layers}, model=model) or KVMaps.load(FILE) into params['kv_maps']."
         )
-    if tuple(maps.layers) != tuple(layers):
+    missing = sorted(set(layers) - set(maps.layers))
+    if missing:
         raise ConfigError(
-            f"the KV maps are for halting layers {tuple(maps.layers)}, the configuration halts at "
-            f"{tuple(layers)}."
+            f"the KV maps are for halting layers {tuple(maps.layers)}, the configuration also "
+            f"halts at {tuple(missing)}."
         )
     maps.check(model)
     beyond = [name for name in maps.features if name in PROMPT_FEATURES]
