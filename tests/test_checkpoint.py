@@ -38,6 +38,15 @@ def test_lost_files_are_noticed(folder):
         qs_jax.load(folder)
 
 
+def test_maps_beside_the_weights_come_along(folder):
+    params, model = qs_jax.load(folder)
+    assert "kv_maps" not in params
+    tokens_NT = random_tokens(model, 8, 40)
+    qs_jax.fit_kv_maps(params, tokens_NT, (1,), model, features=("state",)).save(folder)
+    params, _ = qs_jax.load(folder)
+    assert params["kv_maps"].layers == (1,)
+
+
 @pytest.mark.parametrize("damage", ["zeros", "one bit"])
 def test_damaged_files_are_noticed(folder, damage):
     chunk = next(path for path in (folder / "params").rglob("*") if path.name == "0.0.0")

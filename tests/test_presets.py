@@ -32,6 +32,28 @@ def test_every_preset_fits_every_depth_and_survives_its_file(name, layers, tmp_p
     assert dict(again.provenance).items() >= dict(qs.provenance).items()
 
 
+def test_the_shipped_preset_is_for_its_model_and_comes_with_its_maps():
+    smollm2 = tiny_model("llama", num_layers=30).replace(
+        vocab_size=49152,
+        hidden_size=576,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        mlp_size=1536,
+        max_positions=8192,
+    )
+    qs, maps = presets.balanced(smollm2), presets.shipped_maps(smollm2)
+    assert qs.kv_skip.policy == "extrapolate"
+    assert maps.layers == qs.halting.layers
+    maps.check(smollm2)
+    verified = qs.provenance["verified"]
+    assert verified["within_budget"]
+    assert verified["upper_bound"] <= qs.provenance["max_ppl_increase"] == 0.2
+    assert all(other["within_budget"] for other in verified["also"].values())
+    assert presets.shipped_maps(DEEP) is None
+    assert presets.balanced(DEEP).kv_skip.policy == "skip"
+
+
 def test_the_paper_preset_holds_the_papers_numbers():
     """DESIGN section 9, for the paper's depth of 30."""
     qs = presets.paper(DEEP)

@@ -37,7 +37,10 @@ class Calibrate:
     verify_windows: int = 32
     """Windows after those, to verify on: the more, the closer the bound."""
     fit_windows: int = 64
-    """Windows after those, to fit the maps of the "extrapolate" policy on; 0 goes without."""
+    """Windows after those, to fit the maps of the "extrapolate" policy on; 0 takes those beside the
+    checkpoint, if there are any."""
+    kv_maps: Path | None = None
+    """Maps fitted before, on other text: nothing is fitted."""
     seq_len: int = 512
     """Tokens of each window."""
     continuation_tokens: int = 128
@@ -151,8 +154,10 @@ class Calibrate:
         from qs_jax import fit_kv_maps
         from qs_jax.calibration.families import halting_layers
         from qs_jax.evaluation.perplexity import read_windows
-        from qs_jax.mechanisms.kv_maps import FEATURES, PROMPT_FEATURES, feature_count
+        from qs_jax.mechanisms.kv_maps import FEATURES, PROMPT_FEATURES, KVMaps, feature_count
 
+        if self.kv_maps is not None:
+            return {**params, "kv_maps": KVMaps.load(self.kv_maps)}
         if not self.fit_windows:
             return params
         layers = self.layers or halting_layers(model)

@@ -155,7 +155,10 @@ def test_new_tokens_that_stay_where_the_prompt_left_get_room():
     np.testing.assert_array_equal(np.stack([s.tokens for s in steps], 1), out.tokens)
 
 
-@pytest.mark.parametrize(("policy", "kind"), [("skip", "separate"), ("propagate", "stacked")])
+@pytest.mark.parametrize(
+    ("policy", "kind"),
+    [("skip", "separate"), pytest.param("propagate", "stacked", marks=pytest.mark.slow)],
+)
 def test_int8_caches_hold_what_the_masked_engine_reads(policy, kind):
     """Codes take a byte, their steps the rest; what they stand for is the same."""
     amq = AMQConfig.uniform(4, 2, targets=("kv",), group=4, execution="int8")

@@ -45,7 +45,7 @@ def _param(name, kind, qs, protocol, heavy=False):
     marks = [pytest.mark.xdist_group(label)]
     shown = ("HKFQ-llama", "quota", "preset-balanced", "preset-aggressive")
     by_default = name.startswith(shown) or protocol == "teacher-forced"
-    twice = name in ("preset-off", "preset-aggressive-scaled")  # others cover them
+    twice = name in ("preset-off", "preset-paper", "preset-aggressive-scaled")  # others cover them
     if name.partition("-")[0] in PAIRS or (heavy and twice):
         by_default = False
     marks += [] if by_default else [pytest.mark.slow]

@@ -94,6 +94,9 @@ def test_saved_maps_come_back(maps, tmp_path):
     assert "tokens" in again.provenance
     np.testing.assert_array_equal(again.maps_LXFO, maps.maps_LXFO)
     np.testing.assert_array_equal(select(again, (2,)).maps_LXFO[:, 0], maps.maps_LXFO[:, 1])
+    half = KVMaps.load(maps.save(tmp_path / "half.safetensors", "float16"))
+    np.testing.assert_allclose(half.maps_LXFO, maps.maps_LXFO, rtol=1e-3, atol=1e-6)
+    assert (tmp_path / "half.safetensors").stat().st_size < path.stat().st_size * 0.6
     with pytest.raises(ConfigError, match=r"none for \[3\]"):
         select(maps, (3,))
     with pytest.raises(CheckpointError, match="no KV maps"):
@@ -211,3 +214,20 @@ def test_features_of_prompts_need_prompts(params):
         qs_jax.score({**params, "kv_maps": maps}, tokens_NT, Config(MODEL, qs))
     with pytest.raises(ConfigError, match="rank must be below"):
         qs_jax.fit_kv_maps(params, tokens_NT, (1,), MODEL, rank=MODEL.hidden_size + 1)
+
+
+def test_maps_of_more_layers_serve(params, maps):
+    """The engine takes those of the layers at which the configuration halts."""
+    tokens_BT = random_tokens(MODEL, width=24)
+    one = QuickSilverConfig(
+        halting=HaltingConfig(rule="quota", layers=(2,), quota=(0.6,), entropy=None),
+        kv_skip=KVSkipConfig("extrapolate"),
+        recent_tokens=2,
+    )
+    cfg = Config(MODEL, one, continuation_tokens=8)
+    both = qs_jax.score({**params, "kv_maps": maps}, tokens_BT, cfg)
+    alone = qs_jax.score({**params, "kv_maps": select(maps, (2,))}, tokens_BT, cfg)
+    np.testing.assert_array_equal(both.logprobs, alone.logprobs)
+    cost = both.record.kv_written & ~both.record.active
+    assert cost.any()
+    assert not np.allclose(both.logprobs, qs_jax.score(params, tokens_BT, Config(MODEL)).logprobs)
