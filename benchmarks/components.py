@@ -2,7 +2,8 @@
 
 `jax.profiler` says when each XLA operation ran; the compiled program's text says which scope it
 came from. Time in which several operations run is split among them, and time in which none does is
-"idle". XLA fuses across scopes: a fused operation counts for the scope of its result.
+"idle". XLA fuses across scopes: a fused operation counts for the scope of its result; the products
+of a single row, which XLA rewrites on CPU without their scope, count as "other".
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ COMPONENTS = {
     "idle": "idle",
 }
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*?\s([a-z][\w\-]*)\(", re.MULTILINE)
+_MODULE = re.compile(r"HloModule ([\w.\-]+)")
 _PATH = re.compile(r'op_name="([^"]*)"')
 _CONTAINERS = ("while", "conditional", "call")
 
@@ -90,7 +92,9 @@ def attribute(intervals: Iterable[Interval], total: float) -> dict[str, float]:
     return found | {"idle": max(total - sum(found.values()), 0.0)}
 
 
-def _intervals(planes: Iterable[Any], components: dict[str, str | None]) -> list[Interval]:
+def _intervals(
+    planes: Iterable[Any], components: dict[str, dict[str, str | None]]
+) -> list[Interval]:
     """Operations of a trace: on CPU an asynchronous one ends with an event of its own."""
     begun: dict[Any, tuple[float, str]] = {}
     plain: list[Interval] = []
@@ -102,8 +106,8 @@ def _intervals(planes: Iterable[Any], components: dict[str, str | None]) -> list
                 if event.name.startswith("end: "):
                     ends[stats.get("_c")] = event.start_ns + event.duration_ns
                     continue
-                name = stats.get("hlo_op")
-                component = components.get(str(name)) if name is not None else None
+                program = components.get(str(stats.get("hlo_module")), {})
+                component = program.get(str(stats.get("hlo_op")))
                 if component is None:
                     continue
                 producer, finish = stats.get("_p"), event.start_ns + event.duration_ns
@@ -116,28 +120,45 @@ def _intervals(planes: Iterable[Any], components: dict[str, str | None]) -> list
     return plain + waited
 
 
-def profile(call: Callable[[], Any]) -> dict[str, float]:
+def profile(
+    call: Callable[..., Any],
+    prepare: Callable[[], tuple[Any, ...]] = tuple,
+    folder: Path | None = None,
+) -> dict[str, float]:
     """Seconds of one warm call by component.
 
     Args:
       call: Runs programs of the engines; it is called once to compile, once to be traced.
+      prepare: Makes its arguments, each time; not in the trace.
+      folder: Keep the trace there; None forgets it.
     """
     with watch() as seen:
-        call()
-    components = _merged(seen)
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder), watch() as traced:
-            call()
-        file = next(Path(folder).rglob("*.xplane.pb"))
-        data = jax.profiler.ProfileData.from_file(str(file))
+        call(*prepare())
+    components = _of_programs(seen)
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    with tempfile.TemporaryDirectory() as temporary, watch() as traced:
+        folder = folder or Path(temporary)
+        arguments = prepare()
+        before = traced.seconds
+        with jax.profiler.trace(str(folder), profiler_options=options):
+            call(*arguments)
+        newest = max(folder.rglob("*.xplane.pb"), key=lambda file: file.stat().st_mtime_ns)
+        data = jax.profiler.ProfileData.from_file(str(newest))
         intervals = _intervals(data.planes, components)
-    found = attribute(intervals, traced.seconds * 1e9)
+    found = attribute(intervals, (traced.seconds - before) * 1e9)
     return {name: value * 1e-9 for name, value in found.items()}
 
 
-def _merged(seen: Watch) -> dict[str, str | None]:
-    """Instructions of all programs of a call; names that two programs share count as the first."""
-    merged: dict[str, str | None] = {}
+def _of_programs(seen: Watch) -> dict[str, dict[str, str | None]]:
+    """Instructions of each program of a call, by the program's name.
+
+    Of programs of one name, an instruction that several have counts as the first's.
+    """
+    found: dict[str, dict[str, str | None]] = {}
     for used in reversed(seen.used):
-        merged |= components_of(used.compiled().as_text())
-    return merged
+        text = used.compiled().as_text()
+        name = _MODULE.match(text)
+        assert name is not None, text[:80]
+        found[name[1]] = found.get(name[1], {}) | components_of(text)
+    return found

@@ -1,0 +1,225 @@
+"""Where a preset moves the model away from itself, and which tokens the loss blames (paper R.3)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from qs_jax.config import Config, ModelConfig
+from qs_jax.diagnostics.states import dense_states, masked_states, nudged
+from qs_jax.engine import batching, tokenwise
+from qs_jax.engine.checks import check_finite, check_maps, check_params
+from qs_jax.engine.overrides import TokenOverrides, arrays_of
+from qs_jax.engine.schedule import bind_call
+from qs_jax.engine.scoring import next_logprobs
+from qs_jax.errors import InputError
+from qs_jax.mechanisms.execution import with_weights
+from qs_jax.mechanisms.plan import Numbers, Plan
+from qs_jax.models import Params, head
+from qs_jax.models.layers import exact_dtype
+from qs_jax.record import Record
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnosis:
+    """A text under a preset, beside the dense model; rows are right-padded, padding holds 0.
+
+    Attributes:
+      tokens: int `[B, T]`.
+      lengths: int `[B]`, tokens of each row.
+      drift_index: float `[L, B, T]`, semantic drift index after each layer: the L2 distance of a
+        token's state from its state in the dense model.
+      relative_index: float `[L, B, T]`, the same over the norm of the dense state.
+      attribution: float `[B, T]`, error attribution score: norm of the gradient, with respect to
+        the token's input embedding, of the row's mean loss under the preset less the dense one, in
+        nats per unit of the embedding.
+      dense_logprobs: float `[B, T]`, log-probability of each token in the dense model, in nats; 0
+        where nothing is scored.
+      logprobs: float `[B, T]`, the same under the preset.
+      kl: float `[B, T]`, divergence of the preset's prediction of this token from the dense one,
+        KL(dense || preset) in nats; 0 where nothing is scored.
+      agrees: bool `[B, T]`, both predict the same token as the likeliest; false where not scored.
+      mask: bool `[B, T]`, positions that are scored.
+      record: What the mechanisms did; simulated.
+    """
+
+    tokens: Int[np.ndarray, "B T"]
+    lengths: Int[np.ndarray, "B"]
+    drift_index: Float[np.ndarray, "L B T"]
+    relative_index: Float[np.ndarray, "L B T"]
+    attribution: Float[np.ndarray, "B T"]
+    dense_logprobs: Float[np.ndarray, "B T"]
+    logprobs: Float[np.ndarray, "B T"]
+    kl: Float[np.ndarray, "B T"]
+    agrees: Bool[np.ndarray, "B T"]
+    mask: Bool[np.ndarray, "B T"]
+    record: Record
+
+    @property
+    def token_drift(self) -> Float[np.ndarray, "B T"]:
+        """The semantic drift index of each token: that of the last layer."""
+        return self.drift_index[-1]
+
+    @property
+    def touched(self) -> Bool[np.ndarray, "B T"]:
+        """Tokens that halted, were absorbed, or had fewer than 8 bits in some layer."""
+        record = self.record
+        own = np.arange(self.tokens.shape[1])[None]
+        halted = record.depth < len(record.active)
+        return record.real & (halted | (record.representative != own) | (record.bits.min(0) < 8))
+
+    def summary(self) -> dict[str, float]:
+        """Quality of all scored positions together.
+
+        Returns:
+          "dense_perplexity", "perplexity", "kl" (mean, in nats), "top1_agreement" and
+          "layer_tokens_saved", both shares.
+        """
+        count = int(self.mask.sum())
+
+        def perplexity(logprobs: np.ndarray) -> float:
+            return float(np.exp(-logprobs.sum(dtype=np.float64) / count))
+
+        return {
+            "dense_perplexity": perplexity(self.dense_logprobs),
+            "perplexity": perplexity(self.logprobs),
+            "kl": float(self.kl.sum(dtype=np.float64) / count),
+            "top1_agreement": float(self.agrees.sum() / count),
+            "layer_tokens_saved": self.record.layer_tokens_saved,
+        }
+
+
+def diagnose(
+    params: Params,
+    tokens: batching.TokensLike,
+    cfg: Config,
+    *,
+    prompt_lengths: Sequence[int] | np.ndarray | None = None,
+    overrides: TokenOverrides | None = None,
+) -> Diagnosis:
+    """Compare a preset with the dense model, token by token and layer by layer.
+
+    With h the states after layer l and L a row's mean loss over its scored positions,
+
+        drift index(t, l)  = || h_dense(t, l) - h_preset(t, l) ||_2
+        attribution(t)     = || d (L_preset - L_dense) / d x_t ||_2 ,  x_t the input embedding.
+
+    The gradient is `jax.grad` through the masked engine. Decisions are piecewise constant and have
+    none; rounding and merging are passed straight through (`states.Straight`). Memory grows with
+    L x B x T x D and with the attention weights of all layers, L x B x N x T x T.
+
+    Args:
+      params: From `qs_jax.load`.
+      tokens: int `[B, T]`, one row `[T]`, or rows of different lengths.
+      cfg: Model, mechanisms and protocol; the masked engine runs whatever `engine` says.
+      prompt_lengths: As in `qs_jax.score`.
+      overrides: As in `qs_jax.score`.
+
+    Returns:
+      Indices, scores and predictions.
+
+    Raises:
+      ConfigError: The parameters are another model's, or the maps a policy needs are missing.
+      InputError: Tokens cannot be used, no mechanism runs, or rows can only run token by token.
+      NonFiniteError: The model produced NaN or infinity.
+
+    Source: QuickSilver R.3 and figure 21.
+    """
+    model = cfg.model
+    check_params(params, model)
+    bound = bind_call(cfg, "masked")
+    if bound is None:
+        raise InputError("there is nothing to diagnose: every mechanism is off.")
+    plan, numbers = bound
+    if plan.sequential:
+        raise InputError(
+            "the final_prev entropy runs token by token, which has no gradient over whole rows: "
+            "diagnose a preset with another estimator."
+        )
+    check_maps(params, plan, model)
+    batch, padded = batching.prepare_batch(tokens, model)
+    ends_B = batching.split_prompts(batch.lengths_B, prompt_lengths, cfg)
+    width = batch.tokens_BT.shape[1]
+    column_1T = np.arange(padded.tokens_BT.shape[1])[None]
+    ends_B1 = np.maximum(ends_B, 1)[:, None]
+    mask_BT = (column_1T >= ends_B1) & (column_1T < batch.lengths_B[:, None])
+    if not mask_BT.any(1).all():
+        raise InputError("a row of one token predicts nothing: give at least two.")
+    chosen = arrays_of(overrides, padded.tokens_BT.shape, width, cfg)
+    host: Any = (*padded, ends_B)  # NumPy arrays until the program takes them
+    prompt = tokenwise.Prompt(*host, overrides=chosen)
+    program = _compare(with_weights(params, plan), prompt, mask_BT, numbers, model=model, plan=plan)
+    out = jax.device_get(program)
+    check_finite(np.isfinite(out["attribution"]).all(1) & np.isfinite(out["kl"]).all(1))
+    record = Record.of(out.pop("evidence"), width, batch.lengths_B, ends_B, cfg.effective_protocol)
+    mask_BT = mask_BT[:, :width]
+    cut = {name: array[..., :width] for name, array in out.items()}
+    for name in ("drift_index", "relative_index", "attribution"):
+        cut[name] = np.where(record.real, cut[name], 0).astype(cut[name].dtype)
+    return Diagnosis(batch.tokens_BT, batch.lengths_B, **cut, mask=mask_BT, record=record)
+
+
+@jax.jit(static_argnames=("model", "plan"))
+def _compare(
+    params: Params,
+    prompt: tokenwise.Prompt,
+    mask_BT: Bool[Array, "B T"],
+    numbers: Numbers,
+    model: ModelConfig,
+    plan: Plan,
+) -> dict[str, Any]:
+    """Arrays of a `Diagnosis` and the evidence of its record."""
+    scored_BT = mask_BT / mask_BT.sum(1, keepdims=True)
+
+    def loss_difference(nudge_BTD: Array) -> tuple[Array, dict[str, Any]]:
+        with nudged(model, nudge_BTD):
+            theirs_LBTD = dense_states(params, prompt.tokens_BT, model)
+            ours_LBTD, state, record = masked_states(params, prompt, numbers, model, plan)
+        last = (head.normed(params, states[-1], model) for states in (theirs_LBTD, ours_LBTD))
+        dense_BTD, preset_BTD = last
+        dense_logprobs = next_logprobs(params, dense_BTD, prompt.tokens_BT)
+        logprobs = next_logprobs(params, preset_BTD, prompt.tokens_BT)
+        kl_BT, agrees_BT = _divergence(params, dense_BTD, preset_BTD)
+        norms_LBT, apart_LBT = (_norm(x) for x in (theirs_LBTD, theirs_LBTD - ours_LBTD))
+        found = {
+            "drift_index": apart_LBT,
+            "relative_index": apart_LBT / jnp.maximum(norms_LBT, 1e-30),
+            "dense_logprobs": jnp.where(mask_BT, dense_logprobs, 0),
+            "logprobs": jnp.where(mask_BT, logprobs, 0),
+            "kl": jnp.where(mask_BT, kl_BT, 0),
+            "agrees": mask_BT & agrees_BT,
+            "evidence": tokenwise.evidence_of(state, record),
+        }
+        return ((dense_logprobs - logprobs) * scored_BT).sum(), found
+
+    shape = (*prompt.tokens_BT.shape, model.hidden_size)
+    nothing_BTD = jnp.zeros(shape, model.dtype)
+    gradient_BTD, found = jax.grad(loss_difference, has_aux=True)(nothing_BTD)
+    return found | {"attribution": _norm(gradient_BTD)}
+
+
+def _norm(x: Float[Array, "*batch D"]) -> Float[Array, "*batch"]:
+    return jnp.linalg.norm(x.astype(exact_dtype(x.dtype)), axis=-1)
+
+
+def _divergence(params: Params, dense_BTD: Array, preset_BTD: Array) -> tuple[Array, Array]:
+    """KL(dense || preset) of each token's prediction, and whether the likeliest token is the same.
+
+    Column i is about the prediction of token i, read from the state before it; column 0 is 0.
+    """
+
+    def compare(*states_BCD: Array) -> Array:
+        p, q = (jax.nn.log_softmax(head.logits(params, h)) for h in states_BCD)
+        same = p.argmax(-1) == q.argmax(-1)
+        return jnp.stack([(jnp.exp(p) * (p - q)).sum(-1), same.astype(p.dtype)], axis=-1)
+
+    states = jax.lax.stop_gradient((dense_BTD, preset_BTD))
+    found_BT2 = head.map_positions(compare, 2 * head.head_table(params).shape[0], *states)
+    found_BT2 = jnp.pad(found_BT2[:, :-1], ((0, 0), (1, 0), (0, 0)))
+    return found_BT2[..., 0], found_BT2[..., 1] > 0

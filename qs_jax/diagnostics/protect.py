@@ -1,0 +1,130 @@
+"""Flags for tokens that a preset hurts, and the ids to protect from it (paper R.1, R.3, B.5)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
+
+from qs_jax.config import Config
+from qs_jax.diagnostics.diagnosis import Diagnosis
+from qs_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Tokens over a threshold; the paper flags "high drift or attribution" and gives no number.
+
+    Attributes:
+      by_drift: bool `[B, T]`, semantic drift index of the last layer above `drift_threshold`.
+      by_attribution: bool `[B, T]`, error attribution score above `attribution_threshold`.
+      drift_threshold: In the units of the index.
+      attribution_threshold: In nats per unit of the embedding.
+    """
+
+    by_drift: Bool[np.ndarray, "B T"]
+    by_attribution: Bool[np.ndarray, "B T"]
+    drift_threshold: float
+    attribution_threshold: float
+
+    @property
+    def either(self) -> Bool[np.ndarray, "B T"]:
+        """Flagged by one of the two at least."""
+        return self.by_drift | self.by_attribution
+
+
+def flag(
+    diagnosis: Diagnosis,
+    *,
+    percentile: float = 95.0,
+    drift_threshold: float | None = None,
+    attribution_threshold: float | None = None,
+) -> Flags:
+    """Flag tokens whose index or score is above a threshold.
+
+    Args:
+      diagnosis: Of `diagnose`.
+      percentile: Of all tokens of the text: the threshold of each measure that has none given.
+      drift_threshold: Of the semantic drift index; None takes the percentile.
+      attribution_threshold: Of the error attribution score; None takes the percentile.
+
+    Raises:
+      InputError: The percentile is not between 0 and 100.
+    """
+    if not 0 <= percentile <= 100:
+        raise InputError(f"the percentile must be between 0 and 100, got {percentile}.")
+    real = diagnosis.record.real
+
+    def over(values: np.ndarray, threshold: float | None) -> tuple[np.ndarray, float]:
+        if threshold is None:
+            threshold = float(np.percentile(values[real], percentile))
+        return real & (values > threshold), threshold
+
+    by_drift, drift_at = over(diagnosis.token_drift, drift_threshold)
+    by_attribution, attribution_at = over(diagnosis.attribution, attribution_threshold)
+    return Flags(by_drift, by_attribution, drift_at, attribution_at)
+
+
+@dataclasses.dataclass(frozen=True)
+class Suspect:
+    """A token id that a preset should leave alone.
+
+    Attributes:
+      token: The id.
+      count: Flagged occurrences that a mechanism touched.
+      attribution: Their error attribution scores, added.
+      drift: The largest of their semantic drift indices.
+    """
+
+    token: int
+    count: int
+    attribution: float
+    drift: float
+
+
+def suggest_protect(
+    diagnosis: Diagnosis, flags: Flags, cfg: Config, *, limit: int | None = 16
+) -> list[Suspect]:
+    """Ids of flagged tokens that a mechanism touched, the most blamed first.
+
+    A flagged token that ran all its layers untouched is not among them: it was hurt by others, and
+    protecting it would change nothing. Protection is by id, so it holds for every occurrence.
+
+    Args:
+      diagnosis: Of `diagnose`.
+      flags: Of `flag`.
+      cfg: The call diagnosed; ids it protects already are left out.
+      limit: How many ids at most; None is all.
+    """
+    guilty = flags.either & diagnosis.touched
+    known = set(cfg.quicksilver.protect_ids) if cfg.quicksilver is not None else set()
+    suspects = []
+    for token in np.unique(diagnosis.tokens[guilty]).tolist():
+        here = guilty & (diagnosis.tokens == token)
+        if token not in known:
+            scores, drifts = diagnosis.attribution[here], diagnosis.token_drift[here]
+            suspects.append(
+                Suspect(token, int(here.sum()), float(scores.sum()), float(drifts.max()))
+            )
+    suspects.sort(key=lambda suspect: (-suspect.attribution, -suspect.drift, suspect.token))
+    return suspects[:limit]
+
+
+def protected(cfg: Config, suspects: Sequence[Suspect], about: dict[str, Any]) -> Config:
+    """The same call with the suspects protected as well.
+
+    Args:
+      cfg: The call diagnosed.
+      suspects: Of `suggest_protect`.
+      about: Added to the preset's provenance under "protected".
+    """
+    assert cfg.quicksilver is not None
+    ids = {*cfg.quicksilver.protect_ids, *(suspect.token for suspect in suspects)}
+    provenance = dict(cfg.quicksilver.provenance) | {"protected": about}
+    quicksilver = dataclasses.replace(
+        cfg.quicksilver, protect_ids=tuple(sorted(ids)), provenance=provenance
+    )
+    return cfg.replace(quicksilver=quicksilver)
