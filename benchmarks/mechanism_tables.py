@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from qs_jax.evaluation.perplexity import interval
+from qs_jax.evaluation.perplexity import exp, interval
 
 _COLUMNS = (
     "perplexity, 95 % interval",
@@ -21,21 +21,61 @@ _COLUMNS = (
 _SHARES = ("layer_tokens_saved", "exact_flops_saved", "paper_flops_saved", "kv_bytes_saved")
 
 
+class Change(NamedTuple):
+    """A row against the dense model on the same windows; None beyond the range of float64.
+
+    Attributes:
+      perplexity: Of the row.
+      dense: Of the dense model.
+      increase: Their difference.
+      interval: 95 % interval of `increase`, paired by window: the spread between texts drops out.
+        None for a single window.
+    """
+
+    perplexity: float | None
+    dense: float
+    increase: float | None
+    interval: list[float | None] | None
+
+
+def paired_change(row: dict[str, Any], dense: dict[str, Any]) -> Change:
+    """Perplexity and its increase, from "nll" and "tokens" of each window.
+
+    The dense row may hold more windows: as many are taken as the row has, from the start.
+    """
+    count = len(row["nll"])
+    mine = np.array(row["nll"]) / np.array(row["tokens"])
+    theirs = np.array(dense["nll"][:count]) / np.array(dense["tokens"][:count])
+    base, perplexity = exp(float(theirs.mean())), exp(float(mine.mean()))
+    assert base is not None
+    ratios = interval(mine - theirs)
+    return Change(
+        perplexity,
+        base,
+        None if perplexity is None else perplexity - base,
+        ratios and [None if ratio is None else base * (ratio - 1) for ratio in ratios],
+    )
+
+
+def told(change: Change) -> str:
+    """The increase and its interval as a cell of a table."""
+    if change.perplexity is None or change.increase is None:
+        return "beyond float64"
+    if change.increase == 0 and change.interval in (None, [0, 0]):
+        return "none"
+    if change.perplexity > 10 * change.dense:
+        return f"{change.increase:+,.0f}"
+    ends = [end for end in change.interval or () if end is not None]
+    return f"{change.increase:+.2f}" + (f" ({ends[0]:+.2f} to {ends[1]:+.2f})" if ends else "")
+
+
 def _line(row: dict[str, Any], dense: dict[str, Any]) -> list[str]:
     mine = np.array(row["nll"]) / np.array(row["tokens"])
-    theirs = np.array(dense["nll"]) / np.array(dense["tokens"])
-    perplexity, base = np.exp(mine.mean()), np.exp(theirs.mean())
-    # Paired by window: the spread between texts drops out.
-    low, high = (base * (ratio - 1) for ratio in interval(mine - theirs))
-    change = f"{perplexity - base:+.2f} ({low:+.2f} to {high:+.2f})"
-    if np.array_equal(mine, theirs):
-        change = "none"
-    elif perplexity > 10 * base:
-        change = f"{perplexity - base:+,.0f}"
-    lowest, highest = interval(mine)
-    shown = f"{perplexity:.4g} ({lowest:.3g} to {highest:.3g})"
+    found = paired_change(row, dense)
+    lowest, highest = interval(mine) or (None, None)
+    shown = f"{found.perplexity:.4g} ({lowest:.3g} to {highest:.3g})"
     saved = row["saved"]
-    cells = [shown, change]
+    cells = [shown, told(found)]
     shares = [saved["prefill"][name] for name in (*_SHARES, "paper_flops_saved_16bit")]
     return cells + [f"{share:.1%}".replace("-0.0%", "0.0%") for share in shares]
 

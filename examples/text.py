@@ -24,3 +24,15 @@ the two islands, and on a clear day the hills behind the old quarry. Today the r
 lamp are a small café, and the stairs that the keeper climbed twelve times a day are climbed by \
 visitors, who usually stop halfway to rest.
 """
+
+REVIEW = """\
+I did not expect to like this film, and for the first half hour I was right. The story is not \
+new, the two brothers are not believable, and nobody in the whole village ever seems to work. But \
+it would not be fair to stop there. The second half is nothing like the first. Without raising \
+its voice, it shows a family that has never learned to speak about what happened, and no scene is \
+longer than it has to be. There is no music for almost an hour. When it comes back it is not sad, \
+and that is what makes it hard to bear. I cannot say that everything works: the priest is neither \
+funny nor wise, and the last five minutes explain what needed no explanation. Still, none of my \
+friends left before the end, and not one of them talked on the way home. It is not a film for \
+every evening. It is not a film I would have missed, either.
+"""

@@ -32,12 +32,15 @@ class ScoreOutput:
         nothing is scored (the first token of a row, padding, the prompt under "continuation").
       mask: bool `[B, T]`, true where a position is scored.
       logits: float32 `[B, T, V]` if asked for; column i uses tokens 0..i, and predicts i + 1.
+      states: `[B, T, D]` if asked for, in the model's dtype; column i is what the head reads after
+        token i: the normed state of the last layer, or of the one the token halted at.
       record: What the mechanisms did; None for the dense model.
     """
 
     logprobs: Float[np.ndarray, "B T"]
     mask: Bool[np.ndarray, "B T"]
     logits: Float[np.ndarray, "B T V"] | None = None
+    states: Float[np.ndarray, "B T D"] | None = None
     record: Record | None = None
 
     @property
@@ -106,15 +109,22 @@ def score_dense(
     model: ModelConfig,
     count: int,
     return_logits: bool = False,
+    return_states: bool = False,
     unroll: int = 1,
 ) -> dict[str, Any]:
     """Log-probabilities of the dense model, of `count` positions a row from `first_B` on."""
     h_BTD = dense.forward(params, tokens_BT, model, unroll)
     out = {"logprobs": next_logprobs(params, h_BTD, tokens_BT, Scored(first_B, count))}
-    return out | ({"logits": head.logits(params, h_BTD)} if return_logits else {})
+    return out | _asked_for(params, h_BTD, return_logits, return_states)
 
 
-jit_score = jax.jit(score_dense, static_argnames=("model", "count", "return_logits", "unroll"))
+def _asked_for(params: Params, h_BTD: Array, logits: bool, states: bool) -> dict[str, Array]:
+    out = {"logits": head.logits(params, h_BTD)} if logits else {}
+    return out | ({"states": h_BTD} if states else {})
+
+
+_ASKED = ("return_logits", "return_states")
+jit_score = jax.jit(score_dense, static_argnames=("model", "count", "unroll", *_ASKED))
 
 
 def score_masked(
@@ -126,6 +136,7 @@ def score_masked(
     plan: Plan,
     count: int,
     return_logits: bool,
+    return_states: bool = False,
 ) -> dict[str, Any]:
     """Log-probabilities under the mechanisms, and the evidence; logits if asked for."""
     if plan.sequential:
@@ -140,10 +151,10 @@ def score_masked(
         evidence = tokenwise.evidence_of(state, record)
     logprobs_BT = next_logprobs(params, h_BTD, prompt.tokens_BT, Scored(first_B, count))
     out = {"logprobs": logprobs_BT, "evidence": evidence}
-    return out | ({"logits": head.logits(params, h_BTD)} if return_logits else {})
+    return out | _asked_for(params, h_BTD, return_logits, return_states)
 
 
-_STATIC = ("model", "plan", "count", "return_logits")
+_STATIC = ("model", "plan", "count", *_ASKED)
 jit_score_masked = jax.jit(score_masked, static_argnames=_STATIC)
 
 
@@ -158,6 +169,7 @@ def score_compact(
     schedule: compact.Schedule,
     count: int,
     return_logits: bool,
+    return_states: bool = False,
 ) -> dict[str, Any]:
     """The same by the compact engine."""
     result = compact.run(params, prompt, model, plan, numbers, schedule, segments)
@@ -167,7 +179,7 @@ def score_compact(
         "evidence": tokenwise.evidence_of(result.state, result.record),
         "overflow": result.overflow,
     }
-    return out | ({"logits": head.logits(params, result.h_BTD)} if return_logits else {})
+    return out | _asked_for(params, result.h_BTD, return_logits, return_states)
 
 
 jit_score_compact = jax.jit(score_compact, static_argnames=(*_STATIC, "schedule"))
@@ -190,6 +202,7 @@ def score(
     prompt_lengths: Sequence[int] | np.ndarray | None = None,
     overrides: TokenOverrides | None = None,
     return_logits: bool = False,
+    return_states: bool = False,
     devices: Sequence[jax.Device] | None = None,
 ) -> ScoreOutput:
     """Log-probability of every token given the tokens before it in its row.
@@ -208,6 +221,7 @@ def score(
         `cfg.continuation_tokens`.
       overrides: What to do with single tokens, whatever their signals say.
       return_logits: Also return `[B, T, V]` float32 logits (4 * B * T * V bytes).
+      return_states: Also return the `[B, T, D]` states that the head reads.
       devices: Split the rows over these (`jax.pmap`), e.g. `jax.local_devices()`; parameters that
         are not on all of them are copied there at every call (`qs_jax.replicate` does it once).
         Min-max entropy then looks at the rows of its own device.
@@ -235,6 +249,7 @@ def score(
         "model": model,
         "count": _columns(mask_BT, padded.tokens_BT.shape[1], cfg),
         "return_logits": return_logits,
+        "return_states": return_states,
     }
     chosen = arrays_of(overrides, padded.tokens_BT.shape, width, cfg)
     fast = uses_compact(cfg)
@@ -277,4 +292,8 @@ def score(
     if logits_BTV is not None:
         logits_BTV = logits_BTV[:, :width]
         check_finite(np.all(np.isfinite(logits_BTV), axis=(1, 2)))
-    return ScoreOutput(logprobs=logprobs_BT, mask=mask_BT, logits=logits_BTV, record=record)
+    states_BTD = out.get("states")
+    if states_BTD is not None:
+        states_BTD = states_BTD[:, :width]
+        check_finite(np.all(np.isfinite(states_BTD.astype(np.float32)), axis=(1, 2)))
+    return ScoreOutput(logprobs_BT, mask_BT, logits_BTV, states_BTD, record)

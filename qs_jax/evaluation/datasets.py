@@ -109,8 +109,12 @@ def _decoded(content: bytes, path: Path) -> str:
         ) from error
 
 
-def _json_texts(path: Path) -> Iterator[str]:
-    """The field "text" of each line; blank lines hold no document."""
+def json_records(path: Path) -> Iterator[tuple[int, Any]]:
+    """What stands on each line of a JSON Lines file, with its number; blank lines are skipped.
+
+    Raises:
+      InputError: The file is not UTF-8, a damaged gzip, or a line is not JSON.
+    """
     for number, line in enumerate(_decoded(_content(path), path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -118,6 +122,12 @@ def _json_texts(path: Path) -> Iterator[str]:
             record = json.loads(line)
         except ValueError as error:
             raise InputError(f"{path}, line {number} is not JSON: {error}.") from error
+        yield number, record
+
+
+def _json_texts(path: Path) -> Iterator[str]:
+    """The field "text" of each line; blank lines hold no document."""
+    for number, record in json_records(path):
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
             raise InputError(f'{path}, line {number} has no "text" field that holds a string.')
         yield record["text"]
@@ -148,11 +158,30 @@ def _c4(limit_chars: int | None) -> tuple[str, str, bool]:
 
 def _from_hub(repo: str, config: str, take: Callable[[Iterable[str]], Any], **options: Any) -> Any:
     """What `take` makes of the documents of a validation split."""
+    return hub_rows(
+        repo, config, "validation", lambda rows: take(row["text"] for row in rows), **options
+    )
+
+
+def hub_rows(
+    repo: str, config: str, split: str, take: Callable[[Iterable[Any]], Any], **options: Any
+) -> Any:
+    """What `take` makes of the rows of a data set on the Hugging Face Hub.
+
+    Args:
+      repo: Of the data set.
+      config: Its configuration.
+      split: Its split.
+      take: Gets the rows; what it returns must not need the connection.
+      **options: Of `datasets.load_dataset`.
+
+    Raises:
+      InputError: The hub cannot be reached, or has no such data.
+    """
     import datasets
 
     try:
-        rows = datasets.load_dataset(repo, config, split="validation", **options)
-        return take(row["text"] for row in rows)
+        return take(datasets.load_dataset(repo, config, split=split, **options))
     except Exception as error:  # the hub, its HTTP client and pyarrow raise many kinds
         reason = (str(error).splitlines() or [""])[0]
         raise InputError(

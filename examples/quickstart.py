@@ -1,0 +1,49 @@
+"""Load a checkpoint, continue two prompts, score a sentence, and see what a preset saves."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import tyro
+
+import qs_jax
+
+
+@dataclasses.dataclass
+class Arguments:
+    """Continue prompts with a converted checkpoint."""
+
+    ckpt: Path = Path("ckpt/smollm2-135m")
+    """Folder written by convert.hf_to_flax."""
+    prompts: tuple[str, ...] = ("The capital of France is", "Once upon a time, in a small town,")
+    """Texts to continue; rows of different lengths are fine."""
+    preset: str = "balanced"
+    """Mechanisms to run."""
+    max_new_tokens: int = 24
+    """Longest continuation, in tokens."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Generate, score, count."""
+    args = tyro.cli(Arguments, prog="python -m examples.quickstart", args=argv)
+    params, model = qs_jax.load(args.ckpt)
+    tokenizer = qs_jax.load_tokenizer(args.ckpt)
+    quicksilver = qs_jax.presets.by_name(args.preset, model)
+    cfg = qs_jax.Config(model, quicksilver, max_new_tokens=args.max_new_tokens)
+
+    out = qs_jax.generate(params, tokenizer(list(args.prompts)).input_ids, cfg)
+    for row in out.sequences:
+        print(tokenizer.decode(row, skip_special_tokens=True))
+        print("--")
+    if out.record is not None:
+        print(f"layers left out: {out.record.layer_tokens_saved:.1%} of the layer-tokens")
+        print(f"KV cache: {out.kv_bytes / 1e6:.2f} MB")
+
+    dense = cfg.replace(quicksilver=None)
+    scores = qs_jax.score(params, tokenizer(args.prompts[0]).input_ids, dense)
+    print(f"perplexity of the first prompt, dense: {scores.perplexity:.2f}")
+
+
+if __name__ == "__main__":
+    main()

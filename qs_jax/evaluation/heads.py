@@ -1,0 +1,168 @@
+"""Linear classification heads on the state of a prompt's last token, stored and fitted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from qs_jax.errors import CheckpointError, InputError
+from qs_jax.evaluation.tasks import Task
+
+FILE_NAME = "classifier.safetensors"
+_MAX_ITERATIONS = 500
+_GRADIENT = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """A linear classifier of final states.
+
+    Attributes:
+      weight_CD: float32.
+      bias_C: float32.
+      labels: Name of each class, in the head's own order.
+      backbone: `fingerprint` of the parameters it was trained with; None if unknown.
+    """
+
+    weight_CD: Float[np.ndarray, "C D"]
+    bias_C: Float[np.ndarray, "C"]
+    labels: tuple[str, ...]
+    backbone: dict[str, Any] | None = None
+
+    def logits(self, states_ED: Float[np.ndarray, "E D"]) -> Float[np.ndarray, "E C"]:
+        """Scores of each class, in the head's order."""
+        return states_ED.astype(np.float32) @ self.weight_CD.T + self.bias_C
+
+    def for_task(self, task: Task) -> Head:
+        """The same head with its classes in the task's order.
+
+        Labels that are only numbered (LABEL_0, ...) are taken to be in the data set's order.
+
+        Raises:
+          InputError: The classes are not the task's.
+        """
+        names = [label.lower() for label in self.labels]
+        wanted = [label.lower() for label in task.labels]
+        if names == [f"label_{index}" for index in range(len(wanted))]:
+            return dataclasses.replace(self, labels=task.labels)
+        if sorted(names) != sorted(wanted):
+            raise InputError(
+                f"the head's classes are {', '.join(self.labels)}; {task.name} has "
+                f"{', '.join(task.labels)}."
+            )
+        order = [names.index(label) for label in wanted]
+        return dataclasses.replace(
+            self, weight_CD=self.weight_CD[order], bias_C=self.bias_C[order], labels=task.labels
+        )
+
+    def save(self, folder: Path) -> Path:
+        """Write `classifier.safetensors` into a folder; returns the file."""
+        from safetensors.numpy import save_file
+
+        about = {"labels": list(self.labels), "backbone": self.backbone}
+        path = folder / FILE_NAME
+        tensors = {"weight": np.ascontiguousarray(self.weight_CD), "bias": self.bias_C}
+        save_file(tensors, path, metadata={"head": json.dumps(about)})
+        return path
+
+    @classmethod
+    def load(cls, folder: Path) -> Head:
+        """Read what `save` wrote.
+
+        Raises:
+          CheckpointError: There is no such file, or it is damaged.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = folder / FILE_NAME
+        if not path.is_file():
+            raise CheckpointError(
+                f"{folder} has no {FILE_NAME}; python -m convert.classifier makes it from a "
+                "Hugging Face sequence classifier."
+            )
+        try:
+            with safe_open(path, framework="numpy") as file:
+                about = json.loads(file.metadata()["head"])
+                weight_CD, bias_C = file.get_tensor("weight"), file.get_tensor("bias")
+            return cls(weight_CD, bias_C, tuple(about["labels"]), about["backbone"])
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} is damaged: {error}. Convert again.") from error
+
+
+def fit_head(
+    states_ED: Float[np.ndarray, "E D"],
+    labels_E: Int[np.ndarray, "E"],
+    labels: tuple[str, ...],
+    *,
+    l2: float,
+) -> tuple[Head, dict[str, Any]]:
+    """Fit multinomial logistic regression on frozen states by L-BFGS.
+
+    States are standardised channel by channel; the loss is the mean cross-entropy plus
+    `l2 / 2` times the squared weights on that scale. Both are folded into the head.
+
+    Args:
+      states_ED: Frozen features, finite.
+      labels_E: Class of each.
+      labels: Name of each class.
+      l2: At least 0.
+
+    Returns:
+      The head, and "iterations", "loss" and "gradient_norm" where it stopped.
+
+    Raises:
+      InputError: `l2` is negative, or no row has some class.
+    """
+    if l2 < 0:
+        raise InputError(f"--l2 must be at least 0, got {l2}.")
+    if missing := set(range(len(labels))) - set(labels_E.tolist()):
+        raise InputError(f"no training row is {', '.join(labels[i] for i in sorted(missing))}.")
+    states_ED = states_ED.astype(np.float32)
+    mean_D, std_D = states_ED.mean(0), states_ED.std(0)
+    std_D = np.where(std_D > 0, std_D, 1).astype(np.float32)
+    standard_ED = (states_ED - mean_D) / std_D
+    classes = jnp.asarray(labels_E, jnp.int32)
+    weights, told = _minimise(jnp.asarray(standard_ED), classes, jnp.float32(l2), len(labels))
+    weight_CD = np.asarray(weights["weight"]) / std_D
+    bias_C = np.asarray(weights["bias"]) - weight_CD @ mean_D
+    info = {name: np.asarray(value).item() for name, value in told.items()}
+    return Head(weight_CD, bias_C, labels), info
+
+
+def _minimise(x_ED: Array, y_E: Array, l2: Array, classes: int) -> tuple[Any, dict[str, Array]]:
+    import optax
+
+    def loss(weights: Any) -> Array:
+        logits_EC = x_ED @ weights["weight"].T + weights["bias"][None]
+        fit = optax.softmax_cross_entropy_with_integer_labels(logits_EC, y_E).mean()
+        return fit + l2 / 2 * (weights["weight"] ** 2).sum()
+
+    solver = optax.lbfgs()
+
+    def step(carry: Any) -> Any:
+        weights, state, _, count = carry
+        value, gradient = optax.value_and_grad_from_state(loss)(weights, state=state)
+        updates, state = solver.update(
+            gradient, state, weights, value=value, grad=gradient, value_fn=loss
+        )
+        return optax.apply_updates(weights, updates), state, optax.tree.norm(gradient), count + 1
+
+    def unfinished(carry: Any) -> Array:
+        _, _, norm, count = carry
+        return (norm > _GRADIENT) & (count < _MAX_ITERATIONS)
+
+    @jax.jit
+    def run() -> Any:
+        start = {"weight": jnp.zeros((classes, x_ED.shape[1])), "bias": jnp.zeros(classes)}
+        carry = (start, solver.init(start), jnp.float32(jnp.inf), jnp.int32(0))
+        weights, _, norm, count = jax.lax.while_loop(unfinished, step, carry)
+        return weights, {"iterations": count, "loss": loss(weights), "gradient_norm": norm}
+
+    return run()

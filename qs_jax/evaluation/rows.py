@@ -1,0 +1,115 @@
+"""Scoring many rows of different lengths: sorted, in full batches, under any protocol."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from qs_jax import accounting
+from qs_jax.config import Config
+from qs_jax.engine.scoring import ScoreOutput, score
+from qs_jax.errors import InputError
+from qs_jax.mechanisms.kv_maps import MapSizes
+from qs_jax.models import Params
+from qs_jax.record import Record
+
+
+class Rows(NamedTuple):
+    """Prompts and what follows them.
+
+    Attributes:
+      rows: Token ids of each row, prompt and continuation.
+      prompts: Tokens of each prompt, at least 1.
+    """
+
+    rows: Sequence[Sequence[int]]
+    prompts: Sequence[int]
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Rows:
+        """Rows of (prompt, continuation)."""
+        rows = [[*prompt, *continuation] for prompt, continuation in pairs]
+        return cls(rows, [len(prompt) for prompt, _ in pairs])
+
+
+class ScoredBatch(NamedTuple):
+    """Some of the rows.
+
+    Attributes:
+      index: Which of the rows, in the order of `out`; `out` may hold more rows behind them.
+      out: Of `score`.
+      counts: Tally of `qs_jax.accounting`: the prompts are "prefill", what follows is "decode".
+    """
+
+    index: list[int]
+    out: ScoreOutput
+    counts: dict[str, Any]
+
+
+def score_rows(
+    params: Params,
+    rows: Rows,
+    cfg: Config,
+    *,
+    batch_size: int,
+    devices: Sequence[jax.Device] | None = None,
+    return_states: bool = False,
+) -> Iterator[ScoredBatch]:
+    """Score rows longest first, so that little is padding.
+
+    Under "continuation" the mechanisms act on the prompts; under "teacher-forced" on every token.
+    A last batch is filled up with copies, so that it needs no program of its own.
+
+    Args:
+      params: From `qs_jax.load`; with several devices, of `qs_jax.replicate`.
+      rows: What to score.
+      cfg: Model, mechanisms and protocol.
+      batch_size: Rows at a time.
+      devices: Split each batch over these; None is the default device.
+      return_states: As `score`.
+    """
+    if batch_size < 1:
+        raise InputError(f"--batch-size must be at least 1, got {batch_size}.")
+    continued = cfg.effective_protocol == "continuation"
+    maps = params.get("kv_maps")
+    sizes = None if maps is None else maps.sizes
+    order = sorted(range(len(rows.rows)), key=lambda i: -len(rows.rows[i]))
+    for at in range(0, len(order), batch_size):
+        index = order[at : at + batch_size]
+        filled = index + index[-1:] * (min(batch_size, len(order)) - len(index))
+        prompts_B = np.array([rows.prompts[i] for i in filled])
+        out = score(
+            params,
+            [rows.rows[i] for i in filled],
+            cfg,
+            prompt_lengths=prompts_B if continued else None,
+            return_states=return_states,
+            devices=devices,
+        )
+        yield ScoredBatch(index, out, _counted(out, rows, index, cfg, sizes))
+
+
+def _counted(
+    out: ScoreOutput, rows: Rows, index: list[int], cfg: Config, sizes: MapSizes | None
+) -> dict[str, Any]:
+    prompts_B = np.array([rows.prompts[i] for i in index])
+    if out.record is None:
+        lengths_B = np.array([len(rows.rows[i]) for i in index])
+        return accounting.dense_tally(lengths_B, prompts_B, cfg.model)
+    # Whatever the protocol, a prompt is read out at its end only.
+    record = dataclasses.replace(_first(out.record, len(index)), prompt_lengths=prompts_B)
+    return accounting.tally(record, cfg.model, cfg.quicksilver, sizes)
+
+
+def _first(record: Record, count: int) -> Record:
+    """The record of the first rows."""
+    cut = {}
+    for field in dataclasses.fields(record):
+        value = getattr(record, field.name)
+        if isinstance(value, np.ndarray):
+            cut[field.name] = value[:, :count] if value.ndim == 3 else value[:count]
+    return dataclasses.replace(record, **cut)

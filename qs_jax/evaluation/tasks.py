@@ -1,0 +1,320 @@
+"""Classification tasks of GLUE and SuperGLUE: their fields, prompts, label words and metrics.
+
+Prompts and label words are those of the EleutherAI harness (after Brown et al. 2020), with white
+space around a field left out. Every label word begins with a space, as a word does after a prompt.
+
+=======  ==================  =============  ====================================================
+task     metric              hub data set   labels: words
+=======  ==================  =============  ====================================================
+mnli     accuracy            nyu-mll/glue   entailment, neutral, contradiction: True, Neither, False
+qnli     accuracy            nyu-mll/glue   entailment, not_entailment: yes, no
+sst2     accuracy            nyu-mll/glue   negative, positive: the same
+cola     Matthews            nyu-mll/glue   unacceptable, acceptable: no, yes
+rte      accuracy            nyu-mll/glue   entailment, not_entailment: True, False
+boolq    accuracy            aps/super_glue false, true: no, yes
+=======  ==================  =============  ====================================================
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import string
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qs_jax.errors import InputError
+from qs_jax.evaluation.datasets import hub_rows, json_records
+
+METRICS = ("accuracy", "matthews")
+_SPLITS = ("", ".dev", ".validation")
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A classification task.
+
+    Attributes:
+      name: For the command line.
+      fields: Names of each text field; the first is what `template` calls it, the others are what
+        other files call it.
+      passage: The field that is cut where an example is too long.
+      template: Prompt, with {field} for each field.
+      labels: Names of the classes, in the order of the data set's own numbers.
+      words: What the prompt continues with for each class, its leading space included.
+      metric: One of `METRICS`; "matthews" is for two classes.
+      files: What a local file may be called, before `.jsonl` or `.dev.jsonl`.
+      hub: Repository, configuration and split on the Hugging Face Hub.
+      domain: How the prompt ends; it is all that a word's unconditional score is given.
+
+    Raises:
+      InputError: The parts do not fit each other.
+    """
+
+    name: str
+    fields: tuple[tuple[str, ...], ...]
+    passage: str
+    template: str
+    labels: tuple[str, ...]
+    words: tuple[str, ...]
+    metric: str = "accuracy"
+    files: tuple[str, ...] = ()
+    hub: tuple[str, str, str] | None = None
+    domain: str = "Answer:"
+
+    def __post_init__(self) -> None:
+        names = [field[0] for field in self.fields]
+        used = {name for _, name, _, _ in string.Formatter().parse(self.template) if name}
+        problems = {
+            f"the template uses {sorted(used)}, the fields are {names}": used != set(names),
+            f"passage {self.passage!r} is not one of {names}": self.passage not in names,
+            f"{len(self.labels)} labels need as many words, got {len(self.words)}": len(self.words)
+            != len(self.labels),
+            f"the template must end with {self.domain!r}, what words are weighed after": not (
+                self.domain and self.template.endswith(self.domain)
+            ),
+            "there must be at least two different labels": len(set(self.labels)) < 2
+            or len(set(self.labels)) < len(self.labels),
+            f"metric must be one of {METRICS}, got {self.metric!r}": self.metric not in METRICS,
+            "the Matthews correlation is for two classes": self.metric == "matthews"
+            and len(self.labels) != 2,
+        }
+        for problem, found in problems.items():
+            if found:
+                raise InputError(f"task {self.name}: {problem}.")
+
+    def prompt(self, fields: Mapping[str, str]) -> str:
+        """The prompt of an example."""
+        return self.template.format(**{name: text.strip() for name, text in fields.items()})
+
+    def class_of(self, value: Any) -> int:
+        """The class of a label as a file has it: a name, its number, or a truth value.
+
+        Raises:
+          InputError: It is none of these.
+        """
+        names = [label.lower() for label in self.labels]
+        if isinstance(value, bool | str) and str(value).lower() in names:
+            return names.index(str(value).lower())
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(names):
+            return value
+        raise InputError(
+            f"unknown label {value!r}: {self.name} has {', '.join(self.labels)}, or their numbers "
+            f"0 to {len(names) - 1} (test splits come without labels)."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One row of a task: its fields by their names in the template, and its class."""
+
+    fields: Mapping[str, str]
+    label: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """What is evaluated.
+
+    Attributes:
+      items: In the order of the file.
+      name: Of the file without its folder, or of the hub's data set.
+      rows: How many there are to take from.
+    """
+
+    items: tuple[Example, ...]
+    name: str
+    rows: int
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Class of each item, int `[E]`."""
+        return np.array([item.label for item in self.items])
+
+    @property
+    def sha256(self) -> str:
+        """Identifies the items."""
+        content = json.dumps([[dict(item.fields), item.label] for item in self.items])
+        return hashlib.sha256(content.encode()).hexdigest()
+
+
+_PAIR = (("premise", "sentence1"), ("hypothesis", "sentence2"))
+_SENTENCE = (("sentence",),)
+_GLUE, _DEV = "nyu-mll/glue", "validation"
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            name="mnli",
+            fields=_PAIR,
+            passage="premise",
+            template="{premise}\nQuestion: {hypothesis} True, False or Neither?\nAnswer:",
+            labels=("entailment", "neutral", "contradiction"),
+            words=(" True", " Neither", " False"),
+            files=("mnli_matched", "mnli"),
+            hub=(_GLUE, "mnli", "validation_matched"),
+        ),
+        Task(
+            name="qnli",
+            fields=(("question",), ("sentence",)),
+            passage="sentence",
+            template="{question}\n{sentence}\nQuestion: Does this response answer the question?\n"
+            "Answer:",
+            labels=("entailment", "not_entailment"),
+            words=(" yes", " no"),
+            files=("qnli",),
+            hub=(_GLUE, "qnli", _DEV),
+        ),
+        Task(
+            name="sst2",
+            fields=_SENTENCE,
+            passage="sentence",
+            template="{sentence}\nQuestion: Is this sentence positive or negative?\nAnswer:",
+            labels=("negative", "positive"),
+            words=(" negative", " positive"),
+            files=("sst2",),
+            hub=(_GLUE, "sst2", _DEV),
+        ),
+        Task(
+            name="cola",
+            fields=_SENTENCE,
+            passage="sentence",
+            template="{sentence}\nQuestion: Does this sentence make sense?\nAnswer:",
+            labels=("unacceptable", "acceptable"),
+            words=(" no", " yes"),
+            metric="matthews",
+            files=("cola",),
+            hub=(_GLUE, "cola", _DEV),
+        ),
+        Task(
+            name="rte",
+            fields=_PAIR,
+            passage="premise",
+            template="{premise}\nQuestion: {hypothesis} True or False?\nAnswer:",
+            labels=("entailment", "not_entailment"),
+            words=(" True", " False"),
+            files=("rte",),
+            hub=(_GLUE, "rte", _DEV),
+        ),
+        Task(
+            name="boolq",
+            fields=(("question",), ("passage",)),
+            passage="passage",
+            template="{passage}\nQuestion: {question}?\nAnswer:",
+            labels=("false", "true"),
+            words=(" no", " yes"),
+            files=("boolq",),
+            hub=("aps/super_glue", "boolq", _DEV),
+        ),
+    )
+}
+
+
+def read_examples(task: Task, data: str, limit: int | None = None, seed: int = 0) -> Examples:
+    """Read the labelled rows of a task.
+
+    Args:
+      task: What the rows must hold.
+      data: "hub", a .jsonl file (.gz is unpacked), or a folder that holds one of `task.files` with
+        `.jsonl`, `.dev.jsonl` or `.validation.jsonl`.
+      limit: Take so many rows, drawn without replacement; None takes all. Some development files
+        are sorted by source, so the first rows would be no sample.
+      seed: Of the draw.
+
+    Raises:
+      InputError: There is no such file, or more than one; it is empty; a row lacks a field, or has
+        an unknown label; the hub cannot be reached.
+    """
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit must be at least 1, got {limit}.")
+    name, rows = _from_hub(task) if data == "hub" else _from_file(task, Path(data))
+    items = tuple(_example(task, row, where) for where, row in rows)
+    if not items:
+        raise InputError(f"{name} is empty: {task.name} needs labelled rows.")
+    count = len(items)
+    if limit is not None and limit < count:
+        drawn = np.random.default_rng(seed).permutation(count)[:limit]
+        items = tuple(items[index] for index in np.sort(drawn))
+    return Examples(items, name, count)
+
+
+def split_examples(
+    task: Task, examples: Examples, train_share: float, seed: int = 0
+) -> tuple[Examples, Examples]:
+    """Two disjoint parts, to fit a head on the first and evaluate it on the second.
+
+    Rows that share their passage go to the same part. Which one is decided by a hash of passage
+    and seed, so the shares are met only nearly.
+
+    Args:
+      task: Names the passage.
+      examples: All rows.
+      train_share: Expected share of the first part, between 0 and 1.
+      seed: Another one gives another split.
+
+    Raises:
+      InputError: A part lacks a class or is empty.
+    """
+    if not 0 < train_share < 1:
+        raise InputError(f"--train-share must lie between 0 and 1, got {train_share}.")
+
+    def in_first(item: Example) -> bool:
+        digest = hashlib.sha256(f"{seed} {item.fields[task.passage]}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") < train_share * 2**64
+
+    first, second = [], []
+    for item in examples.items:
+        (first if in_first(item) else second).append(item)
+    parts = [dataclasses.replace(examples, items=tuple(part)) for part in (first, second)]
+    for part in parts:
+        if len({item.label for item in part.items}) < len({item.label for item in examples.items}):
+            raise InputError(
+                f"{examples.name}: a split of {len(examples.items)} rows at {train_share} leaves a "
+                "part without some class; take more rows or another --seed."
+            )
+    return parts[0], parts[1]
+
+
+def _from_hub(task: Task) -> tuple[str, Iterable[tuple[str, Any]]]:
+    if task.hub is None:
+        raise InputError(f"{task.name} has no data set on the hub; give a file.")
+    repo, config, split = task.hub
+    name = f"{repo}/{config} ({split})"
+    rows = hub_rows(repo, config, split, list)
+    return name, ((f"{name}, row {number}", row) for number, row in enumerate(rows))
+
+
+def _from_file(task: Task, path: Path) -> tuple[str, Iterable[tuple[str, Any]]]:
+    if path.is_dir():
+        names = [f"{file}{split}.jsonl" for file in task.files for split in _SPLITS]
+        found = [path / name for name in names if (path / name).is_file()]
+        found += [path / f"{name}.gz" for name in names if (path / f"{name}.gz").is_file()]
+        if len(found) != 1:
+            which = ", ".join(file.name for file in found) or "none of " + ", ".join(names)
+            raise InputError(f"{path} must hold exactly one file of {task.name}; it has {which}.")
+        path = found[0]
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give a .jsonl file, a folder of them, or hub.")
+    return path.name, ((f"{path.name}, line {n}", row) for n, row in json_records(path))
+
+
+def _example(task: Task, row: Any, where: str) -> Example:
+    if not isinstance(row, Mapping):
+        raise InputError(f"{where} is not a JSON object.")
+    fields = {}
+    for names in task.fields:
+        present = [name for name in names if isinstance(row.get(name), str)]
+        if not present:
+            raise InputError(f'{where} has no field "{names[0]}" that holds a string.')
+        fields[names[0]] = row[present[0]]
+    if "label" not in row:
+        raise InputError(f'{where} has no field "label".')
+    try:
+        return Example(fields, task.class_of(row["label"]))
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None

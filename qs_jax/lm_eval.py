@@ -1,0 +1,30 @@
+"""The command line of lm-evaluation-harness with the model `qs-jax`: `python -m qs_jax.lm_eval`.
+
+Releases of the harness up to 0.4.13 know the models in their own package only; later ones find
+`qs-jax` by its entry point, and `lm_eval --model qs-jax` is the same. All options are the
+harness's.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from qs_jax.errors import QuickSilverError
+
+
+def main() -> int:
+    """Register the model and hand over; returns the exit code."""
+    try:
+        import qs_jax.evaluation.lm_eval_adapter  # noqa: F401  # registers the model
+
+        from lm_eval.__main__ import cli_evaluate  # isort: skip
+
+        cli_evaluate()
+    except QuickSilverError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

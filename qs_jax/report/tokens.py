@@ -1,0 +1,102 @@
+"""Tokens as a reader should see them: text where they are text, bytes where they are not."""
+
+from __future__ import annotations
+
+import codecs
+import functools
+import json
+import re
+import unicodedata
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+# Shown as code points: control, format (bidirectional marks, joiners), separators, surrogates,
+# private and unassigned characters. They are invisible, or change how what follows is laid out.
+_UNSEEN = {"Cc", "Cf", "Zl", "Zp", "Cs", "Co", "Cn"}
+_SIGNS = {"\n": "⏎\n", "\t": "⇥\t", "\r": "␍"}
+
+
+def labels(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """What to write for each token of a row.
+
+    A token that is a part of a character is its bytes, as in ⟨E2 9D⟩; the last part has the
+    character behind them. Line ends and tabs get a sign, other invisible characters are ⟨U+200D⟩.
+
+    Args:
+      tokenizer: Of the checkpoint.
+      ids: One row.
+    """
+    table = _byte_table() if _is_byte_level(tokenizer) else {}
+    special = set(tokenizer.all_special_ids)
+    pieces = [_piece(tokenizer, int(token), table, special) for token in ids]
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    found = []
+    for index, piece in enumerate(pieces):
+        if isinstance(piece, str):
+            decoder.reset()
+            found.append(visible(piece))
+            continue
+        waiting = bool(decoder.getstate()[0])
+        last = index + 1 == len(pieces) or isinstance(pieces[index + 1], str)
+        text = decoder.decode(piece, final=last)
+        if waiting or "\ufffd" in text:
+            found.append(_bytes(piece) + visible(text.replace("\ufffd", "")))
+        else:
+            found.append(visible(text) + _bytes(piece[len(text.encode()) :]))
+        if last:
+            decoder.reset()
+    return found
+
+
+def visible(text: str) -> str:
+    """Text with a sign or a code point for every character that shows nothing."""
+
+    def show(character: str) -> str:
+        if character in _SIGNS:
+            return _SIGNS[character]
+        unseen = unicodedata.category(character) in _UNSEEN
+        return f"⟨U+{ord(character):04X}⟩" if unseen else character
+
+    return "".join(map(show, text))
+
+
+def _bytes(piece: bytes) -> str:
+    return f"⟨{piece.hex(' ').upper()}⟩" if piece else ""
+
+
+def _piece(tokenizer: Any, token: int, table: dict[str, int], special: set[int]) -> str | bytes:
+    """The bytes of a token; its text where the tokenizer works on text."""
+    name = tokenizer.convert_ids_to_tokens(token)
+    if name is None:
+        return f"⟨{token}⟩"
+    if token in special:
+        return str(name)
+    if match := _BYTE.fullmatch(name):
+        return bytes([int(match[1], 16)])
+    if table and all(character in table for character in name):
+        return bytes(table[character] for character in name)
+    # SentencePiece marks a leading space; a token decoded alone would lose it.
+    return name.replace("▁", " ") if "▁" in name else str(tokenizer.decode([token]))
+
+
+def _is_byte_level(tokenizer: Any) -> bool:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return False
+    return '"ByteLevel"' in json.dumps(json.loads(backend.to_str())["decoder"])
+
+
+@functools.lru_cache(maxsize=1)
+def _byte_table() -> dict[str, int]:
+    """Byte of each character of byte-level vocabularies (GPT-2's alphabet)."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    # Printable bytes of Latin-1 stand for themselves; the others take the next code points.
+    alphabet = sorted(ByteLevel.alphabet())
+    kept = [byte for byte in range(256) if chr(byte) in alphabet]
+    moved = [byte for byte in range(256) if byte not in kept]
+    return dict(zip(alphabet, kept + moved, strict=True))

@@ -1,0 +1,282 @@
+"""The harness itself, on task files written here: what it asks, and what `qs-jax` answers."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import scipy.special
+
+import qs_jax
+from convert.hf_to_flax import convert
+from qs_jax import presets
+from qs_jax.config import HaltingConfig, KVSkipConfig, QuickSilverConfig
+from qs_jax.errors import InputError
+from tests.convert.folders import llama_tensors, write_folder
+
+lm_eval = pytest.importorskip(
+    "lm_eval", reason="lm-evaluation-harness is not installed: pip install 'qs-jax[lm-eval]'"
+)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+DOCUMENTS = [
+    {"text": "aab bba", "choices": [" x", " yz"], "label": 0},
+    {"text": "abc cba", "choices": [" zz", " y"], "label": 1},
+    {"text": "the fox", "choices": [" q", " run"], "label": 1},
+]
+FILES = {
+    "choice": """
+output_type: multiple_choice
+doc_to_text: "{{text}} then:"
+doc_to_target: label
+doc_to_choice: "{{choices}}"
+target_delimiter: ""
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+""",
+    "rolling": """
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text * 6}}"
+metric_list: [{metric: bits_per_byte}]
+""",
+    "until": """
+output_type: generate_until
+doc_to_text: "{{text}}"
+doc_to_target: "{{text}}"
+generation_kwargs: {until: ["!"], max_gen_toks: 12, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+""",
+}
+
+
+def quota(share, layer=1):
+    return QuickSilverConfig(
+        halting=HaltingConfig(rule="quota", layers=(layer,), quota=(share,), entropy=None),
+        kv_skip=KVSkipConfig("skip"),
+        sink_tokens=0,
+        recent_tokens=2,
+    )
+
+
+def dual(tau):
+    return QuickSilverConfig(
+        halting=HaltingConfig(entropy=None, tau_drift=tau, window=None),
+        kv_skip=KVSkipConfig("skip"),
+        recent_tokens=2,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint, presets, and a folder of tasks with their data."""
+    folder = tmp_path_factory.mktemp("harness")
+    convert(str(write_folder(folder / "hf", llama_tensors()[0])), folder / "ckpt")
+    _, model = qs_jax.load(folder / "ckpt")
+    for name, quicksilver in {"half": quota(0.5), "all": quota(1.0), "dual": dual(3.5)}.items():
+        presets.save(folder / f"{name}.json", quicksilver, model)
+    (folder / "tasks").mkdir()
+    data = folder / "tasks" / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, DOCUMENTS)))
+    for name, content in FILES.items():
+        head = f"task: {name}_here\ndataset_path: json\ntest_split: test\n"
+        head += f"dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {folder}/cache}}\n"
+        (folder / "tasks" / f"{name}.yaml").write_text(head + content.lstrip())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter():
+    from qs_jax.evaluation import lm_eval_adapter
+
+    return lm_eval_adapter
+
+
+@pytest.fixture(scope="module")
+def model_of(adapter, folder):
+    """A model of the adapter by its preset; each is made once."""
+    made = {}
+
+    def model_of(name, **options):
+        key = (name, *sorted(options.items()))
+        if key not in made:
+            preset = name if name == "off" else str(folder / f"{name}.json")
+            given = {"engine": "masked", "batch_size": 4, "rolling_block": 16} | options
+            made[key] = adapter.QSJaxLM(str(folder / "ckpt"), preset, **given)
+        return made[key]
+
+    return model_of
+
+
+def evaluate(model, folder, *names):
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
+    tasks = [f"{name}_here" for name in names]
+    return lm_eval.simple_evaluate(
+        model, tasks=tasks, task_manager=manager, log_samples=True, bootstrap_iters=0
+    )
+
+
+def request(*args):
+    return types.SimpleNamespace(args=args)
+
+
+def logprobs_of(lm, ids, prompt):
+    """Log-probabilities of the tokens after `prompt` of them, one row, from logits."""
+    cfg = lm.cfg
+    ends = [prompt] if cfg.effective_protocol == "continuation" else None
+    out = qs_jax.score(lm.params, [ids], cfg, prompt_lengths=ends, return_logits=True)
+    logits = out.logits[0].astype(np.float64)
+    picked = scipy.special.log_softmax(logits, axis=-1)[np.arange(len(ids) - 1), ids[1:]]
+    return picked[prompt - 1 :], logits[prompt - 1 : -1].argmax(-1)
+
+
+def test_the_harness_runs_every_kind_of_task(model_of, folder):
+    lm = model_of("half")
+    results = evaluate(lm, folder, "choice", "rolling", "until")
+    for name, document in enumerate(DOCUMENTS):
+        sample = results["samples"]["choice_here"][name]
+        for choice, ((value, _),) in zip(document["choices"], sample["resps"], strict=True):
+            context = lm.tok_encode(document["text"] + " then:")
+            ids = context + lm.tok_encode(choice)
+            expected, _ = logprobs_of(lm, ids, len(context))
+            assert float(value) == pytest.approx(expected.sum(), abs=1e-3)
+    best = [
+        np.argmax([float(response[0][0]) for response in sample["resps"]])
+        for sample in results["samples"]["choice_here"]
+    ]
+    right = np.mean([b == d["label"] for b, d in zip(best, DOCUMENTS, strict=True)])
+    assert results["results"]["choice_here"]["acc,none"] == pytest.approx(right)
+    assert results["results"]["rolling_here"]["bits_per_byte,none"] > 0
+    told = results["config"]["qs_jax"]
+    assert told["preset"] == "half.json"
+    assert told["protocol"] == "continuation"
+    assert 0 < told["saved_scoring"]["layer_tokens_saved"] < 1
+    for sample, document in zip(results["samples"]["until_here"], DOCUMENTS, strict=True):
+        cfg = lm.cfg.replace(max_new_tokens=12)
+        out = qs_jax.generate(lm.params, [lm.tok_encode(document["text"])], cfg)
+        whole = lm.tokenizer.decode(out.tokens[0, : out.lengths[0]], skip_special_tokens=True)
+        assert sample["resps"][0][0] == whole.split("!")[0]
+
+
+def test_exits_act_in_the_scored_path(model_of, folder):
+    """Other thresholds, other numbers; none, those of the dense model."""
+    values = {}
+    for name in ("off", "half", "all", "dual"):
+        samples = evaluate(model_of(name), folder, "choice")["samples"]["choice_here"]
+        values[name] = [float(r[0][0]) for sample in samples for r in sample["resps"]]
+    for one, other in (("off", "half"), ("half", "all"), ("off", "dual")):
+        assert np.abs(np.subtract(values[one], values[other])).max() > 1e-3
+
+
+def test_greedy_continuations_are_recognised(model_of):
+    lm = model_of("off")
+    context = lm.tok_encode("hello")
+    cfg = lm.cfg.replace(max_new_tokens=3, eos_token_ids=())
+    made = qs_jax.generate(lm.params, [context], cfg).tokens[0].tolist()
+    other = [*made[:2], (made[2] + 1) % 97]
+    found = lm._loglikelihood_tokens([(None, context, made), (None, context, other)], True)
+    assert [greedy for _, greedy in found] == [True, False]
+
+
+@pytest.mark.parametrize("name", ["off", "half"])
+def test_rolling_predicts_every_token_once(model_of, name):
+    lm = model_of(name)
+    text = "abcdefg hijklmn opqrstu vwxyz and so on"
+    ids = [lm.prefix_token_id, *lm.tok_encode(text)]
+    (found,) = lm.loglikelihood_rolling([request(text)], disable_tqdm=True)
+    if name == "off":
+        expected = logprobs_of(lm, ids, 1)[0].sum()
+    else:  # blocks of 16, each with all before it as its prompt
+        blocks = [(ids[: end + 16], end) for end in range(1, len(ids), 16)]
+        expected = sum(logprobs_of(lm, row, end)[0].sum() for row, end in blocks)
+    assert found == pytest.approx(expected, abs=1e-3)
+    assert lm.loglikelihood_rolling([request("")], disable_tqdm=True) == [0.0]
+
+
+def test_windows_fit_the_model(model_of):
+    lm = model_of("half", max_length=24)
+    ids = list(range(2, 62))
+    for block in lm._windows(ids):
+        assert 1 <= len(block[0]) <= 8
+        assert len(block[0]) + len(block[1]) <= 24
+    assert [token for _, block in lm._windows(ids) for token in block] == ids
+    before = lm.truncated
+    assert lm._cut(list(range(30)), [1, 2]) == (list(range(8, 30)), [1, 2])
+    assert lm.truncated == before + 1
+    with pytest.raises(InputError, match="leaves no room for its context"):
+        lm._cut([1], list(range(24)))
+    with pytest.raises(InputError, match="has no tokens"):
+        lm._cut([1], [])
+
+
+def test_generation_settings(model_of):
+    lm = model_of("off")
+    asked = {"max_gen_toks": 12, "do_sample": True, "temperature": 2.0, "top_k": 50, "until": []}
+    requests = [request("hello", asked), request("hello", asked)]
+    first, second = lm.generate_until(requests, disable_tqdm=True)
+    assert first != second, "rows of a batch draw apart"
+    assert lm.generate_until(requests, disable_tqdm=True) == [first, second]
+    whole = lm.generate_until([request("hello", {"max_gen_toks": 12})], disable_tqdm=True)[0]
+    stop = whole[5]
+    cut = lm.generate_until(
+        [request("hello", {"max_gen_toks": 12, "until": stop})], disable_tqdm=True
+    )
+    assert cut == [whole.split(stop)[0]]
+    with pytest.raises(InputError, match=r"that qs-jax does not have: .*num_beams"):
+        lm.generate_until([request("a", {"num_beams": 4})], disable_tqdm=True)
+    with pytest.raises(InputError, match="max_gen_toks must lie between"):
+        lm.generate_until([request("a", {"max_gen_toks": 128})], disable_tqdm=True)
+
+
+def test_chat_templates_and_special_tokens(model_of):
+    lm = model_of("off")
+    with pytest.raises(InputError, match="no chat template"):
+        lm.apply_chat_template([{"role": "user", "content": "hi"}])
+    lm.tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    assert lm.apply_chat_template([{"role": "user", "content": "hi"}]) == "[hi]"
+    lm.tokenizer.chat_template = None
+    assert lm.prefix_token_id == 0
+    assert lm.tok_encode("<s>a") == [0, *lm.tok_encode("a")]
+
+
+def test_arguments_that_cannot_be_used(adapter, folder):
+    ckpt = str(folder / "ckpt")
+    for options, message in (
+        ({"batch_size": "auto"}, "--batch_size must be a number"),
+        ({"rolling_block": 128}, "rolling_block must lie between 1 and 127"),
+    ):
+        with pytest.raises(InputError, match=message):
+            adapter.QSJaxLM(ckpt, **options)
+
+
+def test_without_the_harness(monkeypatch, capsys):
+    from qs_jax import lm_eval as command
+
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
+    monkeypatch.delitem(sys.modules, "qs_jax.evaluation.lm_eval_adapter", raising=False)
+    assert command.main() == 1
+    assert "pip install 'qs-jax[lm-eval]'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_from_the_shell(folder, tmp_path):
+    command = [sys.executable, "-m", "qs_jax.lm_eval", "run", "--model", "qs-jax"]
+    command += ["--model_args", f"ckpt={folder}/ckpt,preset={folder}/half.json,engine=masked"]
+    command += ["--tasks", "choice_here", "--include_path", str(folder / "tasks")]
+    command += ["--output_path", str(tmp_path / "out"), "--batch_size", "4"]
+    environment = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "choice_here" in done.stdout
+    (written,) = (tmp_path / "out").rglob("results_*.json")
+    assert json.loads(written.read_text())["config"]["qs_jax"]["preset"] == "half.json"

@@ -1,0 +1,302 @@
+"""Tasks: reading rows, prompts and label words, metrics and their intervals."""
+
+import dataclasses
+import gzip
+import json
+import math
+
+import numpy as np
+import pytest
+
+from qs_jax.errors import InputError
+from qs_jax.evaluation import significance
+from qs_jax.evaluation.prompts import (
+    encode_examples,
+    pair_encoder,
+    prompt_encoder,
+    word_tokens,
+)
+from qs_jax.evaluation.tasks import TASKS, Task, read_examples, split_examples
+from qs_jax.testing import toy_tokenizer
+
+RTE = [
+    {"premise": "Dogs bark.", "hypothesis": "Dogs are loud.", "label": "entailment"},
+    {"sentence1": "It rains.", "sentence2": "It is dry. ", "label": 1},
+]
+TOY = Task(
+    name="toy",
+    fields=(("text",), ("question",)),
+    passage="text",
+    template="{text}|{question}?",
+    labels=("false", "true"),
+    words=("a", "b"),
+    domain="?",
+)
+
+
+def write(path, rows):
+    content = "\n".join(json.dumps(row) for row in rows) + "\n\n"
+    path.write_bytes(gzip.compress(content.encode()) if path.suffix == ".gz" else content.encode())
+    return path
+
+
+def toy_rows(count, passages=None):
+    return [
+        {"text": f"passage {i % (passages or count)}", "question": str(i), "label": bool(i % 2)}
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("name", ["rte.jsonl", "rte.dev.jsonl", "rte.validation.jsonl.gz"])
+def test_a_folder_or_a_file(tmp_path, name):
+    path = write(tmp_path / name, RTE)
+    for data in (tmp_path, path):
+        found = read_examples(TASKS["rte"], str(data))
+        assert found.labels.tolist() == [0, 1]
+        assert found.name == name
+        assert [item.fields["premise"] for item in found.items] == ["Dogs bark.", "It rains."]
+    assert TASKS["rte"].prompt(found.items[1].fields) == (
+        "It rains.\nQuestion: It is dry. True or False?\nAnswer:"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("sst2", 1, 1),
+        ("cola", 0, 0),
+        ("mnli", "Neutral", 1),
+        ("mnli", 2, 2),
+        ("qnli", "not_entailment", 1),
+        ("boolq", True, 1),
+        ("boolq", "false", 0),
+        ("boolq", 1, 1),
+    ],
+)
+def test_labels_in_every_spelling(name, value, expected):
+    assert TASKS[name].class_of(value) == expected
+
+
+@pytest.mark.parametrize("value", [-1, 2, "maybe", None, 1.0, True])
+def test_unknown_labels(value):
+    with pytest.raises(InputError, match=r"unknown label .*rte has entailment, not_entailment"):
+        TASKS["rte"].class_of(value)
+
+
+BAD = {
+    "empty": (b"\n", "is empty: toy needs labelled rows"),
+    "list": (b"[1]\n", "line 1 is not a JSON object"),
+    "torn": (b'{"text"\n', "line 1 is not JSON"),
+    "field": (b'\n{"text": "a", "label": 1}\n', 'line 2 has no field "question"'),
+    "label": (b'{"text": "a", "question": "b"}\n', 'has no field "label"'),
+    "hidden": (b'{"text": "a", "question": "b", "label": -1}\n', "line 1: unknown label -1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_rows(tmp_path, case):
+    content, message = BAD[case]
+    (tmp_path / "toy.jsonl").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_examples(TOY, str(tmp_path / "toy.jsonl"))
+
+
+def test_bad_places(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        read_examples(TASKS["rte"], str(tmp_path / "nothing"))
+    with pytest.raises(InputError, match=r"exactly one file of rte; it has none of rte\.jsonl"):
+        read_examples(TASKS["rte"], str(tmp_path))
+    write(tmp_path / "rte.jsonl", RTE)
+    write(tmp_path / "rte.dev.jsonl", RTE)
+    with pytest.raises(InputError, match=r"it has rte\.jsonl, rte\.dev\.jsonl"):
+        read_examples(TASKS["rte"], str(tmp_path))
+    with pytest.raises(InputError, match="has no data set on the hub"):
+        read_examples(TOY, "hub")
+    with pytest.raises(InputError, match="--limit must be at least 1"):
+        read_examples(TASKS["rte"], str(tmp_path / "rte.jsonl"), limit=0)
+
+
+def test_a_limit_draws_rows(tmp_path):
+    path = str(write(tmp_path / "toy.jsonl", toy_rows(40)))
+    whole = read_examples(TOY, path)
+    drawn = [read_examples(TOY, path, limit=10, seed=seed) for seed in (0, 0, 1)]
+    numbers = [[int(item.fields["question"]) for item in part.items] for part in drawn]
+    assert numbers[0] == numbers[1] == sorted(set(numbers[0]))
+    assert numbers[0] != numbers[2]
+    assert max(numbers[0]) > 10, "not the first rows"
+    assert drawn[0].rows == 40
+    assert drawn[0].sha256 == drawn[1].sha256 != whole.sha256
+    assert read_examples(TOY, path, limit=99) == whole
+
+
+def test_rows_of_the_hub_go_through_datasets(tmp_path, monkeypatch):
+    """A folder laid out as the hub lays it out, read by the real library."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [row | {"label": index, "idx": index} for index, row in enumerate([RTE[0], RTE[0]])]
+    (tmp_path / "glue").mkdir()
+    write(tmp_path / "glue" / "rows.jsonl", rows)
+    (tmp_path / "glue" / "README.md").write_text(
+        "---\nconfigs:\n- config_name: rte\n  data_files:\n  - split: validation\n"
+        "    path: rows.jsonl\n---\n"
+    )
+    task = dataclasses.replace(TASKS["rte"], hub=(str(tmp_path / "glue"), "rte", "validation"))
+    found = read_examples(task, "hub")
+    assert found.labels.tolist() == [0, 1]
+    assert found.items[0].fields == {k: RTE[0][k] for k in ("premise", "hypothesis")}
+    absent = dataclasses.replace(task, hub=(str(tmp_path / "glue"), "rte", "test"))
+    with pytest.raises(InputError, match="could not be read from the Hugging Face Hub"):
+        read_examples(absent, "hub")
+
+
+def test_a_split_shares_no_passage(tmp_path):
+    whole = read_examples(TOY, str(write(tmp_path / "toy.jsonl", toy_rows(120, passages=30))))
+    train, test = split_examples(TOY, whole, 0.5)
+    passages = [{item.fields["text"] for item in part.items} for part in (train, test)]
+    assert not passages[0] & passages[1]
+    assert len(train.items) + len(test.items) == 120
+    assert 30 < len(train.items) < 90
+    assert split_examples(TOY, whole, 0.5, seed=1)[0] != train
+    with pytest.raises(InputError, match="leaves a part without some class"):
+        split_examples(TOY, dataclasses.replace(whole, items=whole.items[:2]), 0.5)
+    with pytest.raises(InputError, match="--train-share"):
+        split_examples(TOY, whole, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"template": "{text}?"}, "the template uses"),
+        ({"passage": "title"}, "passage 'title' is not one of"),
+        ({"words": ("a",)}, "2 labels need as many words, got 1"),
+        ({"labels": ("x", "x")}, "two different labels"),
+        ({"metric": "f1"}, "metric must be one of"),
+        ({"domain": "!"}, "must end with '!'"),
+        (
+            {"labels": ("x", "y", "z"), "words": tuple("abc"), "metric": "matthews"},
+            "for two classes",
+        ),
+    ],
+)
+def test_a_task_must_make_sense(changes, message):
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(TOY, **changes)
+
+
+def test_label_words():
+    tokenizer = toy_tokenizer()
+    two = dataclasses.replace(TOY, words=("ab", "c"))
+    assert word_tokens(two, tokenizer) == (tokenizer("ab").input_ids, tokenizer("c").input_ids)
+    for words, message in (
+        (("a", ""), "label 'true' tokenises to nothing"),
+        (("a", "a"), "tokenises as that of 'false' does"),
+        (("\u00e4", "\u00f6"), "tokenises as that of 'false' does"),  # both unknown
+    ):
+        with pytest.raises(InputError, match=message):
+            word_tokens(dataclasses.replace(TOY, words=words), tokenizer)
+
+
+def test_a_word_that_merges_with_the_prompt(tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {"?": 0, "a": 1, "b": 2, "?a": 3}
+    merging = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(vocab, [("?", "a")])), unk_token="b"
+    )
+    with pytest.raises(InputError, match="'a' of label 'false' merges with the end of the prompt"):
+        word_tokens(TOY, merging)
+
+
+def test_the_end_of_a_long_passage_is_cut(tmp_path):
+    rows = [
+        {"text": "short", "question": "why", "label": 0},
+        {"text": "abcdefghijklmnop", "question": "who", "label": 1},
+    ]
+    examples = read_examples(TOY, str(write(tmp_path / "toy.jsonl", rows)))
+    tokenizer = toy_tokenizer()
+    encode = prompt_encoder(TOY, tokenizer)
+    found = encode_examples(TOY, examples, encode, 12)
+    assert found.truncated == 1
+    texts = [tokenizer.decode(row) for row in found.rows]
+    assert texts == ["short|why?", "abcdefg|who?"]
+    assert encode_examples(TOY, examples, encode, 99).truncated == 0
+    with pytest.raises(InputError, match="5 tokens without its text, and there is room for 4"):
+        encode_examples(TOY, examples, encode, 4)
+    pairs = encode_examples(TOY, examples, pair_encoder(TOY, tokenizer), 99)
+    assert tokenizer.decode(pairs.rows[0]) == "shortwhy"
+
+    # Counts may jump: one more character can be two more tokens.
+    def jumping(fields):
+        kept = len(fields["text"])
+        return [0] * (kept + kept % 2)
+
+    cut = encode_examples(TOY, examples, jumping, 9)
+    assert [len(row) for row in cut.rows] == [6, 8]
+
+
+def test_metrics_against_scikit_learn():
+    metrics = pytest.importorskip("sklearn.metrics", reason="comes with the lm-eval extra")
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        y, p = rng.integers(0, 2, (2, 30))
+        assert significance.matthews(y, p) == pytest.approx(metrics.matthews_corrcoef(y, p))
+        assert significance.accuracy(y, p) == pytest.approx(metrics.accuracy_score(y, p))
+
+
+def test_matthews_by_hand():
+    y, p = np.array([1, 1, 1, 0, 0, 0, 0, 1]), np.array([1, 1, 0, 0, 0, 0, 1, 1])
+    # TP 3, TN 3, FP 1, FN 1.
+    assert significance.matthews(y, p) == pytest.approx((9 - 1) / math.sqrt(4**4))
+    assert significance.matthews(y, np.ones(8, int)) == 0
+    assert significance.measured("matthews", y, np.ones(8, int))["interval"] == [0, 0]
+
+
+def test_accuracy_has_wilsons_interval():
+    y = np.zeros(50, int)
+    p = np.r_[np.zeros(40, int), np.ones(10, int)]
+    found = significance.measured("accuracy", y, p)
+    z, n, share = 1.959964, 50, 0.8
+    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    assert found["value"] == pytest.approx(share)
+    assert found["interval"] == pytest.approx([middle - half, middle + half], rel=1e-5)
+
+
+def test_a_paired_difference():
+    rng = np.random.default_rng(1)
+    y = np.zeros(2000, int)
+    dense = (rng.random(2000) < 0.3).astype(int)
+    other = np.where(rng.random(2000) < 0.1, 1 - dense, dense)
+    found = significance.compared("accuracy", y, dense, other)
+    change = (other == y).astype(float) - (dense == y)
+    half = 1.96 * change.std() / math.sqrt(2000)
+    assert found["value"] == pytest.approx(change.mean())
+    assert found["interval"] == pytest.approx(
+        [change.mean() - half, change.mean() + half], abs=0.15 * half
+    )
+    b, c = (change < 0).sum(), (change > 0).sum()
+    assert (found["only_dense_right"], found["only_other_right"]) == (b, c)
+    exact = sum(math.comb(int(b + c), k) for k in range(min(b, c) + 1)) / 2 ** int(b + c)
+    assert found["mcnemar_p"] == pytest.approx(min(1, 2 * exact))
+    same = significance.compared("accuracy", y, dense, dense)
+    assert (same["value"], same["interval"], same["mcnemar_p"]) == (0, [0, 0], 1)
+    assert significance.compared("accuracy", y[:1], dense[:1], other[:1])["interval"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "counts"),
+    [
+        ("sst2", 436, [212, 224]),
+        ("cola", 522, [159, 363]),
+        ("rte", 139, [68, 71]),
+        ("qnli", 2732, [1344, 1388]),
+        ("mnli", 4908, [1732, 1572, 1604]),
+        ("boolq", 1635, [648, 987]),
+    ],
+)
+def test_the_research_data(research_data, name, rows, counts):
+    found = read_examples(TASKS[name], str(research_data / "glue"))
+    assert len(found.items) == rows
+    assert np.bincount(found.labels).tolist() == counts

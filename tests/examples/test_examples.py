@@ -1,0 +1,258 @@
+"""Every example runs in a small form, and prints what the library says."""
+
+import importlib
+import io
+import json
+import pkgutil
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import examples
+import qs_jax
+from examples import (
+    calibrate_and_serve,
+    make_report,
+    pmap_evaluation,
+    profiling,
+    protect_negations,
+    quickstart,
+    streaming_chat,
+)
+from examples.text import REVIEW
+
+TESTED = {"demo", "text"}  # elsewhere, or no script
+TESTED |= {"quickstart", "streaming_chat", "protect_negations", "calibrate_and_serve"}
+TESTED |= {"pmap_evaluation", "profiling", "make_report"}
+
+
+def loaded(ckpt):
+    params, model = qs_jax.load(ckpt)
+    return params, model, qs_jax.load_tokenizer(ckpt)
+
+
+def table(printed):
+    """Cells of a printed table, by the first of each row."""
+    lines = [line.split("│")[1:-1] for line in printed.splitlines() if "│" in line]
+    return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines}
+
+
+def test_none_is_forgotten():
+    assert {module.name for module in pkgutil.iter_modules(examples.__path__)} == TESTED
+    for name in TESTED - {"text"}:
+        module = importlib.import_module(f"examples.{name}")
+        with pytest.raises(SystemExit) as stopped:
+            module.main(["--help"])
+        assert stopped.value.code == 0
+
+
+def test_quickstart(ckpt, preset, capsys):
+    prompt = "I did not like this film"
+    command = ["--ckpt", ckpt, "--preset", preset, "--prompts", prompt, "--max-new-tokens", "6"]
+    quickstart.main(command)
+    printed = capsys.readouterr().out
+    params, model, tokenizer = loaded(ckpt)
+    qs = qs_jax.presets.load(preset, model)
+    cfg = qs_jax.Config(model, qs, max_new_tokens=6)
+    ids = tokenizer([prompt]).input_ids
+    out = qs_jax.generate(params, ids, cfg)
+    assert tokenizer.decode(out.sequences[0], skip_special_tokens=True) in printed
+    assert f"{out.record.layer_tokens_saved:.1%}" in printed
+    perplexity = qs_jax.score(params, ids, qs_jax.Config(model)).perplexity
+    assert f"dense: {perplexity:.2f}" in printed
+
+
+def test_streaming_chat_remembers(ckpt, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("I like the film\nnever\n\n"))
+    seen = []
+    encode = streaming_chat.prompt_ids
+    monkeypatch.setattr(
+        streaming_chat,
+        "prompt_ids",
+        lambda tokenizer, messages, limit: (
+            seen.append([dict(message) for message in messages])
+            or encode(tokenizer, messages, limit)
+        ),
+    )
+    command = ["--ckpt", ckpt, "--max-new-tokens", "5", "--temperature", "0", "--system", "the"]
+    streaming_chat.main(command)
+    printed = capsys.readouterr().out
+    assert printed.count("model> ") == 2
+    assert [message["role"] for message in seen[1]] == ["system", "user", "assistant", "user"]
+    answer = seen[1][2]["content"]
+    assert f"model> {answer}\n" in printed
+    params, model, tokenizer = loaded(ckpt)
+    cfg = qs_jax.Config(model, max_new_tokens=5)
+    steps = qs_jax.stream(params, [encode(tokenizer, seen[0], 100)], cfg)
+    tokens = [int(step.tokens[0]) for step in steps]
+    expected = tokenizer.decode(tokens, skip_special_tokens=True)
+    assert answer.split() == expected.split()
+
+
+def test_a_long_conversation_loses_its_oldest_turns(ckpt):
+    tokenizer = qs_jax.load_tokenizer(ckpt)
+    system = {"role": "system", "content": "the"}
+    turns = [
+        {"role": role, "content": "film " * 10} for _ in range(3) for role in ("user", "assistant")
+    ]
+    question = {"role": "user", "content": "never"}
+    whole = streaming_chat.prompt_ids(tokenizer, [system, *turns, question], 1000)
+    cut = streaming_chat.prompt_ids(tokenizer, [system, *turns, question], len(whole) - 1)
+    assert cut == streaming_chat.prompt_ids(tokenizer, [system, *turns[2:], question], 1000)
+    with pytest.raises(qs_jax.InputError, match="more than the 5 tokens"):
+        streaming_chat.prompt_ids(tokenizer, turns[:1], 5)
+
+
+def test_negations_in_every_spelling(ckpt):
+    tokenizer = qs_jax.load_tokenizer(ckpt)
+    ids = protect_negations.negation_ids(tokenizer)
+    found = {tokenizer.decode([token]) for token in ids}
+    assert {"not", "nobody", "nothing", "never", "no"} <= found
+    assert found <= set(REVIEW.replace(".", "").split())
+    with pytest.raises(qs_jax.InputError, match="no negation"):
+        protect_negations.main(["--ckpt", ckpt, "--text", "I like this film"])
+
+
+def test_protect_negations(ckpt, preset, capsys):
+    text = " ".join(REVIEW.split()[:75])
+    command = ["--ckpt", ckpt, "--preset", preset, "--continuation-tokens", "16", "--text", text]
+    protect_negations.main(command)
+    printed = capsys.readouterr().out
+    rows = table(printed)
+    perplexities = [float(row[0]) for row in rows.values()]
+    assert len(set(perplexities)) == 3, "dense, the preset, and with negations protected"
+    drifts, savings = (
+        [float(row[column].strip("%")) for row in list(rows.values())[1:]] for column in (2, 3)
+    )
+    assert 0 < drifts[1] < drifts[0]
+    assert 0 < savings[1] <= savings[0]
+
+
+def test_pmap_evaluation_gives_one_number(ckpt, capsys, tmp_path):
+    (tmp_path / "text.txt").write_text(" ".join(REVIEW.split()))
+    command = ["--ckpt", ckpt, "--text", str(tmp_path / "text.txt"), "--seq-len", "16"]
+    pmap_evaluation.main(command)
+    rows = table(capsys.readouterr().out)
+    assert list(rows) == ["1", str(jax.local_device_count())]
+    perplexities = [float(row[0]) for row in rows.values()]
+    assert perplexities[1] == pytest.approx(perplexities[0], rel=1e-6)
+
+
+def test_profiling(ckpt, capsys, tmp_path):
+    """The dense model alone; tests/benchmarks/test_trace.py looks at mechanisms."""
+    command = ["--ckpt", ckpt, "--preset", "off", "--out", str(tmp_path), "--prompt", "24"]
+    profiling.main(command)
+    printed = capsys.readouterr().out
+    rows = table(printed)
+    assert float(rows["attention"][0]) > 0
+    assert float(rows["halting decisions"][0]) == 0
+    assert printed.count("Perfetto opens") == 1
+    assert len(list(tmp_path.rglob("*.xplane.pb"))) == 1
+
+
+def test_make_report(ckpt, preset, capsys, tmp_path):
+    out = tmp_path / "report.html"
+    text = " ".join(REVIEW.split()[:30])
+    command = ["--ckpt", ckpt, "--out", str(out), "--text", text, "--presets", preset]
+    make_report.main(command)
+    assert str(out) in capsys.readouterr().out.replace("\n", "")
+    page = out.read_text(encoding="utf-8")
+    assert page.lstrip().lower().startswith("<!doctype html")
+    assert "expect" in page
+
+
+@contextmanager
+def serving(app):
+    """A real server on a free port; its address."""
+    uvicorn = pytest.importorskip("uvicorn")
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        until = time.monotonic() + 60
+        while not server.started and time.monotonic() < until:
+            time.sleep(0.02)
+        assert server.started
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}/generate"
+    finally:
+        server.should_exit = True
+        thread.join(timeout=60)
+    assert not thread.is_alive()
+
+
+def post(address, content):
+    body = content if isinstance(content, bytes) else json.dumps(content).encode()
+    request = urllib.request.Request(address, data=body, method="POST")
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return answer.headers["content-type"], answer.read().decode()
+
+
+def refusal(address, content):
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        post(address, content)
+    with caught.value as error:
+        assert error.code == 400
+        return json.loads(error.read())["error"]
+
+
+def test_serving(ckpt, preset):
+    pytest.importorskip("starlette")
+    args = calibrate_and_serve.Arguments(ckpt=Path(ckpt), preset=Path(preset), max_new_tokens=6)
+    model = calibrate_and_serve.prepare(args)
+    params, config, tokenizer = loaded(ckpt)
+    prompt = "I did not like this film"
+    cfg = qs_jax.Config(config, qs_jax.presets.load(preset, config), max_new_tokens=6)
+    out = qs_jax.generate(params, tokenizer([prompt]).input_ids, cfg)
+    expected = tokenizer.decode(out.tokens[0, : out.lengths[0]], skip_special_tokens=True)
+    with serving(calibrate_and_serve.make_app(model)) as address:
+        kind, body = post(address, {"prompt": prompt})
+        assert kind == "application/json"
+        answer = json.loads(body)
+        assert answer["text"].split() == expected.split()
+        assert answer["new_tokens"] == int(out.lengths[0])
+        kind, body = post(address, {"prompt": prompt, "stream": True})
+        assert kind.startswith("text/event-stream")
+        events = [json.loads(line[6:]) for line in body.split("\n\n") if line]
+        assert len(events) > 2
+        assert "".join(event.get("text", "") for event in events) == answer["text"]
+        assert events[-1] == {"done": True, "new_tokens": answer["new_tokens"]}
+        assert "the prompt is empty" in refusal(address, {})
+        assert "unknown field 'prompts'" in refusal(address, {"prompts": "x"})
+        assert "wrong type" in refusal(address, {"prompt": 3})
+        assert "at most 6" in refusal(address, {"prompt": "I", "max_new_tokens": 7})
+        assert "positions" in refusal(address, {"prompt": "film " * 125})
+        assert "JSON object" in refusal(address, [])
+        assert refusal(address, b"{")
+
+
+@pytest.mark.slow
+def test_calibrating_for_serving(ckpt, tmp_path, capsys):
+    args = calibrate_and_serve.Arguments(
+        ckpt=Path(ckpt),
+        preset=tmp_path / "mine.json",
+        seq_len=48,
+        continuation_tokens=8,
+        max_ppl_increase=1e6,
+        max_evaluations=3,
+    )
+    calibrate_and_serve.prepare(args)
+    _, model = qs_jax.load(ckpt)
+    made = qs_jax.presets.load(args.preset, model)
+    assert not made.is_off
+    assert made.provenance["verified"]["exact_flops_saved"] > 0
+    assert str(args.preset) in capsys.readouterr().out.replace("\n", "")
+    before = args.preset.read_bytes()
+    calibrate_and_serve.prepare(args)  # it is there: loaded as it is
+    assert args.preset.read_bytes() == before
+    short = np.zeros(100, int).tolist()
+    with pytest.raises(qs_jax.InputError, match="2 windows of 48"):
+        calibrate_and_serve.make_preset(args, None, model, short)

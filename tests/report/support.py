@@ -1,0 +1,158 @@
+"""A small report of a random model, thresholds chosen so that every mechanism acts."""
+
+import base64
+import dataclasses
+import json
+import re
+import zlib
+from html.parser import HTMLParser
+from typing import Any
+
+import numpy as np
+
+from qs_jax import Config, report, testing
+from qs_jax.config import (
+    AMQConfig,
+    FusionConfig,
+    HaltingConfig,
+    KVSkipConfig,
+    ModelConfig,
+    QuickSilverConfig,
+)
+from qs_jax.record import Record
+from qs_jax.report.trace import Run
+
+LAYERS = 6
+TEXT = "He did <b>not</b> complain, not at all."
+KINDS = {"u1": np.uint8, "u2": np.uint16, "i4": np.int32, "f2": np.float16, "f4": np.float32}
+
+
+@dataclasses.dataclass
+class Case:
+    params: Any
+    model: ModelConfig
+    cfg: Config
+    tokenizer: Any
+    ids: np.ndarray
+    runs: list[Run]
+
+    def report(self, labels: list[str] | None = None, **changes: Any) -> report.Report:
+        labels = labels or report.labels(self.tokenizer, self.ids.tolist())
+        presets = [report.PresetRuns("tiny", self.cfg, self.runs)]
+        text = report.TextRuns(self.ids, labels, 0, presets)
+        fields = {"title": "A tiny report", "about": {"model": "tiny"}, "text": text}
+        return report.Report(**(fields | changes))
+
+    def run(self, letters: str) -> Run:
+        return next(run for run in self.runs if run.letters == letters)
+
+
+def make_case() -> Case:
+    model = testing.tiny_model(num_layers=LAYERS)
+    params, tokenizer = testing.tiny_params(model), testing.toy_tokenizer()
+    ids = np.asarray(tokenizer(TEXT).input_ids, np.int32)
+    halting = HaltingConfig(
+        drift="relative", tau_drift=0.66, tau_halt=4.2, entropy="vocab", window=(2, 5)
+    )
+    quicksilver = QuickSilverConfig(
+        halting=halting,
+        kv_skip=KVSkipConfig(),
+        fusion=FusionConfig(tau_fuse=0.8, distance="relative", first_layer=3),
+        amq=AMQConfig(layer=3, entropy="latent", tau_low=2.7, tau_high=2.9, group=8),
+        sink_tokens=1,
+    )
+    cfg = Config(model=model, quicksilver=quicksilver, engine="masked", protocol="teacher-forced")
+    runs = list(report.trace(params, ids, cfg, every_signal=True))
+    return Case(params, model, cfg, tokenizer, ids, runs)
+
+
+class Page(HTMLParser):
+    """What a browser would take for elements, and the data of the page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements: list[str] = []
+        self.data: dict[str, Any] = {}
+        self._inside = False
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append(tag)
+        self._inside = ("id", "qs-data") in attrs
+
+    def handle_data(self, data: str) -> None:
+        if self._inside:
+            self.data = json.loads(data)
+            self._inside = False
+
+    def array(self, place: int) -> np.ndarray:
+        stored = self.data["arrays"][place]
+        raw, size = zlib.decompress(base64.b64decode(stored["data"])), int(stored["kind"][1])
+        count = len(raw) // size
+        joined = bytes(raw[k * count + j] for j in range(count) for k in range(size))
+        return np.frombuffer(joined, KINDS[stored["kind"]]).reshape(stored["shape"])
+
+    def run(self, letters: str, preset: int = 0) -> dict[str, Any]:
+        stored = self.data["text"]["presets"][preset]["runs"][letters]
+        return stored | {name: self.array(place) for name, place in stored["arrays"].items()}
+
+
+def scripts_of(page: str) -> list[str]:
+    return re.findall(r"<script\b", page)
+
+
+def random_record(layers: int, tokens: int, seed: int) -> Record:
+    """A record of no model, in which much happens everywhere."""
+    draw = np.random.default_rng(seed)
+    shape = (layers, 1, tokens)
+    depth = draw.integers(layers // 3, layers + 1, (1, tokens))
+    active = np.arange(1, layers + 1)[:, None, None] <= depth
+    own = np.arange(tokens)
+    partner = np.where(draw.random(tokens) < 0.2, np.minimum(own + 1, tokens - 1), own)
+    while (partner[partner] != partner).any():
+        partner = partner[partner]
+    fused = np.where((np.arange(layers) > layers // 2)[:, None, None], partner, own)
+    bits = np.where(active, draw.choice([2, 4, 8], (1, 1, tokens)), 16)
+    return Record(
+        active=active,
+        kv_written=active,
+        kv_held=active & (draw.random(shape) < 0.9),
+        visible_keys=np.where(active, np.maximum(own - draw.integers(0, 9, shape), 0) + 1, 0),
+        bits=bits,
+        fused=np.broadcast_to(fused, shape),
+        drift=np.full(shape, np.nan),
+        entropy=np.full(shape, np.nan),
+        weighed=draw.random(shape) < 0.02,
+        depth=depth,
+        representative=partner[None],
+        lengths=np.array([tokens]),
+        prompt_lengths=np.array([0]),
+    )
+
+
+def large_report(tokens: int = 4096, layers: int = 30, combinations: int = 12) -> report.Report:
+    """As large as a report of one preset gets, with signals that do not compress."""
+    from qs_jax.report.combinations import combinations as all_of
+
+    model = testing.tiny_model(num_layers=layers, max_positions=tokens)
+    quicksilver = QuickSilverConfig(
+        halting=HaltingConfig(),
+        kv_skip=KVSkipConfig(),
+        fusion=FusionConfig(),
+        amq=AMQConfig(layer=layers // 2, entropy="latent", group=8),
+    )
+    cfg = Config(model=model, quicksilver=quicksilver, engine="masked", protocol="teacher-forced")
+    runs = []
+    for seed, letters in enumerate(all_of(quicksilver)[-combinations:]):
+        draw = np.random.default_rng(seed)
+        record = random_record(layers, tokens, seed)
+        signals = {
+            name: np.exp(draw.normal(size=(layers, tokens))).astype(np.float32)
+            for name in ("drift", "entropy", "bits_entropy")
+        }
+        logprobs = -draw.exponential(3.0, tokens).astype(np.float32)
+        runs.append(Run(letters, quicksilver, record, signals, logprobs, np.arange(tokens) > 0))
+    ids = np.random.default_rng(0).integers(0, 97, tokens).astype(np.int32)
+    labels = [f" word{token}" for token in ids]
+    presets = [report.PresetRuns("large", cfg, runs)]
+    return report.Report("Large", {}, report.TextRuns(ids, labels, 0, presets))

@@ -1,0 +1,98 @@
+"""`qs-jax report` on a tiny model: its page, and mistakes."""
+
+import dataclasses
+import sys
+
+import numpy as np
+import pytest
+
+import qs_jax
+from convert.hf_to_flax import convert
+from qs_jax import presets
+from qs_jax.commands.report import Report
+from qs_jax.config import HaltingConfig, KVSkipConfig, QuickSilverConfig
+from qs_jax.errors import InputError
+from tests.convert.folders import llama_tensors, write_folder
+from tests.report.support import Page
+
+TEXT = "I do not like the movie. <b>1 > 0</b> & so on, for 60 tokens."
+PRESET = QuickSilverConfig(
+    halting=HaltingConfig(rule="quota", layers=(1,), quota=(0.5,), entropy=None),
+    kv_skip=KVSkipConfig("skip"),
+    recent_tokens=4,
+)
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    convert(str(write_folder(folder / "hf", llama_tensors()[0])), folder / "ckpt")
+    return folder / "ckpt"
+
+
+@pytest.fixture
+def command(ckpt, tmp_path):
+    preset = presets.save(tmp_path / "half.json", PRESET)
+    return Report(out=tmp_path / "out.html", ckpt=ckpt, text=TEXT, preset=(str(preset),))
+
+
+def test_the_page_holds_what_score_finds(command, ckpt, tmp_path, capsys):
+    file = tmp_path / "text.txt"
+    file.write_text(TEXT)
+    dataclasses.replace(command, text=str(file)).run()
+    assert "wrote" in capsys.readouterr().out
+    page = Page(command.out.read_text(encoding="utf-8"))
+    params, model = qs_jax.load(ckpt)
+    ids = qs_jax.load_tokenizer(ckpt)(TEXT).input_ids
+    text = page.data["text"]
+    np.testing.assert_array_equal(page.array(text["ids"]), ids)
+    assert "".join(text["labels"]) == TEXT
+    assert text["protocol"] == "continuation"
+    scored = len(ids) // 4
+    assert text["prompt"] == len(ids) - scored
+    assert page.data["about"]["protocol"] == f"continuation, last {scored} tokens scored"
+    cfg = qs_jax.Config(model, PRESET, engine="masked", continuation_tokens=scored)
+    found = qs_jax.score(params, ids, cfg)
+    shown = page.run("HK")
+    np.testing.assert_array_equal(shown["depth"], found.record.depth[0])
+    assert 0 < shown["summary"]["halted"] < len(ids)
+    assert shown["summary"]["perplexity"] == pytest.approx(found.perplexity, rel=1e-5)
+    received = shown["received"]
+    assert np.isnan(received[:, text["prompt"] :]).all()
+    # At the halting layer the quota took those that got the least attention.
+    stopped = found.record.depth[0] == 1
+    spared = ~stopped & (np.arange(len(ids)) >= 4) & (np.arange(len(ids)) < text["prompt"] - 4)
+    assert received[0][stopped].max() <= received[0][spared].min()
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"text": None}, "--text, --results"),
+        ({"ckpt": None}, "needs --ckpt"),
+        ({"text": "a"}, "nothing to predict"),
+        ({"limit_tokens": 1}, "at least 2"),
+        ({"text": "x" * 500}, "positions"),
+        ({"continuation_tokens": 99}, "no prompt before its last 99"),
+        ({"preset": ()}, "names nothing"),
+        ({"preset": ("nosuch",)}, "unknown preset"),
+    ],
+)
+def test_mistakes_are_named(command, changes, told):
+    with pytest.raises((InputError, qs_jax.errors.ConfigError), match=told):
+        dataclasses.replace(command, **changes).run()
+    assert not command.out.exists()
+
+
+def test_a_page_is_not_replaced_unasked(command):
+    command.out.write_text("mine")
+    with pytest.raises(InputError, match="--overwrite"):
+        command.run()
+    assert command.out.read_text() == "mine"
+
+
+def test_a_missing_extra_is_named_before_anything_runs(command, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(InputError, match=r"qs-jax\[plots\]"):
+        dataclasses.replace(command, figures=tmp_path / "figures").run()
+    assert not command.out.exists()

@@ -1,0 +1,54 @@
+"""Tokens that are parts of characters, that show nothing, or that turn the writing around."""
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from qs_jax.report import labels
+from qs_jax.report.tokens import visible
+
+
+@pytest.fixture(scope="module")
+def by_bytes():
+    """A byte-level tokenizer without merges: every byte is a token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def test_bytes_of_characters(by_bytes):
+    text = "a ❤é\n"
+    ids = by_bytes(text).input_ids
+    assert len(ids) == len(text.encode())
+    assert labels(by_bytes, ids) == [
+        "a", " ", "⟨E2⟩", "⟨9D⟩", "⟨A4⟩❤", "⟨C3⟩", "⟨A9⟩é", "⏎\n",
+    ]  # fmt: skip
+
+
+def test_every_byte_is_known(by_bytes):
+    every = "".join(map(chr, range(1, 0x250)))
+    ids = by_bytes(every).input_ids
+    told = "".join(labels(by_bytes, ids))
+    for code in range(0xC0, 0x250):
+        raw = chr(code).encode()
+        assert f"⟨{raw[0]:02X}⟩⟨{raw[1]:02X}⟩{chr(code)}" in told
+
+
+def test_a_character_cut_off_stays_bytes(by_bytes):
+    ids = by_bytes("👩").input_ids
+    assert labels(by_bytes, ids[:2]) == ["⟨F0⟩", "⟨9F⟩"]
+    assert labels(by_bytes, [*ids[:2], *by_bytes("b").input_ids]) == ["⟨F0⟩", "⟨9F⟩", "⟨62⟩b"]
+
+
+def test_sentencepiece_bytes_and_spaces():
+    names = ["<unk>", "▁the", "<0xC3>", "<0xA9>", "x"]
+    backend = Tokenizer(models.WordLevel({n: i for i, n in enumerate(names)}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    assert labels(tokenizer, [1, 2, 3, 4, 0]) == [" the", "⟨C3⟩", "⟨A9⟩é", "x", "<unk>"]
+
+
+def test_what_shows_nothing_is_named():
+    assert visible("a\u202eb\u200dc\x00") == "a⟨U+202E⟩b⟨U+200D⟩c⟨U+0000⟩"
+    assert visible("tab\t, café, مرحبا, 漢字, 🌈") == "tab⇥\t, café, مرحبا, 漢字, 🌈"

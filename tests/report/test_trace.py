@@ -1,0 +1,119 @@
+"""Runs with mechanisms switched by numbers are the runs of their own configurations."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qs_jax
+from qs_jax import accounting
+from qs_jax.config import FusionConfig, HaltingConfig, KVSkipConfig, QuickSilverConfig
+from qs_jax.engine import dense
+from qs_jax.errors import InputError
+from qs_jax.report import trace
+from qs_jax.report.combinations import combinations, reduced
+from tests.report.support import LAYERS
+
+ALL = "H F Q HK HF HQ FQ HKF HKQ HFQ HKFQ".split()
+
+
+def test_kv_skipping_comes_with_halting_only(case):
+    assert [run.letters for run in case.runs] == ["", *ALL]
+    flags_only = QuickSilverConfig(
+        halting=HaltingConfig(freeze=False), kv_skip=KVSkipConfig(), fusion=FusionConfig()
+    )
+    assert combinations(flags_only) == ["", "F", "HK", "HKF"]
+    assert combinations(flags_only, all_of_them=False) == ["", "HKF"]
+    for letters in combinations(flags_only):
+        reduced(flags_only, letters)  # raises where parts contradict each other
+
+
+def test_everything_acts(case):
+    record = case.run("HKFQ").record
+    assert (record.depth < LAYERS).any()
+    assert (record.fused[-1] != np.arange(len(case.ids))).any()
+    assert {2, 4, 8} & set(np.unique(record.bits[-1]))
+    assert not record.kv_written.all()
+
+
+@pytest.mark.parametrize(
+    "letters",
+    [pytest.param(name, marks=[] if name in ("HF", "HKFQ") else pytest.mark.slow) for name in ALL],
+)
+def test_a_run_is_what_score_gives_for_its_settings(case, letters):
+    run = case.run(letters)
+    cfg = case.cfg.replace(quicksilver=reduced(case.cfg.quicksilver, letters))
+    assert run.quicksilver == cfg.quicksilver
+    expected = qs_jax.score(case.params, case.ids, cfg)
+    np.testing.assert_allclose(run.logprobs, expected.logprobs[0], atol=1e-5)
+    np.testing.assert_array_equal(run.mask, expected.mask[0])
+    assert run.perplexity == pytest.approx(expected.perplexity, rel=1e-5)
+    _same(run.record, expected.record)
+
+
+def test_the_dense_run_is_the_dense_model(case):
+    run, length = case.run(""), np.array([len(case.ids)])
+    expected = qs_jax.score(case.params, case.ids, case.cfg.replace(quicksilver=None))
+    np.testing.assert_allclose(run.logprobs, expected.logprobs[0], atol=1e-5)
+    _same(run.record, accounting.dense_record(length, np.array([0]), case.model))
+
+
+def _same(record, expected):
+    for field in dataclasses.fields(expected):
+        there, wanted = getattr(record, field.name), getattr(expected, field.name)
+        if isinstance(wanted, np.ndarray) and wanted.dtype.kind == "f":
+            np.testing.assert_allclose(there, wanted, atol=1e-6, err_msg=field.name)
+        else:
+            np.testing.assert_array_equal(there, wanted, err_msg=field.name)
+
+
+def test_signals_of_the_dense_run_in_numpy(case):
+    """Drift, logit lens and latent entropy from the states of the plain model."""
+
+    def look(before, after, _):
+        return before, after
+
+    tokens = jnp.asarray(case.ids)[None]
+    states = dense.look_at_layers(
+        case.params,
+        tokens,
+        case.model,
+        look,
+        lambda q, k, v: (dense.causal_attention(q, k, v), None),
+    )
+    before, after = (np.asarray(x, np.float64)[:, 0] for x in states)
+    signals = case.run("").signals
+    norm = np.linalg.norm
+    moved = norm(after - before, axis=-1) / norm(after, axis=-1)
+    np.testing.assert_allclose(signals["drift"], moved, rtol=1e-4)
+    rms = np.sqrt((after**2).mean(-1, keepdims=True) + case.model.norm_eps)
+    scale = np.asarray(case.params["final_norm"]["norm"]["scale"], np.float64)
+    head = np.asarray(next(iter(case.params["head"].values())), np.float64)
+    head = head if head.shape[0] == case.model.hidden_size else head.T
+    np.testing.assert_allclose(signals["entropy"], _entropy(after / rms * scale @ head), rtol=1e-3)
+    latent = after / np.sqrt((after**2).mean(-1, keepdims=True))
+    np.testing.assert_allclose(signals["bits_entropy"], _entropy(latent), rtol=1e-4)
+
+
+def _entropy(logits):
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    return -(p * np.log(np.maximum(p, 1e-300))).sum(-1)
+
+
+def test_signals_are_those_of_tokens_that_run(case):
+    for run in case.runs:
+        for name, values in run.signals.items():
+            np.testing.assert_array_equal(np.isnan(values), ~run.record.active[:, 0], name)
+    record, signals = case.run("HK").record, case.run("HK").signals
+    read = ~np.isnan(record.entropy[:, 0])
+    assert read.any()
+    np.testing.assert_allclose(signals["entropy"][read], record.entropy[:, 0][read], rtol=1e-6)
+
+
+def test_presets_that_run_token_by_token_are_refused(case):
+    halting = HaltingConfig(entropy="final_prev", drift="relative")
+    cfg = case.cfg.replace(quicksilver=QuickSilverConfig(halting=halting))
+    with pytest.raises(InputError, match="token by token"):
+        next(trace(case.params, case.ids, cfg))
