@@ -198,7 +198,7 @@ def accumulate(
         "rows": len(batch.tokens_BT),
         "skip_first": skip_first,
     }
-    return Moments(*sums, chosen, tuple(features), model, provenance)
+    return Moments(sums[0], sums[1], chosen, tuple(features), model, provenance)
 
 
 def _reduced(

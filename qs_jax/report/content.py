@@ -197,7 +197,7 @@ def cell_codes(run: Run) -> np.ndarray:
     flags[WEIGHED] = record.weighed
     code = sum(np.where(where[:, 0], flag, 0) for flag, where in flags.items())
     place = sum(np.where(record.bits[:, 0] == bits, i, 0) for i, bits in enumerate(BITS))
-    return (code + 16 * place).astype(np.uint8)
+    return np.asarray(code + 16 * place, np.uint8)
 
 
 def fused_changes(fused_LT: Int[np.ndarray, "L T"]) -> Int[np.ndarray, "n 3"]:

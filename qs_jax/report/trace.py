@@ -126,7 +126,9 @@ def trace(
     for letters in chosen:
         names = signal_names(qs)
         if not (every_signal or letters in (chosen[0], chosen[-1])):
-            kinds = dict(zip(("drift", "entropy", "bits_entropy"), _kinds(qs), strict=True))
+            kinds: dict[str, Any] = dict(
+                zip(("drift", "entropy", "bits_entropy"), _kinds(qs), strict=True)
+            )
             names = {name: told for name, told in names.items() if kinds.get(name) != "vocab"}
         program = cfg.replace(quicksilver=_program(qs, letters))
         out = _run(params, prompt, program, letters, qs, tuple(names))
@@ -143,7 +145,7 @@ def _as_run(out: dict[str, Any], batch: Any, ends_B: np.ndarray, cfg: Config, le
         record = dataclasses.replace(record, drift=np.full_like(record.drift, np.nan))
     mask_T = np.arange(width) >= max(int(ends_B[0]), 1)
     logprobs_T = np.where(mask_T, out["logprobs"][0, :width], 0).astype(np.float32)
-    check_finite(np.isfinite(logprobs_T).all(keepdims=True))
+    check_finite(np.array([np.isfinite(logprobs_T).all()]))
     found = {name: np.array(array[:, 0, :width]) for name, array in out["signals"].items()}
     if "received" in found:  # a quota ranks the prompt
         found["received"][:, ~record.subject[0]] = np.nan
