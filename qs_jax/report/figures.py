@@ -101,8 +101,8 @@ def _map(text: TextRuns, title: str) -> tuple[Figure, Axes, dict[str, Any]]:
     axes.set_ylabel("layer")
     if width <= _NAMED:
         # Dollar signs would start a formula.
-        names = [label.strip().replace("$", r"\$") or "␣" for label in text.labels]
-        axes.set_xticks(range(width), [name[:12] for name in names], rotation=70, fontsize=7)
+        names = [label.strip()[:12].replace("$", r"\$") or "␣" for label in text.labels]
+        axes.set_xticks(range(width), names, rotation=70, fontsize=7)
     else:
         axes.set_xlabel("token")
     extent = (-0.5, width - 0.5, 0.5, layers + 0.5)

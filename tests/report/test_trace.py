@@ -39,7 +39,7 @@ def test_everything_acts(case):
 
 @pytest.mark.parametrize(
     "letters",
-    [pytest.param(name, marks=[] if name in ("HF", "HKFQ") else pytest.mark.slow) for name in ALL],
+    [pytest.param(name, marks=[] if name == "HKFQ" else pytest.mark.slow) for name in ALL],
 )
 def test_a_run_is_what_score_gives_for_its_settings(case, letters):
     run = case.run(letters)
@@ -63,7 +63,7 @@ def _same(record, expected):
     for field in dataclasses.fields(expected):
         there, wanted = getattr(record, field.name), getattr(expected, field.name)
         if isinstance(wanted, np.ndarray) and wanted.dtype.kind == "f":
-            np.testing.assert_allclose(there, wanted, atol=1e-6, err_msg=field.name)
+            np.testing.assert_allclose(there, wanted, atol=1e-5, err_msg=field.name)
         else:
             np.testing.assert_array_equal(there, wanted, err_msg=field.name)
 
