@@ -2,7 +2,8 @@
 
 `python -m benchmarks.front --ckpt DIR --text wiki.valid.raw` fits the maps of every variant from
 one dense pass, scores prompts halted in stages with each, and writes benchmarks/results/front.json
-and the table of docs/calibration.md. The masked engine scores: savings are simulated.
+and the tables of docs/calibration.md: its own, and that of results/calibration.json, which holds
+the search that `balanced` comes from. The masked engine scores: savings are simulated.
 """
 
 from __future__ import annotations
@@ -151,14 +152,38 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def verified_table(results: dict[str, Any]) -> str:
+    """The walk along the front on windows it was not chosen on, the safest candidate first."""
+    walk = results["search"]["verified"]
+    others = list(walk[0].get("also", {}))
+    names = [results["balanced"]["verified"]["data"], *others]
+    lines = [
+        "| levels | "
+        + " | ".join(f"{name}: perplexity, upper bound" for name in names)
+        + " | layer-tokens | exact FLOPs of the prompt | kept |",
+        "|---|" + "---:|" * (len(names) + 3),
+    ]
+    for entry in walk:
+        told = [entry, *(entry["also"][name] for name in others)]
+        cells = [f"{x['ppl_increase']:+.2f}, {x['upper_bound']:+.2f}" for x in told]
+        cells += [f"{entry['layer_tokens_saved']:.1%}", f"{entry['prompt_exact_flops_saved']:.1%}"]
+        cells.append("yes" if entry["within_budget"] else "**no**")
+        lines.append(f"| {entry['levels']} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", f"`{results['command']}`"])
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     args = tyro.cli(Arguments, prog="python -m benchmarks.front", args=argv)
     if not args.tables_only:
         measure(args)
-    results = json.loads(args.out.read_text(encoding="utf-8"))
-    replace(args.page, "front", table(results))
-    print(f"{args.out} and the table of {args.page} are up to date.")
+    if args.out.exists():
+        replace(args.page, "front", table(json.loads(args.out.read_text(encoding="utf-8"))))
+    found = environment.RESULTS / "calibration.json"
+    if found.exists():
+        content = json.loads(found.read_text(encoding="utf-8"))
+        replace(args.page, "calibrated", verified_table(content))
+    print(f"the tables of {args.page} are up to date.")
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ def test_the_walk_ends_at_the_first_candidate_out_of_budget(monkeypatch):
     def measured(task, qs):
         del task, qs
         nll = math.log(math.e + next(increases))
-        saved = dict.fromkeys(climb.SAVED, 0.1)
+        saved = dict.fromkeys(climb.SAVED, 0.1) | {"prefill": {"exact_flops_saved": 0.13}}
         return dataclasses.replace(scores([nll, nll]), saved=saved)
 
     monkeypatch.setattr(climb, "measure", measured)
@@ -160,6 +160,12 @@ def test_the_walk_ends_at_the_first_candidate_out_of_budget(monkeypatch):
     best, told = climb.verify(task, points, {"skip": space}, 0.95)
     assert best == points[0]
     assert [entry["within_budget"] for entry in told] == [True, False]
+
+    increases = iter([0.05, 0.05, 0.05, 0.2, 0.05, 0.05])  # ours and the other text's, in turn
+    best, told = climb.verify(task, points, {"skip": space}, 0.95, also={"web": task})
+    assert best == points[0], "the second leaves the budget on the other text only"
+    assert [entry["also"]["web"]["within_budget"] for entry in told] == [True, False]
+    assert told[1]["upper_bound"] <= 0.1
 
 
 @pytest.fixture(scope="module")
