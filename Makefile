@@ -4,9 +4,9 @@ VENV ?= .venv
 CKPT ?= ckpt/smollm2-135m
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
-SOURCES := qs_jax convert tests benchmarks examples
+SOURCES := qs_jax convert tests benchmarks examples docs/hooks
 
-.PHONY: demo test test-all lint format clean
+.PHONY: demo test test-all lint format docs clean
 
 demo: $(VENV)/.installed-demo
 	@test -f $(CKPT)/qs_jax.json || \
@@ -28,6 +28,9 @@ format: $(VENV)/.installed-lint
 	$(VENV)/bin/ruff check --fix $(SOURCES)
 	$(VENV)/bin/ruff format $(SOURCES)
 
+docs: $(VENV)/.installed-docs
+	$(VENV)/bin/mkdocs build --strict
+
 $(PY):
 	$(PYTHON) -m venv $(VENV)
 
@@ -47,5 +50,9 @@ $(VENV)/.installed-lint: pyproject.toml | $(PY)
 	$(PIP) install -e ".[test,lint]"
 	@touch $@
 
+$(VENV)/.installed-docs: pyproject.toml | $(PY)
+	$(PIP) install -e ".[docs]"
+	@touch $@
+
 clean:
-	rm -rf $(VENV) ckpt .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) site ckpt .pytest_cache .hypothesis .ruff_cache

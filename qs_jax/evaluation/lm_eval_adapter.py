@@ -62,7 +62,7 @@ class QSJaxLM(TemplateLM):
       max_length: Longest row in tokens; by default the model's positions.
       max_gen_toks: Longest continuation of requests that do not say.
       rolling_block: Under "continuation": a text is scored in blocks of so many tokens, each as
-        the continuation of all that stands before it.
+        the continuation of all that stands before it; by default 128, or half of `max_length`.
       add_bos_token: Put the beginning token before texts, or not; None does what the tokenizer
         does.
       seed: Of the sampler.
@@ -85,7 +85,7 @@ class QSJaxLM(TemplateLM):
         devices: int | str = 1,
         max_length: int | None = None,
         max_gen_toks: int = 256,
-        rolling_block: int = 128,
+        rolling_block: int | None = None,
         add_bos_token: bool | None = None,
         seed: int = 0,
         device: str | None = None,
@@ -108,8 +108,8 @@ class QSJaxLM(TemplateLM):
         self.batch_size = int(batch_size)
         self.max_length = min(max_length or model.max_positions, model.max_positions)
         self.max_gen_toks, self.seed = max_gen_toks, seed
-        self.rolling_block = rolling_block
-        if not 1 <= rolling_block < self.max_length:
+        self.rolling_block = rolling_block or min(128, self.max_length // 2)
+        if not 1 <= self.rolling_block < self.max_length:
             raise InputError(f"rolling_block must lie between 1 and {self.max_length - 1}.")
         self.add_bos_token = add_bos_token
         self.preset = Path(preset).name
