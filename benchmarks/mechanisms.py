@@ -95,7 +95,8 @@ def measure(args: Arguments) -> dict[str, Any]:
         cfg = Config(model, row.quicksilver, protocol=row.protocol, engine="masked")
         here = params
         skip, halting = row.quicksilver.kv_skip, row.quicksilver.halting
-        if skip is not None and skip.policy == "extrapolate":
+        shipped = row.section == "presets"  # reads the maps that come with the checkpoint
+        if skip is not None and skip.policy == "extrapolate" and not shipped:
             maps = maps or _maps(args, params, fitting, model)
             here = {**params, "kv_maps": select(maps, halting.layers)}
         result = score_row(here, scored, cfg, args.batch_size)

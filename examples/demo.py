@@ -143,6 +143,7 @@ def measure(
       tell: Called with each name as its programs are compiled.
     """
     calls, rows = [], []
+    sizes = params["kv_maps"].sizes if "kv_maps" in params else None
     prompt = [ids[:-CONTINUATION]]
     for name in names:
         tell(name)
@@ -156,7 +157,7 @@ def measure(
             long = qs_jax.generate(params, prompt, more)
         flops = 1.0
         if short.record is not None:
-            work = accounting.summary(accounting.tally(short.record, model, quicksilver))
+            work = accounting.summary(accounting.tally(short.record, model, quicksilver, sizes))
             flops -= work["exact_flops_saved"]
         acts_on = PROTOCOLS[cfg.effective_protocol] if name != "off" else "nothing"
         rows.append(

@@ -35,10 +35,10 @@ def test_the_demo_runs(embedded_checkpoint, capsys, monkeypatch):
     assert "decode" in printed
     assert "simulated" not in printed
     dense, balanced = printed.split("│ off ")[1].split("│ balanced ")
-    in_brackets = re.compile(r"\((\d+)%\)")
+    in_brackets = re.compile(r"\((-?\d+)%\)")  # one round: a time may be anything
     assert in_brackets.findall(dense) == ["100"] * 3
     _, _, kv_share = in_brackets.findall(balanced)
-    assert 80 < int(kv_share) < 100, "half of the prompt has no keys in the last fifth of layers"
+    assert int(kv_share) == 100, "keys of tokens that stopped are extrapolated: none is missing"
 
 
 def test_it_stays_short():

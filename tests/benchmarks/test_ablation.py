@@ -21,6 +21,9 @@ from tests.convert.folders import llama_tensors, write_folder
 from tests.support import random_tokens
 
 LAYERS, WIDTH, TAIL = 6, 80, 16
+# One worker: its tests share what they measure.
+pytestmark = pytest.mark.xdist_group("ablation")
+
 SHARES = dict.fromkeys((*ablation_figures.SAVED, "added_flops_share"), 0.0)
 
 

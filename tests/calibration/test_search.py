@@ -21,6 +21,10 @@ from tests.convert.folders import llama_tensors, write_folder
 WINDOWS, WIDTH, CONTINUED = 12, 60, 12
 
 
+# One worker: its tests share what they measure.
+pytestmark = pytest.mark.xdist_group("search")
+
+
 @pytest.fixture(scope="module")
 def model():
     return tiny_model(num_layers=6)

@@ -21,7 +21,6 @@ from tests.support import random_tokens
 LENGTHS, PROMPTS = (31, 17, 24), (22, 9, 15)
 COUNTED = "active kv_written kv_held visible_keys bits fused depth representative weighed".split()
 SHOWN = {
-    "attended-delay-gpt2-teacher-forced",
     "extrapolate-llama-continuation",
 }
 # `make test-all` runs the others.
@@ -149,7 +148,8 @@ UNMET = settings(
 )
 
 
-@pytest.mark.parametrize("name", ["unmet", pytest.param("quota", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["unmet", "quota"])
 def test_planned_capacity_halts_the_lowest_scores(name):
     """At most the stated share of each prompt runs on, the masked engine agrees, and where nobody
     halts by the rule itself, who leaves has a lower score, here the drift, than who stays."""

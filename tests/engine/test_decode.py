@@ -134,6 +134,7 @@ def test_bytes_fall_as_keys_are_skipped():
     assert 1 - out.kv_bytes / dense.kv_bytes > 0.8 * skipped  # a slot's position counts here
 
 
+@pytest.mark.slow
 def test_new_tokens_that_stay_where_the_prompt_left_get_room():
     """Prompts leave at half depth by force, new tokens never do: the estimate must give way."""
     cfg = Config(model_of("llama"), KEEPING, max_new_tokens=32, eos_token_ids=())
@@ -157,7 +158,10 @@ def test_new_tokens_that_stay_where_the_prompt_left_get_room():
 
 @pytest.mark.parametrize(
     ("policy", "kind"),
-    [("skip", "separate"), pytest.param("propagate", "stacked", marks=pytest.mark.slow)],
+    [
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (("skip", "separate"), ("propagate", "stacked"))
+    ],
 )
 def test_int8_caches_hold_what_the_masked_engine_reads(policy, kind):
     """Codes take a byte, their steps the rest; what they stand for is the same."""

@@ -20,7 +20,9 @@ def model():
     return tiny_model(num_layers=5)
 
 
-@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 2, 4])
+@pytest.mark.parametrize(
+    "count", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 4]
+)
 @pytest.mark.parametrize(
     ("name", "engine"),
     [(None, "auto"), pytest.param("HKFQ", "masked", marks=pytest.mark.slow), ("HK", "compact")],

@@ -300,7 +300,8 @@ def test_norms_softmax_and_logits_are_float32_in_a_bfloat16_model(model_type):
     assert re.search(r":bf16\[2,16,\d+\] = dot_general", text), "the layers compute in bfloat16"
 
 
-@pytest.mark.parametrize("name", [pytest.param("HKFQ", marks=pytest.mark.slow), "quota"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["HKFQ", "quota"])
 def test_mechanisms_run_in_bfloat16(name):
     half = model_of("llama", dtype="bfloat16")
     params = params_of(half)

@@ -150,7 +150,10 @@ def check_decoding(params, cfg, engine="masked"):
 
 @pytest.mark.parametrize(
     ("name", "protocol"),
-    [pytest.param("HKFQ", "teacher-forced", marks=pytest.mark.slow), ("quota", None)],
+    [
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (("HKFQ", "teacher-forced"), ("quota", None))
+    ],
 )
 def test_streaming_gives_the_tokens_of_generate(name, protocol):
     model = model_of("llama")
