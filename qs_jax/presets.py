@@ -110,7 +110,7 @@ def balanced(model: ModelConfig) -> QuickSilverConfig:
     are skipped from there on.
     """
     if _is_shipped(model):
-        return load(_SHIPPED_PRESET, model)
+        return load(SHIPPED_PRESET, model)
     layers = _layers(model, 0.8)
     return QuickSilverConfig(
         halting=HaltingConfig(rule="quota", layers=layers, quota=(0.5,), entropy=None),
@@ -150,7 +150,7 @@ def shipped_maps(model: ModelConfig) -> KVMaps | None:
 
 def shipped_path(model: ModelConfig) -> Path | None:
     """The file of `shipped_maps`."""
-    path = maps_path(_SHIPPED_PRESET)
+    path = maps_path(SHIPPED_PRESET)
     return path if _is_shipped(model) and path.exists() else None
 
 
@@ -159,12 +159,12 @@ def maps_path(preset: Path) -> Path:
     return preset.with_name(f"{preset.stem}.kv_maps.safetensors")
 
 
-_SHIPPED_PRESET = Path(__file__).parent / "shipped" / "smollm2-135m-instruct.json"
+SHIPPED_PRESET = Path(__file__).parent / "shipped" / "smollm2-135m-instruct.json"
 
 
 @functools.cache
 def _made_for() -> dict[str, Any]:
-    provenance = json.loads(_SHIPPED_PRESET.read_text(encoding="utf-8"))["provenance"]
+    provenance = json.loads(SHIPPED_PRESET.read_text(encoding="utf-8"))["provenance"]
     return {name: provenance[name] for name in _MADE_FOR}
 
 
