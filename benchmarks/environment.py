@@ -41,6 +41,16 @@ def describe() -> dict[str, Any]:
     }
 
 
+def read(path: Path, about: dict[str, Any], empty: dict[str, Any]) -> dict[str, Any]:
+    """What a stopped run found, or `empty`; a file of another run is not gone on with."""
+    if not path.exists():
+        return empty
+    content = json.loads(path.read_text())
+    if content["about"] != about:
+        raise SystemExit(f"{path} holds other measurements ({content['about']}): move it away.")
+    return content
+
+
 def write(name: str, result: dict[str, Any], out: Path | None = None) -> Path:
     """Write a result with its environment as JSON; returns the file."""
     path = out or RESULTS / f"{name}.json"

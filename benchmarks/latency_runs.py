@@ -17,6 +17,7 @@ from benchmarks.latency_cases import Case, Group
 from benchmarks.programs import watch
 from qs_jax import accounting
 from qs_jax.errors import QuickSilverError
+from qs_jax.mechanisms.kv_maps import sizes_of
 from qs_jax.models import Params
 from qs_jax.record import Record
 from qs_jax.timing import Stopwatch
@@ -77,8 +78,7 @@ class OurRunner:
                 lengths = lengths + self._case.cfg.max_new_tokens - 1
             record, qs = accounting.dense_record(lengths, prompts, model), None
         dense = out.record is None
-        maps = self._params.get("kv_maps")
-        counted = accounting.tally(record, model, qs, maps.sizes if maps is not None else None)
+        counted = accounting.tally(record, model, qs, sizes_of(self._params))
         timed = {"prefill": ("prefill",), "decode": ("decode",)}  # of a decode, new tokens only
         parts = [counted[name] for name in timed.get(self._section, ("prefill", "decode"))]
         total = {

@@ -133,7 +133,7 @@ def measure(args: Arguments) -> None:
         "dtype": "float32",
         "layers": model.num_layers,
     }
-    done = _read(args.out, about)
+    done = environment.read(args.out, about, {"corpora": {}})
     corpora = {"treebank": lambda: read_treebank(args.treebank)}
     if args.text is not None:
         text, spacy = args.text, args.spacy
@@ -193,15 +193,6 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, list):
         return [_rounded(entry) for entry in value]
     return float(f"{value:.5g}") if isinstance(value, float) else value
-
-
-def _read(path: Path, about: dict[str, Any]) -> dict[str, Any]:
-    if not path.exists():
-        return {"corpora": {}}
-    content = json.loads(path.read_text())
-    if content["about"] != about:
-        raise SystemExit(f"{path} holds other measurements ({content['about']}): move it away.")
-    return content
 
 
 def _write(path: Path, about: dict[str, Any], done: dict[str, Any]) -> None:

@@ -79,7 +79,7 @@ def measure(args: Arguments) -> dict[str, Any]:
         "batch_size": args.batch_size,
         "dtype": "float32",
     }
-    done = _read(args.out, about)
+    done = environment.read(args.out, about, {"rows": {}})
     if "fitted" not in done:
         done["fitted"] = mechanism_rows.percentiles(params, fitting[:4], model)
         _write(args.out, about, done)
@@ -125,15 +125,6 @@ def _maps(args: Arguments, params: Params, fitting: np.ndarray, model: ModelConf
 def _settings(quicksilver: dict[str, Any]) -> dict[str, Any]:
     """What decides a result: everything but where it comes from."""
     return {name: value for name, value in quicksilver.items() if name != "provenance"}
-
-
-def _read(path: Path, about: dict[str, Any]) -> dict[str, Any]:
-    if not path.exists():
-        return {"rows": {}}
-    content = json.loads(path.read_text())
-    if content["about"] != about:
-        raise SystemExit(f"{path} holds other measurements ({content['about']}): move it away.")
-    return content
 
 
 def _write(path: Path, about: dict[str, Any], done: dict[str, Any]) -> None:

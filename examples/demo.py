@@ -16,6 +16,7 @@ import qs_jax
 from examples.text import LIGHTHOUSE
 from qs_jax import accounting, presets
 from qs_jax.cli import TextStream, encode_prompt
+from qs_jax.mechanisms.kv_maps import sizes_of
 from qs_jax.models import Params, count_params, param_bytes
 from qs_jax.timing import Stopwatch
 
@@ -143,7 +144,7 @@ def measure(
       tell: Called with each name as its programs are compiled.
     """
     calls, rows = [], []
-    sizes = params["kv_maps"].sizes if "kv_maps" in params else None
+    sizes = sizes_of(params)
     prompt = [ids[:-CONTINUATION]]
     for name in names:
         tell(name)

@@ -75,3 +75,14 @@ def embedded_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("embedded") / "smollm2-135m"
     convert("embedded", folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama checkpoint with its tokenizer; not to be changed."""
+    from convert.hf_to_flax import convert
+    from tests.convert.folders import llama_tensors, write_folder
+
+    folder = tmp_path_factory.mktemp("tiny")
+    convert(str(write_folder(folder / "hf", llama_tensors()[0])), folder / "ckpt")
+    return folder / "ckpt"

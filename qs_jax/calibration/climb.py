@@ -202,24 +202,16 @@ def verify(
     best, told = None, []
     for point in tqdm(walk, "verifying", disable=not progress):
         qs = spaces[point.family].preset(point.levels, lean=True)
-        scores = measure(task, qs)
-        bound = paired.upper_bound(scores, task.dense, confidence)
-        others = {
-            name: _on_other_text(other, qs, confidence) for name, other in (also or {}).items()
-        }
-        kept = bound <= task.max_ppl_increase
-        kept = kept and all(entry["within_budget"] for entry in others.values())
-        entry = {
-            "family": point.family,
-            "levels": list(point.levels),
-            "ppl_increase": paired.ppl_increase(scores, task.dense),
-            "upper_bound": bound if math.isfinite(bound) else None,
-            "confidence": confidence,
-            "within_budget": kept,
-            **{name: scores.saved[name] for name in SAVED},
-            "prompt_exact_flops_saved": scores.saved["prefill"]["exact_flops_saved"],
-            "windows": len(scores.nll_W),
-        }
+        scores, judged = _judge(task, qs, confidence)
+        others = {}
+        for name, other in (also or {}).items():
+            found = _judge(other, qs, confidence)[1]
+            others[name] = found | {"dense_perplexity": other.dense.perplexity}
+        kept = all(each["within_budget"] for each in (judged, *others.values()))
+        entry = {"family": point.family, "levels": list(point.levels), "confidence": confidence}
+        entry |= judged | {"within_budget": kept}
+        entry |= {name: scores.saved[name] for name in SAVED}
+        entry["prompt_exact_flops_saved"] = scores.saved["prefill"]["exact_flops_saved"]
         told.append(entry | ({"also": others} if others else {}))
         if not kept:
             break
@@ -227,13 +219,15 @@ def verify(
     return best, told
 
 
-def _on_other_text(task: Task, qs: QuickSilverConfig, confidence: float) -> dict[str, Any]:
+def _judge(
+    task: Task, qs: QuickSilverConfig, confidence: float
+) -> tuple[paired.Scores, dict[str, Any]]:
+    """Score a candidate on a task's windows, and hold its bound against the budget."""
     scores = measure(task, qs)
     bound = paired.upper_bound(scores, task.dense, confidence)
-    return {
+    return scores, {
         "ppl_increase": paired.ppl_increase(scores, task.dense),
         "upper_bound": bound if math.isfinite(bound) else None,
         "within_budget": bool(bound <= task.max_ppl_increase),
-        "dense_perplexity": task.dense.perplexity,
         "windows": len(scores.nll_W),
     }

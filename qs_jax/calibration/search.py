@@ -143,7 +143,7 @@ def search(
     )
     others = {}
     for name, more in (also or {}).items():
-        windows_WT = split(more, cfg, 0.5, whole=True)[1]
+        windows_WT = np.concatenate(split(more, cfg, 0.5))  # all of them verify
         scored = paired.score_tokens(params, windows_WT, cfg, batch_size)
         others[name] = task._replace(tokens_WT=windows_WT, dense=scored)
     best, told = verify(verifier, walk, spaces, confidence, also=others, progress=progress)
@@ -201,11 +201,9 @@ def _check(
 
 
 def split(
-    tokens: batching.TokensLike, cfg: Config, verify_share: float, *, whole: bool = False
+    tokens: batching.TokensLike, cfg: Config, verify_share: float
 ) -> tuple[Int[np.ndarray, "C T"], Int[np.ndarray, "V T"]]:
     """Windows to calibrate on and windows to verify on, in the order of the text.
-
-    With `whole`, all of them verify.
 
     Raises:
       InputError: Rows of several lengths, windows without a prompt, or fewer than two windows for
@@ -231,7 +229,6 @@ def split(
             "whose differences give the confidence bound. Give more text or shorter windows."
         )
     tokens_WT = batch.tokens_BT[:, :width]
-    verifying = count if whole else verifying
     return tokens_WT[: count - verifying], tokens_WT[count - verifying :]
 
 

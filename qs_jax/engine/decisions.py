@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from qs_jax.engine import layer_keys
+from qs_jax.engine import codes, layer_keys
 from qs_jax.engine import past as pasts
 from qs_jax.engine.attention import Attended
 from qs_jax.engine.cache import LayerCache
 from qs_jax.engine.call import Call
 from qs_jax.mechanisms import amq, decide, execution, fusion, halting, kv_skip, signals
 from qs_jax.mechanisms.plan import NEVER, LayerNumbers
-from qs_jax.models import family_of
 from qs_jax.models.layers import exact_dtype
 from qs_jax.state import LayerRecord, TokenState
 
@@ -49,7 +46,7 @@ def decide_layer(call: Call, state: TokenState, attended: Attended, ran_BT, befo
         with jax.named_scope("amq"):
             state = _quantize(call, state, ran_BT, at)
     if plan.policy == "extrapolate" and call.decides:
-        state = state.replace(code_BTR=_codes(call, state, at.layer))
+        state = state.replace(code_BTR=codes.of_halted(call, state, at.layer))
     record = LayerRecord(
         active_BT=ran_BT,
         written_BT=written_of(call, in_force, ran_BT, attended.mask_BTS, at.layer),
@@ -201,45 +198,6 @@ def _entropy(call: Call, state: TokenState, kind: str, needed_BT: Array) -> Arra
     return lax.switch(case, [nothing, compute_few, lambda: compute(*read)])
 
 
-def _codes(call: Call, state: TokenState, layer: Array) -> Array:
-    """What the maps read of a token, computed once, from the state it stops with."""
-    now_BT = (state.halt_layer_BT == layer) & (layer < call.model.num_layers)
-    assert state.code_BTR is not None
-    h_BTD, before_BTR = state.h_BTD, state.code_BTR
-
-    def neurons() -> Array:
-        layers, block = call.params["layers"], family_of(call.model).block(call.model, parent=None)
-        params_l = jax.tree.map(lambda leaf: leaf[layer], layers)  # of the next layer
-        found: Any = block.apply({"params": params_l}, h_BTD, method=block.mlp_neurons)
-        return found
-
-    sources = {
-        "state": lambda: h_BTD,
-        "embedding": lambda: call.embedded_BTD,
-        "previous": lambda: _states_before(call, h_BTD),
-        "neurons": neurons,
-    }
-    wanted_BT = now_BT if call.groups_maps else None
-
-    def encode() -> Array:
-        found_BTR = kv_skip.encode(call.params["kv_maps"], sources, state.halt_layer_BT, wanted_BT)
-        return jnp.where(now_BT[..., None], found_BTR, before_BTR)
-
-    return lax.cond(now_BT.any(), encode, lambda: before_BTR)
-
-
-def _states_before(call: Call, h_BTD: Array) -> Array:
-    """State of the token just before each of the call's, zeros before a row's first."""
-    before_BTD = jnp.pad(h_BTD, ((0, 0), (1, 0), (0, 0)))[:, :-1]
-    if call.around is None:
-        return before_BTD
-    assert call.around.previous_BTD is not None
-    pos_BT = call.rows.pos_BT
-    near_BT1 = (jnp.diff(pos_BT, axis=1, prepend=-NEVER) == 1)[..., None]
-    first_BT1 = (pos_BT == 0)[..., None]
-    return jnp.where(near_BT1 | first_BT1, before_BTD, call.around.previous_BTD)
-
-
 def _received(call: Call, state: TokenState, attended: Attended, ran_BT, layer) -> Array:
     keys = layer_keys.at_layer(call, state, layer)
     before_BS = call.past.received_BS if call.past is not None else None
@@ -348,12 +306,7 @@ def _weights(call: Call, state: TokenState, attended: Attended, h_BXD):
     if plan.fusion.alpha == "uniform":
         return state.size_BT, None
     if plan.fusion.alpha == "probability":
-        before_BTD = fusion.back(h_BXD, 1, width)
-        if call.around is not None:
-            assert call.around.previous_BTD is not None
-            apart_BT = jnp.diff(rows.pos_BT, axis=1, prepend=-NEVER)
-            near_BT1 = (apart_BT == 1)[..., None]
-            before_BTD = jnp.where(near_BT1, before_BTD, call.around.previous_BTD)
+        before_BTD = codes.just_before(call, h_BXD)
         found_BT = signals.token_probability(before_BTD, rows.tokens_BT, call.params, call.model)
         found_BT = jnp.where(rows.pos_BT == 0, 1.0 / call.model.vocab_size, found_BT)
         return found_BT * state.size_BT, None

@@ -23,6 +23,7 @@ from qs_jax.engine.devices import replicate
 from qs_jax.engine.scoring import score
 from qs_jax.errors import InputError
 from qs_jax.evaluation.datasets import Text, read_text
+from qs_jax.mechanisms.kv_maps import sizes_of
 from qs_jax.models import Params
 
 if TYPE_CHECKING:
@@ -148,8 +149,7 @@ def score_windows(
     """
     if devices is not None:
         params = replicate(params, devices)
-    maps = params.get("kv_maps")
-    sizes = None if maps is None else maps.sizes
+    sizes = sizes_of(params)
     for index in range(-(-len(windows.tokens_WT) // batch_size)) if batches is None else batches:
         tokens_BT = windows.tokens_WT[index * batch_size : (index + 1) * batch_size]
         out = score(params, tokens_BT, cfg, devices=devices)

@@ -13,7 +13,7 @@ from qs_jax import accounting
 from qs_jax.config import Config
 from qs_jax.engine.scoring import ScoreOutput, score
 from qs_jax.errors import InputError
-from qs_jax.mechanisms.kv_maps import MapSizes
+from qs_jax.mechanisms.kv_maps import MapSizes, sizes_of
 from qs_jax.models import Params
 from qs_jax.record import Record
 
@@ -75,8 +75,7 @@ def score_rows(
     if batch_size < 1:
         raise InputError(f"--batch-size must be at least 1, got {batch_size}.")
     continued = cfg.effective_protocol == "continuation"
-    maps = params.get("kv_maps")
-    sizes = None if maps is None else maps.sizes
+    sizes = sizes_of(params)
     order = sorted(range(len(rows.rows)), key=lambda i: -len(rows.rows[i]))
     for at in range(0, len(order), batch_size):
         index = order[at : at + batch_size]

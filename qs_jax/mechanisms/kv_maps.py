@@ -149,6 +149,12 @@ class KVMaps(flax.struct.PyTreeNode):
             )
 
 
+def sizes_of(params: dict[str, Any]) -> MapSizes | None:
+    """`KVMaps.sizes` of the maps that travel with the parameters; None where there are none."""
+    maps = params.get("kv_maps")
+    return None if maps is None else maps.sizes
+
+
 def feature_count(features: Sequence[str], model: ModelConfig) -> int:
     """Numbers that these features are together, with the constant."""
     widths = {"neurons": model.mlp_size}

@@ -7,12 +7,10 @@ import numpy as np
 import pytest
 
 import qs_jax
-from convert.hf_to_flax import convert
 from qs_jax import diagnostics, presets
 from qs_jax.commands.diagnose import Diagnose
 from qs_jax.config import HaltingConfig, KVSkipConfig, QuickSilverConfig
 from qs_jax.errors import InputError
-from tests.convert.folders import llama_tensors, write_folder
 
 TEXT = "I do not like the movie. 1 > 0"
 PRESET = QuickSilverConfig(
@@ -22,11 +20,9 @@ PRESET = QuickSilverConfig(
 )
 
 
-@pytest.fixture(scope="module")
-def ckpt(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("diagnose")
-    convert(str(write_folder(folder / "hf", llama_tensors()[0])), folder / "ckpt")
-    return folder / "ckpt"
+@pytest.fixture
+def ckpt(tiny_checkpoint):
+    return tiny_checkpoint
 
 
 @pytest.fixture

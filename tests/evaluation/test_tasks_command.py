@@ -10,7 +10,6 @@ from rich import console
 
 import qs_jax
 from benchmarks import tasks as benchmark
-from convert.hf_to_flax import convert
 from qs_jax import presets
 from qs_jax.checkpoint import read_manifest
 from qs_jax.commands.tasks import Tasks
@@ -18,7 +17,6 @@ from qs_jax.config import HaltingConfig, KVSkipConfig, QuickSilverConfig
 from qs_jax.errors import ConfigError, InputError
 from qs_jax.evaluation import tasks
 from qs_jax.evaluation.heads import Head
-from tests.convert.folders import llama_tensors, write_folder
 from tests.evaluation.test_tasks import TOY, toy_rows, write
 
 SETTINGS = QuickSilverConfig(
@@ -29,11 +27,9 @@ SETTINGS = QuickSilverConfig(
 )
 
 
-@pytest.fixture(scope="module")
-def ckpt(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tasks")
-    convert(str(write_folder(folder / "hf", llama_tensors()[0])), folder / "ckpt")
-    return folder / "ckpt"
+@pytest.fixture
+def ckpt(tiny_checkpoint):
+    return tiny_checkpoint
 
 
 @pytest.fixture

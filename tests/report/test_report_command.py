@@ -7,12 +7,10 @@ import numpy as np
 import pytest
 
 import qs_jax
-from convert.hf_to_flax import convert
 from qs_jax import presets
 from qs_jax.commands.report import Report
 from qs_jax.config import HaltingConfig, KVSkipConfig, QuickSilverConfig
 from qs_jax.errors import InputError
-from tests.convert.folders import llama_tensors, write_folder
 from tests.report.support import Page
 
 TEXT = "I do not like the movie. <b>1 > 0</b> & so on, for 60 tokens."
@@ -23,11 +21,9 @@ PRESET = QuickSilverConfig(
 )
 
 
-@pytest.fixture(scope="module")
-def ckpt(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("report")
-    convert(str(write_folder(folder / "hf", llama_tensors()[0])), folder / "ckpt")
-    return folder / "ckpt"
+@pytest.fixture
+def ckpt(tiny_checkpoint):
+    return tiny_checkpoint
 
 
 @pytest.fixture
