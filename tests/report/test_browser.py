@@ -18,7 +18,7 @@ TOKEN, LAYER = 20, 4
 
 
 @pytest.fixture(scope="module")
-def driver():
+def driver(tmp_path_factory):
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if chromium is None or driver is None:
@@ -29,11 +29,27 @@ def driver():
     options.add_argument("--window-size=1300,1000")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     options.binary_location = chromium
-    service = webdriver.ChromeService(executable_path=driver)
-    running = webdriver.Chrome(options=options, service=service)
+    running = started(webdriver, options, driver, tmp_path_factory.mktemp("browser") / "driver.log")
     yield running
     running.quit()
-    service.stop()
+
+
+def started(webdriver, options, driver, log, tries=3):
+    """A running browser, or a skip that says why there is none.
+
+    A driver gets a port that was free a moment ago, and leaves if another process has taken it.
+    """
+    from selenium.common.exceptions import WebDriverException
+
+    for _ in range(tries):
+        with log.open("w") as said:
+            service = webdriver.ChromeService(executable_path=driver, log_output=said)
+            try:
+                return webdriver.Chrome(options=options, service=service)
+            except WebDriverException as error:
+                service.stop()
+                reason = error.msg
+    pytest.skip(f"the browser does not start here: {reason}; its driver said: {log.read_text()}")
 
 
 def scheme(driver, name):
