@@ -53,7 +53,7 @@ def paper(
     Raw drift below 1.0 and logit-lens entropy below 1.15 bits over layers 6 to 24, not before layer
     5; keys of halted tokens skipped; adjacent tokens closer than 0.15 fused from layer 12; bits at
     layer 15 by entropy in nats (1.0, 2.3), in int8 where that is faster. Sources: B.2, G.2 to G.4,
-    FAQ; DESIGN section 9.
+    FAQ.
 
     The entropy for the bits is that of the state's own softmax, "over its softmax-normalized latent
     distribution" (2.5, E.1). The logit lens, which other sections of the paper read, costs as much

@@ -55,7 +55,7 @@ def test_the_shipped_preset_is_for_its_model_and_comes_with_its_maps():
 
 
 def test_the_paper_preset_holds_the_papers_numbers():
-    """DESIGN section 9, for the paper's depth of 30."""
+    """Its sections B.2, C, D.3, E, G.2 to G.4, at its own depth of 30."""
     qs = presets.paper(DEEP)
     assert qs.halting.tau_drift == 1.0
     assert qs.halting.tau_halt == pytest.approx(0.797, abs=1e-3)

@@ -1,4 +1,4 @@
-"""What is decided after a layer has run: signals, halting, fusion, bits (DESIGN section 5)."""
+"""What is decided after a layer has run: signals, halting, fusion, bits (docs/concepts.md)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FEW_CANDIDATES = 8
 
 
 def decide_layer(call: Call, state: TokenState, attended: Attended, ran_BT, before_BTD, at, past_l):
-    """Signals, then halting, then fusion, then bits (DESIGN section 5)."""
+    """Signals, then halting, then fusion, then bits (order: docs/concepts.md)."""
     plan, in_force = call.plan, state
     stopped_BT = call.stopped(state)
     nan_BT = jnp.full(ran_BT.shape, jnp.nan, exact_dtype(call.model.dtype))

@@ -50,7 +50,7 @@ def weights_of(call: Call, layers: Any) -> Weights:
 def run(
     call: Call, state: TokenState, cache: Any, at: LayerNumbers, weights: Weights, past_l: Any
 ) -> tuple[TokenState, Any, LayerRecord, pasts.Kept | None]:
-    """One layer, in the order of DESIGN section 5.
+    """One layer, in the order of docs/concepts.md.
 
     Args:
       call: What all layers share.

@@ -1,4 +1,4 @@
-"""Contextual token fusion (paper 2.3, D; the causal reading of DESIGN 6.3).
+"""Contextual token fusion (paper 2.3, D; read causally: docs/mechanisms.md).
 
 A pair (t, u), t before u, is decided when u is there: u absorbs t, takes the weighted mean of both
 as its state, and t's keys are gone for queries at or after u. A run of adjacent pairs therefore

@@ -1,4 +1,4 @@
-"""Dynamic token halting (paper 2.1, B; DESIGN's `quota` rule for prompts)."""
+"""Dynamic token halting (paper 2.1, B; the `quota` rule for prompts is ours)."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from qs_jax.config import AMQConfig, QuickSilverConfig
 from qs_jax.testing import tiny_model, tiny_params
 from tests.support import random_tokens
 
-BETA = {2: 0.25, 4: 0.5, 8: 1.0, 16: 1.0}  # DESIGN section 9, relative to 8 bits
+BETA = {2: 0.25, 4: 0.5, 8: 1.0, 16: 1.0}  # cost of such a token relative to 8 bits (paper E.9)
 
 
 def test_every_point_is_what_a_call_of_its_own_says():
