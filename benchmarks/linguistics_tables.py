@@ -61,7 +61,7 @@ def _share(entry: dict[str, Any], with_interval: bool = True) -> str:
 
 
 def _halting(rows: dict[str, Any], schemes: Sequence[str]) -> str:
-    """The paper's figure, then the share halted by the middle layer and at all."""
+    """The paper's figure, the share halted by the middle layer and at all, and mean depths."""
     middle = rows[_PERCENTILES]["middle_layer"]
     head = [
         "class",
@@ -71,22 +71,22 @@ def _halting(rows: dict[str, Any], schemes: Sequence[str]) -> str:
         f"percentiles, by layer {middle}",
         "percentiles",
         "tokens of prompts",
-        "`balanced`",
-        "`aggressive`",
+        "`balanced`: mean depth",
+        "`aggressive`: mean depth",
     ]
     lines = []
     for scheme in schemes:
         for name in ORDER[scheme]:
-            mine, ours = rows[_PERCENTILES]["halting"][scheme][name], []
+            mine = rows[_PERCENTILES]["halting"][scheme][name]
             if not mine["halted"]["count"]:
                 continue
-            for key in (_BALANCED, _AGGRESSIVE):
-                ours.append(rows[key]["halting"][scheme][name]["halted"])
+            ours = [rows[key]["halting"][scheme][name] for key in (_BALANCED, _AGGRESSIVE)]
             paper = f"{PAPER_HALTED[name][0]}%" if name in PAPER_HALTED else ""
             cells = [name, paper, f"{mine['halted']['count']:,}"]
             cells.append(_share(rows[_PAPER]["halting"][scheme][name]["halted"], False))
             cells += [_share(mine["halted_by_middle"]), _share(mine["halted"])]
-            cells += [f"{ours[0]['count']:,}", *map(_share, ours)]
+            cells += [f"{ours[0]['halted']['count']:,}"]
+            cells += ["-" if x["mean_depth"] is None else f"{x['mean_depth']:.1f}" for x in ours]
             lines.append(cells)
     return table(head, lines)
 

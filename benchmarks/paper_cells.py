@@ -69,27 +69,28 @@ def find(results: Results, **fields: Any) -> dict[str, Any] | None:
 def halting(results: Results) -> str:
     """Tables 2, 8 and 12: halting by part of speech."""
     rows = dig(results.get("linguistics"), "corpora", "treebank", "rows")
-    named = {
-        "percentiles": "percentiles | percentiles, H+K | teacher-forced",
-        "`balanced`": "presets | balanced | continuation",
-        "`aggressive`": "presets | aggressive | continuation",
-    }
-    middle = dig(rows, named["percentiles"], "middle_layer")
+    percentiles = "percentiles | percentiles, H+K | teacher-forced"
+    staged = ("balanced", "aggressive")
+    middle = dig(rows, percentiles, "middle_layer")
     shown = "the middle layer" if middle is None else f"layer {middle}"
     head = ["class", "paper, by layer 15", "paper, tokens", "our tokens", "paper's thresholds"]
-    head += [f"its percentiles, by {shown}", *(f"{name}, at all" for name in named)]
+    head += [f"its percentiles, by {shown}", "its percentiles, at all"]
+    head += [f"`{name}`: mean depth" for name in staged]
     lines = []
     for name, (halted, tokens) in PAPER_HALTED.items():
 
         def entry(key: str, which: str = "halted", name: str = name) -> Any:
             return dig(rows, key, "halting", "paper", name, which)
 
-        count = dig(entry(named["percentiles"]), "count")
+        count = dig(entry(percentiles), "count")
         cells = [name, f"{halted}%", f"{tokens:,}"]
         cells.append(missing("linguistics") if count is None else f"{count:,}")
         cells.append(interval_share(entry("paper | paper | teacher-forced")))
-        cells.append(interval_share(entry(named["percentiles"], "halted_by_middle")))
-        cells += [interval_share(entry(key)) for key in named.values()]
+        cells.append(interval_share(entry(percentiles, "halted_by_middle")))
+        cells.append(interval_share(entry(percentiles)))
+        for preset in staged:
+            depth = entry(f"presets | {preset} | continuation", "mean_depth")
+            cells.append(missing("linguistics") if depth is None else f"{depth:.1f}")
         lines.append(cells)
     return table(head, lines)
 

@@ -13,19 +13,20 @@ def halting(results: Results) -> str:
     rows = dig(results.get("linguistics"), "corpora", "treebank", "rows")
     *function, content = PAPER_HALTED
 
-    def shares(key: str, which: str) -> dict[str, float | None]:
+    def figures(key: str, *which: str) -> dict[str, float | None]:
         classes = dig(rows, key, "halting", "paper")
-        return {name: dig(classes, name, which, "share") for name in PAPER_HALTED}
+        return {name: dig(classes, name, *which) for name in PAPER_HALTED}
 
-    own = shares("paper | paper | teacher-forced", "halted")
-    mine = shares("percentiles | percentiles, H+K | teacher-forced", "halted_by_middle")
-    ours = shares("presets | balanced | continuation", "halted")
+    own = figures("paper | paper | teacher-forced", "halted", "share")
+    mine = figures("percentiles | percentiles, H+K | teacher-forced", "halted_by_middle", "share")
+    ours: dict[str, Any] = figures("presets | balanced | continuation", "mean_depth")
     if None in (*own.values(), *mine.values(), *ours.values()):
         return f"How far classes differ here is {missing('linguistics')}."
 
     def ahead(found: dict[str, Any]) -> int:
         return sum(found[name] > found[content] for name in function)
 
+    earlier = sum(ours[name] < ours[content] for name in function)
     most = max(value for value in own.values() if value is not None)
     determiners = function[0]
     return (
@@ -33,8 +34,9 @@ def halting(results: Results) -> str:
         f"rules {ahead(mine)} of the {len(function)} classes of function words halt more often by "
         f"the middle layer than content words do ({share(mine[determiners])} of determiners, "
         f"{share(mine[content])} of content words); in the paper all of them, 91.4% against 18.5%. "
-        f"Under `balanced`, which stops the least attended half of a prompt, {ahead(ours)} do: "
-        f"{share(ours[determiners])} of determiners against {share(ours[content])}."
+        f"Under `balanced`, which stops the least attended tokens of a prompt first, {earlier} "
+        f"stop earlier: determiners after layer {ours[determiners]:.1f} in the mean, content words "
+        f"after {ours[content]:.1f}."
     )
 
 

@@ -176,11 +176,12 @@ def test_components_are_the_papers_parts_and_a_rest():
 
 
 def test_halting_by_class_and_its_sentence():
-    def entry(by_middle):
+    def entry(by_middle, depth):
         share = {"hits": 1, "count": 40, "share": by_middle, "interval": [0.1, 0.3]}
-        return {"halted": share, "halted_by_middle": share}
+        return {"halted": share, "halted_by_middle": share, "mean_depth": depth}
 
-    classes = {name: entry(0.2) for name in PAPER_HALTED} | {"Determiners (DT)": entry(0.25)}
+    classes = {name: entry(0.2, 24.0) for name in PAPER_HALTED}
+    classes["Determiners (DT)"] = entry(0.25, 21.5)
     run = {"middle_layer": 15, "halting": {"paper": classes}}
     rows = {"percentiles | percentiles, H+K | teacher-forced": run}
     results = {"linguistics": {"corpora": {"treebank": {"rows": rows}}}}
@@ -189,8 +190,13 @@ def test_halting_by_class_and_its_sentence():
     assert first["its percentiles, by layer 15"] == "25.0% (10.0% to 30.0%)"
     assert "not measured" in first["paper's thresholds"]
     assert "not measured" in paper_words.halting(results)
+    assert "not measured" in first["`balanced`: mean depth"]
     rows |= {"paper | paper | teacher-forced": run, "presets | balanced | continuation": run}
+    assert lines_of(paper_cells.halting(results))[0]["`balanced`: mean depth"] == "21.5"
     said = paper_words.halting(results)
+    assert (
+        "1 stop earlier: determiners after layer 21.5 in the mean, content words after 24" in said
+    )
     assert "25.0% of a class halt at most" in said
     assert "1 of the 5 classes of function words" in said
     assert "(25.0% of determiners, 20.0% of content words)" in said
