@@ -20,11 +20,12 @@ PAPER_HALTED = dict(
 )
 PAPER_FUSED = {12: (78.9, 48.2), 15: (81.2, 47.3), 20: (84.5, 49.8)}
 _WORDS = ("paper", "auxiliary", "side", "piece")
-_PAPER = "paper | paper | teacher-forced"
-_PERCENTILES = "percentiles | percentiles, H+K | teacher-forced"
-_FUSION = "percentiles | percentiles, F | teacher-forced"
-_BALANCED = "presets | balanced | continuation"
-_AGGRESSIVE = "presets | aggressive | continuation"
+# Keys of the rows that tables name.
+PAPER_ROW = "paper | paper | teacher-forced"
+PERCENTILES_ROW = "percentiles | percentiles, H+K | teacher-forced"
+FUSION_ROW = "percentiles | percentiles, F | teacher-forced"
+BALANCED_ROW = "presets | balanced | continuation"
+AGGRESSIVE_ROW = "presets | aggressive | continuation"
 
 
 def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -45,7 +46,7 @@ def render(content: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "fusion", _fusion(part)
     yield "fused labels", _labels(part)
     yield "predictions", _predictions(measured)
-    yield "predictions by depth", _by_depth(measured[_PERCENTILES])
+    yield "predictions by depth", _by_depth(measured[PERCENTILES_ROW])
     yield "about", _about(content)
     if "spacy" in content["corpora"]:
         spacy = content["corpora"]["spacy"]["rows"]
@@ -62,7 +63,7 @@ def _share(entry: dict[str, Any], with_interval: bool = True) -> str:
 
 def _halting(rows: dict[str, Any], schemes: Sequence[str]) -> str:
     """The paper's figure, the share halted by the middle layer and at all, and mean depths."""
-    middle = rows[_PERCENTILES]["middle_layer"]
+    middle = rows[PERCENTILES_ROW]["middle_layer"]
     head = [
         "class",
         "paper",
@@ -77,13 +78,13 @@ def _halting(rows: dict[str, Any], schemes: Sequence[str]) -> str:
     lines = []
     for scheme in schemes:
         for name in ORDER[scheme]:
-            mine = rows[_PERCENTILES]["halting"][scheme][name]
+            mine = rows[PERCENTILES_ROW]["halting"][scheme][name]
             if not mine["halted"]["count"]:
                 continue
-            ours = [rows[key]["halting"][scheme][name] for key in (_BALANCED, _AGGRESSIVE)]
+            ours = [rows[key]["halting"][scheme][name] for key in (BALANCED_ROW, AGGRESSIVE_ROW)]
             paper = f"{PAPER_HALTED[name][0]}%" if name in PAPER_HALTED else ""
             cells = [name, paper, f"{mine['halted']['count']:,}"]
-            cells.append(_share(rows[_PAPER]["halting"][scheme][name]["halted"], False))
+            cells.append(_share(rows[PAPER_ROW]["halting"][scheme][name]["halted"], False))
             cells += [_share(mine["halted_by_middle"]), _share(mine["halted"])]
             cells += [f"{ours[0]['halted']['count']:,}"]
             cells += ["-" if x["mean_depth"] is None else f"{x['mean_depth']:.1f}" for x in ours]
@@ -120,10 +121,10 @@ def _fusion(part: dict[str, Any]) -> str:
     """Precision of fused pairs against all adjacent pairs, by layer."""
     sources = {
         "criterion alone, dense states": part["criterion"],
-        "percentiles, F, teacher-forced": part["rows"][_FUSION]["fusion"],
-        "`aggressive`, continuation": part["rows"][_AGGRESSIVE]["fusion"],
+        "percentiles, F, teacher-forced": part["rows"][FUSION_ROW]["fusion"],
+        "`aggressive`, continuation": part["rows"][AGGRESSIVE_ROW]["fusion"],
     }
-    base = part["rows"][_FUSION]["fusion"]["baseline"]
+    base = part["rows"][FUSION_ROW]["fusion"]["baseline"]
     head = ["pairs", "layer", "paper: fused", "paper: random", "pairs fused", "in one word"]
     head += ["any phrase", "base phrase", "across words: any phrase", "across words: base phrase"]
     lines = [_pairs(["all adjacent (our baseline)", "", "", ""], base)]
@@ -148,7 +149,7 @@ def _pairs(named: list[str], entry: dict[str, Any]) -> list[str]:
 def _labels(part: dict[str, Any]) -> str:
     """Pairs across words held by an NP, a VP or a PP."""
     lines = []
-    base = part["rows"][_FUSION]["fusion"]["baseline"]
+    base = part["rows"][FUSION_ROW]["fusion"]["baseline"]
     for name, entry in {"all adjacent (our baseline)": base, **part["criterion"]}.items():
         label = name if name.startswith("all") else f"criterion alone, {name}"
         shares = [entry["across"][phrase] for phrase in ("NP", "VP", "PP")]

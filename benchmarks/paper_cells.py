@@ -9,7 +9,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks import paper_quotes as paper
-from benchmarks.linguistics_tables import PAPER_FUSED, PAPER_HALTED, table
+from benchmarks.linguistics_tables import (
+    AGGRESSIVE_ROW,
+    BALANCED_ROW,
+    FUSION_ROW,
+    PAPER_FUSED,
+    PAPER_HALTED,
+    PAPER_ROW,
+    PERCENTILES_ROW,
+    table,
+)
 from benchmarks.mechanism_tables import Change, paired_change, told
 
 # Result files, and what makes them.
@@ -18,8 +27,8 @@ COMMANDS = {
     "mechanisms": "python -m benchmarks.mechanisms",
     "latency": "python -m benchmarks.latency",
     "linguistics": "python -m benchmarks.linguistics",
-    "tasks": "python -m qs_jax tasks",
-    "calibration": "python -m qs_jax calibrate",
+    "tasks": "python -m benchmarks.tasks",
+    "calibration": "python -m benchmarks.calibrated",
     "carbon": "python -m benchmarks.carbon",
 }
 Results = Mapping[str, Any]
@@ -69,9 +78,8 @@ def find(results: Results, **fields: Any) -> dict[str, Any] | None:
 def halting(results: Results) -> str:
     """Tables 2, 8 and 12: halting by part of speech."""
     rows = dig(results.get("linguistics"), "corpora", "treebank", "rows")
-    percentiles = "percentiles | percentiles, H+K | teacher-forced"
-    staged = ("balanced", "aggressive")
-    middle = dig(rows, percentiles, "middle_layer")
+    staged = {"balanced": BALANCED_ROW, "aggressive": AGGRESSIVE_ROW}
+    middle = dig(rows, PERCENTILES_ROW, "middle_layer")
     shown = "the middle layer" if middle is None else f"layer {middle}"
     head = ["class", "paper, by layer 15", "paper, tokens", "our tokens", "paper's thresholds"]
     head += [f"its percentiles, by {shown}", "its percentiles, at all"]
@@ -82,14 +90,14 @@ def halting(results: Results) -> str:
         def entry(key: str, which: str = "halted", name: str = name) -> Any:
             return dig(rows, key, "halting", "paper", name, which)
 
-        count = dig(entry(percentiles), "count")
+        count = dig(entry(PERCENTILES_ROW), "count")
         cells = [name, f"{halted}%", f"{tokens:,}"]
         cells.append(missing("linguistics") if count is None else f"{count:,}")
-        cells.append(interval_share(entry("paper | paper | teacher-forced")))
-        cells.append(interval_share(entry(percentiles, "halted_by_middle")))
-        cells.append(interval_share(entry(percentiles)))
-        for preset in staged:
-            depth = entry(f"presets | {preset} | continuation", "mean_depth")
+        cells.append(interval_share(entry(PAPER_ROW)))
+        cells.append(interval_share(entry(PERCENTILES_ROW, "halted_by_middle")))
+        cells.append(interval_share(entry(PERCENTILES_ROW)))
+        for key in staged.values():
+            depth = entry(key, "mean_depth")
             cells.append(missing("linguistics") if depth is None else f"{depth:.1f}")
         lines.append(cells)
     return table(head, lines)
@@ -98,7 +106,7 @@ def halting(results: Results) -> str:
 def fusion(results: Results) -> str:
     """Tables 9 and 13: fused pairs inside a constituent."""
     part = dig(results.get("linguistics"), "corpora", "treebank")
-    fused = dig(part, "rows", "percentiles | percentiles, F | teacher-forced", "fusion")
+    fused = dig(part, "rows", FUSION_ROW, "fusion")
     head = ["layer", "paper: fused", "paper: random pairs"]
     ways = {
         "in one phrase": ("all", "phrase"),

@@ -103,8 +103,8 @@ def sources(results: Results) -> str:
         told = [f"{key} {about[key]}" for key in named if about.get(key) is not None]
         files = [entry["file"] for entry in (about.get("texts") or {}).values()]
         commit = dig(content, "environment", "commit") or content.get("git") or ""
+        told += [f"commit {commit}"] if commit else []
         lines.append([f"`{name}.json`", f"`{command}`", str(model), ", ".join(files + told)])
-        lines[-1][-1] += f", commit {commit}" if commit else ""
     return paper_cells.table(["file", "command", "model", "made with"], lines)
 
 

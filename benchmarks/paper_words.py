@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.linguistics_tables import PAPER_HALTED
+from benchmarks.linguistics_tables import (
+    BALANCED_ROW,
+    FUSION_ROW,
+    PAPER_HALTED,
+    PAPER_ROW,
+    PERCENTILES_ROW,
+)
 from benchmarks.paper_cells import Results, dig, find, increase, missing, share
 
 
@@ -17,21 +23,19 @@ def halting(results: Results) -> str:
         classes = dig(rows, key, "halting", "paper")
         return {name: dig(classes, name, *which) for name in PAPER_HALTED}
 
-    own = figures("paper | paper | teacher-forced", "halted", "share")
-    mine = figures("percentiles | percentiles, H+K | teacher-forced", "halted_by_middle", "share")
-    ours: dict[str, Any] = figures("presets | balanced | continuation", "mean_depth")
+    own = figures(PAPER_ROW, "halted", "share")
+    mine: dict[str, Any] = figures(PERCENTILES_ROW, "halted_by_middle", "share")
+    ours: dict[str, Any] = figures(BALANCED_ROW, "mean_depth")
     if None in (*own.values(), *mine.values(), *ours.values()):
         return f"How far classes differ here is {missing('linguistics')}."
 
-    def ahead(found: dict[str, Any]) -> int:
-        return sum(found[name] > found[content] for name in function)
-
+    oftener = sum(mine[name] > mine[content] for name in function)
     earlier = sum(ours[name] < ours[content] for name in function)
     most = max(value for value in own.values() if value is not None)
     determiners = function[0]
     return (
         f"At the paper's own thresholds {share(most)} of a class halt at most. By its percentile "
-        f"rules {ahead(mine)} of the {len(function)} classes of function words halt more often by "
+        f"rules {oftener} of the {len(function)} classes of function words halt more often by "
         f"the middle layer than content words do ({share(mine[determiners])} of determiners, "
         f"{share(mine[content])} of content words); in the paper all of them, 91.4% against 18.5%. "
         f"Under `balanced`, which stops the least attended tokens of a prompt first, {earlier} "
@@ -43,7 +47,7 @@ def halting(results: Results) -> str:
 def fusion(results: Results) -> str:
     """Tables 9 and 13."""
     part = dig(results.get("linguistics"), "corpora", "treebank")
-    run = dig(part, "rows", "percentiles | percentiles, F | teacher-forced", "fusion")
+    run = dig(part, "rows", FUSION_ROW, "fusion")
     base = dig(run, "baseline", "all", "phrase", "share")
     ours = dig(part, "criterion", "layer 15", "all", "phrase", "share")
     text = (
