@@ -31,6 +31,7 @@ VARIANTS = (
     (("state",), None),
     (("state", "embedding"), None),
     (("state", "embedding", "previous"), None),
+    (("state", "embedding", "previous"), 512),
     (("state", "embedding", "neurons"), None),
     (FEATURES, None),
     (FEATURES, 512),

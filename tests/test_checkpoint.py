@@ -129,7 +129,9 @@ def test_the_default_dtype_is_the_faster_of_the_device(folder, platform, capabil
     assert choose_dtype("float32", stored, device) == "float32"
 
 
-@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize(
+    "count", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_parameters_are_sharded_over_devices(folder, count):
     """Matrices are cut, nothing is lost, and the model computes the same."""
     devices = jax.devices()[:count]

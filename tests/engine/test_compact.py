@@ -120,7 +120,7 @@ STAGED = settings(
 )
 
 
-@pytest.mark.parametrize("capacity", ["dynamic", "planned"])
+@pytest.mark.parametrize("capacity", ["dynamic", pytest.param("planned", marks=pytest.mark.slow)])
 def test_layers_run_on_as_many_slots_as_tokens_compute(capacity, monkeypatch):
     """Whole rows up to layer 2, then what the quotas leave, rounded up by less than a granule."""
     model = model_of("llama")

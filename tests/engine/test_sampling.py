@@ -99,7 +99,7 @@ def test_seeds_rows_and_steps_draw_differently():
     assert len(set(first[0])) > 6
 
 
-@pytest.mark.parametrize("temperature", [1e-6, 1e-20, 1e-38])
+@pytest.mark.parametrize("temperature", [1e-6, pytest.param(1e-20, marks=pytest.mark.slow), 1e-38])
 def test_a_tiny_temperature_is_greedy(temperature):
     params = tiny_params(MODEL)
     greedy = Config(MODEL, max_new_tokens=12)
