@@ -275,7 +275,8 @@ def weight_bytes(model: ModelConfig) -> int:
 
 def start(path: Path, about: dict[str, Any], *, fresh: bool) -> dict[str, Any]:
     """Results found before by the same kind of run, or none."""
-    empty: dict[str, Any] = {"groups": {}, "components": {}, "skipped": {}}
+    names = ("groups", "components", "components_about", "skipped")
+    empty: dict[str, Any] = {name: {} for name in names}
     if fresh or not path.exists():
         return empty
     content = json.loads(path.read_text(encoding="utf-8"))
