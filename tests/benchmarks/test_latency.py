@@ -248,9 +248,11 @@ def test_a_small_run_resumes_and_writes_its_tables(ckpt, tmp_path, monkeypatch, 
     latency.main(arguments)  # all there
     assert len(calls) == 2
     del content["groups"]["decode 1x16"]
-    out.write_text(json.dumps(content))
+    kept = {"components": {"dense prefill": {"attn": 1.0}}, "components_about": {"batch": 4}}
+    out.write_text(json.dumps(content | kept))
     latency.main(arguments)  # what is missing, and no more
     assert calls[2:] == ["decode 1x16"]
+    assert json.loads(out.read_text()).items() >= kept.items()
     with pytest.raises(SystemExit, match="holds other measurements"):
         latency.main([*arguments[:-1], "5"])
     monkeypatch.setattr(latency.environment, "commit", lambda: "def5678")
