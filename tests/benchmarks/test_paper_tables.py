@@ -256,3 +256,32 @@ def test_emissions_by_energy_over_dense():
     assert quoted[-1]["saved"] == "43.1%"  # as the paper says
     assert (dense["saved"], dense["range of turns"]) == ("0.0%", "")
     assert (balanced["saved"], balanced["range of turns"]) == ("12.5%", "0.0% to 25.0%")
+
+
+def test_a_calibration_is_one_row_and_its_texts_are_its_sources():
+    found = {
+        "exact_flops_saved": 0.125,
+        "paper_flops_saved": 0.25,
+        "ppl_increase": 0.1,
+        "upper_bound": 0.15,
+    }
+    calibrated = {
+        "data": ["a.txt, of somewhere: windows 0 to 3 searched", "b.jsonl: windows 4 to 9"],
+        "balanced": {"verified": found},
+        "search": {"preset": {"provenance": {"verified": found}}, "verified": [found]},
+    }
+    tasks = {"rte": {"data": {"name": "rte.jsonl"}}}
+    results = {
+        "calibration": calibrated,
+        "tasks": {"zero-shot": {"model": {"source": "a model"}, "tasks": tasks}},
+    }
+    assert [line["FLOPs saved"] for line in lines_of(paper_tables.headline(results))] == [
+        "39.6%",
+        "12.5% exact, 25.0% by the paper's account",
+    ]
+    made = {line["file"]: line for line in lines_of(paper_tables.sources(results))}
+    assert made["`calibration.json`"]["made with"] == "a.txt, b.jsonl"
+    assert (made["`tasks.json`"]["model"], made["`tasks.json`"]["made with"]) == (
+        "a model",
+        "rte.jsonl",
+    )
