@@ -16,6 +16,7 @@ import tyro
 
 from benchmarks import environment, mechanism_tables, paper_cells, paper_words
 from benchmarks.paper_cells import COMMANDS, Results, dig
+from benchmarks.tasks import HEADS
 
 Part = Callable[[Results], str]
 TABLES: dict[str, tuple[Part, Part]] = {
@@ -101,7 +102,7 @@ def sources(results: Results) -> str:
             lines.append([f"`{name}.json`", f"`{command}`", "not measured yet", ""])
             continue
         about = dig(content, "about") or {}
-        tasks = content.get("zero-shot") or content.get("linear head") or {}
+        tasks = next((content[head] for head in HEADS.values() if head in content), {})
         model = about.get("model") or dig(tasks, "model", "source") or ""
         named = ("text", "windows", "seq_len", "batch_size", "dtype", "protocol")
         told = [f"{key} {about[key]}" for key in named if about.get(key) is not None]
