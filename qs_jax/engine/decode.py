@@ -274,10 +274,10 @@ class Decoder:
     """The host's side of one call: it makes room before the steps that need it."""
 
     def __init__(
-        self, params: Params, numbers: DecodeNumbers, cfg: Config, plan: DecodePlan
+        self, params: Params, numbers: DecodeNumbers, cfg: Config, plan: DecodePlan, rows: int
     ) -> None:
         separate = weights.chosen(cfg.decode_weights) == "separate"
-        self.layers = weights.separate(params) if separate else params["layers"]
+        self.layers = weights.separate(params, rows) if separate else params["layers"]
         self.params = {name: part for name, part in params.items() if name != "layers"}
         self.numbers, self.cfg, self.plan = numbers, cfg, plan
         self.static = {"model": cfg.model, "plan": plan}
@@ -320,6 +320,6 @@ def generate(
 ) -> tuple[dict[str, Any], int]:
     """The whole call: `token_loop.results`, and the bytes of the KV cache at its end."""
     state = token_loop.jit_start(params, *padded, numbers, model=cfg.model, plan=plan)
-    decoder = Decoder(params, numbers, cfg, plan)
+    decoder = Decoder(params, numbers, cfg, plan, len(padded.lengths_B))
     state = decoder.finish(state)
     return token_loop.results(state), cache_bytes(slot_caches(state))

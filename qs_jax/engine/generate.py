@@ -227,8 +227,9 @@ def _stream(
     static = {"model": cfg.model, "plan": plan}
     state = token_loop.jit_start(params, *padded, numbers, **static)
     check_overflow(bool(state.overflow))
-    decoder = decode.Decoder(params, numbers, cfg, plan) if plan.segments else None
-    ended = np.zeros(len(padded.lengths_B), bool)
+    rows = len(padded.lengths_B)
+    decoder = decode.Decoder(params, numbers, cfg, plan, rows) if plan.segments else None
+    ended = np.zeros(rows, bool)
     for step in range(cfg.max_new_tokens):
         if step and decoder is not None:
             state = decoder.advance(state)

@@ -23,28 +23,32 @@ MOST_HEADS = 16
 def products(
     q_BKGH: Float[Array, "B K G H"], k_BCO: Float[Array, "B C O"], v_BCO: Float[Array, "B C O"]
 ):
-    """Logits of the queries with the keys `[B, C, N]`, and the function that mixes the values."""
+    """Logits of the queries with the keys `[B, N, C]`, and the function that mixes the values."""
     batch, kv_heads, group, dim = q_BKGH.shape
     heads, slots, exact = kv_heads * group, k_BCO.shape[1], exact_dtype(q_BKGH.dtype)
     if heads <= MOST_HEADS and jax.default_backend() == "cpu":
         own_KJ = jnp.eye(kv_heads, dtype=q_BKGH.dtype)[None, :, None, :, None]
         q_BNO = (q_BKGH[:, :, :, None, :] * own_KJ).reshape(batch, heads, kv_heads * dim)
-        logits_BCN = jnp.einsum("bco,bno->bcn", k_BCO, q_BNO, preferred_element_type=exact)
+        # Slots last, in both products: as columns of theirs, several rows take half as long again.
+        logits_BNC = jnp.einsum("bno,bco->bnc", q_BNO, k_BCO, preferred_element_type=exact)
 
-        def mix(weights_BCN: Array) -> Array:
-            mixed_BNO = jnp.einsum("bcn,bco->bno", weights_BCN.astype(v_BCO.dtype), v_BCO)
+        def mix(weights_BNC: Array) -> Array:
+            weights_BNC = weights_BNC.astype(v_BCO.dtype)
+            mixed_BNO = jnp.einsum(
+                "bnc,bco->bno", weights_BNC, v_BCO, preferred_element_type=exact
+            ).astype(v_BCO.dtype)
             mixed_BKGJH = mixed_BNO.reshape(batch, kv_heads, group, kv_heads, dim)
             return (mixed_BKGJH * own_KJ).sum(3)
 
-        return logits_BCN, mix
+        return logits_BNC, mix
     k_BCKH, v_BCKH = (x.reshape(batch, slots, kv_heads, dim) for x in (k_BCO, v_BCO))
     logits_BCKG = jnp.einsum("bckh,bkgh->bckg", k_BCKH, q_BKGH, preferred_element_type=exact)
 
-    def mix_heads(weights_BCN: Array) -> Array:
-        weights_BCKG = weights_BCN.astype(v_BCO.dtype).reshape(batch, slots, kv_heads, group)
-        return jnp.einsum("bckg,bckh->bkgh", weights_BCKG, v_BCKH)
+    def mix_heads(weights_BNC: Array) -> Array:
+        weights_BKGC = weights_BNC.astype(v_BCO.dtype).reshape(batch, kv_heads, group, slots)
+        return jnp.einsum("bkgc,bckh->bkgh", weights_BKGC, v_BCKH)
 
-    return logits_BCKG.reshape(batch, slots, heads), mix_heads
+    return logits_BCKG.reshape(batch, slots, heads).swapaxes(1, 2), mix_heads
 
 
 def attention(
@@ -60,14 +64,14 @@ def attention(
     batch, _, heads, dim = q_B1NH.shape
     kv_heads, exact = k_B1KH.shape[2], exact_dtype(q_B1NH.dtype)
     q_BKGH = q_B1NH.reshape(batch, kv_heads, heads // kv_heads, dim)
-    logits_BCN, mix = products(q_BKGH, *cache.of_layer())
+    logits_BNC, mix = products(q_BKGH, *cache.of_layer())
     own_BKG = jnp.einsum("bkh,bkgh->bkg", k_B1KH[:, 0], q_BKGH, preferred_element_type=exact)
-    logits_BXN = jnp.concatenate([logits_BCN, own_BKG.reshape(batch, 1, heads)], axis=1)
-    logits_BXN = logits_BXN / math.sqrt(dim)
+    logits_BNX = jnp.concatenate([logits_BNC, own_BKG.reshape(batch, heads, 1)], axis=2)
+    logits_BNX = logits_BNX / math.sqrt(dim)
     if log_size_BX is not None:
-        logits_BXN = logits_BXN + log_size_BX[..., None]
-    logits_BXN = jnp.where(mask_B1X[:, 0, :, None], logits_BXN, jnp.finfo(exact).min)
-    weights_BXN = jax.nn.softmax(logits_BXN, axis=1)
-    own_BKG1 = weights_BXN[:, -1].reshape(batch, kv_heads, -1, 1).astype(v_B1KH.dtype)
-    context_BKGH = mix(weights_BXN[:, :-1]) + own_BKG1 * v_B1KH[:, 0, :, None]
-    return context_BKGH.reshape(q_B1NH.shape), weights_BXN.swapaxes(1, 2)[:, :, None]
+        logits_BNX = logits_BNX + log_size_BX[:, None]
+    logits_BNX = jnp.where(mask_B1X, logits_BNX, jnp.finfo(exact).min)
+    weights_BNX = jax.nn.softmax(logits_BNX, axis=-1)
+    own_BKG1 = weights_BNX[..., -1].reshape(batch, kv_heads, -1, 1).astype(v_B1KH.dtype)
+    context_BKGH = mix(weights_BNX[..., :-1]) + own_BKG1 * v_B1KH[:, 0, :, None]
+    return context_BKGH.reshape(q_B1NH.shape), weights_BNX[:, :, None]

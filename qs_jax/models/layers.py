@@ -35,14 +35,30 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def dense_product(dense: nn.Dense, x: Array, start: int = 0) -> Array:
-    """The product as the module defines it, from output column `start` on."""
-    if start == 0:
+    """The product as the module defines it, from output column `start` on.
+
+    Accumulated in at least float32, which in bfloat16 is also what XLA's fast CPU products need: one
+    with a bfloat16 result is several times slower. The kernel may be there as `transposed` instead.
+    """
+    weights = dense.variables.get("params")
+    if weights is None:  # parameters are being made
         return dense(x)
-    weights = dense.variables["params"]
-    y = x @ weights["kernel"][:, start:].astype(x.dtype)
+    exact, shape = exact_dtype(x.dtype), x.shape
+    if x.size == shape[-1] and x.dtype != exact and jax.default_backend() == "cpu":
+        # A single bfloat16 row is multiplied by scalar code, slower than two.
+        x = jnp.broadcast_to(x.reshape(1, -1), (2, shape[-1]))
+    if "transposed" in weights:
+        kernel_OC = weights["transposed"][start:].astype(x.dtype)
+        y = jnp.einsum("...c,oc->...o", x, kernel_OC, preferred_element_type=exact)
+    else:
+        kernel_CO = weights["kernel"][:, start:].astype(x.dtype)
+        y = jnp.matmul(x, kernel_CO, preferred_element_type=exact)
+    if x.shape != shape:
+        y = y[:1].reshape(*shape[:-1], -1)
+    y = y.astype(x.dtype)
     if "bias" not in weights:
         return y
-    return y + weights["bias"][start:].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+    return y + weights["bias"][start:].astype(x.dtype).reshape((1,) * (len(shape) - 1) + (-1,))
 
 
 class PreNormBlock(nn.Module):

@@ -199,7 +199,9 @@ def test_a_token_that_halts_runs_no_deeper_layer():
         )
         state = token_loop.jit_start(params, *padded, numbers, model=model, plan=plan)
         poisoned = params | {"layers": poison}
-        decoder = decode.Decoder(poisoned, numbers, cfg.replace(decode_weights=kind), plan)
+        decoder = decode.Decoder(
+            poisoned, numbers, cfg.replace(decode_weights=kind), plan, len(padded.lengths_B)
+        )
         state = decoder.finish(state)
         assert np.asarray(state.finite_B).all()
         np.testing.assert_array_equal(np.asarray(state.tokens_BM)[:, :6], plain.tokens)
@@ -208,7 +210,7 @@ def test_a_token_that_halts_runs_no_deeper_layer():
 def lowered(cfg, params, tokens, entry="run_until"):
     _, padded, numbers, plan = engine._prepare(params, tokens, cfg, None, None, None)
     state = token_loop.jit_start(params, *padded, numbers, model=cfg.model, plan=plan)
-    decoder = decode.Decoder(params, numbers, cfg, plan)
+    decoder = decode.Decoder(params, numbers, cfg, plan, len(padded.lengths_B))
     state = decoder.room(state)
     args = (decoder.params, decoder.layers, state)
     if entry == "run_until":
@@ -254,8 +256,8 @@ def test_every_program_lowers_for_cuda(name, entry, kind):
 def test_separate_weights_live_as_long_as_the_parameters():
     model = tiny_model()
     params = tiny_params(model)
-    layers = weights.separate(params)
-    assert weights.separate(dict(params)) is layers
+    layers = weights.separate(params, rows=2)
+    assert weights.separate(dict(params), rows=8) is layers
     chex.assert_trees_all_equal(layers[1], jax.tree.map(lambda leaf: leaf[1], params["layers"]))
     del params, layers
     gc.collect()
