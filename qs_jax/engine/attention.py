@@ -18,6 +18,20 @@ QUERY_BLOCK = 128
 MOST_BLOCKS = 16
 
 
+class Places(NamedTuple):
+    """Which queries see a key, by their positions.
+
+    Attributes:
+      query_BT: Of the queries.
+      first_BS: Of the first query that sees each key.
+      until_BS: Of the first that does not any more; None where all later ones do.
+    """
+
+    query_BT: Int[Array, "B T"]
+    first_BS: Int[Array, "B S"]
+    until_BS: Int[Array, "B S"] | None
+
+
 class Attended(NamedTuple):
     """What a layer's attention hands to the mechanisms.
 
@@ -99,6 +113,7 @@ def blocked_attention(
     v_BSKH: Float[Array, "B S K H"],
     mask_BTS: Bool[Array, "B T S"] | None = None,
     *,
+    places: Places | None = None,
     prefix: int = 0,
     log_size_BS: Float[Array, "B S"] | None = None,
 ) -> Float[Array, "B T N H"]:
@@ -114,6 +129,7 @@ def blocked_attention(
       v_BSKH: Values.
       mask_BTS: Which of those keys each query sees; None is all of them. A query that sees none
         returns a mean of values: finite, and for the caller to ignore.
+      places: Instead of a mask, which each head would read and work out anew.
       prefix: Key slots before the first query's own.
       log_size_BS: Added to a key's logits (proportional attention), or None.
     """
@@ -128,7 +144,12 @@ def blocked_attention(
     for start in range(0, width, size):
         end = min(start + size, width)
         seen = min(prefix + end, slots)
-        if mask_BTS is None:
+        if places is not None:
+            query_BT1 = places.query_BT[:, start:end, None]
+            mask = places.first_BS[:, None, :seen] <= query_BT1
+            if places.until_BS is not None:
+                mask &= query_BT1 < places.until_BS[:, None, :seen]
+        elif mask_BTS is None:
             last_T1 = prefix + jnp.arange(start, end)[:, None]
             mask = (jnp.arange(seen)[None, :] <= last_T1)[None]
         else:

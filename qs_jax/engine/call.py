@@ -104,6 +104,15 @@ class Call(NamedTuple):
         return self.plan.amq is not None and (self.decides or self.plan.narrow)
 
     @property
+    def by_places(self) -> bool:
+        """Positions say who sees a key: from its own on, and until one that absorbed it.
+
+        Not where a key comes back for some queries, or where tokens without one go on computing.
+        """
+        frozen = self.plan.halting is None or self.plan.halting.freeze
+        return self.plan.policy != "attended" and frozen
+
+    @property
     def fuses(self) -> bool:
         """Fusion may happen."""
         return self.plan.fusion is not None and self.decides

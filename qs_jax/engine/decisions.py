@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -21,18 +24,18 @@ from qs_jax.state import LayerRecord, TokenState
 FEW_CANDIDATES = 8
 
 
-def decide_layer(call: Call, state: TokenState, attended: Attended, ran_BT, before_BTD, at, past_l):
+def decide_layer(call: Call, state: TokenState, attended: Attended, ran_BT, drift_BT, at, past_l):
     """Signals, then halting, then fusion, then bits (order: docs/concepts.md)."""
     plan, in_force = call.plan, state
     stopped_BT = call.stopped(state)
     nan_BT = jnp.full(ran_BT.shape, jnp.nan, exact_dtype(call.model.dtype))
-    drift_BT = entropy_BT = nan_BT
+    moved_BT, drift_BT, entropy_BT = drift_BT, nan_BT, nan_BT
     if plan.shortlist_size and call.decides:
         state = find_shortlist(call, state, at)
     if plan.halting is not None and call.decides:
         with jax.named_scope("halt"):
             halts_BT, drift_BT, entropy_BT = _halt_if_asked(
-                call, state, attended, ran_BT, stopped_BT, before_BTD, at
+                call, state, attended, ran_BT, stopped_BT, moved_BT, at
             )
             state = state.replace(halt_layer_BT=jnp.where(halts_BT, at.layer, state.halt_layer_BT))
     if plan.policy == "attended":
@@ -62,17 +65,16 @@ def decide_layer(call: Call, state: TokenState, attended: Attended, ran_BT, befo
 
 def _visible(call: Call, state: TokenState, attended: Attended, layer: Array) -> Array:
     """How many keys each token's query could see, itself included."""
-    plan = call.plan
-    alike = plan.policy != "attended" and plan.fusion is None  # a key is there for all or for none
-    if not (call.lean and alike):
+    if not (call.lean and call.by_places):
         return attended.mask_BTS.sum(-1, dtype=jnp.int32)
     keys, pos_BT = layer_keys.without_past(call, state), call.rows.pos_BT
-    seen_BS = keys.real_BS & kv_skip.written(keys, layer, plan, call.numbers)
+    first_BS = kv_skip.seen_from(keys, layer, call.plan, call.numbers)
+    ever_BS = (first_BS < keys.hidden_from_BS).astype(jnp.int32)
     shape = call.around.slot_of_BT.shape if call.around is not None else pos_BT.shape
     rows_B1 = jnp.arange(len(pos_BT))[:, None]
-    seen_BP = jnp.zeros(shape, jnp.int32).at[rows_B1, keys.pos_BS].set(seen_BS.astype(jnp.int32))
-    before_BP = jnp.cumsum(seen_BP, axis=1) - seen_BP
-    return jnp.take_along_axis(before_BP, pos_BT, axis=1) + 1
+    change_BP = jnp.zeros(shape, jnp.int32).at[rows_B1, first_BS].add(ever_BS, mode="drop")
+    change_BP = change_BP.at[rows_B1, keys.hidden_from_BS].add(-ever_BS, mode="drop")
+    return jnp.take_along_axis(jnp.cumsum(change_BP, axis=1), pos_BT, axis=1)
 
 
 def blank_record(call: Call, state: TokenState) -> LayerRecord:
@@ -102,11 +104,11 @@ def find_shortlist(call: Call, state: TokenState, at: LayerNumbers) -> TokenStat
     return state.replace(shortlist_BTX=found_BTX)
 
 
-def _halt_if_asked(call: Call, state: TokenState, attended, ran_BT, stopped_BT, before_BTD, at):
+def _halt_if_asked(call: Call, state: TokenState, attended, ran_BT, stopped_BT, drift_BT, at):
     """Who halts now, drifts and entropies; a lean call looks only where somebody might."""
 
     def decide_now():
-        return _halt(call, state, attended, ran_BT, stopped_BT, before_BTD, at)
+        return _halt(call, state, attended, ran_BT, stopped_BT, drift_BT, at)
 
     if not call.lean:
         return decide_now()
@@ -117,12 +119,10 @@ def _halt_if_asked(call: Call, state: TokenState, attended, ran_BT, stopped_BT, 
     return lax.cond(asked, decide_now, lambda: (jnp.zeros_like(ran_BT), nan_BT, nan_BT))
 
 
-def _halt(call: Call, state: TokenState, attended, ran_BT, stopped_BT, before_BTD, at):
+def _halt(call: Call, state: TokenState, attended, ran_BT, stopped_BT, drift_BT, at):
     plan, rows = call.plan, call.rows
     rule = plan.halting
     assert rule is not None
-    with jax.named_scope("signals"):
-        drift_BT = signals.drift(rule.drift, state.h_BTD, before_BTD)
     halted_BT = at.layer > state.halt_layer_BT
     decided = at.may_halt | (at.keep < 1) if plan.planned else at.may_halt
     candidates_BT = decide.eligible(rows, stopped_BT) & ~halted_BT & decided
@@ -247,39 +247,38 @@ def _fuse(call: Call, state: TokenState, attended: Attended, stopped_BT, at, pas
     before = pasts.earlier(call, state, past_l, at.layer)
     ready_BT = decide.eligible(rows, stopped_BT) & (at.layer < state.halt_layer_BT)
     own = fusion.Tokens(rows.pos_BT, state.h_BTD, ready_BT, call.hidden_from(state), None)
-    joined = [jnp.concatenate(both, 1) for both in zip(before.tokens[:4], own[:4], strict=True)]
-    tokens = fusion.Tokens(*joined, context_BXD=call.context_BXD)
     mean_BTW = None
     if setting.window > 1:
         k_BXKH = pasts.last_keys(call, attended.k_BSKH, setting.window, attended.cache)
-        found_BTW = fusion.similarity(attended.q_BTNH, k_BXKH, tokens.pos_BX, setting.window)
+        pos_BX = jnp.concatenate([before.tokens.pos_BX, rows.pos_BT], axis=1)
+        found_BTW = fusion.similarity(attended.q_BTNH, k_BXKH, pos_BX, setting.window)
         assert state.similarity_BTW is not None
         state = state.replace(similarity_BTW=state.similarity_BTW + found_BTW)
         mean_BTW = state.similarity_BTW / at.layer.astype(found_BTW.dtype)
-    nobody_BTW = jnp.zeros((*rows.pos_BT.shape, setting.window), bool)
 
+    def joined() -> fusion.Tokens:
+        both = zip(before.tokens[:4], own[:4], strict=True)
+        parts = [jnp.concatenate(pair, 1) for pair in both]
+        return fusion.Tokens(*parts, context_BXD=call.context_BXD)
+
+    # The last states as well: taken elsewhere, nothing would tell XLA that the merge, which reuses
+    # the memory of the states, comes after it, and it would copy them at every layer.
     def find():
-        return fusion.pairs(tokens, width, mean_BTW, at.tau_fuse, setting, call.numbers)
+        found_BTW = fusion.pairs(joined(), width, mean_BTW, at.tau_fuse, setting, call.numbers)
+        return found_BTW, pasts.last_states(call, state.h_BTD, past_l)
 
-    pairs_BTW = lax.cond(at.may_fuse, find, lambda: nobody_BTW)
+    pairs_BTW, last_BWD = lax.cond(at.may_fuse, find, lambda: _zeros_like(find))
 
     # Where later tokens follow that may fuse with these, their weights must be known.
     followed = call.keeps and not call.plan.continuation
 
     def weigh():
-        return _weights(call, state, attended, tokens.h_BXD)
+        return _weights(call, state, attended, joined().h_BXD)
 
-    def unread():
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(weigh))
-
-    own_BT, paid_BTW = lax.cond(pairs_BTW.any() | (at.may_fuse & followed), weigh, unread)
-    h_BTD, last_BWD = state.h_BTD, pasts.last_states(call, state.h_BTD, past_l)
-    if (
-        last_BWD is not None
-    ):  # taken before the merge, which then may reuse the memory of the states
-        h_BTD, last_BWD = lax.optimization_barrier((h_BTD, last_BWD))
+    read = pairs_BTW.any() | (at.may_fuse & followed)
+    own_BT, paid_BTW = lax.cond(read, weigh, lambda: _zeros_like(weigh))
     merged, takes_BTW = fusion.merge(
-        h_BTD, pairs_BTW, own_BT, paid_BTW, state.size_BT, before.merged
+        state.h_BTD, pairs_BTW, own_BT, paid_BTW, state.size_BT, before.merged
     )
     absorbed_BX = fusion.absorbers(takes_BTW, rows.pos_BT)
     absorbed_BT = absorbed_BX[:, -width:]
@@ -296,6 +295,12 @@ def _fuse(call: Call, state: TokenState, attended: Attended, stopped_BT, at, pas
         taken_BW=state.taken_BW | took_BW,
     )
     return state, fused, now_BT | takes_BTW.any(-1)
+
+
+def _zeros_like(function: Callable[[], Any]) -> Any:
+    """Zeros of the shapes and dtypes of what a function would return."""
+    shapes = jax.eval_shape(function)
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
 def _weights(call: Call, state: TokenState, attended: Attended, h_BXD):

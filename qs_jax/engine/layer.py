@@ -5,16 +5,17 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
 from qs_jax.engine import decisions, layer_keys, one_query
 from qs_jax.engine import past as pasts
-from qs_jax.engine.attention import Attended, attention, blocked_attention
+from qs_jax.engine.attention import Attended, Places, attention, blocked_attention
 from qs_jax.engine.cache import LayerCache
 from qs_jax.engine.call import Call, Passive
-from qs_jax.mechanisms import execution, kv_skip
+from qs_jax.mechanisms import execution, kv_skip, signals
 from qs_jax.mechanisms.plan import LayerNumbers
 from qs_jax.models import family_of, rope
 from qs_jax.models.layers import Multiply, dense_product
@@ -64,9 +65,9 @@ def run(
       The next carry, the cache, the evidence, and what later tokens need.
     """
     size_BT = state.size_BT
-    state, attended, ran_BT, before_BTD = _block(call, state, cache, at, weights, past_l)
+    state, attended, ran_BT, drift_BT = _block(call, state, cache, at, weights, past_l)
     state, record, fused = decisions.decide_layer(
-        call, state, attended, ran_BT, before_BTD, at, past_l
+        call, state, attended, ran_BT, drift_BT, at, past_l
     )
     mask_BTS = attended.mask_BTS
     if isinstance(cache, LayerCache):
@@ -85,6 +86,11 @@ def _block(
     halted_BT = at.layer > state.halt_layer_BT
     log_size_BS = _log_sizes(call, state, cache, past_l)
     passive = call.around.passive if call.around is not None else None
+    places = None
+    if call.lean and call.by_places:
+        keys = layer_keys.at_layer(call, state, at.layer)
+        first_BS = kv_skip.seen_from(keys, at.layer, plan, call.numbers)
+        places = Places(rows.pos_BT, first_BS, keys.hidden_from_BS if call.fuses else None)
 
     def attend(q, k, v, codes):
         k, v = stored(call, state, k, v, halted_BT, weights.maps)
@@ -103,7 +109,7 @@ def _block(
         if call.lean:
             outside = k_all.shape[1] - q.shape[1]  # keys of passive tokens come first
             context = blocked_attention(
-                q, k_all, v_all, mask_BTS, prefix=outside, log_size_BS=log_size_BS
+                q, k_all, v_all, mask_BTS, places=places, prefix=outside, log_size_BS=log_size_BS
             )
         else:
             context, shown_BNTS = attention(q, k_all, v_all, mask_BTS, log_size_BS)
@@ -124,9 +130,14 @@ def _block(
     ran_BT = rows.real_BT & ~call.stopped(state)
     if plan.halting is not None and plan.halting.freeze:
         ran_BT &= ~halted_BT
-    before_BTD = state.h_BTD
-    h_BTD = jnp.where(ran_BT[..., None], h_BTD, before_BTD)
-    return state.replace(h_BTD=h_BTD), attended, ran_BT, before_BTD
+    drift_BT = None
+    if plan.halting is not None and call.decides:
+        # Here, at every layer: where a branch reads the states before, XLA copies them for it.
+        with jax.named_scope("signals"):
+            drift_BT = signals.drift(plan.halting.drift, h_BTD, state.h_BTD)
+    taken_BT = ran_BT if drift_BT is None else ran_BT & ~(drift_BT < -1)
+    h_BTD = jnp.where(taken_BT[..., None], h_BTD, state.h_BTD)
+    return state.replace(h_BTD=h_BTD), attended, ran_BT, drift_BT
 
 
 def multiply_of(call: Call, bits_BT: Array, int8: Any, codes: Any) -> Multiply:

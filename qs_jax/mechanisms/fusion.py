@@ -142,11 +142,14 @@ def merge(
     size_BT: Float[Array, "B T"],
     earlier: Merged,
 ) -> tuple[Merged, Bool[Array, "B T W"]]:
-    """Run along the row as a decoder would: each token absorbs what nobody has absorbed before.
+    """What a decoder would do along the row: each token absorbs what nobody has absorbed before.
 
     The mean is (w_u h_u + sum_t w_t m_t) / (w_u + sum_t w_t), where m_t is t's state with all it
     has absorbed. With weights of their own (`paid_BTW` None), w_t is the sum over t's members; else
     it is what u pays to t.
+
+    A token waits for those that it absorbs and for no others: a pass merges every token whose own
+    are done, so there are as many passes as the longest chain has links, not tokens in a row.
 
     Args:
       h_BTD: States before fusion.
@@ -160,38 +163,67 @@ def merge(
       States after fusion, and which pairs took place.
     """
     window, width = pairs_BTW.shape[-1], h_BTD.shape[1]
-    newest = jax.tree.map(lambda leaf: leaf[:, ::-1], earlier)  # distance 1 first
+    distances_W = range(1, window + 1)
+    takes_BTW = first_takers(pairs_BTW)
+    level_BT = levels(takes_BTW)
 
-    paid = jnp.zeros(pairs_BTW.shape, weight_BT.dtype) if paid_BTW is None else paid_BTW
-
-    def step(index: Array, carry):
-        ring, gone_BW, out = carry
-        read = functools.partial(lax.dynamic_index_in_dim, index=index, axis=1, keepdims=False)
-        h_BD, own_B, size_B = map(read, out[0])  # not written yet
-        pair_BW, paid_BW = read(pairs_BTW), read(paid)
-        take_BW = pair_BW & ~gone_BW
-        weights_BW = jnp.where(take_BW, ring.mass_BX if paid_BTW is None else paid_BW, 0)
-        mass_B = own_B + weights_BW.sum(1)
-        mixed_BD = (own_B[:, None] * h_BD + (weights_BW[..., None] * ring.h_BXD).sum(1)) / (
-            jnp.maximum(mass_B, 1e-30)[:, None]
+    def one_pass(number: Array, merged: Merged) -> Merged:
+        joined = jax.tree.map(lambda *both: jnp.concatenate(both, axis=1), earlier, merged)
+        mass_BT, size_BT = merged.mass_BX, merged.size_BX
+        sum_BTD = mass_BT[..., None] * merged.h_BXD
+        for d in distances_W:
+            take_BT, theirs = takes_BTW[..., d - 1], [back(leaf, d, width) for leaf in joined]
+            paid_BT = theirs[1] if paid_BTW is None else paid_BTW[..., d - 1]
+            paid_BT = jnp.where(take_BT, paid_BT, 0)
+            # Not weighed where not taken: what is not a number times 0 is none either.
+            their_BTD = jnp.where(take_BT[..., None], theirs[0], 0)
+            sum_BTD = sum_BTD + paid_BT[..., None] * their_BTD
+            mass_BT = mass_BT + paid_BT
+            size_BT = size_BT + jnp.where(take_BT, theirs[2], 0)
+        mean_BTD = sum_BTD / jnp.maximum(mass_BT, 1e-30)[..., None]
+        due_BT = level_BT == number
+        return Merged(
+            jnp.where(due_BT[..., None], mean_BTD.astype(h_BTD.dtype), merged.h_BXD),
+            jnp.where(due_BT, mass_BT, merged.mass_BX),
+            jnp.where(due_BT, size_BT, merged.size_BX),
         )
-        merged_BD = jnp.where(take_BW.any(1)[:, None], mixed_BD.astype(h_BD.dtype), h_BD)
-        size_B = size_B + jnp.where(take_BW, ring.size_BX, 0).sum(1)
-        new = Merged(merged_BD, mass_B, size_B)
 
-        def push(old: Array, entry: Array) -> Array:
-            return jnp.concatenate([entry[:, None], old[:, : window - 1]], axis=1)
+    # Without a pair, no pass: unlike a branch, a loop hands states on without a copy.
+    before = Merged(h_BTD, weight_BT, size_BT)
+    return lax.fori_loop(1, level_BT.max() + 1, one_pass, before), takes_BTW
 
-        ring = Merged(*(push(old, entry) for old, entry in zip(ring, new, strict=True)))
-        gone_BW = push(gone_BW | take_BW, jnp.zeros_like(take_BW[:, 0]))
-        write = functools.partial(lax.dynamic_update_index_in_dim, index=index, axis=1)
-        return ring, gone_BW, jax.tree.map(write, out, (new, take_BW))
 
-    # Along axis 1, not scanned over: a scan would want all rows' states with that axis in front.
-    # Without a pair, no steps: unlike a branch, a loop hands states on without a copy.
-    out = Merged(h_BTD, weight_BT, size_BT), jnp.zeros_like(pairs_BTW)
-    first = (newest, jnp.zeros_like(pairs_BTW[:, 0]), out)
-    return lax.fori_loop(0, jnp.where(pairs_BTW.any(), width, 0), step, first)[2]
+def first_takers(pairs_BTW: Bool[Array, "B T W"]) -> Bool[Array, "B T W"]:
+    """The pairs that take place: a token goes to the nearest later one that may absorb it."""
+    width, kept = pairs_BTW.shape[1], []
+    for d in range(1, pairs_BTW.shape[-1] + 1):
+        free_BT = pairs_BTW[..., d - 1]
+        for nearer in range(
+            1, d
+        ):  # the one that lies d before u lies `nearer` before u - d + nearer
+            shift = d - nearer
+            taken_BT = jnp.pad(pairs_BTW[..., nearer - 1], ((0, 0), (shift, 0)))[:, :width]
+            free_BT = free_BT & ~taken_BT
+        kept.append(free_BT)
+    return jnp.stack(kept, axis=-1)
+
+
+def levels(takes_BTW: Bool[Array, "B T W"]) -> Int[Array, "B T"]:
+    """Links of the longest chain of absorptions that ends in each token; 0 where it takes nobody."""
+    window, width = takes_BTW.shape[-1], takes_BTW.shape[1]
+
+    def longer(carry):
+        before_BT, _ = carry
+        padded_BX = jnp.pad(before_BT, ((0, 0), (window, 0)))
+        chains = [
+            jnp.where(takes_BTW[..., d - 1], back(padded_BX, d, width) + 1, 0)
+            for d in range(1, window + 1)
+        ]
+        found_BT = functools.reduce(jnp.maximum, chains)
+        return found_BT, (found_BT != before_BT).any()
+
+    nobody_BT = jnp.zeros(takes_BTW.shape[:2], jnp.int32)
+    return lax.while_loop(lambda carry: carry[1], longer, (nobody_BT, takes_BTW.any()))[0]
 
 
 def absorbers(takes_BTW: Bool[Array, "B T W"], pos_BT: Int[Array, "B T"]) -> Int[Array, "B X"]:

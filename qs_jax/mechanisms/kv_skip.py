@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.mechanisms.kv_maps import KVMaps, rms_normalised
-from qs_jax.mechanisms.plan import Numbers, Plan
+from qs_jax.mechanisms.plan import NEVER, Numbers, Plan
 
 Sources: TypeAlias = Mapping[str, Callable[[], Array]]
 
@@ -58,6 +58,16 @@ def visible(
         exists_BTS = exists_BTS | (keys.received_BTS > numbers.tau_kv)
     seen_BTS = keys.real_BS[:, None, :] & exists_BTS & (query_BT1 < keys.hidden_from_BS[:, None, :])
     return (query_BT1 == key_B1S) | ((key_B1S < query_BT1) & seen_BTS)
+
+
+def seen_from(keys: Keys, layer: Int[Array, ""], plan: Plan, numbers: Numbers) -> Int[Array, "B S"]:
+    """Position of the first query that sees each key, the token's own; NEVER where it is gone.
+
+    With `hidden_from_BS` it is all there is to `visible` for queries whose own key exists, unless
+    the policy is "attended".
+    """
+    there_BS = keys.real_BS & written(keys, layer, plan, numbers)
+    return jnp.where(there_BS, keys.pos_BS, NEVER)
 
 
 def running_maximum(
