@@ -78,7 +78,7 @@ def run(
 
 def _block(
     call: Call, state: TokenState, cache: Any, at: LayerNumbers, weights: Weights, past_l: Any
-) -> tuple[TokenState, Attended, Array, Array]:
+) -> tuple[TokenState, Attended, Array, Array | None]:
     """The block itself: everybody is computed, then only tokens that still do take the result."""
     plan, rows = call.plan, call.rows
     block = family_of(call.model).block(call.model)

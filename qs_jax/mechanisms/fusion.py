@@ -209,7 +209,7 @@ def first_takers(pairs_BTW: Bool[Array, "B T W"]) -> Bool[Array, "B T W"]:
 
 
 def levels(takes_BTW: Bool[Array, "B T W"]) -> Int[Array, "B T"]:
-    """Links of the longest chain of absorptions that ends in each token; 0 where it takes nobody."""
+    """Links of the longest chain of absorptions that ends in a token; 0 where it takes nobody."""
     window, width = takes_BTW.shape[-1], takes_BTW.shape[1]
 
     def longer(carry):

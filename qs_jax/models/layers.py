@@ -37,8 +37,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 def dense_product(dense: nn.Dense, x: Array, start: int = 0) -> Array:
     """The product as the module defines it, from output column `start` on.
 
-    Accumulated in at least float32, which in bfloat16 is also what XLA's fast CPU products need: one
-    with a bfloat16 result is several times slower. The kernel may be there as `transposed` instead.
+    Accumulated in at least float32: in bfloat16 that is also what XLA's fast CPU products need, one
+    with a bfloat16 result is several times slower. The kernel may be there as "transposed" instead.
     """
     weights = dense.variables.get("params")
     if weights is None:  # parameters are being made
