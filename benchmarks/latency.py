@@ -46,7 +46,7 @@ from qs_jax.models import Params, count_params, param_bytes
 
 Section = Literal["prefill", "scoring", "decode", "components", "hf"]
 # Share of the measured GEMM peak that a forward pass is assumed to reach, to foretell its time.
-ASSUMED = 0.4
+ASSUMED = 0.6
 # No further round of a group begins when its time is up, but so many are made.
 LEAST_ROUNDS = 3
 QUICK_MINUTES = 1.5
@@ -180,7 +180,7 @@ class Run:
             self.params,
             rows_NT,
             self.args.rounds,
-            lambda: self._hf_runners(group, rows_NT),
+            lambda: self._reader(group) | self._hf_runners(group, rows_NT),
             least=LEAST_ROUNDS,
             seconds=self.args.seconds,
         )
@@ -195,6 +195,12 @@ class Run:
         """Other sizes are other programs: a few groups of them use up the memory maps of Linux."""
         jax.clear_caches()
         gc.collect()
+
+    def _reader(self, group: Group) -> dict[str, Any]:
+        if group.section != "decode":
+            return {}
+        size = latency_headline.step_bytes(group.batch, group.length, self.about)
+        return {latency_headline.READ_ROW: machine.MemoryReader(size)}
 
     def _hf_runners(self, group: Group, rows_NT: np.ndarray) -> dict[str, Any]:
         if self._hf is None or not group.hf:

@@ -13,6 +13,8 @@ FRACTIONS = (1.0, 0.75, 0.5, 0.25)
 SHIPPED = ("paper", "balanced", "aggressive")
 HEADLINE = ((4, 512), (8, 512))
 NEVER = float("-inf")
+# Longest rows at which the masked engine, which computes whole attention weights, is timed too.
+MASKED_LENGTH = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +125,11 @@ def _fractions(model: ModelConfig, shares: tuple[float, ...], **kw: Any) -> Iter
         yield Case(f"active {fraction:g}", cfg)
 
 
-def prefill_cases(model: ModelConfig, names: tuple[str, ...]) -> Iterator[Case]:
+def _engines(length: int) -> tuple[str, ...]:
+    return ("masked", "compact") if length <= MASKED_LENGTH else ("compact",)
+
+
+def prefill_cases(model: ModelConfig, names: tuple[str, ...], length: int) -> Iterator[Case]:
     """One new token, which the prefill itself yields."""
     one: dict[str, Any] = {"max_new_tokens": 1, "eos_token_ids": ()}
     yield Case("dense", Config(model, **one))
@@ -131,12 +137,13 @@ def prefill_cases(model: ModelConfig, names: tuple[str, ...]) -> Iterator[Case]:
     yield Case("unmet thresholds", Config(model, unmet(model), **one))
     for name in names:
         qs = presets.by_name(name, model)
-        for engine in ("masked", "compact"):
+        for engine in _engines(length):
             yield Case(f"{name}, {engine}", Config(model, qs, engine=engine, **one))
         yield Case(f"{name}, decisions only", Config(model, decisions_only(qs), **one))
     yield from _fractions(model, FRACTIONS, **one)
-    half = forced_fraction(model, 0.5)
-    yield Case("active 0.5, masked", Config(model, half, engine="masked", **one))
+    if length <= MASKED_LENGTH:
+        half = forced_fraction(model, 0.5)
+        yield Case("active 0.5, masked", Config(model, half, engine="masked", **one))
 
 
 def scoring_cases(model: ModelConfig, names: tuple[str, ...], length: int) -> Iterator[Case]:
@@ -149,7 +156,7 @@ def scoring_cases(model: ModelConfig, names: tuple[str, ...], length: int) -> It
     yield Case("dense, continuation", Config(model, **tail), "dense, continuation")
     for name in names:
         qs = presets.by_name(name, model)
-        for engine in ("masked", "compact"):
+        for engine in _engines(length):
             if qs.prompts_only:
                 cfg = Config(model, qs, engine=engine, **tail)
                 yield Case(f"{name}, {engine}", cfg, "dense, continuation")
@@ -182,7 +189,7 @@ def grid(
     """Every group of a full run, the headline's first."""
     sizes = dict.fromkeys((*HEADLINE, *((b, t) for t in lengths for b in batches)))
     for batch, length in sizes:
-        yield Group("prefill", batch, length, tuple(prefill_cases(model, names)))
+        yield Group("prefill", batch, length, tuple(prefill_cases(model, names, length)))
     for length in lengths:
         for batch in batches:
             yield Group("decode", batch, length, tuple(decode_cases(model, names, new_tokens)))
@@ -194,7 +201,7 @@ def quick_grid(model: ModelConfig, names: tuple[str, ...], new_tokens: int) -> I
     """What the headline needs and no more."""
     one: dict[str, Any] = {"max_new_tokens": 1, "eos_token_ids": ()}
     dense, saving = Case("dense", Config(model, **one)), FRACTIONS[1:]
-    cases = {case.name: case for case in prefill_cases(model, names)}
+    cases = {case.name: case for case in prefill_cases(model, names, 512)}
     kept = ["dense", "off", "unmet thresholds", *(f"{n}, decisions only" for n in names)]
     kept += [f"active {f:g}" for f in saving]
     yield Group("prefill", 4, 512, tuple(cases[name] for name in kept))

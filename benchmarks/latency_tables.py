@@ -96,8 +96,8 @@ def _of_peak(group: dict[str, Any], row: dict[str, Any], results: dict[str, Any]
     if machine is None or "exact_flops" not in row:
         return ""
     if group["section"] == "decode":
-        limit = figures.bandwidth_seconds(group, results)
-        return f"{limit / row['seconds']:.0%} of bandwidth"
+        limit = group["rows"].get(figures.READ_ROW, {}).get("seconds")
+        return "" if limit is None else f"{limit / row['seconds']:.0%} of bandwidth"
     return f"{row['exact_flops'] / row['seconds'] / machine['gemm_flops']:.0%} of GEMM"
 
 

@@ -77,6 +77,24 @@ def read_bandwidth(size: int | None = None) -> dict[str, float]:
     return found
 
 
+class MemoryReader:
+    """Reads so many bytes once, as fast as it goes: a row to be timed in turn with others."""
+
+    def __init__(self, size: int) -> None:
+        self._array = jnp.ones(max(size // 4, 1), jnp.float32)
+        self._total = jax.jit(jnp.sum)
+
+    def warm(self) -> dict[str, Any]:
+        """Compile."""
+        self.run()
+        return {}
+
+    def run(self) -> dict[str, float]:
+        """The shortest of a few reads."""
+        seconds = best_seconds(lambda: self._total(self._array), times=3)
+        return {"seconds": seconds, "call_seconds": seconds}
+
+
 def measure(dtype: str, quick: bool = False) -> dict[str, Any]:
     """GEMM peak and memory bandwidth, the best of what was tried, and all of it."""
     gemm = gemm_flops(dtype, (1024, 2048) if quick else (1024, 2048, 4096))

@@ -62,6 +62,7 @@ def constructed():
         "dense": row(0.02, 0.02, kv_bytes=1000, kv_skip_rate=0.0),
         "half depth": row(0.01, 0.01, kv_bytes=540, kv_skip_rate=0.5),
         "HF sdpa float32": row(0.05, 0.05),
+        latency_headline.READ_ROW: row(0.011, 0.011),
     }
     return {
         "groups": {
@@ -87,7 +88,7 @@ def test_the_headline_is_the_worst_of_what_it_is_chosen_from():
         "no_saving_over_dense": 1.05,  # not the masked engine's, which does not try
         "prefill_hf_over_ours": 1.2,
         "decode_ours_over_hf": 2.5,
-        "decode_bandwidth_fraction": (0.2 + 160 * 0.005) / 100 / 0.02,
+        "decode_bandwidth_fraction": 0.55,
         "half_depth_decode_speedup": 2.0,  # of the shortest context
         "signal_share": 0.04,
         "kv_bytes_over_skip_rate": 0.92,
@@ -105,12 +106,9 @@ def test_the_headline_is_the_worst_of_what_it_is_chosen_from():
 
 def test_shares_are_of_the_best_that_any_run_saw_of_the_machine():
     results = constructed()
-    before = latency_headline.headline(results)["decode_bandwidth_fraction"]
     group = results["groups"]["prefill 4x512"]
     group["machine"] = {"bandwidth": 200.0, "gemm_flops": 0.5}
     assert latency_headline.peaks(results) == {"bandwidth": 200.0, "gemm_flops": 1.0}
-    after = latency_headline.headline(results)["decode_bandwidth_fraction"]
-    assert after == pytest.approx(before / 2)
     assert latency_headline.peaks({}) is None
 
 
