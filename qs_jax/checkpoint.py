@@ -162,9 +162,10 @@ def choose_dtype(dtype: str | None, model: ModelConfig, device: Any = None) -> s
 def fastest_dtype(device: Any) -> str:
     """The faster of float32 and bfloat16 for inference on a device.
 
-    float32 on CPU: with XLA's CPU backend bfloat16 was measured slower even where the processor
-    multiplies it (AVX512-BF16): SmolLM2-135M took 1.6 times as long to prefill and 5 times to
-    decode. bfloat16 on everything else, but for GPUs that lack it (before compute capability 8).
+    float32 on CPU, where a single row decodes faster in it. Name bfloat16 for long prompts, or for
+    half the memory, where the processor multiplies it (AVX512-BF16): `python -m benchmarks.latency
+    --dtype bfloat16` tells. bfloat16 on everything else, but for GPUs that lack it (before compute
+    capability 8).
     """
     if device.platform == "cpu":
         return "float32"

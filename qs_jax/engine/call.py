@@ -67,8 +67,8 @@ class Call(NamedTuple):
       context_BXD: Contexts of the W tokens before and of the call's; None without the filter.
       lengths_B: Tokens of each row; only gathered tokens need it.
       prompt_lengths_B: Tokens of each row's prompt; only planned capacities read it.
-      lean: Nothing is computed that no decision reads: attention weights, drifts and entropies
-        only where a decision falls (compact engine).
+      lean: Nothing dear is computed that no decision reads: attention weights and entropies only
+        where a decision falls, and drifts recorded only there (compact engine).
       layers_before: Layers before the cache's first, where it holds a segment's only.
       around: The tokens are a segment's gathered ones; None for whole rows.
     """

@@ -130,12 +130,13 @@ def _block(
     ran_BT = rows.real_BT & ~call.stopped(state)
     if plan.halting is not None and plan.halting.freeze:
         ran_BT &= ~halted_BT
-    drift_BT = None
+    taken_BT, drift_BT = ran_BT, None
     if plan.halting is not None and call.decides:
-        # Here, at every layer: where a branch reads the states before, XLA copies them for it.
         with jax.named_scope("signals"):
             drift_BT = signals.drift(plan.halting.drift, h_BTD, state.h_BTD)
-    taken_BT = ran_BT if drift_BT is None else ran_BT & ~(drift_BT < -1)
+        # No drift is below -1, but XLA cannot know and works drifts out before it overwrites
+        # the states they are read from. Otherwise, or if a branch read those, it would copy them.
+        taken_BT = ran_BT & ~(drift_BT < -1)
     h_BTD = jnp.where(taken_BT[..., None], h_BTD, state.h_BTD)
     return state.replace(h_BTD=h_BTD), attended, ran_BT, drift_BT
 

@@ -43,9 +43,9 @@ def separate(params: Params, rows: int) -> tuple[Any, ...]:
 
     Args:
       params: Stacked tree.
-      rows: Rows that will be decoded together. One row reads kernels fastest, by a tenth, where
-        the weights of an output lie side by side: they come as "transposed" `[O, C]`, which
-        `dense_product` takes. Several rows would be slower so.
+      rows: Rows that will be decoded together. One row reads kernels fastest where the weights
+        of an output lie side by side: they come as "transposed" `[O, C]`, which `dense_product`
+        takes. Several rows would be slower so.
     """
     leaves, transposed = jax.tree.leaves(params["layers"]), rows == 1
     key = (transposed, tuple(id(leaf) for leaf in leaves))

@@ -1,6 +1,7 @@
 """The compact engine: the oracle's and the masked engine's decisions, on fewer tokens."""
 
 import dataclasses
+import re
 
 import chex
 import jax
@@ -9,7 +10,16 @@ import pytest
 
 import qs_jax
 from qs_jax.config import Config, HaltingConfig, KVSkipConfig
-from qs_jax.engine import batching, compact, layer, schedule, scoring, tokenwise
+from qs_jax.engine import (
+    batching,
+    compact,
+    generate,
+    layer,
+    schedule,
+    scoring,
+    token_loop,
+    tokenwise,
+)
 from qs_jax.errors import ConfigError, InputError, InternalError
 from qs_jax.mechanisms.plan import bind
 from tests.engine.contract import MATRIX, cases, model_of, params_of, settings
@@ -285,3 +295,20 @@ def test_the_program_lowers_for_cuda(capacity):
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "stablehlo.dot_general" in text
     assert ("stablehlo.case" in text) or capacity == "planned"
+
+
+def test_no_layer_copies_the_states():
+    """Read off the compiled program of a prompt: what reads the states comes before they change."""
+    model = model_of("llama")
+    halting = HaltingConfig(rule="quota", layers=(2,), quota=(0.0,), score="random", entropy=None)
+    qs = qs_jax.QuickSilverConfig(halting=halting, kv_skip=KVSkipConfig("skip"))
+    cfg, params = Config(model, qs, engine="compact", max_new_tokens=1), params_of(model)
+    rows = random_tokens(model, batch=3, width=40)
+    _, padded, numbers, plan = generate._prepare(params, rows, cfg, None, None, None)
+    program = token_loop.jit_start.lower(params, *padded, numbers, model=model, plan=plan)
+    optimised = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+    text = program.compile(compiler_options=optimised).as_text()
+    shape = re.escape(f"f32[{','.join(map(str, (*padded.tokens_BT.shape, model.hidden_size)))}]")
+    assert re.search(rf"= {shape}\S* fusion\(", text), "the states are in the program"
+    copies = re.findall(rf"= {shape}\S* copy\(%?get-tuple-element.*", text)
+    assert copies == [], f"{len(copies)} copies of the states"
