@@ -221,10 +221,11 @@ def _look(
 
     def body(state, scanned):
         at, weights, past_l = scanned
-        state, attended, ran_BT, before_BTD = layer._block(call, state, None, at, weights, past_l)
+        before_BTD = state.h_BTD
+        state, attended, ran_BT, drift_BT = layer._block(call, state, None, at, weights, past_l)
         after_BTD = state.h_BTD
         state, record, _ = decisions.decide_layer(
-            call, state, attended, ran_BT, before_BTD, at, past_l
+            call, state, attended, ran_BT, drift_BT, at, past_l
         )
         drift_kind, entropy_kind, bits_kind = kinds
 
