@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.latency_cases import FRACTIONS, HEADLINE, SHIPPED, key_of
 
 # A decode's limit, a row timed in turn with the others: the bandwidth of a shared machine changes
-# twofold within minutes.
+# from minute to minute.
 READ_ROW = "weights and cache read once"
 
 # Name, target as a comparison, and what it is.

@@ -32,6 +32,9 @@ GPT2 = {
     "eos_token_id": 1,
 }
 
+# Compiler options of tests that read a compiled program: the default suite compiles with few.
+OPTIMISED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+
 
 def rope(kind: str, **settings: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_theta": 10000.0, "rope_type": kind, **settings}}

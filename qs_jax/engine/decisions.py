@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -13,6 +10,7 @@ from jaxtyping import Array
 from qs_jax.engine import codes, layer_keys
 from qs_jax.engine import past as pasts
 from qs_jax.engine.attention import Attended
+from qs_jax.engine.branches import zeros_of
 from qs_jax.engine.cache import LayerCache
 from qs_jax.engine.call import Call
 from qs_jax.mechanisms import amq, decide, execution, fusion, halting, kv_skip, signals
@@ -29,13 +27,13 @@ def decide_layer(call: Call, state: TokenState, attended: Attended, ran_BT, drif
     plan, in_force = call.plan, state
     stopped_BT = call.stopped(state)
     nan_BT = jnp.full(ran_BT.shape, jnp.nan, exact_dtype(call.model.dtype))
-    moved_BT, drift_BT, entropy_BT = drift_BT, nan_BT, nan_BT
+    recorded_BT = entropy_BT = nan_BT
     if plan.shortlist_size and call.decides:
         state = find_shortlist(call, state, at)
     if plan.halting is not None and call.decides:
         with jax.named_scope("halt"):
-            halts_BT, drift_BT, entropy_BT = _halt_if_asked(
-                call, state, attended, ran_BT, stopped_BT, moved_BT, at
+            halts_BT, recorded_BT, entropy_BT = _halt_if_asked(
+                call, state, attended, ran_BT, stopped_BT, drift_BT, at
             )
             state = state.replace(halt_layer_BT=jnp.where(halts_BT, at.layer, state.halt_layer_BT))
     if plan.policy == "attended":
@@ -56,7 +54,7 @@ def decide_layer(call: Call, state: TokenState, attended: Attended, ran_BT, drif
         visible_BT=jnp.where(ran_BT, _visible(call, in_force, attended, at.layer), 0),
         bits_BT=in_force.bits_BT,
         fused_BT=in_force.hidden_from_BT,
-        drift_BT=drift_BT,
+        drift_BT=recorded_BT,
         entropy_BT=entropy_BT,
         weighed_BT=weighed_BT,
     )
@@ -267,7 +265,7 @@ def _fuse(call: Call, state: TokenState, attended: Attended, stopped_BT, at, pas
         found_BTW = fusion.pairs(joined(), width, mean_BTW, at.tau_fuse, setting, call.numbers)
         return found_BTW, pasts.last_states(call, state.h_BTD, past_l)
 
-    pairs_BTW, last_BWD = lax.cond(at.may_fuse, find, lambda: _zeros_like(find))
+    pairs_BTW, last_BWD = lax.cond(at.may_fuse, find, lambda: zeros_of(find))
 
     # Where later tokens follow that may fuse with these, their weights must be known.
     followed = call.keeps and not call.plan.continuation
@@ -276,7 +274,7 @@ def _fuse(call: Call, state: TokenState, attended: Attended, stopped_BT, at, pas
         return _weights(call, state, attended, joined().h_BXD)
 
     read = pairs_BTW.any() | (at.may_fuse & followed)
-    own_BT, paid_BTW = lax.cond(read, weigh, lambda: _zeros_like(weigh))
+    own_BT, paid_BTW = lax.cond(read, weigh, lambda: zeros_of(weigh))
     merged, takes_BTW = fusion.merge(
         state.h_BTD, pairs_BTW, own_BT, paid_BTW, state.size_BT, before.merged
     )
@@ -295,12 +293,6 @@ def _fuse(call: Call, state: TokenState, attended: Attended, stopped_BT, at, pas
         taken_BW=state.taken_BW | took_BW,
     )
     return state, fused, now_BT | takes_BTW.any(-1)
-
-
-def _zeros_like(function: Callable[[], Any]) -> Any:
-    """Zeros of the shapes and dtypes of what a function would return."""
-    shapes = jax.eval_shape(function)
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
 def _weights(call: Call, state: TokenState, attended: Attended, h_BXD):

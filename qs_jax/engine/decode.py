@@ -30,6 +30,7 @@ from qs_jax.engine import (
     weights,
 )
 from qs_jax.engine import past as pasts
+from qs_jax.engine.branches import zeros_of
 from qs_jax.engine.cache import LayerCache, SlotCache, cache_bytes
 from qs_jax.engine.call import Call
 from qs_jax.engine.idle import idle
@@ -108,8 +109,7 @@ def dense_step(
         return h_B1D, owns
 
     def stay(h_B1D, caches):
-        shapes = jax.eval_shape(walk, h_B1D, caches)[1]
-        return h_B1D, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return h_B1D, zeros_of(walk, h_B1D, caches)[1]
 
     # Always taken. A branch is what keeps a cache's readers before its writer: else XLA copies it.
     h_B1D, owns = lax.cond(live_B.any(), walk, stay, h_B1D, caches)

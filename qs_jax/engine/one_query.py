@@ -29,7 +29,7 @@ def products(
     if heads <= MOST_HEADS and jax.default_backend() == "cpu":
         own_KJ = jnp.eye(kv_heads, dtype=q_BKGH.dtype)[None, :, None, :, None]
         q_BNO = (q_BKGH[:, :, :, None, :] * own_KJ).reshape(batch, heads, kv_heads * dim)
-        # Slots last, in both products: as columns of theirs, several rows take half as long again.
+        # Slots last, in both products: with slots as rows of theirs, several rows are slower.
         logits_BNC = jnp.einsum("bno,bco->bnc", q_BNO, k_BCO, preferred_element_type=exact)
 
         def mix(weights_BNC: Array) -> Array:

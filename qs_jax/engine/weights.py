@@ -14,8 +14,8 @@ import jax
 
 from qs_jax.models import Params
 
-# The one split kept, by the identity of the arrays it was made from and by its layout.
-_kept: dict[tuple[bool, tuple[int, ...]], tuple[Any, ...]] = {}
+# The one split kept, by the identity of the arrays it was made from; and in which layout.
+_kept: dict[tuple[int, ...], tuple[bool, tuple[Any, ...]]] = {}
 
 
 @functools.partial(jax.jit, static_argnames="transposed")
@@ -48,13 +48,15 @@ def separate(params: Params, rows: int) -> tuple[Any, ...]:
         takes. Several rows would be slower so.
     """
     leaves, transposed = jax.tree.leaves(params["layers"]), rows == 1
-    key = (transposed, tuple(id(leaf) for leaf in leaves))
+    key = tuple(id(leaf) for leaf in leaves)
     if key not in _kept:
         _kept.clear()
-        _kept[key] = _split(params["layers"], transposed)
         for leaf in leaves:
             weakref.finalize(leaf, _kept.pop, key, None).atexit = False
-    return _kept[key]
+    if key not in _kept or _kept[key][0] != transposed:
+        _kept.pop(key, None)  # before the other layout takes its memory
+        _kept[key] = transposed, _split(params["layers"], transposed)
+    return _kept[key][1]
 
 
 def chosen(setting: str) -> str:

@@ -195,17 +195,11 @@ def merge(
 
 def first_takers(pairs_BTW: Bool[Array, "B T W"]) -> Bool[Array, "B T W"]:
     """The pairs that take place: a token goes to the nearest later one that may absorb it."""
-    width, kept = pairs_BTW.shape[1], []
-    for d in range(1, pairs_BTW.shape[-1] + 1):
-        free_BT = pairs_BTW[..., d - 1]
-        for nearer in range(
-            1, d
-        ):  # the one that lies d before u lies `nearer` before u - d + nearer
-            shift = d - nearer
-            taken_BT = jnp.pad(pairs_BTW[..., nearer - 1], ((0, 0), (shift, 0)))[:, :width]
-            free_BT = free_BT & ~taken_BT
-        kept.append(free_BT)
-    return jnp.stack(kept, axis=-1)
+    batch, width, window = pairs_BTW.shape
+    slots_BT = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None], (batch, width))
+    first_BX = absorbers(pairs_BTW, slots_BT)
+    firsts = [back(first_BX, d, width) == slots_BT for d in range(1, window + 1)]
+    return pairs_BTW & jnp.stack(firsts, axis=-1)
 
 
 def levels(takes_BTW: Bool[Array, "B T W"]) -> Int[Array, "B T"]:

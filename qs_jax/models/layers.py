@@ -34,31 +34,40 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+def product(x: Float[Array, "*batch C"], kernel: Array, transposed: bool = False) -> Array:
+    """`x @ kernel`, accumulated in and returned in at least float32.
+
+    In bfloat16 that is also what XLA's fast CPU products need: one with a bfloat16 result is
+    several times slower.
+
+    Args:
+      x: Vectors.
+      kernel: `[C, O]`, or `[O, C]` where transposed.
+      transposed: As said.
+    """
+    exact, shape = exact_dtype(x.dtype), x.shape
+    alone = x.size == shape[-1] and x.dtype != exact and jax.default_backend() == "cpu"
+    if alone:  # scalar code multiplies a single bfloat16 row, slower than two
+        x = jnp.broadcast_to(x.reshape(1, -1), (2, shape[-1]))
+    equation = "...c,oc->...o" if transposed else "...c,co->...o"
+    y = jnp.einsum(equation, x, kernel, preferred_element_type=exact)
+    return y[0].reshape(*shape[:-1], -1) if alone else y
+
+
 def dense_product(dense: nn.Dense, x: Array, start: int = 0) -> Array:
     """The product as the module defines it, from output column `start` on.
 
-    Accumulated in at least float32: in bfloat16 that is also what XLA's fast CPU products need, one
-    with a bfloat16 result is several times slower. The kernel may be there as "transposed" instead.
+    The kernel may be there as "transposed" `[O, C]` instead.
     """
     weights = dense.variables.get("params")
     if weights is None:  # parameters are being made
         return dense(x)
-    exact, shape = exact_dtype(x.dtype), x.shape
-    if x.size == shape[-1] and x.dtype != exact and jax.default_backend() == "cpu":
-        # A single bfloat16 row is multiplied by scalar code, slower than two.
-        x = jnp.broadcast_to(x.reshape(1, -1), (2, shape[-1]))
-    if "transposed" in weights:
-        kernel_OC = weights["transposed"][start:].astype(x.dtype)
-        y = jnp.einsum("...c,oc->...o", x, kernel_OC, preferred_element_type=exact)
-    else:
-        kernel_CO = weights["kernel"][:, start:].astype(x.dtype)
-        y = jnp.matmul(x, kernel_CO, preferred_element_type=exact)
-    if x.shape != shape:
-        y = y[:1].reshape(*shape[:-1], -1)
-    y = y.astype(x.dtype)
+    transposed = "transposed" in weights
+    kernel = weights["transposed"][start:] if transposed else weights["kernel"][:, start:]
+    y = product(x, kernel.astype(x.dtype), transposed).astype(x.dtype)
     if "bias" not in weights:
         return y
-    return y + weights["bias"][start:].astype(x.dtype).reshape((1,) * (len(shape) - 1) + (-1,))
+    return y + weights["bias"][start:].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 class PreNormBlock(nn.Module):
@@ -158,5 +167,4 @@ def embed_lookup(table_VD: Float[Array, "V D"], ids: Int[Array, "*batch"]) -> Ar
 
 def unembed(h: Float[Array, "*batch D"], table_VD: Float[Array, "V D"]) -> Array:
     """Logits `[..., V]`, accumulated in at least float32 (Press & Wolf 2017 when tied)."""
-    dtype = exact_dtype(h.dtype)
-    return jnp.einsum("...d,vd->...v", h, table_VD, preferred_element_type=dtype)
+    return product(h, table_VD, transposed=True)

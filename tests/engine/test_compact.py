@@ -26,7 +26,7 @@ from tests.engine.contract import MATRIX, cases, model_of, params_of, settings
 from tests.engine.oracle_settings import CASES as SETTINGS
 from tests.engine.oracle_settings import acted
 from tests.engine.oracle_support import check
-from tests.support import random_tokens
+from tests.support import OPTIMISED, random_tokens
 
 LENGTHS, PROMPTS = (31, 17, 24), (22, 9, 15)
 COUNTED = "active kv_written kv_held visible_keys bits fused depth representative weighed".split()
@@ -306,8 +306,7 @@ def test_no_layer_copies_the_states():
     rows = random_tokens(model, batch=3, width=40)
     _, padded, numbers, plan = generate._prepare(params, rows, cfg, None, None, None)
     program = token_loop.jit_start.lower(params, *padded, numbers, model=model, plan=plan)
-    optimised = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
-    text = program.compile(compiler_options=optimised).as_text()
+    text = program.compile(compiler_options=OPTIMISED).as_text()
     shape = re.escape(f"f32[{','.join(map(str, (*padded.tokens_BT.shape, model.hidden_size)))}]")
     assert re.search(rf"= {shape}\S* fusion\(", text), "the states are in the program"
     copies = re.findall(rf"= {shape}\S* copy\(%?get-tuple-element.*", text)

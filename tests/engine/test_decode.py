@@ -16,7 +16,7 @@ from qs_jax.engine import decode, pack, token_loop, weights
 from qs_jax.engine import generate as engine
 from qs_jax.testing import tiny_model, tiny_params
 from tests.engine.contract import HALT, LAYERS, cases, model_of, params_of, settings
-from tests.support import random_tokens
+from tests.support import OPTIMISED, random_tokens
 
 HALF = HaltingConfig(drift="relative", tau_drift=float("inf"), entropy=None, layers=(3,))
 
@@ -223,8 +223,7 @@ def test_no_step_copies_a_cache(name):
     """Read off the compiled program: no copy as large as a layer's keys outside the entry."""
     cfg = config(name, decode_weights="separate", max_new_tokens=64)
     params = params_of(cfg.model)
-    optimised = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
-    program = lowered(cfg, params, [[1, 2, 3] * 10]).lower().compile(compiler_options=optimised)
+    program = lowered(cfg, params, [[1, 2, 3] * 10]).lower().compile(compiler_options=OPTIMISED)
     text = program.as_text()
     shape = rf"f32\[\d\d,{cfg.model.kv_size}\]"
     assert re.search(rf"{shape}\S* dynamic-update-slice\(", text), "the caches are in the program"
@@ -259,7 +258,10 @@ def test_separate_weights_live_as_long_as_the_parameters():
     layers = weights.separate(params, rows=2)
     assert weights.separate(dict(params), rows=8) is layers
     chex.assert_trees_all_equal(layers[1], jax.tree.map(lambda leaf: leaf[1], params["layers"]))
-    del params, layers
+    alone = weights.separate(params, rows=1)
+    np.testing.assert_array_equal(alone[1]["qkv"]["transposed"], layers[1]["qkv"]["kernel"].T)
+    assert len(weights._kept) == 1, "one layout at a time"
+    del params, layers, alone
     gc.collect()
     assert weights._kept == {}
 
