@@ -117,6 +117,7 @@ class Run:
         self.about = about(args, model)
         self.results = start(args.path, self.about, fresh=args.fresh)
         self._hf: latency_hf.HuggingFace | None = None
+        self._other: tuple[Params, ModelConfig] | None = None
         self._hf_settings = latency_hf.SETTINGS
 
     def save(self) -> None:
@@ -180,7 +181,11 @@ class Run:
             self.params,
             rows_NT,
             self.args.rounds,
-            lambda: self._reader(group) | self._hf_runners(group, rows_NT),
+            lambda: (
+                self._other_dtype(group, rows_NT)
+                | self._reader(group)
+                | self._hf_runners(group, rows_NT)
+            ),
             least=LEAST_ROUNDS,
             seconds=self.args.seconds,
         )
@@ -195,6 +200,19 @@ class Run:
         """Other sizes are other programs: a few groups of them use up the memory maps of Linux."""
         jax.clear_caches()
         gc.collect()
+
+    def _other_dtype(self, group: Group, rows_NT: np.ndarray) -> dict[str, Any]:
+        """The dense model in the dtype that the other rows are not in."""
+        if self._other is None:
+            other = {"float32": "bfloat16"}.get(self.model.dtype, "float32")
+            self._other = qs_jax.load(self.args.ckpt, dtype=other)
+        params, model = self._other
+        case = group.cases[0]
+        renamed = dataclasses.replace(
+            case, name=latency_headline.dense_name(model.dtype), cfg=case.cfg.replace(model=model)
+        )
+        runner = latency_runs.OurRunner(params, rows_NT, group.section, renamed)
+        return {renamed.name: runner}
 
     def _reader(self, group: Group) -> dict[str, Any]:
         if group.section != "decode":
@@ -230,7 +248,7 @@ class Run:
         if group.section == "decode":  # one call with all tokens, one with the first
             steps = self.args.new_tokens / ASSUMED * self.about["weight_bytes"]
             seconds = 2 * seconds + steps / peak["bandwidth"]
-        rows = len(group.cases) + (len(latency_hf.ATTENTION) if self._hf is not None else 0)
+        rows = 1 + len(group.cases) + (len(latency_hf.ATTENTION) if self._hf is not None else 0)
         runs = rows + rows // 2  # the baseline's between every two
         return seconds * runs * LEAST_ROUNDS / 60
 

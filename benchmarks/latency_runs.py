@@ -16,6 +16,7 @@ import qs_jax
 from benchmarks.latency_cases import Case, Group
 from benchmarks.programs import watch
 from qs_jax import accounting
+from qs_jax.engine import weights
 from qs_jax.errors import QuickSilverError
 from qs_jax.mechanisms.kv_maps import sizes_of
 from qs_jax.models import Params
@@ -57,6 +58,7 @@ class OurRunner:
         with watch() as seen, Stopwatch() as stopwatch:
             out = self._call(self._case.cfg)
         told = {"compile_seconds": stopwatch.compile, "memory": seen.memory()}
+        told["dtype"] = self._case.cfg.model.dtype
         if self._section == "decode":
             self._call(self._short)
         kv_bytes = getattr(out, "kv_bytes", None)
@@ -93,8 +95,12 @@ class OurRunner:
         }
 
     def run(self) -> dict[str, float]:
+        decodes = self._section == "decode"
+        if decodes and weights.chosen(self._case.cfg.decode_weights) == "separate":
+            # Kept of the parameters used last, which may be those of a row in another dtype.
+            weights.separate(self._params, len(self._rows))
         times = self._timed(self._case.cfg)
-        if self._section != "decode":
+        if not decodes:
             return times
         short = self._timed(self._short)
         steps = self._case.cfg.max_new_tokens - 1

@@ -97,7 +97,10 @@ def _of_peak(group: dict[str, Any], row: dict[str, Any], results: dict[str, Any]
         return ""
     if group["section"] == "decode":
         limit = group["rows"].get(figures.READ_ROW, {}).get("seconds")
-        return "" if limit is None else f"{limit / row['seconds']:.0%} of bandwidth"
+        if limit is None:
+            return ""
+        limit *= 1 if row.get("dtype") == "float32" else 0.5  # it is of float32
+        return f"{limit / row['seconds']:.0%} of bandwidth"
     return f"{row['exact_flops'] / row['seconds'] / machine['gemm_flops']:.0%} of GEMM"
 
 

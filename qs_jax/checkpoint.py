@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from qs_jax import halves
 from qs_jax.config import ModelConfig
 from qs_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from qs_jax.hf import read_tokenizer
@@ -162,13 +163,12 @@ def choose_dtype(dtype: str | None, model: ModelConfig, device: Any = None) -> s
 def fastest_dtype(device: Any) -> str:
     """The faster of float32 and bfloat16 for inference on a device.
 
-    float32 on CPU, where a single row decodes faster in it. Name bfloat16 for long prompts, or for
-    half the memory, where the processor multiplies it (AVX512-BF16): `python -m benchmarks.latency
-    --dtype bfloat16` tells. bfloat16 on everything else, but for GPUs that lack it (before compute
-    capability 8).
+    float32 on a CPU that does not multiply bfloat16, and on GPUs that do not (before compute
+    capability 8); bfloat16 on everything else. `python -m benchmarks.latency` times the dense model
+    in both.
     """
     if device.platform == "cpu":
-        return "float32"
+        return "bfloat16" if halves.processor_multiplies() else "float32"
     capability = str(getattr(device, "compute_capability", ""))
     old = capability.partition(".")[0].isdigit() and int(capability.partition(".")[0]) < 8
     return "float32" if device.platform in ("gpu", "cuda") and old else "bfloat16"

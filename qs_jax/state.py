@@ -12,9 +12,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt16
 
 from qs_jax.config import ModelConfig
+from qs_jax.halves import from_bits, held_dtype, to_bits
 
 
 @no_type_check
@@ -22,18 +23,19 @@ class KVCache(flax.struct.PyTreeNode):
     """Keys and values of every layer; a token's slot is its position in its row.
 
     Attributes:
-      k_LBSKH: Keys, after RoPE.
+      k_LBSKH: Keys, after RoPE; bfloat16 on CPU by its bits (`halves`).
       v_LBSKH: Values.
     """
 
-    k_LBSKH: Float[Array, "L B S K H"]
-    v_LBSKH: Float[Array, "L B S K H"]
+    k_LBSKH: Float[Array, "L B S K H"] | UInt16[Array, "L B S K H"]
+    v_LBSKH: Float[Array, "L B S K H"] | UInt16[Array, "L B S K H"]
 
     @classmethod
     def zeros(cls, model: ModelConfig, batch: int, capacity: int) -> KVCache:
         """An empty cache of `capacity` slots a row, in the model's dtype."""
         shape = (model.num_layers, batch, capacity, model.num_kv_heads, model.head_dim)
-        return cls(jnp.zeros(shape, model.dtype), jnp.zeros(shape, model.dtype))
+        dtype = held_dtype(model.dtype)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     @property
     def capacity(self) -> int:
@@ -46,15 +48,15 @@ class KVCache(flax.struct.PyTreeNode):
         start = (index, zero, zero, zero, zero)
         with jax.named_scope("kv_write"):
             return self.replace(
-                k_LBSKH=lax.dynamic_update_slice(self.k_LBSKH, k_BTKH[None], start),
-                v_LBSKH=lax.dynamic_update_slice(self.v_LBSKH, v_BTKH[None], start),
+                k_LBSKH=lax.dynamic_update_slice(self.k_LBSKH, to_bits(k_BTKH)[None], start),
+                v_LBSKH=lax.dynamic_update_slice(self.v_LBSKH, to_bits(v_BTKH)[None], start),
             )
 
     def write_layers(self, first: Array, end: Array, other: KVCache) -> KVCache:
         """The layers from `first` up to `end`, not included: the first ones of another cache."""
 
         def write(index: Array, cache: KVCache) -> KVCache:
-            k_BSKH, v_BSKH = other.of_layer(index - first)
+            k_BSKH, v_BSKH = other.held_by(index - first)
             return cache.write_rows(index, k_BSKH, v_BSKH)
 
         return lax.fori_loop(first, end, write, self)
@@ -65,8 +67,8 @@ class KVCache(flax.struct.PyTreeNode):
         at = {"unique_indices": True, "mode": "promise_in_bounds"}
         with jax.named_scope("kv_write"):
             return self.replace(
-                k_LBSKH=self.k_LBSKH.at[index, rows_B1, pos_BC].set(k_BCKH, **at),
-                v_LBSKH=self.v_LBSKH.at[index, rows_B1, pos_BC].set(v_BCKH, **at),
+                k_LBSKH=self.k_LBSKH.at[index, rows_B1, pos_BC].set(to_bits(k_BCKH), **at),
+                v_LBSKH=self.v_LBSKH.at[index, rows_B1, pos_BC].set(to_bits(v_BCKH), **at),
             )
 
     def write_step(self, index: Array, pos_B: Array, k_B1KH: Array, v_B1KH: Array) -> KVCache:
@@ -74,12 +76,16 @@ class KVCache(flax.struct.PyTreeNode):
         rows_B = jnp.arange(pos_B.shape[0])
         with jax.named_scope("kv_write"):
             return self.replace(
-                k_LBSKH=self.k_LBSKH.at[index, rows_B, pos_B].set(k_B1KH[:, 0]),
-                v_LBSKH=self.v_LBSKH.at[index, rows_B, pos_B].set(v_B1KH[:, 0]),
+                k_LBSKH=self.k_LBSKH.at[index, rows_B, pos_B].set(to_bits(k_B1KH)[:, 0]),
+                v_LBSKH=self.v_LBSKH.at[index, rows_B, pos_B].set(to_bits(v_B1KH)[:, 0]),
             )
 
     def of_layer(self, index: Array) -> tuple[Array, Array]:
         """One layer's keys and values, `[B, S, K, H]` each."""
+        return from_bits(self.held_by(index))
+
+    def held_by(self, index: Array) -> tuple[Array, Array]:
+        """The same as they are held."""
         k_BSKH = lax.dynamic_index_in_dim(self.k_LBSKH, index, keepdims=False)
         return k_BSKH, lax.dynamic_index_in_dim(self.v_LBSKH, index, keepdims=False)
 

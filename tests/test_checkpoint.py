@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 
 import qs_jax
 from convert.hf_to_flax import convert
+from qs_jax import halves
 from qs_jax.checkpoint import FORMAT_VERSION, choose_dtype, fastest_dtype
 from qs_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from qs_jax.testing import tiny_model
@@ -104,6 +105,23 @@ def test_dtype_on_the_way_in(folder):
         np.testing.assert_array_equal(ours, theirs.astype("bfloat16"))
     with pytest.raises(ConfigError, match="dtype 'float8' is not supported: float32 or bfloat16"):
         qs_jax.load(folder, dtype="float8")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("flags : avx512f avx512_bf16 avx512_vnni", "bfloat16"),
+        ("flags : avx512f avx512_vnni", "float32"),
+        (None, "float32"),  # not Linux
+    ],
+)
+def test_the_default_dtype_of_a_processor(tmp_path, monkeypatch, flags, expected):
+    if flags is not None:
+        (tmp_path / "cpuinfo").write_text(f"processor : 0\n{flags}\n\n", encoding="utf-8")
+    monkeypatch.setattr(halves, "CPU_INFO", tmp_path / "cpuinfo")
+    halves.processor_multiplies.cache_clear()
+    assert fastest_dtype(SimpleNamespace(platform="cpu")) == expected
+    halves.processor_multiplies.cache_clear()
 
 
 @pytest.mark.parametrize(

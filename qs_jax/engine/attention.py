@@ -103,8 +103,9 @@ def attention(
     kv_heads = k_BSKH.shape[2]
     weights_BNTS = attention_weights(q_BTNH, k_BSKH, mask_BTS, log_size_BS)
     grouped = weights_BNTS.reshape(batch, kv_heads, heads // kv_heads, width, -1)
-    context = jnp.einsum("bkgts,bskh->btkgh", grouped.astype(v_BSKH.dtype), v_BSKH)
-    return context.reshape(q_BTNH.shape), weights_BNTS
+    grouped, exact = grouped.astype(v_BSKH.dtype), exact_dtype(v_BSKH.dtype)
+    context = jnp.einsum("bkgts,bskh->btkgh", grouped, v_BSKH, preferred_element_type=exact)
+    return context.astype(v_BSKH.dtype).reshape(q_BTNH.shape), weights_BNTS
 
 
 def blocked_attention(

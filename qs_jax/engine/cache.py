@@ -12,8 +12,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Int8
+from jaxtyping import Array, Bool, Float, Int, Int8, UInt16
 
+from qs_jax.halves import from_bits, to_bits
 from qs_jax.mechanisms import int8
 
 # Position of an empty slot: after every query.
@@ -30,7 +31,7 @@ class SlotCache(flax.struct.PyTreeNode):
 
     Attributes:
       k_CO: Keys, after RoPE, `[C, O]` with O = K * H; `[l, C, O]`, `[B, C, O]` or `[l, B, C, O]`
-        where there are several layers or rows.
+        where there are several layers or rows. bfloat16 on CPU by its bits (`halves`).
       v_CO: Values.
       k_scale_CK: Steps of the keys, one a head, where they are int8 codes (`int8.QTensor`); None
         where they are floats.
@@ -42,8 +43,8 @@ class SlotCache(flax.struct.PyTreeNode):
       head_dim: H.
     """
 
-    k_CO: Float[Array, "*lB C O"] | Int8[Array, "*lB C O"]
-    v_CO: Float[Array, "*lB C O"] | Int8[Array, "*lB C O"]
+    k_CO: Float[Array, "*lB C O"] | UInt16[Array, "*lB C O"] | Int8[Array, "*lB C O"]
+    v_CO: Float[Array, "*lB C O"] | UInt16[Array, "*lB C O"] | Int8[Array, "*lB C O"]
     k_scale_CK: Float[Array, "*lB C K"] | None
     v_scale_CK: Float[Array, "*lB C K"] | None
     pos_lBC: Int[Array, "l B C"] | None
@@ -77,7 +78,7 @@ class SlotCache(flax.struct.PyTreeNode):
 
         k_scale = v_scale = None
         if bits_lBC is not None:
-            k, v = (int8.recode_kv(x, bits_lBC) for x in (k_lBCKH, v_lBCKH))
+            k, v = (int8.recode_kv(from_bits(x), bits_lBC) for x in (k_lBCKH, v_lBCKH))
             k_lBCKH, v_lBCKH = k.codes, v.codes
             k_scale, v_scale = flat(k.scale), flat(v.scale)
         keys_values = flat(k_lBCKH), flat(v_lBCKH)
@@ -142,6 +143,8 @@ class SlotCache(flax.struct.PyTreeNode):
 def _put(array_CO: Array, slot_lB: Array, value_lBKH: Array) -> Array:
     layers, batch = slot_lB.shape
     value_lBO = value_lBKH.reshape(layers, batch, -1)
+    if array_CO.dtype == jnp.uint16:
+        value_lBO = to_bits(value_lBO)
     if batch == layers == 1:  # no scatter, which XLA runs as a loop of its own on CPU
         zero = jnp.zeros((), slot_lB.dtype)
         return lax.dynamic_update_slice(array_CO, value_lBO[0], (slot_lB[0, 0], zero))
@@ -198,7 +201,7 @@ class LayerCache(NamedTuple):
         def decoded(codes_CO: Array, scale_CK: Array | None) -> Array:
             found_BCO = of(codes_CO)
             if scale_CK is None:
-                return found_BCO
+                return from_bits(found_BCO)
             scale_BCK = of(scale_CK)
             codes_BCKH = found_BCO.reshape(*scale_BCK.shape, cache.head_dim)
             return int8.decode_kv(int8.QTensor(codes_BCKH, scale_BCK)).reshape(found_BCO.shape)

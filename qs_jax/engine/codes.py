@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array
 
 from qs_jax.engine.call import Call
+from qs_jax.halves import from_bits
 from qs_jax.mechanisms import fusion, kv_skip
 from qs_jax.mechanisms.plan import NEVER
 from qs_jax.models import family_of
@@ -24,7 +25,7 @@ def of_halted(call: Call, state: TokenState, layer: Array) -> Array:
 
     def neurons() -> Array:
         layers, block = call.params["layers"], family_of(call.model).block(call.model, parent=None)
-        params_l = jax.tree.map(lambda leaf: leaf[layer], layers)  # of the next layer
+        params_l = from_bits(jax.tree.map(lambda leaf: leaf[layer], layers))  # of the next layer
         found: Any = block.apply({"params": params_l}, h_BTD, method=block.mlp_neurons)
         return found
 

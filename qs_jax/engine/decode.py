@@ -35,6 +35,7 @@ from qs_jax.engine.cache import LayerCache, SlotCache, cache_bytes
 from qs_jax.engine.call import Call
 from qs_jax.engine.idle import idle
 from qs_jax.engine.token_loop import DecodeNumbers, DecodePlan
+from qs_jax.halves import bits_of, from_bits
 from qs_jax.mechanisms import decide, kv_skip
 from qs_jax.mechanisms.plan import Numbers, Plan
 from qs_jax.models import Params, family_of, head
@@ -67,7 +68,7 @@ def over_segment(
         return carry, jax.tree.map(lambda leaf: leaf[None], out)
 
     def body(carry, offset):
-        params_l = jax.tree.map(lambda leaf: leaf[start + offset], layers)
+        params_l = from_bits(jax.tree.map(lambda leaf: leaf[start + offset], layers))
         return run(carry, LayerCache(cache, offset), params_l, start + offset)
 
     return lax.scan(body, carry, jnp.arange(count, dtype=jnp.int32))
@@ -276,14 +277,21 @@ class Decoder:
     def __init__(
         self, params: Params, numbers: DecodeNumbers, cfg: Config, plan: DecodePlan, rows: int
     ) -> None:
-        separate = weights.chosen(cfg.decode_weights) == "separate"
-        self.layers = weights.separate(params, rows) if separate else params["layers"]
-        self.params = {name: part for name, part in params.items() if name != "layers"}
+        parts = bits_of(params)
+        self.params = {name: part for name, part in parts.items() if name != "layers"}
+        self.prompt_params, self.rows = params, rows
         self.numbers, self.cfg, self.plan = numbers, cfg, plan
         self.static = {"model": cfg.model, "plan": plan}
         self.produced = 1  # prefill chooses the first token
         self.limit = 1
         self.surprised = False  # a cache was full before its time
+
+    @functools.cached_property
+    def layers(self) -> Any:
+        """Their weights as `over_segment` takes them, once a second token is asked for."""
+        if weights.chosen(self.cfg.decode_weights) == "separate":
+            return weights.separate(self.prompt_params, self.rows)
+        return bits_of(self.prompt_params)["layers"]
 
     def room(self, state: DecodeState) -> DecodeState:
         """Caches with room for the next steps; `limit` is where it ends."""
@@ -319,7 +327,7 @@ def generate(
     params: Params, padded: batching.Batch, numbers: DecodeNumbers, cfg: Config, plan: DecodePlan
 ) -> tuple[dict[str, Any], int]:
     """The whole call: `token_loop.results`, and the bytes of the KV cache at its end."""
-    state = token_loop.jit_start(params, *padded, numbers, model=cfg.model, plan=plan)
+    state = token_loop.jit_start(bits_of(params), *padded, numbers, model=cfg.model, plan=plan)
     decoder = Decoder(params, numbers, cfg, plan, len(padded.lengths_B))
     state = decoder.finish(state)
     return token_loop.results(state), cache_bytes(slot_caches(state))

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from qs_jax.config import ModelConfig
 from qs_jax.engine.attention import blocked_attention
+from qs_jax.halves import from_bits
 from qs_jax.models import Params, family_of
 from qs_jax.models.head import logits
 from qs_jax.state import KVCache
@@ -55,7 +56,7 @@ def run_layers(
 
     def layer(carry, scanned):
         h_BTD, cache = carry
-        index, params_l = scanned
+        index, params_l = scanned[0], from_bits(scanned[1])
         attend_here = functools.partial(attend, cache, index)
         after: Any = block.apply({"params": params_l}, h_BTD, pos_BT, attend_here)
         return after, None
@@ -134,7 +135,7 @@ def look_at_layers(
     pos_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
 
     def layer(h_BTD, params_l):
-        out: Any = block.apply({"params": params_l}, h_BTD, pos_BT, attend)
+        out: Any = block.apply({"params": from_bits(params_l)}, h_BTD, pos_BT, attend)
         after_BTD, kept = out
         return after_BTD, look(h_BTD, after_BTD, kept)
 

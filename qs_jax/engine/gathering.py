@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool
 from qs_jax.engine import decisions
 from qs_jax.engine import past as pasts
 from qs_jax.engine.call import Around, Call, Passive
+from qs_jax.halves import from_bits, to_bits
 from qs_jax.mechanisms import decide
 from qs_jax.state import LayerRecord, TokenState
 
@@ -62,7 +63,8 @@ def choose(call: Call, state: TokenState, first: Array, slots: int, keeps_keys: 
 
 def _take(array_BT: Array, index_BC: Array) -> Array:
     rows_B1 = jnp.arange(len(index_BC))[:, None]
-    return array_BT.at[rows_B1, index_BC].get(mode="promise_in_bounds", unique_indices=True)
+    at = to_bits(array_BT).at[rows_B1, index_BC]
+    return from_bits(at.get(mode="promise_in_bounds", unique_indices=True))
 
 
 def gather(call: Call, state: TokenState, index: Index, first: Array) -> tuple[Call, TokenState]:
@@ -117,9 +119,8 @@ def scatter(
     rows_B1 = jnp.arange(len(index.slots_BC))[:, None]
 
     def put(old_BT: Array, new_BC: Array) -> Array:
-        return old_BT.at[rows_B1, index.slots_BC].set(
-            new_BC, mode="promise_in_bounds", unique_indices=True
-        )
+        at = to_bits(old_BT).at[rows_B1, index.slots_BC]
+        return from_bits(at.set(to_bits(new_BC), mode="promise_in_bounds", unique_indices=True))
 
     bare = {"received_BTS": None, "taken_BW": None}
     state = jax.tree.map(put, old.replace(**bare), new.replace(**bare))

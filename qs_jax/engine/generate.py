@@ -23,6 +23,7 @@ from qs_jax.engine.checks import check_finite, check_maps, check_overflow, check
 from qs_jax.engine.overrides import TokenOverrides, arrays_of
 from qs_jax.engine.schedule import arrange, bind_call, uses_compact
 from qs_jax.engine.token_loop import DecodeNumbers, DecodePlan
+from qs_jax.halves import bits_of
 from qs_jax.mechanisms.execution import with_weights
 from qs_jax.models import Params
 from qs_jax.record import Record
@@ -164,7 +165,7 @@ def generate(
     if plan.segments:
         results, kv_bytes = decode.generate(params, padded, numbers, cfg, plan)
     else:
-        results = token_loop.jit_generate(params, *padded, numbers, **static)
+        results = token_loop.jit_generate(bits_of(params), *padded, numbers, **static)
         kv_bytes = cache_bytes(pack.full_cache(cfg.model, padded.tokens_BT.shape, plan))
     out = jax.device_get(results)
     check_finite(out["finite"])
@@ -225,7 +226,7 @@ def _stream(
     plan: DecodePlan,
 ) -> Iterator[StreamStep]:
     static = {"model": cfg.model, "plan": plan}
-    state = token_loop.jit_start(params, *padded, numbers, **static)
+    state = token_loop.jit_start(bits_of(params), *padded, numbers, **static)
     check_overflow(bool(state.overflow))
     rows = len(padded.lengths_B)
     decoder = decode.Decoder(params, numbers, cfg, plan, rows) if plan.segments else None
@@ -234,7 +235,7 @@ def _stream(
         if step and decoder is not None:
             state = decoder.advance(state)
         elif step:
-            state = token_loop.jit_advance(params, state, numbers, **static)
+            state = token_loop.jit_advance(bits_of(params), state, numbers, **static)
         token, logprob, done, finite = jax.device_get(
             (state.last_B, _column(state.logprobs_BM, step), state.done_B, state.finite_B)
         )

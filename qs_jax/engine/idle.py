@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
 
 from qs_jax.engine import decisions, layer
 from qs_jax.engine import past as pasts
@@ -38,14 +37,8 @@ def idle(
     rows, plan = call.rows, call.plan
     nobody_BT = jnp.zeros_like(rows.real_BT)
     if stores:
-
-        def found(codes: Any) -> Any:
-            multiply = layer.multiply_of(call, state.bits_BT, weights.int8, codes)
-            return layer.keys_values(call, state.h_BTD, rows.pos_BT, weights.params, multiply)
-
-        k, v = found(None)
-        if weights.int8 is not None:
-            k, v = lax.cond(at.has_bits, lambda: found(weights.int8), lambda: (k, v))
+        multiply = layer.multiply_of(call, state.bits_BT, at, weights)
+        k, v = layer.keys_values(call, state.h_BTD, rows.pos_BT, weights.params, multiply)
         k, v = layer.stored(call, state, k, v, ~nobody_BT, weights.maps)
         cache = cache._replace(k_B1KH=k, v_B1KH=v)
     in_force = state

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +14,7 @@ from qs_jax.engine import past as pasts
 from qs_jax.engine.attention import Attended, Places, attention, blocked_attention
 from qs_jax.engine.cache import LayerCache
 from qs_jax.engine.call import Call, Passive
+from qs_jax.halves import from_bits
 from qs_jax.mechanisms import execution, kv_skip, signals
 from qs_jax.mechanisms.plan import LayerNumbers
 from qs_jax.models import family_of, rope
@@ -65,6 +65,7 @@ def run(
       The next carry, the cache, the evidence, and what later tokens need.
     """
     size_BT = state.size_BT
+    weights = weights._replace(params=from_bits(weights.params))
     state, attended, ran_BT, drift_BT = _block(call, state, cache, at, weights, past_l)
     state, record, fused = decisions.decide_layer(
         call, state, attended, ran_BT, drift_BT, at, past_l
@@ -92,7 +93,7 @@ def _block(
         first_BS = kv_skip.seen_from(keys, at.layer, plan, call.numbers)
         places = Places(rows.pos_BT, first_BS, keys.hidden_from_BS if call.fuses else None)
 
-    def attend(q, k, v, codes):
+    def attend(q, k, v):
         k, v = stored(call, state, k, v, halted_BT, weights.maps)
         if isinstance(cache, LayerCache):
             own = cache._replace(k_B1KH=k, v_B1KH=v)
@@ -101,7 +102,7 @@ def _block(
         slot = at.layer - 1 - call.layers_before
         kept, k_all, v_all = pasts.write(cache, slot, rows.pos_BT, k, v, call)
         if passive is not None:
-            k_p, v_p = _passive_keys(call, passive, weights._replace(int8=codes))
+            k_p, v_p = _passive_keys(call, passive, at, weights)
             if isinstance(kept, KVCache):
                 kept = kept.write_slots(slot, passive.rows.pos_BT, k_p, v_p)
             k_all, v_all = jnp.concatenate([k_p, k_all], 1), jnp.concatenate([v_p, v_all], 1)
@@ -115,17 +116,9 @@ def _block(
             context, shown_BNTS = attention(q, k_all, v_all, mask_BTS, log_size_BS)
         return context, Attended(kept, mask_BTS, shown_BNTS, k_all, q, log_size_BS)
 
-    def apply_block(codes):
-        multiply = multiply_of(call, state.bits_BT, weights.int8, codes)
-        attends = functools.partial(attend, codes=codes)
-        params = {"params": weights.params}
-        return block.apply(params, state.h_BTD, rows.pos_BT, attends, multiply)
-
-    out: Any = None
-    if weights.int8 is None or not call.quantizes:
-        out = apply_block(None)
-    else:
-        out = lax.cond(at.has_bits, lambda: apply_block(weights.int8), lambda: apply_block(None))
+    multiply = multiply_of(call, state.bits_BT, at, weights)
+    params = {"params": weights.params}
+    out: Any = block.apply(params, state.h_BTD, rows.pos_BT, attend, multiply)
     h_BTD, attended = out
     ran_BT = rows.real_BT & ~call.stopped(state)
     if plan.halting is not None and plan.halting.freeze:
@@ -141,19 +134,18 @@ def _block(
     return state.replace(h_BTD=h_BTD), attended, ran_BT, drift_BT
 
 
-def multiply_of(call: Call, bits_BT: Array, int8: Any, codes: Any) -> Multiply:
+def multiply_of(call: Call, bits_BT: Array, at: LayerNumbers, weights: Weights) -> Multiply:
     """How the projections of a layer multiply.
 
     Args:
       call: What all layers share.
       bits_BT: Of each token.
-      int8: Codes of the layer, where products are int8 at all.
-      codes: The same where this layer has bits; None where it has none, or where they are
-        simulated.
+      at: Numbers of the layer.
+      weights: Its arrays.
     """
-    if not call.quantizes or (int8 is not None and codes is None):
+    if not call.quantizes:
         return dense_product
-    return execution.multiplier(call.plan.amq, bits_BT, codes)
+    return execution.multiplier(call.plan.amq, bits_BT, weights.int8, at.has_bits)
 
 
 def _mask(call: Call, state: TokenState, cache: Any, at: LayerNumbers) -> Array:
@@ -196,7 +188,9 @@ def stored(call: Call, state: TokenState, k: Array, v: Array, halted_BT: Array, 
     return execution.kept(k, bits_BT, amq), execution.kept(v, bits_BT, amq)
 
 
-def _passive_keys(call: Call, passive: Passive, weights: Weights) -> tuple[Array, Array]:
+def _passive_keys(
+    call: Call, passive: Passive, at: LayerNumbers, weights: Weights
+) -> tuple[Array, Array]:
     """Keys and values of tokens that run no more, from their frozen states."""
     rows, amq = passive.rows, call.plan.amq
     if call.plan.policy == "extrapolate":
@@ -207,8 +201,7 @@ def _passive_keys(call: Call, passive: Passive, weights: Weights) -> tuple[Array
         everyone_BP = jnp.ones(rows.pos_BT.shape, bool)
         k, v = _extrapolated(call, *frozen, nothing, nothing, everyone_BP, weights.maps)
     else:
-        int8 = weights_of(call, None).int8
-        multiply = multiply_of(call, passive.bits_BP, int8, weights.int8)
+        multiply = multiply_of(call, passive.bits_BP, at, weights)
         k, v = keys_values(call, passive.h_BPD, rows.pos_BT, weights.params, multiply)
     return execution.kept(k, passive.bits_BP, amq), execution.kept(v, passive.bits_BP, amq)
 

@@ -46,7 +46,8 @@ def products(
 
     def mix_heads(weights_BNC: Array) -> Array:
         weights_BKGC = weights_BNC.astype(v_BCO.dtype).reshape(batch, kv_heads, group, slots)
-        return jnp.einsum("bkgc,bckh->bkgh", weights_BKGC, v_BCKH)
+        mixed = jnp.einsum("bkgc,bckh->bkgh", weights_BKGC, v_BCKH, preferred_element_type=exact)
+        return mixed.astype(v_BCO.dtype)
 
     return logits_BCKG.reshape(batch, slots, heads).swapaxes(1, 2), mix_heads
 

@@ -1,6 +1,6 @@
 """From the full cache of a prompt to the compact caches of decoding, and their growth.
 
-A capacity is a static size, so every new one is a new program. They are buckets, eight to an
+A capacity is a static size, so every new one is a new program. They are buckets, sixteen to an
 octave, shared by groups of layers; a cache that cannot hold what the next steps may write is grown
 before they run, so nothing is ever dropped. New tokens get room for as large a share of them as of
 the prompt; where that runs out the loop stops, and from there on there is room for all. A call of n
@@ -40,8 +40,8 @@ MARGIN = 1.25
 
 
 def bucket(n: int) -> int:
-    """The smallest capacity that holds `n` slots: eight to an octave."""
-    step = 1 << max((n - 1).bit_length() - 4, 0)
+    """The smallest capacity that holds `n` slots: sixteen to an octave."""
+    step = 1 << max((n - 1).bit_length() - 5, 0)
     return max(-(-n // step) * step, SMALLEST)
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from qs_jax.engine.cache import LayerCache
 from qs_jax.engine.call import Call
+from qs_jax.halves import from_bits, to_bits
 from qs_jax.mechanisms import fusion
 from qs_jax.mechanisms.decide import Rows
 from qs_jax.mechanisms.plan import NEVER, Plan
@@ -98,8 +99,8 @@ def last_slots(pos_BT: Array, count: int) -> Array:
 
 def _take(array_BX: Array, index_BW: Array) -> Array:
     index_BW = jnp.clip(index_BW, 0, array_BX.shape[1] - 1)
-    extra = array_BX.ndim - 2
-    return jnp.take_along_axis(array_BX, index_BW.reshape(*index_BW.shape, *[1] * extra), axis=1)
+    index_BW = index_BW.reshape(*index_BW.shape, *[1] * (array_BX.ndim - 2))
+    return from_bits(jnp.take_along_axis(to_bits(array_BX), index_BW, axis=1))
 
 
 def earlier(call: Call, state: TokenState, past_l: PastLayer | None, layer: Array) -> Earlier:

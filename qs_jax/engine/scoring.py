@@ -17,6 +17,7 @@ from qs_jax.engine import devices as on_devices
 from qs_jax.engine.checks import check_finite, check_maps, check_overflow, check_params
 from qs_jax.engine.overrides import TokenOverrides, arrays_of
 from qs_jax.engine.schedule import arrange, bind_call, uses_compact
+from qs_jax.halves import bits_of
 from qs_jax.mechanisms.execution import with_weights
 from qs_jax.mechanisms.plan import Numbers, Plan
 from qs_jax.models import Params, head
@@ -275,7 +276,7 @@ def score(
     if devices is not None:
         out = on_devices.run(sharded, devices, params, rows, shared, static)
     else:
-        out = jax.device_get(program(params, *rows, *shared, **static))
+        out = jax.device_get(program(bits_of(params), *rows, *shared, **static))
     if bound is not None:
         check_overflow(out.get("overflow", False))
         record = Record.of(

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from qs_jax.halves import bits_of, from_bits
 from qs_jax.models import Params
 
 # The one split kept, by the identity of the arrays it was made from; and in which layout.
@@ -21,7 +22,7 @@ _kept: dict[tuple[int, ...], tuple[bool, tuple[Any, ...]]] = {}
 @functools.partial(jax.jit, static_argnames="transposed")
 def _split(layers: Any, transposed: bool) -> tuple[Any, ...]:
     def of_layer(at: int) -> Any:
-        layer = jax.tree.map(lambda leaf: leaf[at], layers)
+        layer = from_bits(jax.tree.map(lambda leaf: leaf[at], layers))
         return {name: _turned(part) for name, part in layer.items()} if transposed else layer
 
     count = jax.tree.leaves(layers)[0].shape[0]
@@ -55,7 +56,7 @@ def separate(params: Params, rows: int) -> tuple[Any, ...]:
             weakref.finalize(leaf, _kept.pop, key, None).atexit = False
     if key not in _kept or _kept[key][0] != transposed:
         _kept.pop(key, None)  # before the other layout takes its memory
-        _kept[key] = transposed, _split(params["layers"], transposed)
+        _kept[key] = transposed, _split(bits_of(params)["layers"], transposed)
     return _kept[key][1]
 
 

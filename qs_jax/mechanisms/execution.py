@@ -19,14 +19,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.config import AMQConfig, ModelConfig, QuickSilverConfig
 from qs_jax.errors import ConfigError
 from qs_jax.mechanisms import amq, int8
 from qs_jax.mechanisms.kv_maps import select
 from qs_jax.mechanisms.plan import Plan
-from qs_jax.models import Params, family_of
+from qs_jax.models import Params, family_of, layers
 from qs_jax.models.layers import Multiply, dense_product
 
 # Tokens at a time for which int8 must be faster: a prompt; and where tokens follow it, one more.
@@ -116,7 +117,7 @@ def product_seconds(
     x = jnp.asarray(rng.standard_normal((tokens, inputs)), jnp.float32)
     kernel = jnp.asarray(rng.standard_normal((inputs, outputs)), jnp.float32)
     bits = jnp.full(tokens, 8, jnp.int32)
-    multiply = jax.jit(jnp.matmul)
+    multiply = jax.jit(layers.product)
     calls: dict[str, Callable[[], Array]] = {
         dtype: functools.partial(multiply, x.astype(dtype), kernel.astype(dtype))
         for dtype in dtypes
@@ -220,6 +221,7 @@ def multiplier(
     setting: AMQConfig | None,
     bits_BT: Int[Array, "B T"],
     weights: Mapping[str, int8.QTensor] | None,
+    has_bits: Bool[Array, ""],
 ) -> Multiply:
     """How a block multiplies tokens of these bits.
 
@@ -227,6 +229,8 @@ def multiplier(
       setting: AMQ; None is off.
       bits_BT: Of each token.
       weights: Of the layer, by projection, for a product in int8; None simulates it.
+      has_bits: Whether this layer quantises at all. In int8 that is a choice in each product: in
+        one between whole blocks XLA would copy the cache that they write.
     """
     if setting is None or "linear" not in setting.targets:
         return dense_product
@@ -239,7 +243,11 @@ def multiplier(
         with jax.named_scope("amq"):
             bias_O = dense.variables["params"].get("bias")
             columns = jax.tree.map(lambda leaf: leaf[..., start:], (weights[dense.name], bias_O))
-            return int8.product(x, bits_BT, setting.group, *columns)
+            return lax.cond(
+                has_bits,
+                lambda: int8.product(x, bits_BT, setting.group, *columns),
+                lambda: dense_product(dense, x, start),
+            )
 
     return simulated if weights is None else in_int8
 

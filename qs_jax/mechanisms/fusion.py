@@ -8,6 +8,7 @@ gives each member the mean of the run up to itself, and the last member is the s
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -58,15 +59,22 @@ def back(array_BX: Array, distance: int, width: int) -> Array:
     return array_BX[:, start : start + width]
 
 
-def distances(a: Array, b: Array, kind: str) -> Array:
-    """||a - b||_2, or that over the mean of the two norms."""
+def distances(a: Array, b: Array, kind: str, norms: tuple[Array, Array] | None = None) -> Array:
+    """||a - b||_2, or that over the mean of the two norms.
+
+    Args:
+      a: Vectors, `[..., D]`.
+      b: Likewise.
+      kind: "raw", or "relative".
+      norms: Of a and b, where they are known.
+    """
     exact = exact_dtype(a.dtype)
     a, b = a.astype(exact), b.astype(exact)
     apart = jnp.linalg.norm(a - b, axis=-1)
     if kind == "raw":
         return apart
-    mean = (jnp.linalg.norm(a, axis=-1) + jnp.linalg.norm(b, axis=-1)) / 2
-    return apart / jnp.maximum(mean, 1e-12)
+    of_a, of_b = norms or (jnp.linalg.norm(a, axis=-1), jnp.linalg.norm(b, axis=-1))
+    return apart / jnp.maximum((of_a + of_b) / 2, 1e-12)
 
 
 def similarity(
@@ -115,10 +123,21 @@ def pairs(
       fusion: Distance and filters.
       numbers: `tau_attn`, `tau_ctx`.
     """
-    pos_BT, h_BTD = tokens.pos_BX[:, -width:], tokens.h_BXD[:, -width:]
-    found = []
+    pos_BT, found = tokens.pos_BX[:, -width:], []
+
+    def apart_from(x_BXD: Array) -> Callable[[int], Array]:
+        norm_BX = jnp.linalg.norm(x_BXD.astype(exact_dtype(x_BXD.dtype)), axis=-1)
+
+        def of(d: int) -> Array:
+            norms = norm_BX[:, -width:], back(norm_BX, d, width)
+            mine, theirs = x_BXD[:, -width:], back(x_BXD, d, width)
+            return distances(mine, theirs, fusion.distance, norms)
+
+        return of
+
+    states_apart = apart_from(tokens.h_BXD)
     for d in range(1, fusion.window + 1):
-        near_BT = distances(h_BTD, back(tokens.h_BXD, d, width), fusion.distance) < tau_fuse
+        near_BT = states_apart(d) < tau_fuse
         both_BT = tokens.ready_BX[:, -width:] & back(tokens.ready_BX, d, width)
         still_BT = pos_BT < back(tokens.hidden_from_BX, d, width)
         apart_BT = pos_BT - back(tokens.pos_BX, d, width)
@@ -128,8 +147,7 @@ def pairs(
             alike_BT = jnp.take_along_axis(similarity_BTW, index_BT1, axis=-1)[..., 0]
             ok_BT &= (apart_BT == 1) | (alike_BT > numbers.tau_attn)
         if tokens.context_BXD is not None:
-            mine, theirs = tokens.context_BXD[:, -width:], back(tokens.context_BXD, d, width)
-            ok_BT &= distances(mine, theirs, fusion.distance) < numbers.tau_ctx
+            ok_BT &= apart_from(tokens.context_BXD)(d) < numbers.tau_ctx
         found.append(ok_BT)
     return jnp.stack(found, axis=-1)
 

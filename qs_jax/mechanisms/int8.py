@@ -147,7 +147,7 @@ def product(
       bias_O: Added in full precision.
 
     Returns:
-      In the dtype of `x`.
+      At least float32.
     """
     vectors = encode(rotate(x), bits, group)
     dims = (((x.ndim - 1,), (0,)), ((), ()))
@@ -158,7 +158,7 @@ def product(
 
     exact = vectors.scale.dtype
     out = dots.astype(exact) * (vectors.scale[..., None] * row(weights.scale))
-    return (out if bias_O is None else out + row(bias_O)).astype(x.dtype)
+    return out if bias_O is None else out + row(bias_O)
 
 
 @jax.jit

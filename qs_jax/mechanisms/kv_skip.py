@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from qs_jax.halves import from_bits, to_bits
 from qs_jax.mechanisms.kv_maps import KVMaps, rms_normalised
 from qs_jax.mechanisms.plan import NEVER, Numbers, Plan
+from qs_jax.models.layers import exact_dtype, product
 
 Sources: TypeAlias = Mapping[str, Callable[[], Array]]
 
@@ -105,11 +107,12 @@ def extrapolate(
       halt_layer_BT: Where each token halted.
       layers: The halting layers, in the order of the maps.
     """
-    out = jnp.zeros((*features_BTF.shape[:2], maps_XFO.shape[-1]), features_BTF.dtype)
+    exact = exact_dtype(features_BTF.dtype)
+    out = jnp.zeros((*features_BTF.shape[:2], maps_XFO.shape[-1]), exact)
     for index, layer in enumerate(layers):
         here_BT1 = (halt_layer_BT == layer)[..., None]
-        out = jnp.where(here_BT1, features_BTF @ maps_XFO[index], out)
-    return out
+        out = jnp.where(here_BT1, product(features_BTF, maps_XFO[index]), out)
+    return out.astype(features_BTF.dtype)
 
 
 # Tokens that are mapped at a time.
@@ -144,19 +147,20 @@ def extrapolate_grouped(
     chunks_X = -(-tokens_X // chunk)
     first_X = jnp.cumsum(tokens_X) - tokens_X  # place in the order of each map's first token
     before_X = jnp.cumsum(chunks_X) - chunks_X
-    features_NF = features_BTF.reshape(count, size)
+    features_NF, maps_XFO = to_bits(features_BTF.reshape(count, size)), to_bits(maps_XFO)
 
     def body(index: Array, out_NO: Array) -> Array:
         kind = (before_X + chunks_X <= index).sum(dtype=jnp.int32)
         offsets_C = (index - before_X[kind]) * chunk + jnp.arange(chunk, dtype=jnp.int32)
         places_C = jnp.minimum(first_X[kind] + offsets_C, count - 1)
         tokens_C = jnp.where(offsets_C < tokens_X[kind], order_N[places_C], count)
-        found_CO = features_NF.at[tokens_C].get(mode="clip") @ maps_XFO[kind]
+        features_CF = from_bits(features_NF.at[tokens_C].get(mode="clip"))
+        found_CO = product(features_CF, from_bits(maps_XFO[kind]))
         return out_NO.at[tokens_C].set(found_CO, mode="drop")
 
-    nothing_NO = jnp.zeros((count, maps_XFO.shape[-1]), features_BTF.dtype)
+    nothing_NO = jnp.zeros((count, maps_XFO.shape[-1]), exact_dtype(features_BTF.dtype))
     out_NO = jax.lax.fori_loop(0, chunks_X.sum(), body, nothing_NO)
-    return out_NO.reshape(batch, width, -1)
+    return out_NO.astype(features_BTF.dtype).reshape(batch, width, -1)
 
 
 def apply_maps(

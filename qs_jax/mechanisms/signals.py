@@ -76,10 +76,9 @@ def entropy(
         return head.map_positions(exact, model.vocab_size, h_BTD)
     if kind == "shortlist":
         assert shortlist_BTX is not None
-        table_VD = head.head_table(params)
 
         def short(h_BCD: Array, ids_BCX: Array) -> Array:
-            rows_BCXD = jnp.take(table_VD, ids_BCX, axis=0, mode="clip")
+            rows_BCXD = head.head_rows(params, ids_BCX)
             normed = head.normed(params, h_BCD, model)
             dtype = exact_dtype(normed.dtype)
             return entropy_of(

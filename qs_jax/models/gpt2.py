@@ -43,10 +43,11 @@ class Block(layers.PreNormBlock):
         self, x_BTD: Array, pos_BT: Array, multiply: layers.Multiply = layers.dense_product
     ) -> tuple[Array, Array, Array]:
         del pos_BT  # positions are in the embedding
-        return layers.split_heads(multiply(self.qkv, x_BTD), self.model)
+        return layers.split_heads(multiply(self.qkv, x_BTD).astype(x_BTD.dtype), self.model)
 
     def neurons(self, x_BTD: Array, multiply: layers.Multiply) -> Array:
-        return layers.ACTIVATIONS[self.model.activation](multiply(self.up, x_BTD))
+        found_BTF = layers.ACTIVATIONS[self.model.activation](multiply(self.up, x_BTD))
+        return found_BTF.astype(x_BTD.dtype)
 
 
 class FinalNorm(nn.Module):

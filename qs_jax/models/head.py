@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from qs_jax.config import ModelConfig
 from qs_jax.models import layers
@@ -22,6 +22,12 @@ HEAD_ELEMENTS = 2**24
 def head_table(params: Params) -> Float[Array, "V D"]:
     """The output embedding: the head's own, or the token embedding when tied."""
     return params["head"]["tokens"] if "head" in params else params["embed"]["tokens"]
+
+
+def head_rows(params: Params, ids: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
+    """Rows of the output embedding."""
+    held = params["head"].get("bits") if "head" in params else None
+    return layers.embed_lookup(head_table(params) if held is None else held, ids)
 
 
 def logits(params: Params, h: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:

@@ -12,9 +12,10 @@ from typing import Any, TypeAlias
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt16
 
 from qs_jax.config import ModelConfig
+from qs_jax.halves import from_bits
 
 # Given this layer's queries [B, T, N, H] and keys and values [B, T, K, H] of the same tokens,
 # returns what attention reads [B, T, N, H] and whatever the caller wants back (an updated cache).
@@ -22,7 +23,8 @@ from qs_jax.config import ModelConfig
 Attend: TypeAlias = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 # multiply(dense, x, start=0) applies one of the four projections (a dense module, known by its
-# name) to its input [B, T, C], from output column `start` on; quantisation enters here.
+# name) to its input [B, T, C], from output column `start` on, and returns at least float32;
+# quantisation enters here.
 Multiply: TypeAlias = Callable[..., Array]
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -55,7 +57,7 @@ def product(x: Float[Array, "*batch C"], kernel: Array, transposed: bool = False
 
 
 def dense_product(dense: nn.Dense, x: Array, start: int = 0) -> Array:
-    """The product as the module defines it, from output column `start` on.
+    """The product as the module defines it, from output column `start` on, at least float32.
 
     The kernel may be there as "transposed" `[O, C]` instead.
     """
@@ -64,10 +66,10 @@ def dense_product(dense: nn.Dense, x: Array, start: int = 0) -> Array:
         return dense(x)
     transposed = "transposed" in weights
     kernel = weights["transposed"][start:] if transposed else weights["kernel"][:, start:]
-    y = product(x, kernel.astype(x.dtype), transposed).astype(x.dtype)
+    y = product(x.astype(kernel.dtype), kernel, transposed)
     if "bias" not in weights:
         return y
-    return y + weights["bias"][start:].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+    return y + weights["bias"][start:].astype(y.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 class PreNormBlock(nn.Module):
@@ -94,7 +96,7 @@ class PreNormBlock(nn.Module):
         """Keys and values `[B, T, K, H]` alone, for tokens that ask nothing."""
         with jax.named_scope("attn"):
             x_BTD = normed(self.attn_norm, h_BTD)
-            kv_BTO = multiply(self.qkv, x_BTD, self.model.q_size)
+            kv_BTO = multiply(self.qkv, x_BTD, self.model.q_size).astype(h_BTD.dtype)
             shape = (*h_BTD.shape[:2], -1, self.model.head_dim)
             k, v = (part.reshape(shape) for part in jnp.split(kv_BTO, 2, axis=-1))
             return self.place(k, pos_BT), v
@@ -105,11 +107,11 @@ class PreNormBlock(nn.Module):
         return x_BTXH
 
     def neurons(self, x_BTD: Array, multiply: Multiply) -> Array:
-        """What `down` reads of normed states, `[B, T, F]`."""
+        """What `down` reads of normed states, `[B, T, F]` in their dtype."""
         raise NotImplementedError
 
     def mlp(self, x_BTD: Array, multiply: Multiply) -> Array:
-        """The MLP of normed states."""
+        """The MLP of normed states, at least float32."""
         return multiply(self.down, self.neurons(x_BTD, multiply))
 
     def mlp_neurons(self, h_BTD: Float[Array, "B T D"]) -> Array:
@@ -126,9 +128,10 @@ class PreNormBlock(nn.Module):
         with jax.named_scope("attn"):
             q, k, v = self.project(normed(self.attn_norm, h_BTD), pos_BT, multiply)
             context_BTNH, kept = attend(q, k, v)
-            h_BTD = h_BTD + multiply(self.out, context_BTNH.reshape(*h_BTD.shape[:2], -1))
+            context_BTO = context_BTNH.reshape(*h_BTD.shape[:2], -1)
+            h_BTD = added(h_BTD, multiply(self.out, context_BTO))
         with jax.named_scope("mlp"):
-            return h_BTD + self.mlp(normed(self.mlp_norm, h_BTD), multiply), kept
+            return added(h_BTD, self.mlp(normed(self.mlp_norm, h_BTD), multiply)), kept
 
 
 def exact_dtype(dtype: Any) -> Any:
@@ -152,6 +155,11 @@ def normed(norm: Callable[[Array], Array], h: Float[Array, "*batch D"]) -> Array
     return norm(h).astype(h.dtype)
 
 
+def added(h: Float[Array, "*batch D"], update: Float[Array, "*batch D"]) -> Array:
+    """Add an update to the residual stream, rounded to its dtype once."""
+    return (h.astype(update.dtype) + update).astype(h.dtype)
+
+
 def split_heads(qkv_BTO: Float[Array, "B T O"], model: ModelConfig) -> tuple[Array, Array, Array]:
     """Cut the fused projection into q `[B, T, N, H]`, k and v `[B, T, K, H]`."""
     shape = (*qkv_BTO.shape[:2], -1, model.head_dim)
@@ -160,9 +168,11 @@ def split_heads(qkv_BTO: Float[Array, "B T O"], model: ModelConfig) -> tuple[Arr
     return q.reshape(shape), k.reshape(shape), v.reshape(shape)
 
 
-def embed_lookup(table_VD: Float[Array, "V D"], ids: Int[Array, "*batch"]) -> Array:
-    """Rows of an embedding table; ids are checked before they get here."""
-    return jnp.take(table_VD, ids, axis=0, mode="clip")
+def embed_lookup(
+    table_VD: Float[Array, "V D"] | UInt16[Array, "V D"], ids: Int[Array, "*batch"]
+) -> Float[Array, "*batch D"]:
+    """Rows of an embedding table, which may be held by its bits; ids are checked before."""
+    return from_bits(jnp.take(table_VD, ids, axis=0, mode="clip"))
 
 
 def unembed(h: Float[Array, "*batch D"], table_VD: Float[Array, "V D"]) -> Array:

@@ -43,7 +43,8 @@ class Block(layers.PreNormBlock):
     def project(
         self, x_BTD: Array, pos_BT: Array, multiply: layers.Multiply = layers.dense_product
     ) -> tuple[Array, Array, Array]:
-        q, k, v = layers.split_heads(multiply(self.qkv, x_BTD), self.model)
+        qkv_BTO = multiply(self.qkv, x_BTD).astype(x_BTD.dtype)
+        q, k, v = layers.split_heads(qkv_BTO, self.model)
         return self.place(q, pos_BT), self.place(k, pos_BT), v
 
     def place(self, x_BTXH: Array, pos_BT: Array) -> Array:
@@ -51,7 +52,8 @@ class Block(layers.PreNormBlock):
 
     def neurons(self, x_BTD: Array, multiply: layers.Multiply) -> Array:
         gate_BTF, up_BTF = jnp.split(multiply(self.gate_up, x_BTD), 2, axis=-1)
-        return layers.ACTIVATIONS[self.model.activation](gate_BTF) * up_BTF
+        found_BTF = layers.ACTIVATIONS[self.model.activation](gate_BTF) * up_BTF
+        return found_BTF.astype(x_BTD.dtype)
 
 
 class FinalNorm(nn.Module):

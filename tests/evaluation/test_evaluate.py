@@ -222,7 +222,7 @@ def test_a_run_that_finished_nothing_leaves_nothing(run, tmp_path, monkeypatch):
 
 def test_a_process_killed_by_the_system(run, ckpt, tmp_path):
     (tmp_path / "long.txt").write_text(TEXT * 4)
-    flags = ["--seq-len", "4", "--batch-size", "1"]
+    flags = ["--seq-len", "4", "--batch-size", "1", "--dtype", "float32"]
     command = [sys.executable, "-m", "qs_jax", "evaluate", "--ckpt", str(ckpt), *flags]
     command += ["--data", str(tmp_path / "long.txt"), "--out", str(tmp_path / "out.json")]
     # The same programs as in this process, to the last bit.

@@ -1,0 +1,84 @@
+"""bfloat16 arrays as XLA's CPU backend handles them well: by their bits.
+
+That backend multiplies bfloat16 but neither slices, gathers nor updates it: it converts the whole
+array to float32, does that there, and converts the result back. Stacked weights, embedding tables
+and KV caches are therefore held as uint16, whose bits they are, and read as bfloat16 where they
+are multiplied. On other backends, and in other dtypes, everything here hands its input through.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+if TYPE_CHECKING:  # the blocks of the models use this module
+    from qs_jax.models.params import Params
+
+
+# Where Linux tells what the processor can do.
+CPU_INFO = Path("/proc/cpuinfo")
+
+
+def held_dtype(dtype: Any) -> Any:
+    """The dtype that arrays of a model's dtype are held in on the default backend."""
+    dtype = jnp.dtype(dtype)
+    return jnp.dtype(jnp.uint16) if dtype == jnp.bfloat16 and _on_cpu() else dtype
+
+
+def to_bits(x: Array) -> Array:
+    """What to write of an array into one that is held as bits."""
+    return x.view(held_dtype(x.dtype))
+
+
+def from_bits(tree: Any) -> Any:
+    """The values of an array that is held as bits, or of a tree of arrays."""
+
+    def read(leaf: Any) -> Any:
+        return leaf.view(jnp.bfloat16) if leaf.dtype == jnp.uint16 else leaf
+
+    return jax.tree.map(read, tree)
+
+
+def bits_of(params: Params) -> Params:
+    """Parameters as programs take them: layers and embeddings held as bits.
+
+    Nothing is copied: the arrays share the memory of those given. The head, which may be the
+    embedding table, is there in floats, for the product, and as "bits", for single rows of it.
+
+    Args:
+      params: Arrays, not traced. What is sharded stays as it is.
+    """
+    held = {name: jax.tree.map(_aliased, params[name]) for name in ("embed", "layers")}
+    table_VD = params.get("head", params["embed"])["tokens"]
+    bits_VD = _aliased(table_VD)
+    if bits_VD is not table_VD:
+        held["head"] = {"tokens": table_VD, "bits": bits_VD}
+    return {**params, **held}
+
+
+def _aliased(leaf: Any) -> Any:
+    if not isinstance(leaf, jax.Array) or held_dtype(leaf.dtype) == leaf.dtype:
+        return leaf
+    if [device.platform for device in leaf.devices()] != ["cpu"]:
+        return leaf
+    bits = np.asarray(leaf).view(np.uint16)
+    return jax.device_put(bits, leaf.device if leaf.committed else None)
+
+
+@functools.cache
+def processor_multiplies() -> bool:
+    """Whether this processor has instructions for bfloat16 products, as far as Linux says so.
+
+    Where it has none, XLA multiplies float32 and converts around it.
+    """
+    return CPU_INFO.exists() and "avx512_bf16" in CPU_INFO.read_text(encoding="utf-8").split()
+
+
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu"

@@ -1,0 +1,96 @@
+"""bfloat16 arrays held by their bits: the same memory, the same results, no conversions."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qs_jax
+from qs_jax import halves
+from qs_jax.config import Config
+from qs_jax.engine import generate, token_loop
+from tests.engine.contract import MATRIX, model_of, params_of
+from tests.support import OPTIMISED, random_tokens
+
+
+def half(model_type: str = "llama"):
+    model = model_of(model_type, dtype="bfloat16")
+    return model, params_of(model)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_bits_share_the_memory_of_the_parameters(model_type):
+    model, params = half(model_type)
+    held = halves.bits_of(params)
+    for name in ("embed", "layers"):
+        pairs = zip(jax.tree.leaves(held[name]), jax.tree.leaves(params[name]), strict=True)
+        for bits, leaf in pairs:
+            assert bits.dtype == jnp.uint16
+            assert bits.unsafe_buffer_pointer() == leaf.unsafe_buffer_pointer()
+            np.testing.assert_array_equal(halves.from_bits(bits), leaf)
+    table = params.get("head", params["embed"])["tokens"]
+    assert held["head"]["tokens"] is table
+    assert held["head"]["bits"].unsafe_buffer_pointer() == table.unsafe_buffer_pointer()
+    assert params["layers"]["qkv"]["kernel"].dtype == model.dtype, "the input is left alone"
+
+
+def test_the_parameters_go_when_their_bits_have_gone():
+    _, params = half()
+    held = halves.bits_of(params)
+    before = len(jax.live_arrays())
+    del held
+    assert len(jax.live_arrays()) < before
+
+
+def test_float32_and_sharded_parameters_are_handed_through():
+    model = model_of("llama")
+    params = params_of(model)
+    held = halves.bits_of(params)
+    assert all(a is b for a, b in zip(*map(jax.tree.leaves, (held, params)), strict=True))
+    assert halves.held_dtype("float32") == jnp.float32
+    _, params = half()
+    everywhere = qs_jax.replicate(params, jax.local_devices()[:2])
+    held = halves.bits_of(everywhere)
+    assert all(a is b for a, b in zip(*map(jax.tree.leaves, (held, everywhere)), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type"), [("dense", "gpt2"), ("dense", "llama"), ("HKFQ", "llama")]
+)
+def test_held_by_bits_or_by_values_results_are_the_same(name, model_type, monkeypatch):
+    """Against XLA's own slices, gathers and updates of bfloat16."""
+    model, params = half(model_type)
+    cfg = Config(model, MATRIX.get(name), max_new_tokens=6, continuation_tokens=6)
+    rows = random_tokens(model, width=24)
+
+    def results():
+        jax.clear_caches()
+        out = qs_jax.generate(params, rows, cfg)
+        return out.tokens, out.logprobs, qs_jax.score(params, rows, cfg).logprobs
+
+    by_bits = results()
+    monkeypatch.setattr(halves, "_on_cpu", lambda: False)
+    assert halves.held_dtype("bfloat16") == jnp.bfloat16
+    by_values = results()
+    jax.clear_caches()
+    np.testing.assert_array_equal(by_bits[0], by_values[0])
+    for ours, theirs in zip(by_bits[1:], by_values[1:], strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=0.02)
+
+
+def test_no_program_converts_stacked_weights_or_caches():
+    """Read off the compiled program of a prompt: nothing as large is there in float32."""
+    model, params = half()
+    cfg = Config(model, max_new_tokens=1)
+    rows = random_tokens(model, batch=3, width=40)
+    _, padded, numbers, plan = generate._prepare(params, rows, cfg, None, None, None)
+
+    def found(given) -> set[str]:
+        program = token_loop.jit_start.lower(given, *padded, numbers, model=model, plan=plan)
+        text = program.compile(compiler_options=OPTIMISED).as_text()
+        return set(re.findall(rf"= (f32\[{model.num_layers},\d+,\d+[\d,]*\])", text))
+
+    assert found(halves.bits_of(params)) == set()
+    assert found(params) != set(), "values would be converted: the pattern finds something"
