@@ -52,7 +52,7 @@ def bits_of(params: Params) -> Params:
     embedding table, is there in floats, for the product, and as "bits", for single rows of it.
 
     Args:
-      params: Arrays, not traced. What is sharded stays as it is.
+      params: Arrays, not traced, on one device or on several.
     """
     held = {name: jax.tree.map(_aliased, params[name]) for name in ("embed", "layers")}
     table_VD = params.get("head", params["embed"])["tokens"]
@@ -65,10 +65,15 @@ def bits_of(params: Params) -> Params:
 def _aliased(leaf: Any) -> Any:
     if not isinstance(leaf, jax.Array) or held_dtype(leaf.dtype) == leaf.dtype:
         return leaf
-    if [device.platform for device in leaf.devices()] != ["cpu"]:
+    if not leaf.is_fully_addressable or {each.platform for each in leaf.devices()} != {"cpu"}:
         return leaf
-    bits = np.asarray(leaf).view(np.uint16)
-    return jax.device_put(bits, leaf.device if leaf.committed else None)
+    if not leaf.committed:
+        return jax.device_put(np.asarray(leaf).view(np.uint16))
+    parts = [
+        jax.device_put(np.asarray(shard.data).view(np.uint16), shard.device)
+        for shard in leaf.addressable_shards
+    ]
+    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts)
 
 
 @functools.cache

@@ -44,16 +44,26 @@ def test_the_parameters_go_when_their_bits_have_gone():
     assert len(jax.live_arrays()) < before
 
 
-def test_float32_and_sharded_parameters_are_handed_through():
-    model = model_of("llama")
-    params = params_of(model)
+def test_float32_parameters_are_handed_through():
+    params = params_of(model_of("llama"))
     held = halves.bits_of(params)
     assert all(a is b for a, b in zip(*map(jax.tree.leaves, (held, params)), strict=True))
     assert halves.held_dtype("float32") == jnp.float32
-    _, params = half()
-    everywhere = qs_jax.replicate(params, jax.local_devices()[:2])
-    held = halves.bits_of(everywhere)
-    assert all(a is b for a, b in zip(*map(jax.tree.leaves, (held, everywhere)), strict=True))
+
+
+def test_bits_of_several_devices_stay_where_they_are():
+    model, params = half()
+    devices = jax.local_devices()[:2]
+    everywhere = qs_jax.replicate(params, devices)
+    bits = halves.bits_of(everywhere)["layers"]["qkv"]["kernel"]
+    kernel = everywhere["layers"]["qkv"]["kernel"]
+    assert (bits.dtype, bits.sharding) == (jnp.uint16, kernel.sharding)
+    for ours, theirs in zip(bits.addressable_shards, kernel.addressable_shards, strict=True):
+        assert ours.data.unsafe_buffer_pointer() == theirs.data.unsafe_buffer_pointer()
+    rows = random_tokens(model, batch=4, width=16)
+    alone = qs_jax.score(params, rows, Config(model)).logprobs
+    shared = qs_jax.score(everywhere, rows, Config(model), devices=devices).logprobs
+    np.testing.assert_allclose(shared, alone, atol=0.02)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from qs_jax.engine import dense
 from qs_jax.engine.attention import attention
 from qs_jax.engine.checks import check_params
 from qs_jax.errors import InputError
+from qs_jax.halves import bits_of
 from qs_jax.mechanisms import fusion, signals
 from qs_jax.models import Params
 
@@ -120,11 +121,11 @@ def observe(
     sample_WP = np.stack(
         [np.sort(rng.choice(width - 2, count, replace=False)) + 1 for _ in range(windows)]
     ).astype(np.int32)
-    program = jax.jit(_signals, static_argnames="model")
+    program, held = jax.jit(_signals, static_argnames="model"), bits_of(params)
     found = []
     for start in tqdm(range(0, windows, batch_size), "observing", disable=not progress):
         rows = slice(start, start + batch_size)
-        found.append(jax.device_get(program(params, tokens_WT[rows], sample_WP[rows], model=model)))
+        found.append(jax.device_get(program(held, tokens_WT[rows], sample_WP[rows], model=model)))
     return summarise(
         {name: np.concatenate([part[name] for part in found], axis=1) for name in found[0]}
     )

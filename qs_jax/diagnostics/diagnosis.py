@@ -19,6 +19,7 @@ from qs_jax.engine.overrides import TokenOverrides, arrays_of
 from qs_jax.engine.schedule import bind_call
 from qs_jax.engine.scoring import next_logprobs
 from qs_jax.errors import InputError
+from qs_jax.halves import bits_of
 from qs_jax.mechanisms.execution import with_weights
 from qs_jax.mechanisms.plan import Numbers, Plan
 from qs_jax.models import Params, head
@@ -154,8 +155,8 @@ def diagnose(
     chosen = arrays_of(overrides, padded.tokens_BT.shape, width, cfg)
     host: Any = (*padded, ends_B)  # NumPy arrays until the program takes them
     prompt = tokenwise.Prompt(*host, overrides=chosen)
-    program = _compare(with_weights(params, plan), prompt, mask_BT, numbers, model=model, plan=plan)
-    out = jax.device_get(program)
+    held = bits_of(with_weights(params, plan))
+    out = jax.device_get(_compare(held, prompt, mask_BT, numbers, model=model, plan=plan))
     check_finite(np.isfinite(out["attribution"]).all(1) & np.isfinite(out["kl"]).all(1))
     record = Record.of(out.pop("evidence"), width, batch.lengths_B, ends_B, cfg.effective_protocol)
     mask_BT = mask_BT[:, :width]

@@ -31,6 +31,15 @@ class Places(NamedTuple):
     first_BS: Int[Array, "B S"]
     until_BS: Int[Array, "B S"] | None
 
+    def seen(self, start: int, end: int, keys: int) -> Bool[Array, "B Q C"]:
+        """Which of the first `keys` keys the queries from `start` to `end` see."""
+        query_BQ1, first_B1C = self.query_BT[:, start:end, None], self.first_BS[:, None, :keys]
+        if self.until_BS is None:
+            return first_B1C <= query_BQ1
+        # One comparison for two: what lies before the first is a large number without a sign.
+        span_B1C = jnp.maximum(self.until_BS[:, None, :keys] - first_B1C, 0)
+        return (query_BQ1 - first_B1C).astype(jnp.uint32) < span_B1C.astype(jnp.uint32)
+
 
 class Attended(NamedTuple):
     """What a layer's attention hands to the mechanisms.
@@ -146,10 +155,7 @@ def blocked_attention(
         end = min(start + size, width)
         seen = min(prefix + end, slots)
         if places is not None:
-            query_BT1 = places.query_BT[:, start:end, None]
-            mask = places.first_BS[:, None, :seen] <= query_BT1
-            if places.until_BS is not None:
-                mask &= query_BT1 < places.until_BS[:, None, :seen]
+            mask = places.seen(start, end, seen)
         elif mask_BTS is None:
             last_T1 = prefix + jnp.arange(start, end)[:, None]
             mask = (jnp.arange(seen)[None, :] <= last_T1)[None]

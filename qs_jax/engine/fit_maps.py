@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from qs_jax.config.checks import as_count, as_integers
 from qs_jax.engine import batching, dense
 from qs_jax.engine.checks import check_params
 from qs_jax.errors import ConfigError, InputError
+from qs_jax.halves import bits_of, from_bits
 from qs_jax.mechanisms import kv_skip
 from qs_jax.mechanisms.kv_maps import FEATURES, KVMaps, feature_count
 from qs_jax.models import Params, family_of, layers
@@ -178,6 +180,7 @@ def accumulate(
     batch = batching.make_batch(tokens, model)
     batching.check_positions(batch.tokens_BT.shape[1], 0, model)
     sums = None
+    held = bits_of(params)
     program = jax.jit(_moments, static_argnames=("model", "chosen", "features"))
     for start in tqdm(range(0, len(batch.tokens_BT), batch_size), "fitting", disable=not progress):
         rows = slice(start, start + batch_size)
@@ -185,7 +188,7 @@ def accumulate(
         pos_BT = np.arange(tokens_BT.shape[1])[None]
         counted_BT = (pos_BT >= skip_first) & (pos_BT < lengths_B[:, None])
         moments = program(
-            params, tokens_BT, counted_BT, model=model, chosen=chosen, features=tuple(features)
+            held, tokens_BT, counted_BT, model=model, chosen=chosen, features=tuple(features)
         )
         if sums is None:
             sums = [np.zeros(part.shape, np.float64) for part in moments]
@@ -235,6 +238,8 @@ def _moments(params: Params, tokens_BT, counted_BT, model: ModelConfig, chosen, 
     embedded: Any = family.embed(model).apply({"params": params["embed"]}, tokens_BT, pos_BT)
     boundary_X = jnp.asarray(chosen)
     used_BT1 = counted_BT[..., None].astype(embedded.dtype)
+    exact = layers.exact_dtype(embedded.dtype)
+    summed = functools.partial(jnp.einsum, preferred_element_type=exact)
 
     def read(block, h_BTD):
         sources = {
@@ -251,7 +256,7 @@ def _moments(params: Params, tokens_BT, counted_BT, model: ModelConfig, chosen, 
 
     def layer(carry, scanned):
         h_BTD, read_XBTF = carry
-        number, params_l = scanned
+        number, params_l = scanned[0], from_bits(scanned[1])
         # The state at the start of this layer is the one a token stops with after the last.
         here_X = number == boundary_X + 1
 
@@ -265,10 +270,10 @@ def _moments(params: Params, tokens_BT, counted_BT, model: ModelConfig, chosen, 
         target = jnp.concatenate([k.reshape(*batch, -1), v.reshape(*batch, -1)], axis=-1)
         cross = []
         for index, boundary in enumerate(chosen):
-            zeros = jnp.zeros((size, target.shape[-1]), target.dtype)
+            zeros = jnp.zeros((size, target.shape[-1]), exact)
 
             def product(index=index):
-                return jnp.einsum("btf,bto->fo", read_XBTF[index], target)
+                return summed("btf,bto->fo", read_XBTF[index], target)
 
             cross.append(lax.cond(number > boundary, product, lambda zeros=zeros: zeros))
         attend = lambda q, k, v: (dense.causal_attention(q, k, v), None)  # noqa: E731
@@ -279,4 +284,4 @@ def _moments(params: Params, tokens_BT, counted_BT, model: ModelConfig, chosen, 
     empty = jnp.zeros((len(chosen), *batch, size), embedded.dtype)
     numbers = jnp.arange(1, model.num_layers + 1)
     (_, read_XBTF), cross = lax.scan(layer, (embedded, empty), (numbers, params["layers"]))
-    return jnp.einsum("xbtf,xbtg->xfg", read_XBTF, read_XBTF), cross
+    return summed("xbtf,xbtg->xfg", read_XBTF, read_XBTF), cross

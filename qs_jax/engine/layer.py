@@ -12,6 +12,7 @@ from jaxtyping import Array
 from qs_jax.engine import decisions, layer_keys, one_query
 from qs_jax.engine import past as pasts
 from qs_jax.engine.attention import Attended, Places, attention, blocked_attention
+from qs_jax.engine.branches import zeros_of
 from qs_jax.engine.cache import LayerCache
 from qs_jax.engine.call import Call, Passive
 from qs_jax.halves import from_bits
@@ -65,7 +66,6 @@ def run(
       The next carry, the cache, the evidence, and what later tokens need.
     """
     size_BT = state.size_BT
-    weights = weights._replace(params=from_bits(weights.params))
     state, attended, ran_BT, drift_BT = _block(call, state, cache, at, weights, past_l)
     state, record, fused = decisions.decide_layer(
         call, state, attended, ran_BT, drift_BT, at, past_l
@@ -82,6 +82,7 @@ def _block(
 ) -> tuple[TokenState, Attended, Array, Array | None]:
     """The block itself: everybody is computed, then only tokens that still do take the result."""
     plan, rows = call.plan, call.rows
+    weights = weights._replace(params=from_bits(weights.params))
     block = family_of(call.model).block(call.model)
     mask_BTS = _mask(call, state, cache, at)
     halted_BT = at.layer > state.halt_layer_BT
@@ -89,9 +90,15 @@ def _block(
     passive = call.around.passive if call.around is not None else None
     places = None
     if call.lean and call.by_places:
-        keys = layer_keys.at_layer(call, state, at.layer)
-        first_BS = kv_skip.seen_from(keys, at.layer, plan, call.numbers)
-        places = Places(rows.pos_BT, first_BS, keys.hidden_from_BS if call.fuses else None)
+
+        def seen():
+            keys = layer_keys.at_layer(call, state, at.layer)
+            first_BS = kv_skip.seen_from(keys, at.layer, plan, call.numbers)
+            return first_BS, keys.hidden_from_BS if call.fuses else None
+
+        # Always taken. Results of a branch are there before the loops that read them: else XLA
+        # works them out anew for each query and head.
+        places = Places(rows.pos_BT, *lax.cond(at.layer > 0, seen, lambda: zeros_of(seen)))
 
     def attend(q, k, v):
         k, v = stored(call, state, k, v, halted_BT, weights.maps)

@@ -274,7 +274,7 @@ def score(
             shared = (numbers, segments)
             program, sharded = jit_score_compact, score_compact
     if devices is not None:
-        out = on_devices.run(sharded, devices, params, rows, shared, static)
+        out = on_devices.run(sharded, devices, bits_of(params), rows, shared, static)
     else:
         out = jax.device_get(program(bits_of(params), *rows, *shared, **static))
     if bound is not None:

@@ -26,6 +26,7 @@ from qs_jax.engine.checks import check_finite, check_maps, check_params
 from qs_jax.engine.schedule import bind_call
 from qs_jax.engine.scoring import next_logprobs
 from qs_jax.errors import InputError
+from qs_jax.halves import bits_of
 from qs_jax.mechanisms import halting, signals
 from qs_jax.mechanisms.execution import with_weights
 from qs_jax.mechanisms.plan import Numbers, Plan
@@ -177,7 +178,7 @@ def _run(
     assert bound is not None
     plan, numbers = bound
     check_maps(params, plan, cfg.model)
-    params = with_weights(params, plan)
+    params = bits_of(with_weights(params, plan))
     kinds, numbers = _kinds(qs), switched(numbers, letters)
     out = jax.device_get(
         _look(params, prompt, numbers, model=cfg.model, plan=plan, kinds=kinds, names=names)
