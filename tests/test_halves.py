@@ -10,7 +10,7 @@ import pytest
 import qs_jax
 from qs_jax import halves
 from qs_jax.config import Config
-from qs_jax.engine import generate, token_loop
+from qs_jax.engine import fit_maps, generate, token_loop
 from tests.engine.contract import MATRIX, model_of, params_of
 from tests.support import OPTIMISED, random_tokens
 
@@ -104,3 +104,21 @@ def test_no_program_converts_stacked_weights_or_caches():
 
     assert found(halves.bits_of(params)) == set()
     assert found(params) != set(), "values would be converted: the pattern finds something"
+
+
+def test_maps_are_fitted_from_sums_in_float32():
+    """Sums over tokens rounded to bfloat16 would spoil what is solved from them."""
+    model, params = half()
+    exact = model.replace(dtype="float32")
+    upcast = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    rows = random_tokens(model, batch=4, width=32)
+    counted = np.ones(rows.shape, bool)
+
+    def moments(params, model):
+        return fit_maps._moments(params, rows, counted, model, (2, 4), ("state", "neurons"))
+
+    for ours, theirs in zip(
+        moments(halves.bits_of(params), model), moments(upcast, exact), strict=True
+    ):
+        assert ours.dtype == jnp.float32
+        assert np.linalg.norm(ours - theirs) < 0.03 * np.linalg.norm(theirs)
