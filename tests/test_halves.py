@@ -115,7 +115,9 @@ def test_maps_are_fitted_from_sums_in_float32():
     counted = np.ones(rows.shape, bool)
 
     def moments(params, model):
-        return fit_maps._moments(params, rows, counted, model, (2, 4), ("state", "neurons"))
+        return fit_maps._moments(
+            params, jnp.asarray(rows), jnp.asarray(counted), model, (2, 4), ("state", "neurons")
+        )
 
     for ours, theirs in zip(
         moments(halves.bits_of(params), model), moments(upcast, exact), strict=True
