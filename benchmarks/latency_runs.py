@@ -96,9 +96,8 @@ class OurRunner:
 
     def run(self) -> dict[str, float]:
         decodes = self._section == "decode"
-        if decodes and weights.chosen(self._case.cfg.decode_weights) == "separate":
-            # Kept of the parameters used last, which may be those of a row in another dtype.
-            weights.separate(self._params, len(self._rows))
+        if decodes:  # kept of the parameters used last, which may be those of another dtype's row
+            weights.as_decoded(self._params, self._case.cfg.decode_weights, len(self._rows))
         times = self._timed(self._case.cfg)
         if not decodes:
             return times

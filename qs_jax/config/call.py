@@ -52,8 +52,8 @@ class Config:
         row (`jax.lax.scan`): fewer iterations, more to compile.
       decode_weights: "stacked": decoding scans over the stacked layers. "separate": it runs layer
         after layer on arrays of their own, copied once and kept as long as the parameters; XLA's
-        CPU backend would otherwise copy every layer's weights at every token. "auto" is "separate"
-        on CPU.
+        CPU backend would otherwise copy every layer's weights at every token of several rows.
+        "auto" is "separate" for several rows on CPU.
 
     Raises:
       ConfigError: A value is outside its range.

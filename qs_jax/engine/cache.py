@@ -6,6 +6,7 @@ segment that most tokens leave early holds few slots.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple, no_type_check
 
 import flax.struct
@@ -114,18 +115,17 @@ class SlotCache(flax.struct.PyTreeNode):
             fill_lB = fill_lB + keep_lB
         with jax.named_scope("kv_write"):
             moved = self.replace(pos_lBC=pos_lBC, fill_lB=fill_lB)
+            put = functools.partial(_put, slot_lB=slot_lB, same=self.fill_lB is None)
             if self.k_scale_CK is not None:
                 assert self.v_scale_CK is not None
                 assert bits_B is not None
                 k, v = (int8.recode_kv(x, bits_B[None]) for x in (k_lBKH, v_lBKH))
                 k_lBKH, v_lBKH = k.codes, v.codes
                 moved = moved.replace(
-                    k_scale_CK=_put(self.k_scale_CK, slot_lB, k.scale),
-                    v_scale_CK=_put(self.v_scale_CK, slot_lB, v.scale),
+                    k_scale_CK=put(self.k_scale_CK, k.scale),
+                    v_scale_CK=put(self.v_scale_CK, v.scale),
                 )
-            return moved.replace(
-                k_CO=_put(self.k_CO, slot_lB, k_lBKH), v_CO=_put(self.v_CO, slot_lB, v_lBKH)
-            )
+            return moved.replace(k_CO=put(self.k_CO, k_lBKH), v_CO=put(self.v_CO, v_lBKH))
 
     def full(self, live_B: Bool[Array, "B"]) -> Bool[Array, ""]:
         """Some live row has no slot left in some layer; never where slots are positions."""
@@ -140,14 +140,17 @@ class SlotCache(flax.struct.PyTreeNode):
         return self.fill_lB
 
 
-def _put(array_CO: Array, slot_lB: Array, value_lBKH: Array) -> Array:
+def _put(array_CO: Array, value_lBKH: Array, slot_lB: Array, same: bool) -> Array:
+    """Write one value a layer and row; `same` says that a row's slot is the same in all layers."""
     layers, batch = slot_lB.shape
     value_lBO = value_lBKH.reshape(layers, batch, -1)
     if array_CO.dtype == jnp.uint16:
         value_lBO = to_bits(value_lBO)
-    if batch == layers == 1:  # no scatter, which XLA runs as a loop of its own on CPU
+    if batch == 1 and (same or layers == 1):  # scatters are loops of their own on CPU
         zero = jnp.zeros((), slot_lB.dtype)
-        return lax.dynamic_update_slice(array_CO, value_lBO[0], (slot_lB[0, 0], zero))
+        if layers == 1:
+            return lax.dynamic_update_slice(array_CO, value_lBO[0], (slot_lB[0, 0], zero))
+        return lax.dynamic_update_slice(array_CO, value_lBO, (zero, slot_lB[0, 0], zero))
     if layers == 1:
         return array_CO.at[jnp.arange(batch), slot_lB[0]].set(value_lBO[0])
     if batch == 1:

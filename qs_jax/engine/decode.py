@@ -51,8 +51,8 @@ def over_segment(
     """Run a segment's layers one after the other; the cache is only read.
 
     Args:
-      layers: Stacked parameters of all layers, scanned over; or a tuple of each layer's own, for
-        segments of one layer, which run as they are.
+      layers: `weights.as_decoded`. Stacked ones are scanned over; separate ones are for segments
+        of one layer, which run as they are.
       start: The segment's first layer, from 0.
       count: Its layers.
       run: What to run.
@@ -68,7 +68,10 @@ def over_segment(
         return carry, jax.tree.map(lambda leaf: leaf[None], out)
 
     def body(carry, offset):
-        params_l = from_bits(jax.tree.map(lambda leaf: leaf[start + offset], layers))
+        if isinstance(layers, weights.InPlace):
+            params_l = layers[start + offset]
+        else:
+            params_l = from_bits(jax.tree.map(lambda leaf: leaf[start + offset], layers))
         return run(carry, LayerCache(cache, offset), params_l, start + offset)
 
     return lax.scan(body, carry, jnp.arange(count, dtype=jnp.int32))
@@ -147,7 +150,10 @@ def step(
 
 
 def _segment(call: Call, layers: Any, start: int, count: int, state, cache: SlotCache):
-    """A segment under the mechanisms, skipped where nobody computes at its first layer."""
+    """A segment under the mechanisms, skipped where nobody computes at its first layer.
+
+    A single row's layers are skipped one by one: that token computes as many as it needs.
+    """
     plan, rows = call.plan, call.rows
     shared, past_layers = layer.weights_of(call, None), pasts.by_layer(call.past)
 
@@ -179,20 +185,30 @@ def _segment(call: Call, layers: Any, start: int, count: int, state, cache: Slot
     def branch(run: Layer):
         return functools.partial(over_segment, layers, start, count, run)
 
-    first, live_BT = jnp.int32(start + 1), rows.real_BT
-    branches = [branch(functools.partial(stays, stores)) for stores in (False, True)]
-    branches.append(branch(computes))
-    # Also where nobody may leave: the branch keeps the cache's readers before its writer.
-    which = 2 * live_BT.any().astype(jnp.int32)
-    if not (plan.halting is not None and plan.halting.freeze and call.decides):
-        branches, which = [branches[0], branches[2]], which // 2
-    else:
+    def needed(state, number):
+        """What is to be done in the layer of this number: an index into `every`."""
         own = layer_keys.own(call, state)
-        stores = (kv_skip.written(own, first, plan, call.numbers) & live_BT).any()
+        stores = (kv_skip.written(own, number, plan, call.numbers) & live_BT).any()
         stores |= plan.policy == "attended"
-        computing = (live_BT & (first <= state.halt_layer_BT)).any()
-        which = jnp.where(computing, 2, stores.astype(jnp.int32))
-    state, (out, own) = lax.switch(which, branches, state, cache)
+        computing = (live_BT & (number <= state.halt_layer_BT)).any()
+        return jnp.where(computing, 2, stores.astype(jnp.int32))
+
+    live_BT = rows.real_BT
+    every = [*(functools.partial(stays, stores) for stores in (False, True)), computes]
+
+    def chooses(before, cache: LayerCache, params_l, index):
+        runs = [functools.partial(run, params_l=params_l, index=index) for run in every]
+        return lax.switch(needed(before, index + 1), runs, before, cache)
+
+    # One of the branches is taken even where nobody may leave: a branch is what keeps a cache's
+    # readers before its writer.
+    which, runs = live_BT.any().astype(jnp.int32), [every[0], computes]
+    if plan.halting is not None and plan.halting.freeze and call.decides:
+        if count > 1 and isinstance(layers, weights.InPlace):
+            runs[1] = chooses  # a choice a layer costs a GPU more than it saves
+        else:
+            which, runs = needed(state, jnp.int32(start + 1)), every
+    state, (out, own) = lax.switch(which, [branch(run) for run in runs], state, cache)
     return state, out, own
 
 
@@ -289,9 +305,7 @@ class Decoder:
     @functools.cached_property
     def layers(self) -> Any:
         """Their weights as `over_segment` takes them, once a second token is asked for."""
-        if weights.chosen(self.cfg.decode_weights) == "separate":
-            return weights.separate(self.prompt_params, self.rows)
-        return bits_of(self.prompt_params)["layers"]
+        return weights.as_decoded(self.prompt_params, self.cfg.decode_weights, self.rows)
 
     def room(self, state: DecodeState) -> DecodeState:
         """Caches with room for the next steps; `limit` is where it ends."""

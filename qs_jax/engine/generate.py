@@ -114,7 +114,7 @@ def _prepare(
         pad_id=model.pad_token_id or 0,
         sampling=sampling_plan,
         mechanisms=bound and bound[0],
-        segments=pack.segments(cfg, bound and bound[0]) if fast else (),
+        segments=pack.segments(cfg, bound and bound[0], len(padded.lengths_B)) if fast else (),
         unroll=cfg.unroll,
         schedule=schedule,
     )

@@ -61,10 +61,10 @@ def _sizes(boundaries: set[int], count: int) -> tuple[int, ...]:
     return tuple(b - a for a, b in itertools.pairwise(edges))
 
 
-def segments(cfg: Config, plan: Plan | None) -> tuple[int, ...]:
+def segments(cfg: Config, plan: Plan | None, rows: int) -> tuple[int, ...]:
     """Layers of each segment: one each where weights are separate, else few."""
     count = cfg.model.num_layers
-    if weights.chosen(cfg.decode_weights) == "separate":
+    if weights.chosen(cfg.decode_weights, rows) == "separate":
         return (1,) * count
     edges = {coded_after(cfg, plan)}
     if plan is None or (plan.halting is None and plan.fusion is None):

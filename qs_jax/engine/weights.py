@@ -1,67 +1,87 @@
 """The layers' weights as decoding wants them: stacked, or each layer in arrays of its own.
 
 XLA's CPU backend copies every layer's weights out of the stacked arrays inside a scan, which alone
-doubles the time of a token.
+doubles the time of a token. A single row is multiplied with them where they lie (`InPlace`).
 """
 
 from __future__ import annotations
 
-import functools
 import weakref
 from typing import Any
 
+import flax.struct
 import jax
 
 from qs_jax.halves import bits_of, from_bits
 from qs_jax.models import Params
+from qs_jax.models.one_vector import KernelAt
 
-# The one split kept, by the identity of the arrays it was made from; and in which layout.
-_kept: dict[tuple[int, ...], tuple[bool, tuple[Any, ...]]] = {}
+# The one split kept, by the identity of the arrays it was made from.
+_kept: dict[tuple[int, ...], tuple[Any, ...]] = {}
 
 
-@functools.partial(jax.jit, static_argnames="transposed")
-def _split(layers: Any, transposed: bool) -> tuple[Any, ...]:
+@flax.struct.dataclass
+class InPlace:
+    """Stacked layers whose kernels a single vector is multiplied with as they lie."""
+
+    layers: Any
+
+    def __getitem__(self, index: Any) -> Any:
+        """One layer's parameters."""
+        return {name: _of_layer(part, index) for name, part in self.layers.items()}
+
+
+def _of_layer(part: dict[str, Any], index: Any) -> dict[str, Any]:
+    def of(name: str, leaf: Any) -> Any:
+        return KernelAt(leaf, index) if name == "kernel" else from_bits(leaf[index])
+
+    return {name: of(name, leaf) for name, leaf in part.items()}
+
+
+@jax.jit
+def _split(layers: Any) -> tuple[Any, ...]:
     def of_layer(at: int) -> Any:
-        layer = from_bits(jax.tree.map(lambda leaf: leaf[at], layers))
-        return {name: _turned(part) for name, part in layer.items()} if transposed else layer
+        return from_bits(jax.tree.map(lambda leaf: leaf[at], layers))
 
-    count = jax.tree.leaves(layers)[0].shape[0]
-    return tuple(of_layer(at) for at in range(count))
+    return tuple(map(of_layer, range(jax.tree.leaves(layers)[0].shape[0])))
 
 
-def _turned(part: dict[str, Any]) -> dict[str, Any]:
-    if "kernel" not in part:
-        return part
-    others = {name: leaf for name, leaf in part.items() if name != "kernel"}
-    return {**others, "transposed": part["kernel"].T}
-
-
-def separate(params: Params, rows: int) -> tuple[Any, ...]:
+def separate(params: Params) -> tuple[Any, ...]:
     """The layers of stacked parameters, one tree each.
 
     Split once and kept as long as the arrays it was made from live, or until other parameters are
     split: it takes as many bytes as they do.
-
-    Args:
-      params: Stacked tree.
-      rows: Rows that will be decoded together. One row reads kernels fastest where the weights
-        of an output lie side by side: they come as "transposed" `[O, C]`, which `dense_product`
-        takes. Several rows would be slower so.
     """
-    leaves, transposed = jax.tree.leaves(params["layers"]), rows == 1
+    leaves = jax.tree.leaves(params["layers"])
     key = tuple(id(leaf) for leaf in leaves)
     if key not in _kept:
         _kept.clear()
         for leaf in leaves:
             weakref.finalize(leaf, _kept.pop, key, None).atexit = False
-    if key not in _kept or _kept[key][0] != transposed:
-        _kept.pop(key, None)  # before the other layout takes its memory
-        _kept[key] = transposed, _split(bits_of(params)["layers"], transposed)
-    return _kept[key][1]
+        _kept[key] = _split(bits_of(params)["layers"])
+    return _kept[key]
 
 
-def chosen(setting: str) -> str:
+def as_decoded(params: Params, setting: str, rows: int) -> Any:
+    """The layers as a decode wants them: stacked, the same `InPlace`, or separate.
+
+    Args:
+      params: Stacked tree.
+      setting: `Config.decode_weights`.
+      rows: Rows that are decoded together.
+    """
+    if chosen(setting, rows) == "separate":
+        return separate(params)
+    layers = bits_of(params)["layers"]
+    return InPlace(layers) if _alone(rows) else layers
+
+
+def chosen(setting: str, rows: int) -> str:
     """What "auto" stands for on the default backend."""
     if setting != "auto":
         return setting
-    return "separate" if jax.default_backend() == "cpu" else "stacked"
+    return "separate" if jax.default_backend() == "cpu" and not _alone(rows) else "stacked"
+
+
+def _alone(rows: int) -> bool:
+    return rows == 1 and jax.default_backend() == "cpu"

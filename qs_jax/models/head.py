@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from qs_jax.config import ModelConfig
 from qs_jax.models import layers
+from qs_jax.models.one_vector import times_table
 from qs_jax.models.params import Params
 from qs_jax.models.registry import family_of
 
@@ -26,13 +27,21 @@ def head_table(params: Params) -> Float[Array, "V D"]:
 
 def head_rows(params: Params, ids: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
     """Rows of the output embedding."""
-    held = params["head"].get("bits") if "head" in params else None
+    held = _held_table(params)
     return layers.embed_lookup(head_table(params) if held is None else held, ids)
+
+
+def _held_table(params: Params) -> Array | None:
+    """The table by its bits, where they are there."""
+    return params["head"].get("bits") if "head" in params else None
 
 
 def logits(params: Params, h: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
     """Logits of normed states, in at least float32."""
+    held = _held_table(params)
     with jax.named_scope("head"):
+        if held is not None and h.size == h.shape[-1]:
+            return times_table(h.reshape(-1), held).reshape(*h.shape[:-1], -1)
         return layers.unembed(h, head_table(params))
 
 

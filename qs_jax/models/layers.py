@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, UInt16
 
 from qs_jax.config import ModelConfig
 from qs_jax.halves import from_bits
+from qs_jax.models.one_vector import KernelAt
 
 # Given this layer's queries [B, T, N, H] and keys and values [B, T, K, H] of the same tokens,
 # returns what attention reads [B, T, N, H] and whatever the caller wants back (an updated cache).
@@ -59,14 +60,16 @@ def product(x: Float[Array, "*batch C"], kernel: Array, transposed: bool = False
 def dense_product(dense: nn.Dense, x: Array, start: int = 0) -> Array:
     """The product as the module defines it, from output column `start` on, at least float32.
 
-    The kernel may be there as "transposed" `[O, C]` instead.
+    The kernel may be there as a `KernelAt` instead; there is a single vector then.
     """
     weights = dense.variables.get("params")
     if weights is None:  # parameters are being made
         return dense(x)
-    transposed = "transposed" in weights
-    kernel = weights["transposed"][start:] if transposed else weights["kernel"][:, start:]
-    y = product(x.astype(kernel.dtype), kernel, transposed)
+    kernel: Any = weights["kernel"]
+    if isinstance(kernel, KernelAt):
+        y = kernel.times(x.reshape(-1), start).reshape(*x.shape[:-1], -1)
+    else:
+        y = product(x.astype(kernel.dtype), kernel[:, start:])
     if "bias" not in weights:
         return y
     return y + weights["bias"][start:].astype(y.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
