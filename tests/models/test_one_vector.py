@@ -1,4 +1,4 @@
-"""Products of one vector with weights where they lie, against float64; and what XLA makes of them."""
+"""Products of one vector with weights where they lie, against float64, and as XLA compiles them."""
 
 import re
 
