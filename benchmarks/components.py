@@ -2,8 +2,8 @@
 
 `jax.profiler` says when each XLA operation ran; the compiled program's text says which scope it
 came from. Time in which several operations run is split among them, and time in which none does is
-"idle". XLA fuses across scopes: a fused operation counts for the scope of its result; the products
-of a single row, which XLA rewrites on CPU without their scope, count as "other".
+"idle". XLA fuses across scopes: a fused operation counts for the scope of its result; products
+with a vector, which XLA rewrites on CPU without their scope, count as "other".
 """
 
 from __future__ import annotations
