@@ -86,6 +86,26 @@ def test_no_layer_of_the_weights_is_copied_or_converted(dtype):
     assert made == []
 
 
+def test_a_table_is_not_converted_before_the_loop_that_reads_it():
+    """Blocks of it in float32, made once and read at every step, would be twice its bytes."""
+    rng = np.random.default_rng(0)
+    _, bits = held(rng.normal(size=(512, 512)), "bfloat16")
+    x = jnp.asarray(rng.normal(size=512), "bfloat16")
+
+    @jax.jit
+    def steps(x, bits):
+        def token(_, x):
+            return one_vector.times_table(x, bits).astype(x.dtype)
+
+        return jax.lax.fori_loop(0, 3, token, x)
+
+    text = steps.lower(x, bits).compile(compiler_options=OPTIMISED).as_text()
+    loops = [line for line in text.splitlines() if " while(" in line]
+    assert len(loops) == 1
+    assert "u16[512,512]" in loops[0]
+    assert "f32[512," not in loops[0]
+
+
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_row_decodes_as_it_does_among_several(model_type, dtype):
