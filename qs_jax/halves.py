@@ -25,6 +25,11 @@ if TYPE_CHECKING:  # the blocks of the models use this module
 CPU_INFO = Path("/proc/cpuinfo")
 
 
+def exact_dtype(dtype: Any) -> Any:
+    """What norms, softmax and logits are computed in: at least float32."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 def held_dtype(dtype: Any) -> Any:
     """The dtype that arrays of a model's dtype are held in on the default backend."""
     dtype = jnp.dtype(dtype)

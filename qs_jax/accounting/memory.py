@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from qs_jax.config import AMQConfig, ModelConfig
-from qs_jax.models.layers import exact_dtype
+from qs_jax.halves import exact_dtype
 from qs_jax.record import Record
 
 

@@ -19,11 +19,10 @@ from qs_jax.engine.overrides import TokenOverrides, arrays_of
 from qs_jax.engine.schedule import bind_call
 from qs_jax.engine.scoring import next_logprobs
 from qs_jax.errors import InputError
-from qs_jax.halves import bits_of
+from qs_jax.halves import bits_of, exact_dtype
 from qs_jax.mechanisms.execution import with_weights
 from qs_jax.mechanisms.plan import Numbers, Plan
 from qs_jax.models import Params, head
-from qs_jax.models.layers import exact_dtype
 from qs_jax.record import Record
 
 

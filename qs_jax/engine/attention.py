@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from qs_jax.models.layers import exact_dtype
+from qs_jax.halves import exact_dtype
 
 # Queries of a block, at least; and blocks of a row, at most: each is compiled on its own. Measured
 # on CPU: at 512 tokens blocks of 64 to 128 cost a quarter of one block of 512, which computes twice

@@ -147,10 +147,8 @@ def _put(array_CO: Array, value_lBKH: Array, slot_lB: Array, same: bool) -> Arra
     if array_CO.dtype == jnp.uint16:
         value_lBO = to_bits(value_lBO)
     if batch == 1 and (same or layers == 1):  # scatters are loops of their own on CPU
-        zero = jnp.zeros((), slot_lB.dtype)
-        if layers == 1:
-            return lax.dynamic_update_slice(array_CO, value_lBO[0], (slot_lB[0, 0], zero))
-        return lax.dynamic_update_slice(array_CO, value_lBO, (zero, slot_lB[0, 0], zero))
+        value = value_lBO if layers > 1 else value_lBO[0]
+        return lax.dynamic_update_slice_in_dim(array_CO, value, slot_lB[0, 0], axis=-2)
     if layers == 1:
         return array_CO.at[jnp.arange(batch), slot_lB[0]].set(value_lBO[0])
     if batch == 1:

@@ -18,10 +18,10 @@ from qs_jax.config import ModelConfig
 from qs_jax.engine import decisions, gathering, layer, opening, tokenwise
 from qs_jax.engine import past as pasts
 from qs_jax.engine.call import Call
+from qs_jax.halves import exact_dtype
 from qs_jax.mechanisms import fusion
 from qs_jax.mechanisms.plan import Numbers, Plan
 from qs_jax.models import Params, head
-from qs_jax.models.layers import exact_dtype
 from qs_jax.state import KVCache, LayerRecord, Past, TokenState
 
 

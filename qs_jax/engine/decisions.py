@@ -13,9 +13,9 @@ from qs_jax.engine.attention import Attended
 from qs_jax.engine.branches import zeros_of
 from qs_jax.engine.cache import LayerCache
 from qs_jax.engine.call import Call
+from qs_jax.halves import exact_dtype
 from qs_jax.mechanisms import amq, decide, execution, fusion, halting, kv_skip, signals
 from qs_jax.mechanisms.plan import NEVER, LayerNumbers
-from qs_jax.models.layers import exact_dtype
 from qs_jax.state import LayerRecord, TokenState
 
 # A lean call gathers the candidates of an entropy where they are fewer than one in this many.

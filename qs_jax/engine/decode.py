@@ -35,7 +35,7 @@ from qs_jax.engine.cache import LayerCache, SlotCache, cache_bytes
 from qs_jax.engine.call import Call
 from qs_jax.engine.idle import idle
 from qs_jax.engine.token_loop import DecodeNumbers, DecodePlan
-from qs_jax.halves import bits_of, from_bits
+from qs_jax.halves import bits_of
 from qs_jax.mechanisms import decide, kv_skip
 from qs_jax.mechanisms.plan import Numbers, Plan
 from qs_jax.models import Params, family_of, head
@@ -68,10 +68,7 @@ def over_segment(
         return carry, jax.tree.map(lambda leaf: leaf[None], out)
 
     def body(carry, offset):
-        if isinstance(layers, weights.InPlace):
-            params_l = layers[start + offset]
-        else:
-            params_l = from_bits(jax.tree.map(lambda leaf: leaf[start + offset], layers))
+        params_l = weights.of_layer(layers, start + offset)
         return run(carry, LayerCache(cache, offset), params_l, start + offset)
 
     return lax.scan(body, carry, jnp.arange(count, dtype=jnp.int32))

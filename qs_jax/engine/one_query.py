@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from qs_jax.engine.cache import LayerCache
-from qs_jax.models.layers import exact_dtype
+from qs_jax.halves import exact_dtype
 
 # The block-diagonal product costs K times the arithmetic: with more query heads it is no longer
 # hidden behind reading the cache.

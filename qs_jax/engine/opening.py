@@ -11,10 +11,10 @@ from jaxtyping import Array
 from qs_jax.config import ModelConfig
 from qs_jax.engine import past as pasts
 from qs_jax.engine.call import Call
+from qs_jax.halves import exact_dtype
 from qs_jax.mechanisms import amq, decide
 from qs_jax.mechanisms.plan import NEVER, Numbers, Plan
 from qs_jax.models import Params, family_of
-from qs_jax.models.layers import exact_dtype
 from qs_jax.state import Past, TokenState
 
 

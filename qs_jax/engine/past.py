@@ -10,11 +10,10 @@ from jaxtyping import Array
 
 from qs_jax.engine.cache import LayerCache
 from qs_jax.engine.call import Call
-from qs_jax.halves import from_bits, to_bits
+from qs_jax.halves import exact_dtype, from_bits, to_bits
 from qs_jax.mechanisms import fusion
 from qs_jax.mechanisms.decide import Rows
 from qs_jax.mechanisms.plan import NEVER, Plan
-from qs_jax.models.layers import exact_dtype
 from qs_jax.state import FusionWindow, KVCache, LayerRecord, Past, TokenState
 
 

@@ -24,26 +24,25 @@ _kept: dict[tuple[int, ...], tuple[Any, ...]] = {}
 class InPlace:
     """Stacked layers whose kernels a single vector is multiplied with as they lie."""
 
-    layers: Any
-
-    def __getitem__(self, index: Any) -> Any:
-        """One layer's parameters."""
-        return {name: _of_layer(part, index) for name, part in self.layers.items()}
+    stacked: Any
 
 
-def _of_layer(part: dict[str, Any], index: Any) -> dict[str, Any]:
+def of_layer(layers: Any, index: Any) -> Any:
+    """One layer's parameters out of stacked ones, or of those `InPlace`."""
+    if not isinstance(layers, InPlace):
+        return from_bits(jax.tree.map(lambda leaf: leaf[index], layers))
+
     def of(name: str, leaf: Any) -> Any:
         return KernelAt(leaf, index) if name == "kernel" else from_bits(leaf[index])
 
-    return {name: of(name, leaf) for name, leaf in part.items()}
+    parts = layers.stacked.items()
+    return {part: {name: of(name, x) for name, x in leaves.items()} for part, leaves in parts}
 
 
 @jax.jit
 def _split(layers: Any) -> tuple[Any, ...]:
-    def of_layer(at: int) -> Any:
-        return from_bits(jax.tree.map(lambda leaf: leaf[at], layers))
-
-    return tuple(map(of_layer, range(jax.tree.leaves(layers)[0].shape[0])))
+    count = jax.tree.leaves(layers)[0].shape[0]
+    return tuple(of_layer(layers, index) for index in range(count))
 
 
 def separate(params: Params) -> tuple[Any, ...]:
@@ -73,15 +72,11 @@ def as_decoded(params: Params, setting: str, rows: int) -> Any:
     if chosen(setting, rows) == "separate":
         return separate(params)
     layers = bits_of(params)["layers"]
-    return InPlace(layers) if _alone(rows) else layers
+    return InPlace(layers) if rows == 1 and jax.default_backend() == "cpu" else layers
 
 
 def chosen(setting: str, rows: int) -> str:
     """What "auto" stands for on the default backend."""
     if setting != "auto":
         return setting
-    return "separate" if jax.default_backend() == "cpu" and not _alone(rows) else "stacked"
-
-
-def _alone(rows: int) -> bool:
-    return rows == 1 and jax.default_backend() == "cpu"
+    return "separate" if rows > 1 and jax.default_backend() == "cpu" else "stacked"

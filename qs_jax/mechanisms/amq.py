@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.config import AMQConfig, ModelConfig
+from qs_jax.halves import exact_dtype
 from qs_jax.mechanisms.plan import Numbers
 from qs_jax.mechanisms.signals import largest_entropy
-from qs_jax.models.layers import exact_dtype
 
 FULL_BITS = 16  # not quantised
 

@@ -17,8 +17,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.config import FusionConfig
+from qs_jax.halves import exact_dtype
 from qs_jax.mechanisms.plan import NEVER, Numbers
-from qs_jax.models.layers import exact_dtype
 
 
 class Tokens(NamedTuple):

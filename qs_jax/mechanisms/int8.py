@@ -33,8 +33,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Int8
 
 from qs_jax.errors import ConfigError
+from qs_jax.halves import exact_dtype
 from qs_jax.mechanisms import amq
-from qs_jax.models.layers import exact_dtype
 
 MOST_CHANNELS = (2**31 - 1) // 127**2  # with more, the int32 could overflow
 LARGEST_ROTATION = 64  # channels: each costs 2 operations for every channel rotated with it

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from qs_jax.halves import from_bits, to_bits
+from qs_jax.halves import exact_dtype, from_bits, to_bits
 from qs_jax.mechanisms.kv_maps import KVMaps, rms_normalised
 from qs_jax.mechanisms.plan import NEVER, Numbers, Plan
-from qs_jax.models.layers import exact_dtype, product
+from qs_jax.models.layers import product
 
 Sources: TypeAlias = Mapping[str, Callable[[], Array]]
 

@@ -18,7 +18,7 @@ from qs_jax.config import (
     ModelConfig,
     QuickSilverConfig,
 )
-from qs_jax.models.layers import exact_dtype
+from qs_jax.halves import exact_dtype
 
 NEVER = 2**30  # a layer or a position that is never reached
 

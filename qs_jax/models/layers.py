@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt16
 
 from qs_jax.config import ModelConfig
-from qs_jax.halves import from_bits
+from qs_jax.halves import exact_dtype, from_bits
 from qs_jax.models.one_vector import KernelAt
 
 # Given this layer's queries [B, T, N, H] and keys and values [B, T, K, H] of the same tokens,
@@ -135,11 +135,6 @@ class PreNormBlock(nn.Module):
             h_BTD = added(h_BTD, multiply(self.out, context_BTO))
         with jax.named_scope("mlp"):
             return added(h_BTD, self.mlp(normed(self.mlp_norm, h_BTD), multiply)), kept
-
-
-def exact_dtype(dtype: Any) -> Any:
-    """What norms, softmax and logits are computed in: at least float32."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def rms_norm(model: ModelConfig) -> nn.Module:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Shaped, UInt16
 
-from qs_jax.halves import from_bits
+from qs_jax.halves import exact_dtype, from_bits
 
 # Terms of a sum that is written out: fewer are no faster, more take longer to compile.
 MOST_TERMS = 24
@@ -86,26 +86,22 @@ def _tied(x_C: Array, weights: Array) -> tuple[Array, Array]:
 
 
 def _product(equation: str, a: Array, b: Array) -> Array:
-    return jnp.einsum(equation, a, b, preferred_element_type=_at_least_float32(a))
-
-
-def _at_least_float32(x: Array) -> Any:
-    return jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.einsum(equation, a, b, preferred_element_type=exact_dtype(a.dtype))
 
 
 def _exact(weights: Array) -> Array:
     if weights.dtype == jnp.uint16:  # a bfloat16 is the upper half of a float32
         return (weights.astype(jnp.uint32) << 16).view(jnp.float32)
-    return weights.astype(_at_least_float32(weights))
+    return weights.astype(exact_dtype(weights.dtype))
 
 
 def _ones(count: int, x_C: Array) -> Array:
-    return jnp.ones(count, _at_least_float32(x_C))
+    return jnp.ones(count, exact_dtype(x_C.dtype))
 
 
 def _sum_of_products(x_T: Shaped[Array, "T ..."], block: Callable[[int], Array]) -> Array:
     """The sum of block(t) * x[t] over t."""
-    x_T = x_T.astype(_at_least_float32(x_T))
+    x_T = x_T.astype(exact_dtype(x_T.dtype))
     terms = [block(at) * x_T[at] for at in range(len(x_T))]
     # Without the barrier XLA would fuse the terms into scalar code for the next product.
     return lax.optimization_barrier(functools.reduce(jnp.add, terms))
