@@ -22,20 +22,25 @@ def commit() -> str | None:
     return found.stdout.strip() or None
 
 
+def processor() -> str:
+    """Name of the processor, with the numbers that tell generations of one name apart."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    # The last of the processors; they are alike.
+    found = {
+        name.strip(): value.strip() for name, _, value in (row.partition(":") for row in lines)
+    }
+    name = found.get("model name") or platform.processor()
+    numbers = [(key, found.get(f"{cpu}{key}")) for cpu, key in (("cpu ", "family"), ("", "model"))]
+    return ", ".join([name, *(f"{key} {value}" for key, value in numbers if value)])
+
+
 def describe() -> dict[str, Any]:
     """Versions, processor, cores and commit of this run."""
-    model = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
     return {
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
-        "processor": model,
+        "processor": processor(),
         "cores": os.cpu_count(),
         "commit": commit(),
     }

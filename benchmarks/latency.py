@@ -83,6 +83,8 @@ class Arguments:
     group is left out."""
     all: bool = False
     """Leave nothing out, and make every run."""
+    missing: bool = False
+    """Only sizes that the JSON file does not have, whatever commit measured the others."""
     fresh: bool = False
     """Measure anew what this commit has measured already."""
     tables_only: bool = False
@@ -118,7 +120,6 @@ class Run:
         self.results = start(args.path, self.about, fresh=args.fresh)
         self._hf: latency_hf.HuggingFace | None = None
         self._other: tuple[Params, ModelConfig] | None = None
-        self._hf_settings = latency_hf.SETTINGS
 
     def save(self) -> None:
         """Write everything found so far, the headline on top."""
@@ -131,7 +132,8 @@ class Run:
     def measure(self, folder: Path) -> None:
         """Machine, groups, components, in that order; each is saved as it comes."""
         args = self.args
-        self.results["machine"] = machine.measure(self.model.dtype, quick=args.quick)
+        found = machine.measure(self.model.dtype, quick=args.quick)
+        self.results["machine"] = found | {"processor": environment.processor()}
         why = latency_hf.unavailable() if "hf" in args.only else "left out by --only"
         self.results["hf_not_measured"] = why
         if why is None:
@@ -161,7 +163,8 @@ class Run:
             "rounds": self.args.rounds,
         }
         done = self.results["groups"].get(group.key)
-        if is_current(done, settings, environment.commit()) and not self.args.fresh:
+        kept = self.args.missing or is_current(done, settings, environment.commit())
+        if done is not None and kept and not self.args.fresh:
             return
         new_tokens = {"prefill": 1, "decode": self.args.new_tokens}.get(group.section, 0)
         if group.length + new_tokens > self.model.max_positions:
@@ -182,16 +185,22 @@ class Run:
             rows_NT,
             self.args.rounds,
             lambda: (
-                self._other_dtype(group, rows_NT)
+                ({} if group.long else self._other_dtype(group, rows_NT))
                 | self._reader(group)
                 | self._hf_runners(group, rows_NT)
             ),
             least=LEAST_ROUNDS,
             seconds=self.args.seconds,
         )
-        peak = {name: self.results["machine"][name] for name in ("gemm_flops", "bandwidth")}
+        peak = {
+            name: self.results["machine"][name] for name in ("gemm_flops", "bandwidth", "processor")
+        }
         about_group = {"settings": settings, "commit": environment.commit(), "machine": peak}
         self.results["groups"][group.key] = found | about_group
+        if group.section == "decode" and group.long:
+            key = latency_cases.key_of("prefill", group.batch, group.length)
+            self.results["groups"][key] = latency_runs.prefill_of(found) | about_group
+            self.results["skipped"].pop(key, None)
         self.save()
         self._forget_programs()
 
@@ -223,19 +232,37 @@ class Run:
     def _hf_runners(self, group: Group, rows_NT: np.ndarray) -> dict[str, Any]:
         if self._hf is None or not group.hf:
             return {}
-        models, new_tokens = self._hf, self.args.new_tokens
-        runners = {
-            latency_hf.name_of(*setting): models.runner(group.section, rows_NT, new_tokens, setting)
-            for setting in latency_hf.SETTINGS
+        models, section = self._hf, group.section
+        reasons = {
+            attention: latency_hf.left_out(section, attention, rows_NT.shape, self.model.vocab_size)
+            for attention in latency_hf.ATTENTION
         }
-        # The better of two runs tells which is faster; only that one is timed further.
+
+        def runners(rows_NT: np.ndarray) -> dict[str, Any]:
+            return {
+                latency_hf.name_of(*setting): models.runner(
+                    section, rows_NT, self.args.new_tokens, setting
+                )
+                for setting in latency_hf.SETTINGS
+                if reasons[setting[0]] is None
+            }
+
+        # The better of two runs tells which is faster, of one row where prompts are long; only that
+        # one is timed further.
         seconds = {
-            name: min(runner.run()["seconds"] for _ in range(2)) for name, runner in runners.items()
+            name: min(runner.run()["seconds"] for _ in range(2))
+            for name, runner in runners(rows_NT[:1] if group.long else rows_NT).items()
         }
         names = latency_hf.faster_dtype(seconds)
         if self.args.quick:
             names = names[:1]
-        return {name: runners[name] for name in names}
+        all_runners = runners(rows_NT)
+        left_out = {
+            f"HF {attention}": latency_hf.LeftOut(reason)
+            for attention, reason in reasons.items()
+            if reason is not None
+        }
+        return {name: all_runners[name] for name in names} | left_out
 
     def foretell(self, group: Group) -> float:
         """Minutes the fewest rounds should take, from a group's FLOPs or a decode's bytes."""
@@ -245,9 +272,9 @@ class Run:
         readouts = tokens if group.section == "scoring" else group.batch
         work = tokens * model.num_layers * layer + readouts * flops.head_flops(model)
         seconds = work / peak["gemm_flops"] / ASSUMED
-        if group.section == "decode":  # one call with all tokens, one with the first
+        if group.section == "decode":
             steps = self.args.new_tokens / ASSUMED * self.about["weight_bytes"]
-            seconds = 2 * seconds + steps / peak["bandwidth"]
+            seconds += steps / peak["bandwidth"]
         rows = 1 + len(group.cases) + (len(latency_hf.ATTENTION) if self._hf is not None else 0)
         runs = rows + rows // 2  # the baseline's between every two
         return seconds * runs * LEAST_ROUNDS / 60

@@ -15,6 +15,9 @@ HEADLINE = ((4, 512), (8, 512))
 NEVER = float("-inf")
 # Longest rows at which the masked engine, which computes whole attention weights, is timed too.
 MASKED_LENGTH = 1024
+# Prompts of so many tokens, of all rows: a run takes long. Rows that save nothing are left out, and
+# so is the other dtype; prefills are those inside the decode's calls.
+LONG = 16384
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +57,11 @@ class Group:
     def key(self) -> str:
         """Its name in the JSON file."""
         return key_of(self.section, self.batch, self.length)
+
+    @property
+    def long(self) -> bool:
+        """Whether its prompts have `LONG` tokens or more."""
+        return self.batch * self.length >= LONG
 
 
 def key_of(section: str, batch: int, length: int) -> str:
@@ -166,16 +174,27 @@ def scoring_cases(model: ModelConfig, names: tuple[str, ...], length: int) -> It
         yield dataclasses.replace(case, baseline="dense, continuation")
 
 
-def decode_cases(model: ModelConfig, names: tuple[str, ...], new_tokens: int) -> Iterator[Case]:
-    """Greedy, no end token, so that every row yields as many."""
+def decode_cases(
+    model: ModelConfig, names: tuple[str, ...], new_tokens: int, *, prefills: bool = False
+) -> Iterator[Case]:
+    """Greedy, no end token, so that every row yields as many.
+
+    Args:
+      model: Its settings.
+      names: Presets.
+      new_tokens: Made in each row.
+      prefills: The rows of a prefill stand in for those that save nothing.
+    """
     long: dict[str, Any] = {"max_new_tokens": new_tokens, "eos_token_ids": ()}
     yield Case("dense", Config(model, **long))
-    yield Case("off", Config(model, presets.off(model), **long))
+    if not prefills:
+        yield Case("off", Config(model, presets.off(model), **long))
     yield Case("half depth", Config(model, half_depth(model), **long))
-    yield Case("unmet thresholds", Config(model, unmet(model), **long))
+    if not prefills:
+        yield Case("unmet thresholds", Config(model, unmet(model), **long))
     for name in names:
         yield Case(name, Config(model, presets.by_name(name, model), **long))
-    for fraction in (0.5, 0.25):
+    for fraction in FRACTIONS if prefills else (0.5, 0.25):
         yield Case(f"active {fraction:g}", Config(model, forced_fraction(model, fraction), **long))
 
 
@@ -189,10 +208,13 @@ def grid(
     """Every group of a full run, the headline's first."""
     sizes = dict.fromkeys((*HEADLINE, *((b, t) for t in lengths for b in batches)))
     for batch, length in sizes:
-        yield Group("prefill", batch, length, tuple(prefill_cases(model, names, length)))
+        if batch * length < LONG:
+            yield Group("prefill", batch, length, tuple(prefill_cases(model, names, length)))
     for length in lengths:
         for batch in batches:
-            yield Group("decode", batch, length, tuple(decode_cases(model, names, new_tokens)))
+            long = batch * length >= LONG
+            cases = tuple(decode_cases(model, names, new_tokens, prefills=long))
+            yield Group("decode", batch, length, cases)
     for batch, length in sizes:
         yield Group("scoring", batch, length, tuple(scoring_cases(model, names, length)))
 

@@ -152,15 +152,26 @@ def _decode(key: str, rows: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
         yield "decode_bandwidth_fraction", key, value
 
 
-def peaks(results: dict[str, Any]) -> dict[str, float] | None:
-    """The best of the machine in any of the runs that made a file; None if nothing was measured.
+UNKNOWN = "a processor that was not noted"
+
+
+def processor_of(part: dict[str, Any]) -> str:
+    """The processor that a group, or the last run, was measured on."""
+    return part["machine"].get("processor", UNKNOWN)
+
+
+def peaks(results: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The best of each processor in any of the runs that made a file.
 
     A run that shares the machine sees less of it, and a share of that would flatter.
     """
-    groups = results.get("groups", {}).values()
-    found = [part["machine"] for part in (*groups, results) if part.get("machine")]
-    names = ("gemm_flops", "bandwidth")
-    return {name: max(part[name] for part in found) for name in names} if found else None
+    out: dict[str, dict[str, float]] = {}
+    for part in (*results.get("groups", {}).values(), results):
+        if part.get("machine"):
+            best = out.setdefault(processor_of(part), {})
+            for name in ("gemm_flops", "bandwidth"):
+                best[name] = max(best.get(name, 0.0), part["machine"][name])
+    return out
 
 
 def step_bytes(batch: int, length: int, about: dict[str, Any]) -> int:

@@ -7,13 +7,16 @@ as not measured.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 ATTENTION = ("sdpa", "eager")
+# Eager attention holds rows x heads x length^2 weights: up to so many rows x length^2 it is timed.
+EAGER_PAIRS = 2**23
 DTYPES = ("float32", "bfloat16")
 SETTINGS = tuple((attention, dtype) for dtype in DTYPES for attention in ATTENTION)
 
@@ -30,7 +33,28 @@ def faster_dtype(seconds: Mapping[str, float]) -> list[str]:
       seconds: Of a run of each row, by `name_of`.
     """
     pairs = [[name_of(attention, dtype) for dtype in DTYPES] for attention in ATTENTION]
-    return sorted((min(pair, key=seconds.__getitem__) for pair in pairs), key=seconds.__getitem__)
+    timed = [[name for name in pair if name in seconds] for pair in pairs]
+    fastest = [min(pair, key=seconds.__getitem__) for pair in timed if pair]
+    return sorted(fastest, key=seconds.__getitem__)
+
+
+def left_out(section: str, attention: str, shape: tuple[int, int], vocabulary: int) -> str | None:
+    """Why a row is not timed at a size; None if it is.
+
+    Args:
+      section: "prefill", "scoring" or "decode".
+      attention: One of `ATTENTION`.
+      shape: Rows and tokens of each.
+      vocabulary: Logits of a position.
+    """
+    rows, width = shape
+    if attention == "eager" and rows * width**2 > EAGER_PAIRS:
+        return f"whole attention weights, timed up to rows x length^2 = {EAGER_PAIRS:,}"
+    # Its logits in bfloat16, in float32, and their logarithms.
+    logits = rows * width * vocabulary * (2 + 4 + 4)
+    if section == "scoring" and logits > psutil.virtual_memory().available / 2:
+        return f"logits of all positions and their logarithms take {logits / 1e9:.0f} GB"
+    return None
 
 
 def unavailable() -> str | None:
@@ -42,6 +66,35 @@ def unavailable() -> str | None:
         return f"{error.name} is not installed"
     del torch, transformers
     return None
+
+
+class LeftOut:
+    """A row that says why it is not timed."""
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    def warm(self) -> dict[str, Any]:
+        """Raises NotImplementedError with the reason."""
+        raise NotImplementedError(self._reason)
+
+    def run(self) -> dict[str, float]:
+        """The same."""
+        raise NotImplementedError(self._reason)
+
+
+class _Clock:
+    """A stopping criterion that stops nothing and notes when each token was there."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        del scores
+        stops = input_ids[:, -1] != input_ids[:, -1]
+        stops.cpu()  # waits for the token
+        self.times.append(time.perf_counter())
+        return stops
 
 
 class HuggingFace:
@@ -75,7 +128,10 @@ class HuggingFace:
 
 
 class HuggingFaceRunner:
-    """One section on one setting; results come back to the host, which waits for them."""
+    """One section on one setting; results come back to the host, which waits for them.
+
+    A decode is the time between the first new token and the last, over N - 1.
+    """
 
     def __init__(
         self,
@@ -105,10 +161,11 @@ class HuggingFaceRunner:
                 return self._timed(self._prefill)
             if self._section == "scoring":
                 return self._timed(self._score)
-            long = self._timed(lambda: self._generate(self._new_tokens))["seconds"]
-            short = self._timed(lambda: self._generate(1))["seconds"]
-            seconds = (long - short) / (self._new_tokens - 1)
-            return {"seconds": seconds, "call_seconds": seconds}
+            began, clock = time.perf_counter(), _Clock()
+            self._generate(self._new_tokens, clock)
+            seconds = (clock.times[-1] - clock.times[0]) / (self._new_tokens - 1)
+            prefill = clock.times[0] - began
+            return {"seconds": seconds, "call_seconds": seconds, "prefill_seconds": prefill}
 
     def _timed(self, call: Any) -> dict[str, float]:
         began = time.perf_counter()
@@ -123,9 +180,9 @@ class HuggingFaceRunner:
         logits = self._model(self._tokens, use_cache=False).logits[:, :-1].float()
         return logits.log_softmax(-1).gather(-1, self._tokens[:, 1:, None])
 
-    def _generate(self, count: int) -> Any:
+    def _generate(self, count: int, *criteria: Callable[..., Any]) -> Any:
         import torch
-        from transformers import GenerationConfig
+        from transformers import GenerationConfig, StoppingCriteriaList
 
         settings = GenerationConfig(
             max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
@@ -134,4 +191,5 @@ class HuggingFaceRunner:
             self._tokens,
             attention_mask=torch.ones_like(self._tokens),
             generation_config=settings,
+            stopping_criteria=StoppingCriteriaList(criteria),
         )

@@ -23,6 +23,9 @@ from qs_jax.models import Params
 from qs_jax.record import Record
 from qs_jax.timing import Stopwatch
 
+# The program of a decode that ends with each row's first token.
+PREFILL = "start"
+
 
 class Runner(Protocol):
     """A call that can be timed again and again."""
@@ -40,7 +43,8 @@ class OurRunner:
     """A public call of ours.
 
     Times: "seconds" in its programs, "call_seconds" for all of it (checks, padding, record). A
-    decode is the call with all new tokens less the call with one: N - 1 tokens.
+    decode is what follows the prefill's program, over N - 1 tokens; where one program makes all
+    tokens, the call less a call with one new token. "prefill_seconds" is what was taken off.
     """
 
     def __init__(self, params: Params, rows_NT: np.ndarray, section: str, case: Case) -> None:
@@ -60,37 +64,48 @@ class OurRunner:
         told = {"compile_seconds": stopwatch.compile, "memory": seen.memory()}
         told["dtype"] = self._case.cfg.model.dtype
         if self._section == "decode":
-            self._call(self._short)
+            told["prefill"] = self._flops(out, "prefill")
+            if PREFILL not in seen.spent:
+                self._call(self._short)
         kv_bytes = getattr(out, "kv_bytes", None)
         if kv_bytes is not None:
             told["kv_bytes"] = int(kv_bytes)
         return told | self._work(out)
 
     def _work(self, out: Any) -> dict[str, Any]:
-        """Exact FLOPs of the call, and shares saved, from its record."""
-        model, qs = self._case.cfg.model, self._case.cfg.quicksilver
+        """Exact FLOPs of the timed part of a call, and shares saved, from its record."""
+        record = out.record or self._dense_record()
+        return {
+            **self._flops(out, self._section),
+            "layer_tokens_saved": record.layer_tokens_saved,
+            "kv_skip_rate": skip_rate(record),
+        }
+
+    def _dense_record(self) -> Record:
         rows, width = self._rows.shape
-        record = out.record
-        if record is None:
-            lengths = np.full(rows, width, np.int32)
-            prompts = lengths if self._section != "scoring" else np.zeros_like(lengths)
-            if self._section == "scoring" and self._case.cfg.effective_protocol == "continuation":
-                prompts = lengths - self._case.cfg.continuation_tokens
-            if self._section == "decode":
-                lengths = lengths + self._case.cfg.max_new_tokens - 1
-            record, qs = accounting.dense_record(lengths, prompts, model), None
+        lengths = np.full(rows, width, np.int32)
+        prompts = lengths if self._section != "scoring" else np.zeros_like(lengths)
+        cfg = self._case.cfg
+        if self._section == "scoring" and cfg.effective_protocol == "continuation":
+            prompts = lengths - cfg.continuation_tokens
+        if self._section == "decode":
+            lengths = lengths + cfg.max_new_tokens - 1
+        return accounting.dense_record(lengths, prompts, cfg.model)
+
+    def _flops(self, out: Any, section: str) -> dict[str, Any]:
+        """Exact FLOPs of a section of a call, or of all of it."""
+        model, qs = self._case.cfg.model, self._case.cfg.quicksilver
         dense = out.record is None
+        record, qs = (self._dense_record(), None) if dense else (out.record, qs)
         counted = accounting.tally(record, model, qs, sizes_of(self._params))
         timed = {"prefill": ("prefill",), "decode": ("decode",)}  # of a decode, new tokens only
-        parts = [counted[name] for name in timed.get(self._section, ("prefill", "decode"))]
+        parts = [counted[name] for name in timed.get(section, ("prefill", "decode"))]
         total = {
             key: sum(part[key] for part in parts) for key in ("exact_flops_dense", "exact_flops")
         }
         return {
             **total,
             "exact_flops_saved": 1 - total["exact_flops"] / total["exact_flops_dense"],
-            "layer_tokens_saved": record.layer_tokens_saved,
-            "kv_skip_rate": skip_rate(record),
             "simulated": None if dense else record.simulated,
         }
 
@@ -98,18 +113,23 @@ class OurRunner:
         decodes = self._section == "decode"
         if decodes:  # kept of the parameters used last, which may be those of another dtype's row
             weights.as_decoded(self._params, self._case.cfg.decode_weights, len(self._rows))
-        times = self._timed(self._case.cfg)
+        times, spent = self._timed(self._case.cfg)
         if not decodes:
             return times
-        short = self._timed(self._short)
+        if PREFILL in spent:
+            before = dict.fromkeys(times, spent[PREFILL])
+        else:
+            before, _ = self._timed(self._short)
         steps = self._case.cfg.max_new_tokens - 1
-        return {name: (times[name] - short[name]) / steps for name in times}
+        per_token = {name: (times[name] - before[name]) / steps for name in times}
+        return per_token | {"prefill_seconds": before["seconds"]}
 
-    def _timed(self, cfg: qs_jax.Config) -> dict[str, float]:
+    def _timed(self, cfg: qs_jax.Config) -> tuple[dict[str, float], dict[str, float]]:
         with watch() as seen:
             began = time.perf_counter()
             self._call(cfg)
-            return {"seconds": seen.seconds, "call_seconds": time.perf_counter() - began}
+            call_seconds = time.perf_counter() - began
+        return {"seconds": seen.seconds, "call_seconds": call_seconds}, seen.spent
 
 
 def skip_rate(record: Record) -> float:
@@ -219,3 +239,29 @@ def measure(
     for name, runs in timed.items():
         rows[name] |= summarise(runs) | {"baseline": baselines.get(name, "dense")}
     return {"rows": rows, "batch": group.batch, "length": group.length, "section": group.section}
+
+
+def prefill_of(found: dict[str, Any]) -> dict[str, Any]:
+    """The prefills inside a decode's calls as a group of their own.
+
+    Args:
+      found: A decode's group, from `measure`.
+
+    Returns:
+      The same of section "prefill": of each row its prefills' times and FLOPs.
+    """
+    rows = {}
+    for name, row in found["rows"].items():
+        if "runs" not in row:
+            rows[name] = row
+        elif "prefill_seconds" in row["runs"]:  # not of a row that only reads memory
+            runs = {
+                f"{before}{time}": row["runs"][f"{before}prefill_seconds"]
+                for before in ("", "baseline_")
+                for time in ("seconds", "call_seconds")
+                if f"{before}prefill_seconds" in row["runs"]
+            }
+            times = {key: median(values) for key, values in runs.items()}
+            kept = {key: row[key] for key in ("baseline", "dtype", "memory") if key in row}
+            rows[name] = kept | row.get("prefill", {}) | times | {"runs": runs}
+    return found | {"rows": rows, "section": "prefill"}

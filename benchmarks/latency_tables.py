@@ -19,6 +19,7 @@ def render(results: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "latency details", _details(results) if measured else NOT_YET
     for section in ("prefill", "scoring", "decode"):
         found = [g for g in groups.values() if g.get("section") == section]
+        found.sort(key=lambda group: (group["length"], group["batch"]))
         tables = [_group(group, results) for group in found]
         yield f"latency {section}", "\n\n".join(tables) if tables else NOT_YET
     components = results.get("components", {})
@@ -63,7 +64,10 @@ def _group(group: dict[str, Any], results: dict[str, Any]) -> str:
         base = rows.get(row["baseline"], {})
         lines.append([name, *_cells(group, row, base if "runs" in base else None, results)])
     runs = {len(row["runs"]["seconds"]) for row in rows.values() if "runs" in row}
-    note = f"Medians of {_range(runs)} interleaved runs; commit {group.get('commit')}."
+    note = f"Medians of {_range(runs)} interleaved runs; commit {group.get('commit')}"
+    if group.get("machine"):
+        note += f"; {figures.processor_of(group)}, {_peaks(group['machine'])} in that run"
+    note += "."
     return f"{_table(head, lines)}\n\n{note}"
 
 
@@ -92,9 +96,9 @@ def _cells(
 
 
 def _of_peak(group: dict[str, Any], row: dict[str, Any], results: dict[str, Any]) -> str:
-    machine = figures.peaks(results)
-    if machine is None or "exact_flops" not in row:
+    if not group.get("machine") or "exact_flops" not in row:
         return ""
+    machine = figures.peaks(results)[figures.processor_of(group)]
     if group["section"] == "decode":
         limit = group["rows"].get(figures.READ_ROW, {}).get("seconds")
         if limit is None:
@@ -131,16 +135,22 @@ def _range(counts: set[int]) -> str:
     return str(least) if least == most else f"{least} to {most}"
 
 
+def _peaks(machine: dict[str, Any]) -> str:
+    return (
+        f"best matrix product {machine['gemm_flops'] / 1e9:,.0f} GFLOP/s, best read "
+        f"{machine['bandwidth'] / 1e9:.1f} GB/s"
+    )
+
+
 def _about(results: dict[str, Any]) -> str:
     about, made_with = results["about"], results["environment"]
-    machine = results["machine"] | (figures.peaks(results) or {})
+    machine = results["machine"]
+    each = "; ".join(f"{name}: {_peaks(best)}" for name, best in figures.peaks(results).items())
     packages = made_with["packages"]
     versions = "".join(f", {name} {number}" for name, number in about["versions"].items())
     return (
         f"{about['model']}, {about['dtype']}, {about['text']}; greedy, {about['new_tokens']} new "
-        f"tokens. {machine['device']} ({machine['platform']}), {made_with['processor']}, "
-        f"{made_with['cores']} cores; best matrix product "
-        f"{machine['gemm_flops'] / 1e9:,.0f} GFLOP/s, best read {machine['bandwidth'] / 1e9:.1f} "
-        f"GB/s, of all runs. Python {made_with['python']}, jax {packages['jax']}{versions}. "
+        f"tokens. {machine['device']} ({machine['platform']}), {made_with['cores']} cores. Of all "
+        f"runs, {each}. Python {made_with['python']}, jax {packages['jax']}{versions}. "
         f"Peak resident memory of the whole process {about['peak_rss_bytes'] / 1e9:.1f} GB."
     )

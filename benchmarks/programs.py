@@ -35,15 +35,20 @@ class Watch:
     """What ran inside a `watch` block.
 
     Attributes:
-      seconds: Spent in programs, each waited for.
+      spent: Seconds in programs, each waited for, by the name of the function.
       used: The programs, in the order of their first call.
     """
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self.spent: dict[str, float] = {}
         self.used: list[Used] = []
         self._seen: set[int] = set()
         self._inside = False
+
+    @property
+    def seconds(self) -> float:
+        """Spent in all programs."""
+        return sum(self.spent.values())
 
     def wrap(self, function: Any) -> Callable[..., Any]:
         """A stand-in for a jitted function that is timed."""
@@ -60,7 +65,9 @@ class Watch:
             try:
                 return jax.block_until_ready(function(*args, **kwargs))
             finally:
-                self.seconds += time.perf_counter() - began
+                seconds = time.perf_counter() - began
+                name = function.__name__
+                self.spent[name] = self.spent.get(name, 0.0) + seconds
                 self._inside = False
 
         return timed

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 import qs_jax
-from benchmarks import latency, latency_headline, latency_hf, latency_runs, latency_tables
+from benchmarks import (
+    latency,
+    latency_cases,
+    latency_headline,
+    latency_hf,
+    latency_runs,
+    latency_tables,
+)
 from benchmarks.latency_cases import Case, Group, decisions_only, forced_fraction, half_depth
 from convert.hf_to_flax import convert
 from qs_jax.presets import NAMES
@@ -108,8 +115,12 @@ def test_shares_are_of_the_best_that_any_run_saw_of_the_machine():
     results = constructed()
     group = results["groups"]["prefill 4x512"]
     group["machine"] = {"bandwidth": 200.0, "gemm_flops": 0.5}
-    assert latency_headline.peaks(results) == {"bandwidth": 200.0, "gemm_flops": 1.0}
-    assert latency_headline.peaks({}) is None
+    best = {"bandwidth": 200.0, "gemm_flops": 1.0}
+    assert latency_headline.peaks(results) == {latency_headline.UNKNOWN: best}
+    other = {"bandwidth": 500.0, "gemm_flops": 9.0}
+    results["groups"]["decode 1x128"]["machine"] = other | {"processor": "another"}
+    assert latency_headline.peaks(results) == {latency_headline.UNKNOWN: best, "another": other}
+    assert latency_headline.peaks({}) == {}
 
 
 def test_what_was_not_measured_has_no_figure():
@@ -127,6 +138,83 @@ def test_of_each_attention_the_faster_dtype_is_timed():
         "HF eager bfloat16": 4.0,
     }
     assert latency_hf.faster_dtype(seconds) == ["HF sdpa bfloat16", "HF eager float32"]
+
+
+def test_whole_attention_weights_and_whole_logits_are_left_out_where_they_are_too_large():
+    """8 x 4,096 logits of a vocabulary of 10^6 and their logarithms would take 328 GB."""
+    assert latency_hf.left_out("prefill", "eager", (8, 1024), 97) is None
+    reason = latency_hf.left_out("prefill", "eager", (1, 4096), 97)
+    assert reason is not None
+    assert "attention" in reason
+    assert latency_hf.left_out("decode", "sdpa", (8, 4096), 10**6) is None
+    assert latency_hf.left_out("scoring", "sdpa", (8, 4096), 97) is None
+    reason = latency_hf.left_out("scoring", "sdpa", (8, 4096), 10**6)
+    assert reason is not None
+    assert "328 GB" in reason
+    assert latency_hf.faster_dtype({"HF sdpa float32": 3.0}) == ["HF sdpa float32"]
+
+
+def test_the_prefills_of_a_decode_are_a_group_of_their_own():
+    runs = {"seconds": [1.0, 2.0], "call_seconds": [3.0, 4.0], "prefill_seconds": [5.0, 7.0]}
+    beside = {f"baseline_{key}": [10.0, 10.0] for key in runs}
+    prefill = {"exact_flops": 80, "exact_flops_saved": 0.2}
+    row = {"runs": runs | beside, "exact_flops": 1, "prefill": prefill, "baseline": "dense"}
+    reader = {"runs": {"seconds": [1.0], "call_seconds": [1.0]}, "baseline": "dense"}
+    rows = {"half": row, "read": reader, "HF eager": {"not_measured": "too large"}}
+    found = latency_runs.prefill_of({"rows": rows, "batch": 8, "length": 2, "section": "decode"})
+    assert (found["section"], set(found["rows"])) == ("prefill", {"half", "HF eager"})
+    half = found["rows"]["half"]
+    assert half["seconds"] == 6.0
+    assert half["exact_flops_saved"] == 0.2
+    assert half["runs"]["seconds"] == [5.0, 7.0]
+    assert latency_headline.ratio(half, half) == pytest.approx(0.6)
+
+
+def test_a_decode_is_what_follows_the_prefill_whether_or_not_they_are_one_program():
+    """A clock that adds 8 s to the prefill and 1 s to each step is read the same either way."""
+    model = tiny_model(num_layers=3)
+    params, rows = tiny_params(model), random_tokens(model, width=9)
+    cfg = qs_jax.Config(model, max_new_tokens=5, eos_token_ids=())
+    apart = latency_runs.OurRunner(params, rows, "decode", Case("dense", cfg))
+    masked = forced_fraction(model, 0.5)
+    cfg = cfg.replace(quicksilver=masked, engine="masked")
+    whole = latency_runs.OurRunner(params, rows, "decode", Case("masked", cfg))
+    for runner, own in ((apart, True), (whole, False)):
+        told = runner.warm()
+        assert told["prefill"]["exact_flops"] > told["exact_flops"] > 0
+        spent = {"start": 8.0, "run_until": 4.0} if own else {"generate_result": 12.0}
+        short = {"start": 8.0} if own else {"generate_result": 8.0}
+
+        def timed(cfg, spent=spent, short=short):
+            found = short if cfg.max_new_tokens == 1 else spent
+            return {"seconds": sum(found.values()), "call_seconds": sum(found.values())}, found
+
+        runner._timed = timed
+        expected = {"seconds": 1.0, "call_seconds": 1.0, "prefill_seconds": 8.0}
+        assert runner.run() == expected
+
+
+def test_a_call_that_decodes_spends_time_in_a_program_of_its_prefill():
+    model = tiny_model(num_layers=3)
+    params, rows = tiny_params(model), random_tokens(model, width=9)
+    cfg = qs_jax.Config(model, max_new_tokens=5, eos_token_ids=())
+    for qs in (None, half_depth(model)):
+        runner = latency_runs.OurRunner(
+            params, rows, "decode", Case("row", cfg.replace(quicksilver=qs))
+        )
+        _, spent = runner._timed(cfg.replace(quicksilver=qs))
+        assert {latency_runs.PREFILL, "run_until"} <= set(spent)
+
+
+def test_long_prompts_are_timed_inside_the_decode():
+    model = tiny_model(num_layers=6, max_positions=8192)
+    groups = {g.key: g for g in latency_cases.grid(model, ("paper",), (1, 8), (128, 2048), 4)}
+    assert "prefill 1x2048" in groups
+    assert "prefill 8x2048" not in groups
+    names = [case.name for case in groups["decode 8x2048"].cases]
+    shares = [f"active {f}" for f in ("1", "0.75", "0.5", "0.25")]
+    assert names == ["dense", "half depth", "paper", *shares]
+    assert "scoring 8x2048" in groups
 
 
 class Fake:
@@ -251,6 +339,10 @@ def test_a_small_run_resumes_and_writes_its_tables(ckpt, tmp_path, monkeypatch, 
     latency.main(arguments)  # what is missing, and no more
     assert calls[2:] == ["decode 1x16"]
     assert json.loads(out.read_text()).items() >= kept.items()
+    monkeypatch.setattr(latency.environment, "commit", lambda: "0123456")
+    latency.main([*arguments, "--missing"])  # another commit's count
+    assert len(calls) == 3
+    monkeypatch.setattr(latency.environment, "commit", lambda: "abc1234")
     with pytest.raises(SystemExit, match="holds other measurements"):
         latency.main([*arguments[:-1], "5"])
     monkeypatch.setattr(latency.environment, "commit", lambda: "def5678")
@@ -289,4 +381,6 @@ def test_hugging_face_runs_the_same_weights(ckpt, tmp_path):
         np.testing.assert_allclose(logits[:, 0], scores.logits[:, -1], atol=1e-3)
         np.testing.assert_allclose(logprobs[..., 0], scores.logprobs[:, 1:], atol=1e-3)
         np.testing.assert_array_equal(made[:, 20:], greedy.tokens)
-        assert set(runners["decode"].run()) == {"seconds", "call_seconds"}
+        times = runners["decode"].run()
+        assert set(times) == {"seconds", "call_seconds", "prefill_seconds"}
+        assert min(times.values()) > 0
