@@ -50,6 +50,8 @@ ASSUMED = 0.6
 # No further round of a group begins when its time is up, but so many are made.
 LEAST_ROUNDS = 3
 QUICK_MINUTES = 1.5
+# Tokens from which on the dtype of Hugging Face's rows is chosen on fewer.
+PROBED = 4096
 
 
 @dataclasses.dataclass
@@ -247,11 +249,10 @@ class Run:
                 if reasons[setting[0]] is None
             }
 
-        # The better of two runs tells which is faster, of one row where prompts are long; only that
-        # one is timed further.
+        # The better of two runs tells which is faster; only that one is timed further.
         seconds = {
             name: min(runner.run()["seconds"] for _ in range(2))
-            for name, runner in runners(rows_NT[:1] if group.long else rows_NT).items()
+            for name, runner in runners(probe(section, rows_NT)).items()
         }
         names = latency_hf.faster_dtype(seconds)
         if self.args.quick:
@@ -299,6 +300,13 @@ class Run:
             "length": rows_NT.shape[1],
             "commit": environment.commit(),
         }
+
+
+def probe(section: str, rows_NT: np.ndarray) -> np.ndarray:
+    """Tokens enough to tell which dtype is faster: of many, one row, or short prompts to decode."""
+    if rows_NT.size < PROBED:
+        return rows_NT
+    return rows_NT[:, :128] if section == "decode" else rows_NT[:1]
 
 
 def about(args: Arguments, model: ModelConfig) -> dict[str, Any]:

@@ -384,3 +384,10 @@ def test_hugging_face_runs_the_same_weights(ckpt, tmp_path):
         times = runners["decode"].run()
         assert set(times) == {"seconds", "call_seconds", "prefill_seconds"}
         assert min(times.values()) > 0
+
+
+def test_the_dtype_of_torch_is_chosen_on_fewer_tokens_where_there_are_many():
+    small, large = np.zeros((8, 256), np.int32), np.zeros((8, 512), np.int32)
+    assert latency.probe("decode", small).shape == (8, 256)
+    assert latency.probe("decode", large).shape == (8, 128)
+    assert latency.probe("scoring", large).shape == (1, 512)
