@@ -18,8 +18,13 @@ from jaxtyping import Array, Bool, Float, Int, Int8, UInt16
 from qs_jax.halves import from_bits, to_bits
 from qs_jax.mechanisms import int8
 
-# Position of an empty slot: after every query.
-EMPTY = 2**30
+# Position of an empty slot: after every query. All that remains of it in 16 bits is 65,535.
+EMPTY = 2**30 - 1
+
+
+def position_dtype(max_positions: int) -> jnp.dtype:
+    """The dtype of positions in slots, the smallest that tells `EMPTY` from every position."""
+    return jnp.dtype(jnp.uint16 if max_positions < 2**16 else jnp.int32)
 
 
 @no_type_check
@@ -37,8 +42,8 @@ class SlotCache(flax.struct.PyTreeNode):
       k_scale_CK: Steps of the keys, one a head, where they are int8 codes (`int8.QTensor`); None
         where they are floats.
       v_scale_CK: Of the values.
-      pos_lBC: Position of the token in each slot, EMPTY where there is none; None where every
-        token is kept and slots are positions.
+      pos_lBC: Position of the token in each slot, EMPTY where there is none, in `position_dtype`;
+        None where every token is kept and slots are positions.
       fill_lB: Entries kept; the next token goes to the slot after them. None likewise.
       layers: l.
       head_dim: H.
@@ -48,7 +53,7 @@ class SlotCache(flax.struct.PyTreeNode):
     v_CO: Float[Array, "*lB C O"] | UInt16[Array, "*lB C O"] | Int8[Array, "*lB C O"]
     k_scale_CK: Float[Array, "*lB C K"] | None
     v_scale_CK: Float[Array, "*lB C K"] | None
-    pos_lBC: Int[Array, "l B C"] | None
+    pos_lBC: Int[Array, "l B C"] | UInt16[Array, "l B C"] | None
     fill_lB: Int[Array, "l B"] | None
     layers: int = flax.struct.field(pytree_node=False)
     head_dim: int = flax.struct.field(pytree_node=False)
@@ -111,7 +116,8 @@ class SlotCache(flax.struct.PyTreeNode):
         if pos_lBC is not None:
             assert fill_lB is not None
             rows = jnp.arange(self.layers)[:, None], jnp.arange(pos_B.shape[0])[None, :]
-            pos_lBC = pos_lBC.at[(*rows, slot_lB)].set(jnp.where(keep_lB, pos_B[None], EMPTY))
+            own_lB = jnp.where(keep_lB, pos_B[None], EMPTY).astype(pos_lBC.dtype)
+            pos_lBC = pos_lBC.at[(*rows, slot_lB)].set(own_lB)
             fill_lB = fill_lB + keep_lB
         with jax.named_scope("kv_write"):
             moved = self.replace(pos_lBC=pos_lBC, fill_lB=fill_lB)
@@ -183,7 +189,7 @@ class LayerCache(NamedTuple):
     def pos_BC(self) -> Int[Array, "B C"]:
         """Position of the token in each slot."""
         assert self.cache.pos_lBC is not None
-        return self.cache.pos_lBC[self.index]
+        return self.cache.pos_lBC[self.index].astype(jnp.int32)
 
     def mask(self, pos_B: Int[Array, "B"]) -> Bool[Array, "B X"]:
         """Every entry and the token itself."""

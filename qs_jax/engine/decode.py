@@ -309,7 +309,7 @@ class Decoder:
         self.surprised |= self.produced < self.limit
         steps = min(self.plan.new_capacity - self.produced, pack.GROWTH)
         state = pack.make_room(
-            state, self.numbers.mechanisms, self.cfg, self.plan, steps, for_all=self.surprised
+            state, self.numbers, self.cfg, self.plan, steps, for_all=self.surprised
         )
         self.limit = self.produced + steps
         return state

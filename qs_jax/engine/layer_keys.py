@@ -77,8 +77,9 @@ def mask_of_slots(
 ) -> Bool[Array, "B 1 X"]:
     """The attention mask of one layer over its slots, and last the token itself."""
     rows, plan = call.rows, call.plan
-    if not (call.fuses or plan.policy == "attended"):
-        return cache.mask(rows.pos_BT[:, 0])[:, None]  # all that is kept stays visible
+    # All that is kept stays visible, until it is absorbed; nothing is where slots are positions.
+    if plan.policy != "attended" and (cache.by_position or not call.fuses):
+        return cache.mask(rows.pos_BT[:, 0])[:, None]
     assert call.past is not None
     known = of_past(call.past, rows, layer, state)
     if not cache.by_position:

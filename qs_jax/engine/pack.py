@@ -1,11 +1,12 @@
 """From the full cache of a prompt to the compact caches of decoding, and their growth.
 
-A capacity is a static size, so every new one is a new program. They are buckets, sixteen to an
-octave, shared by groups of layers; a cache that cannot hold what the next steps may write is grown
-before they run, so nothing is ever dropped. New tokens get room for as large a share of them as of
-the prompt; where that runs out the loop stops, and from there on there is room for all. A call of n
-new tokens compiles at most `2 + ceil(n / GROWTH)` decoding programs, and further calls whose tokens
-leave alike none.
+A capacity is a static size, so every new one is a new program: what is held, in buckets, sixteen to
+an octave, and room for new tokens; groups of layers share it. A cache that cannot hold what the
+next steps may write is grown before they run, so nothing is ever dropped. New tokens get room for
+as large a share of them as of the prompt; where that runs out the loop stops, and from there on
+there is room for all. A call of n new tokens compiles at most `2 + ceil(n / GROWTH)` decoding
+programs, and further calls whose tokens leave alike none. Segments before the first layer that a
+token may leave hold every token: slots are positions there, as in all of the dense model's.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from jaxtyping import Array, Bool, Int
 
 from qs_jax.config import Config, ModelConfig
 from qs_jax.engine import weights
-from qs_jax.engine.cache import EMPTY, SlotCache
-from qs_jax.engine.token_loop import DecodePlan
+from qs_jax.engine.cache import EMPTY, SlotCache, position_dtype
+from qs_jax.engine.token_loop import DecodeNumbers, DecodePlan
 from qs_jax.mechanisms import kv_skip
+from qs_jax.mechanisms.decide import Overrides
 from qs_jax.mechanisms.plan import NEVER, Numbers, Plan
 from qs_jax.state import DecodeState, KVCache, Past
 
@@ -39,10 +41,10 @@ SMALLEST = 8
 MARGIN = 1.25
 
 
-def bucket(n: int) -> int:
+def bucket(n: int, smallest: int = SMALLEST) -> int:
     """The smallest capacity that holds `n` slots: sixteen to an octave."""
     step = 1 << max((n - 1).bit_length() - 5, 0)
-    return max(-(-n // step) * step, SMALLEST)
+    return max(-(-n // step) * step, smallest)
 
 
 def _leaving(cfg: Config) -> set[int]:
@@ -54,6 +56,20 @@ def _leaving(cfg: Config) -> set[int]:
     layers = set(qs.halting.layers)
     layers |= {layer + delay for layer in layers}
     return {layer for layer in layers if layer < cfg.model.num_layers}
+
+
+def complete_layers(cfg: Config, overrides: Overrides | None = None) -> int:
+    """Layers at the front that every token runs and after which nobody is gone."""
+    count, qs = cfg.model.num_layers, cfg.quicksilver
+    first = {count} | {layer for layer, _ in cfg.retention}
+    if qs is not None and qs.halting is not None:
+        first |= set((np.flatnonzero(qs.halting.may_halt(count)) + 1).tolist()[:1])
+        first |= set() if qs.halting.forced_layer is None else {qs.halting.forced_layer}
+    if qs is not None and qs.fusion is not None:
+        first |= {max(qs.fusion.first_layer, 1)}
+    if overrides is not None:
+        first |= {int(np.asarray(overrides.forced_layer_BT).min(initial=count))}
+    return max(min(first), 0)
 
 
 def _sizes(boundaries: set[int], count: int) -> tuple[int, ...]:
@@ -69,11 +85,11 @@ def segments(cfg: Config, plan: Plan | None, rows: int) -> tuple[int, ...]:
     edges = {coded_after(cfg, plan)}
     if plan is None or (plan.halting is None and plan.fusion is None):
         return _sizes(edges, count)
-    leaving = _leaving(cfg)
+    leaving, first = _leaving(cfg), complete_layers(cfg)
     if leaving and len(leaving) <= 2 * STACKED_SEGMENTS:
-        return _sizes(edges | leaving, count)
-    width = -(-count // STACKED_SEGMENTS)
-    return _sizes(edges | set(range(0, count, width)), count)
+        return _sizes(edges | leaving | {first}, count)
+    width = max(-(-(count - first) // (STACKED_SEGMENTS - 1)), 1)
+    return _sizes(edges | set(range(first, count, width)), count)
 
 
 def coded_after(cfg: Config, plan: Plan | None) -> int:
@@ -85,15 +101,16 @@ def coded_after(cfg: Config, plan: Plan | None) -> int:
     return min(qs.amq.layer, cfg.model.num_layers) if holds else cfg.model.num_layers
 
 
-def _groups(cfg: Config, plan: DecodePlan) -> list[slice]:
-    """Neighbouring segments that share a capacity."""
+def _groups(cfg: Config, plan: DecodePlan, complete: int) -> list[slice]:
+    """Neighbouring segments that share a capacity, after the complete ones."""
     count, leaving = cfg.model.num_layers, _leaving(cfg)
     edges = set(leaving)
     fused = cfg.quicksilver is not None and cfg.quicksilver.fusion is not None
     if len(leaving) > 2 * STACKED_SEGMENTS or not leaving or fused:
         edges |= set(range(0, count, SHARED))
     starts = np.cumsum((0, *plan.segments))
-    marks = [i for i, start in enumerate(starts[:-1]) if i == 0 or start in edges]
+    numbered = enumerate(starts[complete:-1], complete)
+    marks = [i for i, start in numbered if i == complete or start in edges]
     return [slice(a, b) for a, b in zip(marks, [*marks[1:], len(plan.segments)], strict=True)]
 
 
@@ -148,15 +165,20 @@ def _spans(sizes: tuple[int, ...]) -> list[slice]:
 
 
 def _packed(
-    cache: KVCache, held_LBS: Array, span: slice, capacity: int, bits_LBS: Array | None
+    cache: KVCache,
+    held_LBS: Array,
+    span: slice,
+    capacity: int,
+    bits_LBS: Array | None,
+    dtype: jnp.dtype,
 ) -> SlotCache:
-    """A segment's entries that are held, in order, then room."""
+    """A segment's entries that are held, in order, then room; positions in this dtype."""
     held_lBS = held_LBS[span]
     fill_lB = held_lBS.sum(2, dtype=jnp.int32)
     order_lBS = jnp.argsort(~held_lBS, axis=2, stable=True).astype(jnp.int32)
     order_lBC = _pad(order_lBS, capacity, 2)
     slots_11C = jnp.arange(capacity, dtype=jnp.int32)[None, None]
-    pos_lBC = jnp.where(slots_11C < fill_lB[..., None], order_lBC, EMPTY)
+    pos_lBC = jnp.where(slots_11C < fill_lB[..., None], order_lBC, EMPTY).astype(dtype)
 
     def gather(array_LBSKH: Array) -> Array:
         index = order_lBC[..., None, None]
@@ -168,7 +190,9 @@ def _packed(
     return SlotCache.of(gather(cache.k_LBSKH), gather(cache.v_LBSKH), pos_lBC, fill_lB, bits_lBC)
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "capacities", "width", "coded"))
+@functools.partial(
+    jax.jit, static_argnames=("plan", "capacities", "width", "coded", "complete", "dtype")
+)
 def _pack(
     state: DecodeState,
     numbers: Numbers | None,
@@ -176,6 +200,8 @@ def _pack(
     capacities: tuple[int, ...],
     width: int,
     coded: int,
+    complete: int,
+    dtype: jnp.dtype,
 ) -> DecodeState:
     past, cache = state.cache, state.cache
     if isinstance(past, Past):
@@ -192,15 +218,15 @@ def _pack(
         k, v = (_pad(array[span], size, 2) for array in (cache.k_LBSKH, cache.v_LBSKH))
         return SlotCache.of(k, v, None, None, bits_lBC)
 
-    if by_position(plan.mechanisms):
-        caches = tuple(whole(span, size) for span, size in spans)
-    else:
+    caches = tuple(whole(span, size) for span, size in spans[:complete])
+    if complete < len(spans):
         assert isinstance(past, Past)
         assert plan.mechanisms is not None
         assert numbers is not None
         held_LBS = held(past, state.pos_B, plan.mechanisms, numbers)
-        caches = tuple(
-            _packed(cache, held_LBS, span, size, bits_from(span)) for span, size in spans
+        caches += tuple(
+            _packed(cache, held_LBS, span, size, bits_from(span), dtype)
+            for span, size in spans[complete:]
         )
     if isinstance(past, Past):
         return state.replace(cache=_widened(past.replace(cache=caches), width))
@@ -233,7 +259,8 @@ def _grow(state: DecodeState, capacities: tuple[int, ...], width: int) -> Decode
         names = ("k_CO", "v_CO", "k_scale_CK", "v_scale_CK")
         given = {name: getattr(cache, name) for name in names}
         padded = {n: _pad(array, size, axis) for n, array in given.items() if array is not None}
-        pos_lBC = None if pos_lBC is None else _pad(pos_lBC, size, 2, EMPTY)
+        if pos_lBC is not None:
+            pos_lBC = _pad(pos_lBC, size, 2, jnp.array(EMPTY).astype(pos_lBC.dtype))
         return cache.replace(pos_lBC=pos_lBC, **padded)
 
     caches = tuple(wider(cache, size) for cache, size in zip(caches, capacities, strict=True))
@@ -245,7 +272,7 @@ def _grow(state: DecodeState, capacities: tuple[int, ...], width: int) -> Decode
 
 def make_room(
     state: DecodeState,
-    numbers: Numbers | None,
+    numbers: DecodeNumbers,
     cfg: Config,
     plan: DecodePlan,
     room: int,
@@ -257,7 +284,7 @@ def make_room(
     Args:
       state: After prefill, with a full cache, or with caches to grow. Its caches are deleted: no
         donation can reuse them for others of another size.
-      numbers: Of the mechanisms.
+      numbers: Of the mechanisms, and where single tokens leave.
       cfg: Model and where tokens may leave.
       plan: Static half of the call.
       room: Steps that will follow.
@@ -267,31 +294,38 @@ def make_room(
     caches: Any = past.cache if isinstance(past, Past) else past
     longest = int(np.asarray(state.pos_B).max())
     width, fresh = bucket(longest + room), isinstance(caches, KVCache)
-    if by_position(plan.mechanisms):
-        capacities = (width,) * len(plan.segments)
+    longest = width - room  # as many values as there are buckets, no more
+    if isinstance(past, Past) and not fresh:
+        width = max(width, past.halt_layer_BS.shape[1])
+    spans = _spans(plan.segments)
+    if fresh:
+        complete = _complete_segments(cfg, plan, numbers.overrides)
     else:
+        complete = sum(cache.pos_lBC is None for cache in caches)
+    capacities = (width,) * complete
+    if complete < len(spans):
         assert plan.mechanisms is not None
         if fresh:
-            filled = np.asarray(_needed(past, state.pos_B, numbers, plan.mechanisms))
+            filled = np.asarray(_needed(past, state.pos_B, numbers.mechanisms, plan.mechanisms))
+            most = [int(filled[span].max()) for span in spans[complete:]]
         else:
-            fills = jax.device_get([cache.fill_lB for cache in caches])
-            filled = np.concatenate([fill.max(1) for fill in fills])
+            fills = jax.device_get([cache.fill_lB for cache in caches[complete:]])
+            most = [int(fill.max()) for fill in fills]
         # Under "continuation" new tokens are no subjects: every layer keeps them.
         least = 1.0 if for_all or plan.mechanisms.continuation else 0.0
-        needed = []
-        for span in _spans(plan.segments):
-            most = int(filled[span].max())
-            share = min(max(MARGIN * most / longest, least), 1.0)
-            needed.append(most + max(math.ceil(share * room), 1))
-        capacities = _shared(needed, cfg, plan)
+        for group in _groups(cfg, plan, complete):
+            own = most[group.start - complete : group.stop - complete]
+            held_slots = bucket(max(own), smallest=0)
+            share = min(max(MARGIN * held_slots / longest, least), 1.0)
+            size = held_slots + max(math.ceil(share * room), 1)
+            capacities += (min(max(size, SMALLEST), width),) * len(own)
     if fresh:
         after = coded_after(cfg, plan.mechanisms)
-        roomy = _pack(state, numbers, plan, capacities, width, after)
+        dtype = position_dtype(cfg.model.max_positions)
+        roomy = _pack(state, numbers.mechanisms, plan, capacities, width, after, complete, dtype)
     else:
         old = [cache.capacity for cache in caches]
         capacities = tuple(max(pair) for pair in zip(old, capacities, strict=True))
-        if isinstance(past, Past):
-            width = max(width, past.halt_layer_BS.shape[1])
         roomy = _grow(state, capacities, width)
     used = {id(leaf) for leaf in jax.tree.leaves(roomy)}  # some may be handed through
     for leaf in jax.tree.leaves(caches):
@@ -300,12 +334,12 @@ def make_room(
     return roomy
 
 
-def _shared(needed: list[int], cfg: Config, plan: DecodePlan) -> tuple[int, ...]:
-    capacities = [0] * len(needed)
-    for group in _groups(cfg, plan):
-        size = bucket(max(needed[group]))
-        capacities[group] = [size] * len(capacities[group])
-    return tuple(capacities)
+def _complete_segments(cfg: Config, plan: DecodePlan, overrides: Overrides | None) -> int:
+    """Segments at the front that hold every token."""
+    if by_position(plan.mechanisms):
+        return len(plan.segments)
+    layers = complete_layers(cfg, overrides)
+    return sum(span.stop <= layers for span in _spans(plan.segments))
 
 
 def full_cache(model: ModelConfig, shape: tuple[int, ...], plan: DecodePlan) -> Any:

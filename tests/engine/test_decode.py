@@ -11,9 +11,17 @@ import numpy as np
 import pytest
 
 import qs_jax
-from qs_jax.config import AMQConfig, Config, HaltingConfig, KVSkipConfig, QuickSilverConfig
+from qs_jax.config import (
+    AMQConfig,
+    Config,
+    FusionConfig,
+    HaltingConfig,
+    KVSkipConfig,
+    QuickSilverConfig,
+)
 from qs_jax.engine import decode, pack, token_loop, weights
 from qs_jax.engine import generate as engine
+from qs_jax.engine.cache import position_dtype
 from qs_jax.testing import tiny_model, tiny_params
 from tests.engine.contract import HALT, LAYERS, cases, model_of, params_of, settings
 from tests.support import OPTIMISED, random_tokens
@@ -67,6 +75,8 @@ def config(name, **changes):
     model = model_of(kind)
     if qs is not None and qs.amq is not None:  # a code's edge may fall either side in float32
         model = model.replace(dtype="float64")
+        if qs.amq.execution == "auto":  # what an engine makes of that depends on the machine
+            qs = dataclasses.replace(qs, amq=dataclasses.replace(qs.amq, execution="int8"))
     given = {"max_new_tokens": 8, "eos_token_ids": ()} | changes
     return Config(model, qs, protocol=protocol, **given)
 
@@ -127,11 +137,67 @@ def test_bytes_fall_as_keys_are_skipped():
     assert skipped > 0.49
     model = cfg.model
     slot = 2 * model.num_kv_heads * model.head_dim * 4
-    # Three layers hold 96 + 15 tokens, three nothing: they have the least room there is.
+    # Three layers hold 96 + 15 tokens, three nothing: they have the least room there is, a position
+    # of two bytes a slot, and a count.
     assert dense.kv_bytes == LAYERS * pack.bucket(111) * slot
-    kept = (3 * pack.bucket(111) + 3 * pack.SMALLEST) * (slot + 4) + LAYERS * 4
+    kept = 3 * (pack.bucket(111) * slot + pack.SMALLEST * (slot + 2) + 4)
     assert out.kv_bytes == kept
-    assert 1 - out.kv_bytes / dense.kv_bytes > 0.8 * skipped  # a slot's position counts here
+    assert 1 - out.kv_bytes / dense.kv_bytes > 0.9 * skipped
+
+
+FUSES = FusionConfig(tau_fuse=0.5, first_layer=4)
+FORCES = HaltingConfig(layers=(5,), forced_ids=(7,), forced_layer=4)
+SKIP = KVSkipConfig("skip")
+
+
+@pytest.mark.parametrize(
+    ("qs", "forced", "expected"),
+    [
+        (None, None, 6),
+        (leaving(), None, 3),
+        (leaving(), 2, 2),
+        (QuickSilverConfig(fusion=FUSES), None, 4),
+        (settings(fusion=FUSES, halting=HaltingConfig(window=(3, 5)), kv_skip=SKIP), None, 3),
+        (settings(halting=HaltingConfig(min_layer=2), kv_skip=SKIP), None, 2),
+        (settings(halting=FORCES, kv_skip=SKIP), None, 4),
+        (settings(halting=HaltingConfig(min_layer=2)), None, 6),  # all keys are made: none is gone
+    ],
+)
+def test_layers_before_the_first_that_a_token_may_leave_are_complete(qs, forced, expected):
+    """Their slots are positions, in as many segments as it takes, and they are the only ones."""
+    model = model_of("llama")
+    cfg = Config(model, qs, max_new_tokens=4, eos_token_ids=())
+    params, rows = params_of(model), random_tokens(model, 2, 9)
+    overrides = None
+    if forced is not None:
+        at = np.zeros(rows.shape, int)
+        at[1, 3] = forced
+        overrides = qs_jax.TokenOverrides(forced_halt=at)
+    for kind in ("separate", "stacked"):
+        _, padded, numbers, plan = engine._prepare(
+            params, rows, cfg.replace(decode_weights=kind), None, None, overrides
+        )
+        state = token_loop.jit_start(params, *padded, numbers, model=model, plan=plan)
+        decoder = decode.Decoder(params, numbers, cfg, plan, len(rows))
+        caches = decode.slot_caches(decoder.room(state))
+        complete = [cache.layers for cache in caches if cache.pos_lBC is None]
+        if forced is None or kind == "separate":
+            assert sum(complete) == expected
+        else:  # segments are cut where the configuration says
+            assert sum(complete) <= expected
+        assert all(cache.pos_lBC is None for cache in caches[: len(complete)])
+        assert all(cache.pos_lBC.dtype == np.uint16 for cache in caches[len(complete) :])
+
+
+def test_positions_that_16_bits_cannot_tell_from_an_empty_slot_take_32(monkeypatch):
+    assert position_dtype(2**16 - 1) == np.uint16
+    assert position_dtype(2**16) == np.int32
+    cfg = Config(model_of("llama"), leaving(), max_new_tokens=6, eos_token_ids=())
+    params, rows = params_of(cfg.model), rows_of(cfg.model)
+    out = qs_jax.generate(params, rows, cfg)
+    monkeypatch.setattr(pack, "position_dtype", lambda _: np.dtype(np.int32))
+    jax.clear_caches()
+    assert_same(qs_jax.generate(params, rows, cfg), out)
 
 
 @pytest.mark.slow
