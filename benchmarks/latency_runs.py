@@ -144,10 +144,11 @@ def interleave(
     least: int = 3,
     seconds: float | None = None,
     label: str = "",
+    sharing: int = 2,
 ) -> dict[str, list[dict[str, float]]]:
     """Run every runner once a round, between two runs of its baseline.
 
-    Two runners share those: A x y A z w A. The order turns round every round, so that drift hits
+    A few runners share those: A x y A z w A. The order turns round every round, so that drift hits
     all alike.
 
     Args:
@@ -157,6 +158,7 @@ def interleave(
       least: Rounds that are made whatever they take.
       seconds: Begin no further round after this long; None is no limit.
       label: For the progress bar.
+      sharing: Runners between two runs of their baseline.
 
     Returns:
       Times of each run; the mean of both runs of the baseline around it under the same names with
@@ -170,13 +172,13 @@ def interleave(
 
     def one_round(names: list[str], base: str | None) -> None:
         before = run(base) if base is not None else {}
-        pairs = [names[at : at + 2] for at in range(0, len(names), 2)]  # batched needs Python 3.12
-        for pair in pairs:
-            for name in pair:
+        for at in range(0, len(names), sharing):
+            between = names[at : at + sharing]
+            for name in between:
                 run(name)
             after = run(base) if base is not None else {}
             around = {f"baseline_{key}": (before[key] + after[key]) / 2 for key in before}
-            for name in pair:
+            for name in between:
                 found[name][-1] |= around
             before = after
 
@@ -235,7 +237,8 @@ def measure(
             rows[name] = {"not_measured": str(error)}
             del runners[name]
     beside = {name: baselines.get(name, "dense") for name in runners}
-    timed = interleave(runners, rounds, beside, least, seconds, label=group.key)
+    sharing = 4 if group.long else 2
+    timed = interleave(runners, rounds, beside, least, seconds, group.key, sharing)
     for name, runs in timed.items():
         rows[name] |= summarise(runs) | {"baseline": baselines.get(name, "dense")}
     return {"rows": rows, "batch": group.batch, "length": group.length, "section": group.section}

@@ -244,6 +244,9 @@ def test_every_row_runs_between_two_runs_of_its_baseline():
     ) == pytest.approx((3 / 2.5 + 10 / 9.5) / 2)
     assert len(found["A"]) == 6
     assert "baseline_seconds" not in found["Z"][0]
+    order.clear()
+    latency_runs.interleave(fakes, rounds=1, baselines=beside, sharing=3)
+    assert "".join(order) == "AbcdAZ"
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [(25, "abccbaabc"), (50, "abccbaabccba")])
