@@ -134,7 +134,7 @@ class LayerRecord(flax.struct.PyTreeNode):
       bits_BT: Bits of its activations; 16 is not quantised.
       fused_BT: Position of the first token that has absorbed it; NEVER if none has. `Record.fused`
         is the map it resolves to.
-      drift_BT: Layer drift; nan where it did not run or halting is off.
+      drift_BT: Layer drift; nan where it did not run, was not computed, or halting is off.
       entropy_BT: Entropy the halting decision read, in nats; nan where it read none.
       weighed_BT: The token took part in a fusion at the end of this layer.
     """

@@ -111,8 +111,7 @@ def _halting_flops(record: Record, model: ModelConfig, qs: QuickSilverConfig) ->
     assert halting is not None
     d, layers = model.hidden_size, len(record.active)
     here = halting.may_halt(layers)[:, None, None] & record.active & record.subject
-    reads_drift = halting.rule == "dual" or halting.score == "drift"
-    added = here * (4 * d if reads_drift else 0)
+    added = here * (4 * d if halting.drift_used else 0)
     read = ~np.isnan(record.entropy)
     added = added + read * entropy_flops(halting.entropy_used, model, qs.shortlist_size)
     if halting.rule == "quota" and halting.score == "attention":

@@ -153,6 +153,11 @@ class HaltingConfig:
         return allowed if self.layers is None else allowed & np.isin(layer, self.layers)
 
     @property
+    def drift_used(self) -> bool:
+        """Whether decisions read how far a layer moved a token."""
+        return self.rule == "dual" or self.score == "drift"
+
+    @property
     def entropy_used(self) -> str | None:
         """The estimator that decisions read."""
         return self.entropy if self.rule == "dual" or self.score == "entropy" else None

@@ -68,7 +68,8 @@ class Call(NamedTuple):
       lengths_B: Tokens of each row; only gathered tokens need it.
       prompt_lengths_B: Tokens of each row's prompt; only planned capacities read it.
       lean: Nothing dear is computed that no decision reads: attention weights and entropies only
-        where a decision falls, and drifts recorded only there (compact engine).
+        where a decision falls, drifts recorded only there and only under rules that read them
+        (compact engine).
       layers_before: Layers before the cache's first, where it holds a segment's only.
       around: The tokens are a segment's gathered ones; None for whole rows.
     """

@@ -15,7 +15,7 @@ from qs_jax.engine.attention import Attended, Places, attention, blocked_attenti
 from qs_jax.engine.branches import zeros_of
 from qs_jax.engine.cache import LayerCache
 from qs_jax.engine.call import Call, Passive
-from qs_jax.halves import from_bits
+from qs_jax.halves import exact_dtype, from_bits
 from qs_jax.mechanisms import execution, kv_skip, signals
 from qs_jax.mechanisms.plan import LayerNumbers
 from qs_jax.models import family_of, rope
@@ -131,7 +131,9 @@ def _block(
     if plan.halting is not None and plan.halting.freeze:
         ran_BT &= ~halted_BT
     taken_BT, drift_BT = ran_BT, None
-    if plan.halting is not None and call.decides:
+    if plan.halting is not None and call.decides and call.lean and not plan.halting.drift_used:
+        drift_BT = jnp.full(ran_BT.shape, jnp.nan, exact_dtype(call.model.dtype))
+    elif plan.halting is not None and call.decides:
         with jax.named_scope("signals"):
             drift_BT = signals.drift(plan.halting.drift, h_BTD, state.h_BTD)
         # No drift is below -1, but XLA cannot know and works drifts out before it overwrites

@@ -297,10 +297,14 @@ def test_the_program_lowers_for_cuda(capacity):
     assert ("stablehlo.case" in text) or capacity == "planned"
 
 
-def test_no_layer_copies_the_states():
-    """Read off the compiled program of a prompt: what reads the states comes before they change."""
+@pytest.mark.parametrize("score", ["random", "drift"])
+def test_no_layer_copies_the_states(score):
+    """Read off the compiled program of a prompt: what reads the states comes before they change.
+
+    How far a layer moved them is only there where the rule reads it.
+    """
     model = model_of("llama")
-    halting = HaltingConfig(rule="quota", layers=(2,), quota=(0.0,), score="random", entropy=None)
+    halting = HaltingConfig(rule="quota", layers=(2,), quota=(0.0,), score=score, entropy=None)
     qs = qs_jax.QuickSilverConfig(halting=halting, kv_skip=KVSkipConfig("skip"))
     cfg, params = Config(model, qs, engine="compact", max_new_tokens=1), params_of(model)
     rows = random_tokens(model, batch=3, width=40)
@@ -311,3 +315,6 @@ def test_no_layer_copies_the_states():
     assert re.search(rf"= {shape}\S* fusion\(", text), "the states are in the program"
     copies = re.findall(rf"= {shape}\S* copy\(%?get-tuple-element.*", text)
     assert copies == [], f"{len(copies)} copies of the states"
+    assert ("signals/jit(norm)" in text) == (score == "drift")
+    record = qs_jax.generate(params, rows, cfg).record
+    assert np.isfinite(record.drift).any() == (score == "drift")
