@@ -44,18 +44,30 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 # Every compiled program maps memory, and Linux allows a process 65,530 maps by default: beyond
-# that, XLA crashes.
+# that, XLA crashes. Tests of one module share programs: there, as many again.
 MOST_MAPS = 20_000
+
+
+def forget_programs(most_maps: int) -> None:
+    """Let go of compiled programs where this process has more maps than that."""
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > most_maps:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def few_programs() -> Iterator[None]:
-    """Let go of compiled programs between modules, where there are many."""
+    """Between modules."""
     yield
-    maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
-        jax.clear_caches()
-        gc.collect()
+    forget_programs(MOST_MAPS)
+
+
+@pytest.fixture(autouse=True)
+def not_too_many_programs() -> Iterator[None]:
+    """Between tests."""
+    yield
+    forget_programs(2 * MOST_MAPS)
 
 
 @pytest.fixture(scope="session")
