@@ -10,6 +10,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from qs_jax.halves import CPU_INFO
+
 RESULTS = Path(__file__).with_name("results")
 _PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "tensorstore", "safetensors", "numpy")
 
@@ -24,8 +26,7 @@ def commit() -> str | None:
 
 def processor() -> str:
     """Name of the processor, with the numbers that tell generations of one name apart."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    lines = CPU_INFO.read_text(encoding="utf-8").splitlines() if CPU_INFO.exists() else []
     # The last of the processors; they are alike.
     found = {
         name.strip(): value.strip() for name, _, value in (row.partition(":") for row in lines)

@@ -61,7 +61,12 @@ class Group:
     @property
     def long(self) -> bool:
         """Whether its prompts have `LONG` tokens or more."""
-        return self.batch * self.length >= LONG
+        return is_long(self.batch, self.length)
+
+
+def is_long(batch: int, length: int) -> bool:
+    """Whether so many prompts of this length have `LONG` tokens or more."""
+    return batch * length >= LONG
 
 
 def key_of(section: str, batch: int, length: int) -> str:
@@ -208,12 +213,12 @@ def grid(
     """Every group of a full run, the headline's first."""
     sizes = dict.fromkeys((*HEADLINE, *((b, t) for t in lengths for b in batches)))
     for batch, length in sizes:
-        if batch * length < LONG:
+        if not is_long(batch, length):
             yield Group("prefill", batch, length, tuple(prefill_cases(model, names, length)))
     for length in lengths:
         for batch in batches:
-            long = batch * length >= LONG
-            cases = tuple(decode_cases(model, names, new_tokens, prefills=long))
+            prefills = is_long(batch, length)
+            cases = tuple(decode_cases(model, names, new_tokens, prefills=prefills))
             yield Group("decode", batch, length, cases)
     for batch, length in sizes:
         yield Group("scoring", batch, length, tuple(scoring_cases(model, names, length)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import psutil
@@ -74,13 +74,11 @@ class LeftOut:
     def __init__(self, reason: str) -> None:
         self._reason = reason
 
-    def warm(self) -> dict[str, Any]:
+    def warm(self) -> NoReturn:
         """Raises NotImplementedError with the reason."""
         raise NotImplementedError(self._reason)
 
-    def run(self) -> dict[str, float]:
-        """The same."""
-        raise NotImplementedError(self._reason)
+    run = warm
 
 
 class _Clock:

@@ -63,23 +63,42 @@ class OurRunner:
             out = self._call(self._case.cfg)
         told = {"compile_seconds": stopwatch.compile, "memory": seen.memory()}
         told["dtype"] = self._case.cfg.model.dtype
-        if self._section == "decode":
-            told["prefill"] = self._flops(out, "prefill")
-            if PREFILL not in seen.spent:
-                self._call(self._short)
+        if self._section == "decode" and PREFILL not in seen.spent:
+            self._call(self._short)
         kv_bytes = getattr(out, "kv_bytes", None)
         if kv_bytes is not None:
             told["kv_bytes"] = int(kv_bytes)
         return told | self._work(out)
 
     def _work(self, out: Any) -> dict[str, Any]:
-        """Exact FLOPs of the timed part of a call, and shares saved, from its record."""
-        record = out.record or self._dense_record()
-        return {
-            **self._flops(out, self._section),
+        """Exact FLOPs of the timed part of a call, and shares saved, from its record.
+
+        Of a decode that is the new tokens; its "prefill" holds the same of the prompt.
+        """
+        dense = out.record is None
+        record = self._dense_record() if dense else out.record
+        qs = None if dense else self._case.cfg.quicksilver
+        counted = accounting.tally(record, self._case.cfg.model, qs, sizes_of(self._params))
+
+        def flops(*parts: str) -> dict[str, Any]:
+            whole, ours = (
+                sum(counted[part][key] for part in parts)
+                for key in ("exact_flops_dense", "exact_flops")
+            )
+            return {
+                "exact_flops_dense": whole,
+                "exact_flops": ours,
+                "exact_flops_saved": 1 - ours / whole,
+                "simulated": None if dense else record.simulated,
+            }
+
+        timed = ("prefill", "decode") if self._section == "scoring" else (self._section,)
+        shares = {
             "layer_tokens_saved": record.layer_tokens_saved,
             "kv_skip_rate": skip_rate(record),
         }
+        prefill = {"prefill": flops("prefill")} if self._section == "decode" else {}
+        return flops(*timed) | shares | prefill
 
     def _dense_record(self) -> Record:
         rows, width = self._rows.shape
@@ -91,23 +110,6 @@ class OurRunner:
         if self._section == "decode":
             lengths = lengths + cfg.max_new_tokens - 1
         return accounting.dense_record(lengths, prompts, cfg.model)
-
-    def _flops(self, out: Any, section: str) -> dict[str, Any]:
-        """Exact FLOPs of a section of a call, or of all of it."""
-        model, qs = self._case.cfg.model, self._case.cfg.quicksilver
-        dense = out.record is None
-        record, qs = (self._dense_record(), None) if dense else (out.record, qs)
-        counted = accounting.tally(record, model, qs, sizes_of(self._params))
-        timed = {"prefill": ("prefill",), "decode": ("decode",)}  # of a decode, new tokens only
-        parts = [counted[name] for name in timed.get(section, ("prefill", "decode"))]
-        total = {
-            key: sum(part[key] for part in parts) for key in ("exact_flops_dense", "exact_flops")
-        }
-        return {
-            **total,
-            "exact_flops_saved": 1 - total["exact_flops"] / total["exact_flops_dense"],
-            "simulated": None if dense else record.simulated,
-        }
 
     def run(self) -> dict[str, float]:
         decodes = self._section == "decode"
