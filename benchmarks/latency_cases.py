@@ -16,8 +16,8 @@ NEVER = float("-inf")
 # Longest rows at which the masked engine, which computes whole attention weights, is timed too.
 MASKED_LENGTH = 1024
 # Prompts of so many tokens, of all rows: a run takes long. Rows that save nothing are left out, and
-# so is the other dtype; prefills are those inside the decode's calls.
-LONG = 16384
+# so is the other dtype; prefills are those inside the decode's calls. Not at the headline's sizes.
+LONG = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,13 +60,13 @@ class Group:
 
     @property
     def long(self) -> bool:
-        """Whether its prompts have `LONG` tokens or more."""
+        """Whether its prompts take long, as `is_long`."""
         return is_long(self.batch, self.length)
 
 
 def is_long(batch: int, length: int) -> bool:
-    """Whether so many prompts of this length have `LONG` tokens or more."""
-    return batch * length >= LONG
+    """Whether so many prompts of this length have `LONG` tokens or more, and no headline."""
+    return batch * length >= LONG and (batch, length) not in HEADLINE
 
 
 def key_of(section: str, batch: int, length: int) -> str:

@@ -210,6 +210,7 @@ def test_long_prompts_are_timed_inside_the_decode():
     model = tiny_model(num_layers=6, max_positions=8192)
     groups = {g.key: g for g in latency_cases.grid(model, ("paper",), (1, 8), (128, 2048), 4)}
     assert "prefill 1x2048" in groups
+    assert "prefill 8x512" in groups  # a headline's size, long as it is
     assert "prefill 8x2048" not in groups
     names = [case.name for case in groups["decode 8x2048"].cases]
     shares = [f"active {f}" for f in ("1", "0.75", "0.5", "0.25")]
