@@ -97,7 +97,9 @@ class Watch:
 def _shape_of(leaf: Any) -> Any:
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
         weak = getattr(leaf, "weak_type", False)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=weak)
+        # Where it is committed to a device: otherwise JAX takes it for another program.
+        sharding = leaf.sharding if getattr(leaf, "committed", False) else None
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=weak, sharding=sharding)
     return leaf
 
 
