@@ -109,10 +109,17 @@ def sources(results: Results) -> str:
         files = [entry["file"] for entry in (about.get("texts") or {}).values()]
         files += [dig(entry, "data", "name") or "" for entry in (tasks.get("tasks") or {}).values()]
         files += [entry.partition(":")[0].partition(",")[0] for entry in content.get("data") or ()]
-        commit = dig(content, "environment", "commit") or content.get("git") or ""
-        told += [f"commit {commit}"] if commit else []
+        told += [f"commit {commit}" for commit in _commits(content)]
         lines.append([f"`{name}.json`", f"`{command}`", str(model), ", ".join(files + told)])
     return paper_cells.table(["file", "command", "model", "made with"], lines)
+
+
+def _commits(content: dict[str, Any]) -> list[str]:
+    """The commits that measured a file: of its parts where they tell, else of the run."""
+    parts = [*(content.get("groups") or {}).values(), content.get("components_about") or {}]
+    found = dict.fromkeys(part["commit"] for part in parts if part.get("commit"))
+    run = dig(content, "environment", "commit") or content.get("git")
+    return list(found) or ([run] if run else [])
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -285,3 +285,13 @@ def test_a_calibration_is_one_row_and_its_texts_are_its_sources():
         "a model",
         "rte.jsonl",
     )
+
+
+def test_a_file_of_several_commits_names_them_all():
+    groups = {"a": {"commit": "one"}, "b": {"commit": "two"}, "c": {"commit": "one"}}
+    mixed = {"groups": groups, "components_about": {"commit": "three"}}
+    last = {"environment": {"commit": "two"}}
+    told = lines_of(paper_tables.sources({"latency": mixed | last, "ablation": last}))
+    told = {row["file"]: row["made with"] for row in told}
+    assert told["`latency.json`"] == "commit one, commit two, commit three"
+    assert told["`ablation.json`"] == "commit two"
