@@ -315,7 +315,8 @@ def make_room(
         least = 1.0 if for_all or plan.mechanisms.continuation else 0.0
         for group in _groups(cfg, plan, complete):
             own = most[group.start - complete : group.stop - complete]
-            held_slots = bucket(max(own), smallest=0)
+            # The last token always runs: a round share of a round prompt and it are one bucket.
+            held_slots = bucket(max(own) - 1, smallest=0) + 1
             share = min(max(MARGIN * held_slots / longest, least), 1.0)
             size = held_slots + max(math.ceil(share * room), 1)
             capacities += (min(max(size, SMALLEST), width),) * len(own)

@@ -145,6 +145,21 @@ def test_bytes_fall_as_keys_are_skipped():
     assert 1 - out.kv_bytes / dense.kv_bytes > 0.9 * skipped
 
 
+@pytest.mark.parametrize("stop", [0.25, 0.5, 0.75])
+def test_bytes_fall_as_a_quota_stops_a_prompt(stop):
+    """A round prompt, a round share of it and the last token, which always runs."""
+    quota = HaltingConfig(rule="quota", layers=(2,), quota=(stop,), score="random", entropy=None)
+    qs = settings(halting=quota, kv_skip=KVSkipConfig("skip"))
+    qs = dataclasses.replace(qs, protect_special=False, sink_tokens=0, recent_tokens=1)
+    cfg = Config(model_of("llama", max_positions=512), qs, max_new_tokens=16, eos_token_ids=())
+    params, rows = params_of(cfg.model), random_tokens(cfg.model, 2, 256)
+    dense = qs_jax.generate(params, rows, cfg.replace(quicksilver=None))
+    out = qs_jax.generate(params, rows, cfg)
+    skipped = 1 - out.record.kv_held.sum() / (LAYERS * out.record.lengths.sum())
+    assert skipped > 0.6 * stop
+    assert 1 - out.kv_bytes / dense.kv_bytes >= 0.9 * skipped
+
+
 FUSES = FusionConfig(tau_fuse=0.5, first_layer=4)
 FORCES = HaltingConfig(layers=(5,), forced_ids=(7,), forced_layer=4)
 SKIP = KVSkipConfig("skip")
