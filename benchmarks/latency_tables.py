@@ -152,5 +152,5 @@ def _about(results: dict[str, Any]) -> str:
         f"{about['model']}, {about['dtype']}, {about['text']}; greedy, {about['new_tokens']} new "
         f"tokens. {machine['device']} ({machine['platform']}), {made_with['cores']} cores. Of all "
         f"runs, {each}. Python {made_with['python']}, jax {packages['jax']}{versions}. "
-        f"Peak resident memory of the whole process {about['peak_rss_bytes'] / 1e9:.1f} GB."
+        f"Peak resident memory of the last run's process {about['peak_rss_bytes'] / 1e9:.1f} GB."
     )
