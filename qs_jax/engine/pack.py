@@ -1,12 +1,13 @@
 """From the full cache of a prompt to the compact caches of decoding, and their growth.
 
-A capacity is a static size, so every new one is a new program: what is held, in buckets, sixteen to
-an octave, and room for new tokens; groups of layers share it. A cache that cannot hold what the
-next steps may write is grown before they run, so nothing is ever dropped. New tokens get room for
-as large a share of them as of the prompt; where that runs out the loop stops, and from there on
-there is room for all. A call of n new tokens compiles at most `2 + ceil(n / GROWTH)` decoding
-programs, and further calls whose tokens leave alike none. Segments before the first layer that a
-token may leave hold every token: slots are positions there, as in all of the dense model's.
+A capacity is a static size, so every new one is a new program: what is held (the last token, and
+the others in buckets, sixteen to an octave) and room for new tokens; groups of layers share it. A
+cache that cannot hold what the next steps may write is grown before they run, so nothing is ever
+dropped. New tokens get room for as large a share of them as of the prompt; where that runs out the
+loop stops, and from there on there is room for all. A call of n new tokens compiles at most `2 +
+ceil(n / GROWTH)` decoding programs, and further calls whose tokens leave alike none. Segments
+before the first layer that a token may leave hold every token: slots are positions there, as in all
+of the dense model's.
 """
 
 from __future__ import annotations
