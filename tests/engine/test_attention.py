@@ -57,3 +57,30 @@ def test_long_rows_have_few_blocks(monkeypatch):
     q, k, v, *_ = made(0, width=40)
     attention.blocked_attention(q, k, v)
     assert len(calls) == 14  # of 3 queries: 16 at most
+
+
+@pytest.mark.parametrize("most", [0, 40_000])  # heads apart; rows apart
+@pytest.mark.parametrize("by", ["mask", "places", None])
+def test_rows_and_heads_one_after_the_other_are_the_same_attention(monkeypatch, most, by):
+    q, k, v, causal_BTS, rng = made(0)
+    batch, width = k.shape[:2]
+    log_size_BS = jnp.log(jnp.array(rng.integers(1, 5, (batch, width))))
+    mask_BTS, given = jnp.array(causal_BTS), {}
+    if by is not None:
+        gone_BS = rng.random((batch, width)) < 0.3
+        own_TT = np.eye(width, dtype=bool)
+        mask_BTS = jnp.array(causal_BTS & (own_TT | ~gone_BS[:, None]))
+        given = {"mask_BTS": mask_BTS}
+    if by == "places":  # gone for every later query, its own excepted
+        pos_BT = jnp.broadcast_to(jnp.arange(width), (batch, width))
+        until_BS = jnp.where(gone_BS, pos_BT + 1, width)
+        given = {"places": attention.Places(pos_BT, pos_BT, until_BS)}
+    expected, _ = attention.attention(q, k, v, mask_BTS, log_size_BS)
+    monkeypatch.setattr(attention, "MOST_LOGITS", most)
+    called, plain = [], attention._attend_tile
+    monkeypatch.setattr(
+        attention, "_attend_tile", lambda q, *a: called.append(q.shape[:2]) or plain(q, *a)
+    )
+    found = attention.blocked_attention(q, k, v, **given, log_size_BS=log_size_BS)
+    assert called == [(1, 1 if most == 0 else k.shape[2])]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
