@@ -2,12 +2,15 @@
 
 `jax.profiler` says when each XLA operation ran; the compiled program's text says which scope it
 came from. Time in which several operations run is split among them, and time in which none does is
-"idle". XLA fuses across scopes: a fused operation counts for the scope of its result; products
+"idle". On CPU the event that ends an operation comes late when the thread that finishes it goes on
+with what waited for it; an operation is over at the latest when one that reads its result begins.
+XLA fuses across scopes: a fused operation counts for the scope of its result; products
 with a vector, which XLA rewrites on CPU without their scope, count as "other".
 """
 
 from __future__ import annotations
 
+import bisect
 import re
 import tempfile
 from collections.abc import Callable, Iterable
@@ -37,7 +40,10 @@ COMPONENTS = {
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*?\s([a-z][\w\-]*)\(", re.MULTILINE)
 _MODULE = re.compile(r"HloModule ([\w.\-]+)")
 _PATH = re.compile(r'op_name="([^"]*)"')
+_NAME = re.compile(r"%([\w.\-]+)")
 _CONTAINERS = ("while", "conditional", "call")
+# Operations that only name what others made; they do not run.
+_NAMING = ("bitcast", "get-tuple-element", "tuple", "parameter")
 
 
 class Interval(NamedTuple):
@@ -67,6 +73,30 @@ def components_of(text: str) -> dict[str, str | None]:
     return found
 
 
+def readers_of(text: str) -> dict[str, set[str]]:
+    """The instructions of a compiled program that read the result of each.
+
+    Of one that only gives a result another name, they are the readers of that name. What follows in
+    another round of a loop, or inside a branch, is not among them.
+    """
+    direct: dict[str, set[str]] = {}
+    naming: set[str] = set()
+    for line in text.splitlines():
+        match = _INSTRUCTION.match(line)
+        if match is None:
+            continue
+        if match[2] in _NAMING:
+            naming.add(match[1])
+        for operand in _NAME.findall(line[match.end() :].split(")", 1)[0]):
+            direct.setdefault(operand, set()).add(match[1])
+
+    def resolved(name: str) -> set[str]:
+        readers = direct.get(name, set())
+        return (readers - naming).union(*map(resolved, readers & naming))
+
+    return {name: resolved(name) for name in direct}
+
+
 def attribute(intervals: Iterable[Interval], total: float) -> dict[str, float]:
     """Split wall time among components.
 
@@ -92,13 +122,28 @@ def attribute(intervals: Iterable[Interval], total: float) -> dict[str, float]:
     return found | {"idle": max(total - sum(found.values()), 0.0)}
 
 
-def _intervals(
-    planes: Iterable[Any], components: dict[str, dict[str, str | None]]
-) -> list[Interval]:
+class _Program(NamedTuple):
+    """What is known of a program's instructions, by name."""
+
+    components: dict[str, str | None]
+    readers: dict[str, set[str]]
+
+
+class _Begun(NamedTuple):
+    """An operation whose end is an event of its own; `finish` is when its own event ended."""
+
+    start: float
+    finish: float
+    component: str
+    readers: list[tuple[str, str]]
+
+
+def _intervals(planes: Iterable[Any], programs: dict[str, _Program]) -> list[Interval]:
     """Operations of a trace: on CPU an asynchronous one ends with an event of its own."""
-    begun: dict[Any, tuple[float, str]] = {}
+    begun: dict[Any, _Begun] = {}
     plain: list[Interval] = []
     ends: dict[Any, float] = {}
+    starts: dict[tuple[str, str], list[float]] = {}
     for plane in planes:
         for line in plane.lines:
             for event in line.events:
@@ -106,18 +151,33 @@ def _intervals(
                 if event.name.startswith("end: "):
                     ends[stats.get("_c")] = event.start_ns + event.duration_ns
                     continue
-                program = components.get(str(stats.get("hlo_module")), {})
-                component = program.get(str(stats.get("hlo_op")))
-                if component is None:
+                module, name = str(stats.get("hlo_module")), str(stats.get("hlo_op"))
+                program = programs.get(module)
+                component = program.components.get(name) if program is not None else None
+                if program is None or component is None:
                     continue
+                starts.setdefault((module, name), []).append(event.start_ns)
                 producer, finish = stats.get("_p"), event.start_ns + event.duration_ns
                 if producer is None:
                     plain.append(Interval(event.start_ns, finish, component))
                 else:
-                    begun[producer] = (event.start_ns, component)
-                    ends.setdefault(producer, finish)
-    waited = [Interval(start, ends[key], name) for key, (start, name) in begun.items()]
-    return plain + waited
+                    readers = [(module, reader) for reader in program.readers.get(name, ())]
+                    begun[producer] = _Begun(event.start_ns, finish, component, readers)
+    for times in starts.values():
+        times.sort()
+
+    def over(key: Any, operation: _Begun) -> Interval:
+        begins = [_next(starts.get(reader, []), operation.start) for reader in operation.readers]
+        end = min([ends.get(key, operation.finish), *begins])
+        return Interval(operation.start, max(operation.finish, end), operation.component)
+
+    return plain + [over(key, operation) for key, operation in begun.items()]
+
+
+def _next(times: list[float], after: float) -> float:
+    """The first of rising times after one; infinity if there is none."""
+    index = bisect.bisect_right(times, after)
+    return times[index] if index < len(times) else float("inf")
 
 
 def profile(
@@ -134,7 +194,7 @@ def profile(
     """
     with watch() as seen:
         call(*prepare())
-    components = _of_programs(seen)
+    programs = _of_programs(seen)
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     with tempfile.TemporaryDirectory() as temporary, watch() as traced:
@@ -145,20 +205,23 @@ def profile(
             call(*arguments)
         newest = max(folder.rglob("*.xplane.pb"), key=lambda file: file.stat().st_mtime_ns)
         data = jax.profiler.ProfileData.from_file(str(newest))
-        intervals = _intervals(data.planes, components)
+        intervals = _intervals(data.planes, programs)
     found = attribute(intervals, (traced.seconds - before) * 1e9)
     return {name: value * 1e-9 for name, value in found.items()}
 
 
-def _of_programs(seen: Watch) -> dict[str, dict[str, str | None]]:
+def _of_programs(seen: Watch) -> dict[str, _Program]:
     """Instructions of each program of a call, by the program's name.
 
     Of programs of one name, an instruction that several have counts as the first's.
     """
-    found: dict[str, dict[str, str | None]] = {}
+    found: dict[str, _Program] = {}
     for used in reversed(seen.used):
         text = used.compiled().as_text()
         name = _MODULE.match(text)
         assert name is not None, text[:80]
-        found[name[1]] = found.get(name[1], {}) | components_of(text)
+        before = found.get(name[1], _Program({}, {}))
+        found[name[1]] = _Program(
+            before.components | components_of(text), before.readers | readers_of(text)
+        )
     return found

@@ -1,5 +1,7 @@
 """Attribution of time to scopes."""
 
+import types
+
 import pytest
 
 import qs_jax
@@ -42,6 +44,48 @@ def test_loops_are_no_operations_of_their_own():
   %copy.2 = f32[2]{0} copy(%x)
 """
     assert components.components_of(text) == {"while.3": None, "dot.40": "mlp", "copy.2": "other"}
+
+
+PROGRAM = """HloModule jit_f
+%body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %make.1 = f32[4]{0} fusion(%p), kind=kLoop, calls=%inner, metadata={op_name="jit(f)/attn/exp"}
+  %bitcast.2 = f32[2,2]{1,0} bitcast(%make.1)
+  %product = f32[2,2]{1,0} dot(%bitcast.2, %w), metadata={op_name="jit(f)/mlp/dot_general"}
+}
+"""
+
+
+def test_readers_are_found_through_other_names():
+    assert components.readers_of(PROGRAM)["make.1"] == {"product"}
+
+
+@pytest.mark.parametrize(
+    ("end_of_make", "expected"),
+    [
+        (45, {"attn": 12, "mlp": 20}),  # ended late, by the thread that ran the product meanwhile
+        (11, {"attn": 11, "mlp": 20}),
+        (5, {"attn": 8, "mlp": 20}),  # its own event knows better
+    ],
+)
+def test_an_operation_is_over_when_a_reader_begins(end_of_make, expected):
+    events = [
+        _event("make.1", 0, 8, _p=1),
+        _event("product", 12, 20),
+        _event("make.1", 100, 0, _p=2),  # another round, not followed by a product
+        types.SimpleNamespace(
+            name="end: make.1", start_ns=end_of_make, duration_ns=0, stats={"_c": 1}
+        ),
+    ]
+    planes = [types.SimpleNamespace(lines=[types.SimpleNamespace(events=events)])]
+    program = components._Program(components.components_of(PROGRAM), components.readers_of(PROGRAM))
+    intervals = components._intervals(planes, {"jit_f": program})
+    found = components.attribute(intervals, total=200)
+    assert {name: found[name] for name in expected} == expected
+
+
+def _event(name: str, start: float, duration: float, **stats):
+    stats |= {"hlo_module": "jit_f", "hlo_op": name}
+    return types.SimpleNamespace(name=name, start_ns=start, duration_ns=duration, stats=stats)
 
 
 def test_a_profile_finds_the_parts_of_a_layer():

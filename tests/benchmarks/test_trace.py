@@ -146,5 +146,9 @@ def test_instructions_are_told_apart_by_their_program():
     class Plane:
         lines = (Line,)
 
-    found = components._intervals([Plane], {"jit_a": {"dot.1": "mlp"}, "jit_b": {"dot.1": "attn"}})
+    programs = {
+        name: components._Program({"dot.1": component}, {})
+        for name, component in (("jit_a", "mlp"), ("jit_b", "attn"))
+    }
+    found = components._intervals([Plane], programs)
     assert [(part.component, part.start) for part in found] == [("mlp", 0), ("attn", 5)]
