@@ -28,9 +28,9 @@ import tyro
 
 import qs_jax
 from benchmarks import (
-    components,
     environment,
     latency_cases,
+    latency_components,
     latency_headline,
     latency_hf,
     latency_runs,
@@ -143,7 +143,7 @@ class Run:
         self.save()
         for group in self.groups():
             self._group(group)
-        if "components" in args.only and not args.quick:
+        if "components" in args.only:
             self._components()
         self.save()
 
@@ -281,25 +281,16 @@ class Run:
         return seconds * runs * LEAST_ROUNDS / 60
 
     def _components(self) -> None:
-        """Components of a dense prefill and decode and of each preset's prefill."""
+        """Where the time of dense and of other prefills goes; a quick run wants the decisions'."""
         rows_NT = tokens(self.args, self.model, 4, min(512, self.model.max_positions - 64))
-        one = {"max_new_tokens": 1, "eos_token_ids": ()}
-        cfgs = {"dense prefill": qs_jax.Config(self.model, **one)}
-        for name in self.args.presets:
-            qs = qs_jax.presets.by_name(name, self.model)
-            cfgs[f"{name}, prefill"] = qs_jax.Config(self.model, qs, **one)
-        cfgs["dense decode, with its prefill"] = cfgs["dense prefill"].replace(max_new_tokens=64)
-        found = {}
-        for name, cfg in cfgs.items():
-            found[name] = components.profile(
-                lambda cfg=cfg: qs_jax.generate(self.params, rows_NT, cfg)
-            )
-        self.results["components"] = found
-        self.results["components_about"] = {
-            "batch": rows_NT.shape[0],
-            "length": rows_NT.shape[1],
-            "commit": environment.commit(),
-        }
+        batch, length = rows_NT.shape
+        made_with = {"batch": batch, "length": length, "commit": environment.commit()}
+        given = (self.params, self.model, rows_NT, self.args.presets)
+        self.results["deciding"] = latency_components.deciding(*given)
+        self.results["deciding_about"] = made_with | {"runs": latency_components.PROFILES}
+        if not self.args.quick:
+            self.results["components"] = latency_components.components_of_calls(*given)
+            self.results["components_about"] = made_with
 
 
 def probe(section: str, rows_NT: np.ndarray) -> np.ndarray:
@@ -334,7 +325,14 @@ def weight_bytes(model: ModelConfig) -> int:
 
 def start(path: Path, about: dict[str, Any], *, fresh: bool) -> dict[str, Any]:
     """Results found before by the same kind of run, or none."""
-    names = ("groups", "components", "components_about", "skipped")
+    names = (
+        "groups",
+        "components",
+        "components_about",
+        "deciding",
+        "deciding_about",
+        "skipped",
+    )
     empty: dict[str, Any] = {name: {} for name in names}
     if fresh or not path.exists():
         return empty

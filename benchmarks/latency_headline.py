@@ -6,11 +6,13 @@ baseline's runs before and after the row's: what slows the machine down for a wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import math
+from collections.abc import Callable, Iterator
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
-from benchmarks.latency_cases import FRACTIONS, HEADLINE, SHIPPED, key_of
+from benchmarks.latency_cases import FRACTIONS, HEADLINE, key_of
 
 # A decode's limit, a row timed in turn with the others: the bandwidth of a shared machine changes
 # from minute to minute.
@@ -25,7 +27,7 @@ TARGETS: dict[str, tuple[str, float, str]] = {
     "decode_ours_over_hf": (">=", 2.0, "tokens per second, ours / HF generate at its fastest"),
     "decode_bandwidth_fraction": (">=", 0.6, "float32 tokens per second / what bandwidth allows"),
     "half_depth_decode_speedup": (">=", 1.7, "tokens per second, all leave at half depth / dense"),
-    "signal_share": ("<=", 0.02, "time of decisions that stop nothing / dense, the worst preset"),
+    "signal_share": ("<=", 0.02, "time in the scopes of decisions / dense, the worst preset"),
     "kv_bytes_over_skip_rate": (">=", 0.9, "share of KV bytes not allocated / of keys skipped"),
 }
 
@@ -33,6 +35,10 @@ TARGETS: dict[str, tuple[str, float, str]] = {
 def dense_name(dtype: str) -> str:
     """Name of the dense row of a dtype."""
     return f"dense, {dtype}"
+
+
+# Scopes of `benchmarks.components` that decide: drifts and entropies, who halts, who fuses.
+DECIDING = ("signals", "halt", "fuse")
 
 
 def met(name: str, value: float) -> bool:
@@ -43,9 +49,29 @@ def met(name: str, value: float) -> bool:
 
 def ratio(row: dict[str, Any], baseline: dict[str, Any], time: str = "seconds") -> float:
     """Median over rounds of a row's time over its baseline's around it."""
+    return median(_ratios(row, baseline, time))
+
+
+def _ratios(row: dict[str, Any], baseline: dict[str, Any], time: str) -> list[float]:
     runs = row["runs"]
     beside = runs.get(f"baseline_{time}", baseline["runs"][time])
-    return median(a / b for a, b in zip(runs[time], beside, strict=True))
+    return [a / b for a, b in zip(runs[time], beside, strict=True)]
+
+
+def interval(
+    row: dict[str, Any], baseline: dict[str, Any], time: str = "seconds"
+) -> tuple[float, float] | None:
+    """Where the median of `ratio` lies with 95 % confidence; None of fewer than six runs.
+
+    Of n ordered ratios the k-th from either end: fewer than k of n lie on one side of the true
+    median with a probability of P(Binomial(n, 1/2) < k), at most 0.025.
+    """
+    ratios = sorted(_ratios(row, baseline, time))
+    count, tail, k = len(ratios), 0.0, 0
+    while tail + math.comb(count, k) / 2**count <= 0.025:
+        tail += math.comb(count, k) / 2**count
+        k += 1
+    return (ratios[k - 1], ratios[count - k]) if k else None
 
 
 def conversion(row: dict[str, Any], dense: dict[str, Any]) -> float | None:
@@ -55,7 +81,11 @@ def conversion(row: dict[str, Any], dense: dict[str, Any]) -> float | None:
     Signals are charged in the FLOPs as well as in the time.
     """
     saved = row["exact_flops_saved"]
-    return (1 - ratio(row, dense)) / saved if saved > 0 else None
+    return _converted(saved, ratio(row, dense)) if saved > 0 else None
+
+
+def _converted(saved: float, ratio: float) -> float:
+    return (1 - ratio) / saved
 
 
 def measured(group: dict[str, Any] | None) -> dict[str, Any]:
@@ -69,26 +99,70 @@ def fastest_hf(rows: dict[str, Any]) -> str | None:
     return min(names, key=lambda name: rows[name]["seconds"], default=None)
 
 
+class Figure(NamedTuple):
+    """One measurement that a headline figure may be chosen from.
+
+    Attributes:
+      name: Of the headline figure.
+      where: Group and row.
+      value: What was measured.
+      interval: Where it lies with 95 % confidence; None unless it comes from six ratios or more.
+    """
+
+    name: str
+    where: str
+    value: float
+    interval: tuple[float, float] | None = None
+
+
+def figures(results: dict[str, Any]) -> list[Figure]:
+    """Every figure that a headline figure is chosen from."""
+    return list(_figures(results))
+
+
 def details(results: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Every figure that a headline figure is chosen from, by the headline's name."""
+    """Values of `figures`, by the headline's name."""
     out: dict[str, dict[str, float]] = {}
-    for name, where, value in _figures(results):
-        out.setdefault(name, {})[where] = value
+    for figure in _figures(results):
+        out.setdefault(figure.name, {})[figure.where] = figure.value
+    return out
+
+
+def worst(results: dict[str, Any]) -> dict[str, Figure | None]:
+    """The worst of each headline figure's; None where nothing was measured."""
+    found = figures(results)
+    out: dict[str, Figure | None] = {}
+    for name, (sign, _, _) in TARGETS.items():
+        ours = [figure for figure in found if figure.name == name]
+        choose = min if sign == ">=" else max
+        out[name] = choose(ours, key=lambda figure: figure.value, default=None)
     return out
 
 
 def headline(results: dict[str, Any]) -> dict[str, float | None]:
-    """The worst of each figure's details; None where nothing was measured."""
-    found = details(results)
-    out: dict[str, float | None] = {}
-    for name, (sign, _, _) in TARGETS.items():
-        values = found.get(name, {}).values()
-        out[name] = (min if sign == ">=" else max)(values, default=None)
-    return out
+    """The values of `worst`."""
+    found = worst(results).items()
+    return {name: None if figure is None else figure.value for name, figure in found}
 
 
-def _figures(results: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
+def _of_ratio(
+    name: str,
+    where: str,
+    row: dict[str, Any],
+    dense: dict[str, Any],
+    of: Callable[[float], float] = float,
+    time: str = "seconds",
+) -> Figure:
+    """A figure that rises or falls with one ratio."""
+    bounds = interval(row, dense, time)
+    ends = None if bounds is None else sorted(map(of, bounds))
+    value = of(ratio(row, dense, time))
+    return Figure(name, where, value, None if ends is None else (ends[0], ends[1]))
+
+
+def _figures(results: dict[str, Any]) -> Iterator[Figure]:
     groups = results.get("groups", {})
+    yield from _signals(results.get("deciding", {}))
     for size in HEADLINE:
         yield from _prefill(
             key_of("prefill", *size), measured(groups.get(key_of("prefill", *size)))
@@ -101,6 +175,15 @@ def _figures(results: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
                 yield from _decode(key, rows)
 
 
+def _signals(deciding: dict[str, Any]) -> Iterator[Figure]:
+    """From profiles of prefills that decide and stop nothing, and of the dense one."""
+    for preset, parts in deciding.items():
+        if preset != "dense":
+            spent = sum(parts.get(scope, 0.0) for scope in DECIDING)
+            share = spent / sum(deciding["dense"].values())
+            yield Figure("signal_share", f"prefill, {preset}", share)
+
+
 def _first_decode(groups: dict[str, Any]) -> str | None:
     """The shortest context measured at batch 1: the headline's."""
     keys = [
@@ -111,45 +194,47 @@ def _first_decode(groups: dict[str, Any]) -> str | None:
     return min(keys)[1] if keys else None
 
 
-def _prefill(key: str, rows: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
+def _prefill(key: str, rows: dict[str, Any]) -> Iterator[Figure]:
     dense = rows.get("dense")
     if dense is None:
         return
     for fraction in (f for f in FRACTIONS if f <= 0.75):
         row = rows.get(f"active {fraction:g}")
-        value = conversion(row, dense) if row is not None else None
-        if value is not None:
-            yield "conversion_efficiency", f"{key}, active {fraction:g}", value
+        saved = row["exact_flops_saved"] if row is not None else 0
+        if row is not None and saved > 0:
+            where = f"{key}, active {fraction:g}"
+            yield _of_ratio(
+                "conversion_efficiency", where, row, dense, functools.partial(_converted, saved)
+            )
     if "off" in rows:
-        yield "off_over_dense", key, ratio(rows["off"], dense)
+        yield _of_ratio("off_over_dense", key, rows["off"], dense)
     for name, row in rows.items():
         saves = row.get("layer_tokens_saved", 1.0) > 0
-        ours = name == "unmet thresholds" or name.endswith(", compact") or name.startswith("active")
+        ours = name == "unmet thresholds" or name.startswith("active")
+        ours |= name.endswith((", compact", ", decisions only"))
         if ours and not saves:
-            yield "no_saving_over_dense", f"{key}, {name}", ratio(row, dense)
-    for preset in SHIPPED:
-        row = rows.get(f"{preset}, decisions only")
-        if row is not None:
-            yield "signal_share", f"{key}, {preset}", ratio(row, dense) - 1
+            yield _of_ratio("no_saving_over_dense", f"{key}, {name}", row, dense)
     hf = fastest_hf(rows)
     if hf is not None:
-        yield "prefill_hf_over_ours", f"{key}, {hf}", ratio(rows[hf], dense)
+        yield _of_ratio("prefill_hf_over_ours", f"{key}, {hf}", rows[hf], dense)
 
 
-def _decode(key: str, rows: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
+def _decode(key: str, rows: dict[str, Any]) -> Iterator[Figure]:
     dense = rows["dense"]
     hf = fastest_hf(rows)
     if hf is not None:
-        yield "decode_ours_over_hf", f"{key}, {hf}", ratio(rows[hf], dense, "call_seconds")
+        yield _of_ratio("decode_ours_over_hf", f"{key}, {hf}", rows[hf], dense, time="call_seconds")
     if "half depth" in rows:
-        yield "half_depth_decode_speedup", key, 1 / ratio(rows["half depth"], dense)
+        yield _of_ratio(
+            "half_depth_decode_speedup", key, rows["half depth"], dense, lambda r: 1 / r
+        )
     exact = rows.get(dense_name("float32"), dense)
     if READ_ROW in rows and exact.get("dtype", "float32") == "float32":
         # All are timed beside the dense row.
         value = ratio(rows[READ_ROW], dense)
         if exact is not dense:
             value /= ratio(exact, dense)
-        yield "decode_bandwidth_fraction", key, value
+        yield Figure("decode_bandwidth_fraction", key, value)
 
 
 UNKNOWN = "a processor that was not noted"
@@ -187,10 +272,10 @@ def step_bytes(batch: int, length: int, about: dict[str, Any]) -> int:
     return int(own * (1 if about["dtype"] == "float32" else 2))
 
 
-def _kv(key: str, rows: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
+def _kv(key: str, rows: dict[str, Any]) -> Iterator[Figure]:
     dense = rows["dense"].get("kv_bytes")
     for name, row in rows.items():
         rate = row.get("kv_skip_rate") or 0.0
         if dense and "kv_bytes" in row and rate > 0:
             value = (1 - row["kv_bytes"] / dense) / rate
-            yield "kv_bytes_over_skip_rate", f"{key}, {name}", value
+            yield Figure("kv_bytes_over_skip_rate", f"{key}, {name}", value)

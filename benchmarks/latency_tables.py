@@ -24,6 +24,8 @@ def render(results: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield f"latency {section}", "\n\n".join(tables) if tables else NOT_YET
     components = results.get("components", {})
     yield "latency components", _components(components) if components else NOT_YET
+    deciding = results.get("deciding", {})
+    yield "latency deciding", _deciding(deciding) if deciding else NOT_YET
     yield "latency skipped", _skipped(results.get("skipped", {})) if measured else NOT_YET
     yield "latency about", _about(results) if measured else NOT_YET
 
@@ -35,26 +37,40 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 def _headline(results: dict[str, Any]) -> str:
     rows = []
-    for name, (sign, target, text) in figures.TARGETS.items():
-        value = results.get(name)
-        shown = "not measured" if value is None else f"{value:.3f}"
-        verdict = "" if value is None else ("yes" if figures.met(name, value) else "**no**")
-        rows.append([f"`{name}`: {text}", shown, f"{sign} {target:g}", verdict])
-    return _table(["figure", "measured", "target", "met"], rows)
+    for name, figure in figures.worst(results).items():
+        sign, target, text = figures.TARGETS[name]
+        shown, interval = ("not measured", "") if figure is None else _shown(figure)
+        verdict = "" if figure is None else _verdict(figure)
+        rows.append([f"`{name}`: {text}", shown, interval, f"{sign} {target:g}", verdict])
+    return _table(["figure", "measured", "95 %", "target", "met"], rows)
+
+
+def _shown(figure: figures.Figure) -> tuple[str, str]:
+    bounds = figure.interval
+    interval = "" if bounds is None else f"{bounds[0]:.2f} to {bounds[1]:.2f}"
+    return f"{figure.value:.3f}", interval
+
+
+def _verdict(figure: figures.Figure) -> str:
+    """Whether the target is met; where its interval holds the target, that it cannot be told."""
+    met = figures.met(figure.name, figure.value)
+    target = figures.TARGETS[figure.name][1]
+    bounds = figure.interval
+    within = bounds is not None and bounds[0] <= target <= bounds[1]
+    return ("yes" if met else "**no**") + (", within noise" if within else "")
 
 
 def _details(results: dict[str, Any]) -> str:
     rows = []
-    for name, values in figures.details(results).items():
-        for where, value in values.items():
-            rows.append([f"`{name}`", where, f"{value:.3f}"])
-    return _table(["figure", "where", "value"], rows)
+    for figure in figures.figures(results):
+        rows.append([f"`{figure.name}`", figure.where, *_shown(figure)])
+    return _table(["figure", "where", "value", "95 %"], rows)
 
 
 def _group(group: dict[str, Any], results: dict[str, Any]) -> str:
     section, rows = group["section"], group["rows"]
     unit = "ms/token" if section == "decode" else "ms"
-    head = [f"{group['batch']} x {group['length']} tokens", unit, "time / dense", "tokens/s"]
+    head = [f"{group['batch']} x {group['length']} tokens", unit, "time / dense (95 %)", "tokens/s"]
     head += ["exact FLOPs saved", "time saved / FLOPs saved", "of peak", "memory, MB", "compile, s"]
     lines = []
     for name, row in rows.items():
@@ -78,7 +94,7 @@ def _cells(
     seconds = row["seconds"]
     tokens = batch if section == "decode" else batch * length
     saved = row.get("exact_flops_saved")
-    over = "" if base is None else f"{figures.ratio(row, base):.3f}"
+    over = "" if base is None else _ratio(row, base)
     conversion = None
     if base is not None and saved is not None and section != "decode":
         conversion = figures.conversion(row, base)
@@ -93,6 +109,12 @@ def _cells(
         "" if memory is None else f"{memory / 1e6:,.0f}",
         f"{row['compile_seconds']:.1f}" if "compile_seconds" in row else "",
     ]
+
+
+def _ratio(row: dict[str, Any], base: dict[str, Any]) -> str:
+    found = f"{figures.ratio(row, base):.3f}"
+    interval = figures.interval(row, base) if row is not base else None
+    return found if interval is None else f"{found} ({interval[0]:.2f}-{interval[1]:.2f})"
 
 
 def _of_peak(group: dict[str, Any], row: dict[str, Any], results: dict[str, Any]) -> str:
@@ -118,6 +140,17 @@ def _components(components: dict[str, dict[str, float]]) -> str:
             cells.append(f"{value * 1e3:,.1f} ({value / total:.1%})")
         rows.append([COMPONENTS[name], *cells])
     return _table(["ms (share)", *components], rows)
+
+
+def _deciding(deciding: dict[str, dict[str, float]]) -> str:
+    dense = sum(deciding["dense"].values())
+    presets = [name for name in deciding if name != "dense"]
+    rows = []
+    for scope in figures.DECIDING:
+        spent = [deciding[name].get(scope, 0.0) for name in presets]
+        cells = [f"{value * 1e3:,.1f} ({value / dense:.1%})" for value in spent]
+        rows.append([COMPONENTS[scope], *cells])
+    return _table(["ms (of dense)", *presets], rows)
 
 
 def _skipped(skipped: dict[str, str]) -> str:

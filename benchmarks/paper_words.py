@@ -120,9 +120,10 @@ def components(results: Results) -> str:
     """Table 7."""
     parts: Any = dig(results.get("latency"), "components") or {}
     dense, other = parts.get("dense prefill"), parts.get("aggressive, prefill")
+    dtype = dig(results.get("latency"), "about", "dtype") or missing("latency")
     text = (
-        "GPT-2 774M in float16 on an A100 there, SmolLM2-135M in float32 on shared CPU cores here; "
-        "attributed by the profiler, whose total includes what it could not name. "
+        f"GPT-2 774M in float16 on an A100 there, SmolLM2-135M in {dtype} on shared CPU cores "
+        "here; attributed by the profiler, whose total includes what it could not name. "
     )
     if parts and not any("amq" in part for part in parts.values()):
         text += "Bits run only where int8 products are faster; nothing was spent on them here. "

@@ -1,0 +1,62 @@
+"""Calls of `benchmarks.latency` whose time is split by scopes."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+import qs_jax
+from benchmarks import components, latency_cases
+from qs_jax.config import Config, ModelConfig
+from qs_jax.models import Params
+
+# Profiles of each prefill whose decisions are timed; medians are taken.
+PROFILES = 3
+
+
+def deciding(
+    params: Params, model: ModelConfig, rows_NT: np.ndarray, presets: tuple[str, ...]
+) -> dict[str, dict[str, float]]:
+    """Components of prefills in which a preset decides about every token and stops none.
+
+    Args:
+      params: Of the model.
+      model: Architecture.
+      rows_NT: Prompts.
+      presets: Names.
+
+    Returns:
+      Seconds by component, by preset, and of "dense".
+    """
+    cases = latency_cases.prefill_cases(model, presets, rows_NT.shape[1])
+    cfgs = {case.name: case.cfg for case in cases}
+    wanted = {"dense": cfgs["dense"]}
+    wanted |= {name: cfgs[f"{name}, decisions only"] for name in presets}
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in wanted}
+    for _ in range(PROFILES):
+        for name, cfg in wanted.items():
+            runs[name].append(_profile(params, rows_NT, cfg))
+    return {name: _medians(found) for name, found in runs.items()}
+
+
+def components_of_calls(
+    params: Params, model: ModelConfig, rows_NT: np.ndarray, presets: tuple[str, ...]
+) -> dict[str, dict[str, float]]:
+    """Components of a dense prefill and decode and of each preset's prefill; as `deciding`."""
+    one: dict[str, Any] = {"max_new_tokens": 1, "eos_token_ids": ()}
+    cfgs = {"dense prefill": Config(model, **one)}
+    for name in presets:
+        cfgs[f"{name}, prefill"] = Config(model, qs_jax.presets.by_name(name, model), **one)
+    cfgs["dense decode, with its prefill"] = cfgs["dense prefill"].replace(max_new_tokens=64)
+    return {name: _profile(params, rows_NT, cfg) for name, cfg in cfgs.items()}
+
+
+def _profile(params: Params, rows_NT: np.ndarray, cfg: Config) -> dict[str, float]:
+    return components.profile(lambda: qs_jax.generate(params, rows_NT, cfg))
+
+
+def _medians(runs: list[dict[str, float]]) -> dict[str, float]:
+    parts = dict.fromkeys(part for run in runs for part in run)
+    return {part: median(run.get(part, 0.0) for run in runs) for part in parts}
