@@ -49,7 +49,7 @@ Section = Literal["prefill", "scoring", "decode", "components", "hf"]
 ASSUMED = 0.6
 # No further round of a group begins when its time is up, but so many are made.
 LEAST_ROUNDS = 3
-QUICK_MINUTES = 1.5
+QUICK_MINUTES = 1.2
 # Tokens from which on the dtype of Hugging Face's rows is chosen on fewer.
 PROBED = 4096
 
@@ -286,8 +286,9 @@ class Run:
         batch, length = rows_NT.shape
         made_with = {"batch": batch, "length": length, "commit": environment.commit()}
         given = (self.params, self.model, rows_NT, self.args.presets)
-        self.results["deciding"] = latency_components.deciding(*given)
-        self.results["deciding_about"] = made_with | {"runs": latency_components.PROFILES}
+        profiles = 1 if self.args.quick else latency_components.PROFILES
+        self.results["deciding"] = latency_components.deciding(*given, profiles)
+        self.results["deciding_about"] = made_with | {"runs": profiles}
         if not self.args.quick:
             self.results["components"] = latency_components.components_of_calls(*given)
             self.results["components_about"] = made_with

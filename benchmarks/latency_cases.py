@@ -229,7 +229,8 @@ def quick_grid(model: ModelConfig, names: tuple[str, ...], new_tokens: int) -> I
     one: dict[str, Any] = {"max_new_tokens": 1, "eos_token_ids": ()}
     dense, saving = Case("dense", Config(model, **one)), FRACTIONS[1:]
     cases = {case.name: case for case in prefill_cases(model, names, 512)}
-    kept = ["dense", "off", "unmet thresholds", *(f"{n}, compact" for n in names)]
+    may_save_nothing = [n for n in names if not presets.by_name(n, model).prompts_only]
+    kept = ["dense", "off", "unmet thresholds", *(f"{n}, compact" for n in may_save_nothing)]
     kept += [f"active {f:g}" for f in saving]
     yield Group("prefill", 4, 512, tuple(cases[name] for name in kept))
     by_quota = tuple(_fractions(model, saving, **one))

@@ -12,12 +12,16 @@ from benchmarks import components, latency_cases
 from qs_jax.config import Config, ModelConfig
 from qs_jax.models import Params
 
-# Profiles of each prefill whose decisions are timed; medians are taken.
+# Profiles of each prefill whose decisions are timed; medians are taken. A quick run makes one.
 PROFILES = 3
 
 
 def deciding(
-    params: Params, model: ModelConfig, rows_NT: np.ndarray, presets: tuple[str, ...]
+    params: Params,
+    model: ModelConfig,
+    rows_NT: np.ndarray,
+    presets: tuple[str, ...],
+    profiles: int = PROFILES,
 ) -> dict[str, dict[str, float]]:
     """Components of prefills in which a preset decides about every token and stops none.
 
@@ -26,6 +30,7 @@ def deciding(
       model: Architecture.
       rows_NT: Prompts.
       presets: Names.
+      profiles: Of each.
 
     Returns:
       Seconds by component, by preset, and of "dense".
@@ -35,7 +40,7 @@ def deciding(
     wanted = {"dense": cfgs["dense"]}
     wanted |= {name: cfgs[f"{name}, decisions only"] for name in presets}
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in wanted}
-    for _ in range(PROFILES):
+    for _ in range(profiles):
         for name, cfg in wanted.items():
             runs[name].append(_profile(params, rows_NT, cfg))
     return {name: _medians(found) for name, found in runs.items()}
