@@ -13,7 +13,7 @@ from __future__ import annotations
 import bisect
 import re
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,14 +63,18 @@ def scope_of(path: str) -> str:
 def components_of(text: str) -> dict[str, str | None]:
     """Component of each instruction of a compiled program; None for those that hold others."""
     found: dict[str, str | None] = {}
+    for name, operation, rest in _instructions(text):
+        path = _PATH.search(rest)
+        found[name] = None if operation in _CONTAINERS else scope_of(path[1] if path else "")
+    return found
+
+
+def _instructions(text: str) -> Iterator[tuple[str, str, str]]:
+    """Name and operation of each instruction, and its line from the operands on."""
     for line in text.splitlines():
         match = _INSTRUCTION.match(line)
-        if match is None:
-            continue
-        path = _PATH.search(line)
-        container = match[2] in _CONTAINERS
-        found[match[1]] = None if container else scope_of(path[1] if path else "")
-    return found
+        if match is not None:
+            yield match[1], match[2], line[match.end() :]
 
 
 def readers_of(text: str) -> dict[str, set[str]]:
@@ -81,14 +85,11 @@ def readers_of(text: str) -> dict[str, set[str]]:
     """
     direct: dict[str, set[str]] = {}
     naming: set[str] = set()
-    for line in text.splitlines():
-        match = _INSTRUCTION.match(line)
-        if match is None:
-            continue
-        if match[2] in _NAMING:
-            naming.add(match[1])
-        for operand in _NAME.findall(line[match.end() :].split(")", 1)[0]):
-            direct.setdefault(operand, set()).add(match[1])
+    for name, operation, rest in _instructions(text):
+        if operation in _NAMING:
+            naming.add(name)
+        for operand in _NAME.findall(rest.split(")", 1)[0]):
+            direct.setdefault(operand, set()).add(name)
 
     def resolved(name: str) -> set[str]:
         readers = direct.get(name, set())
@@ -152,9 +153,9 @@ def _intervals(planes: Iterable[Any], programs: dict[str, _Program]) -> list[Int
                     ends[stats.get("_c")] = event.start_ns + event.duration_ns
                     continue
                 module, name = str(stats.get("hlo_module")), str(stats.get("hlo_op"))
-                program = programs.get(module)
-                component = program.components.get(name) if program is not None else None
-                if program is None or component is None:
+                program = programs.get(module, _Program({}, {}))
+                component = program.components.get(name)
+                if component is None:
                     continue
                 starts.setdefault((module, name), []).append(event.start_ns)
                 producer, finish = stats.get("_p"), event.start_ns + event.duration_ns

@@ -21,7 +21,7 @@ def deciding(
     model: ModelConfig,
     rows_NT: np.ndarray,
     presets: tuple[str, ...],
-    profiles: int = PROFILES,
+    profiles: int,
 ) -> dict[str, dict[str, float]]:
     """Components of prefills in which a preset decides about every token and stops none.
 

@@ -7,7 +7,6 @@ baseline's runs before and after the row's: what slows the machine down for a wh
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator
 from statistics import median
 from typing import Any, NamedTuple
@@ -66,12 +65,11 @@ def interval(
     Of n ordered ratios the k-th from either end: fewer than k of n lie on one side of the true
     median with a probability of P(Binomial(n, 1/2) < k), at most 0.025.
     """
+    from scipy.stats import binom
+
     ratios = sorted(_ratios(row, baseline, time))
-    count, tail, k = len(ratios), 0.0, 0
-    while tail + math.comb(count, k) / 2**count <= 0.025:
-        tail += math.comb(count, k) / 2**count
-        k += 1
-    return (ratios[k - 1], ratios[count - k]) if k else None
+    k = int(binom.ppf(0.025, len(ratios), 0.5))
+    return (ratios[k - 1], ratios[-k]) if k else None
 
 
 def conversion(row: dict[str, Any], dense: dict[str, Any]) -> float | None:
