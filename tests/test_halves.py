@@ -94,7 +94,8 @@ def test_no_program_converts_stacked_weights_or_caches():
     """Read off the compiled program of a prompt: nothing as large is there in float32."""
     model, params = half()
     cfg = Config(model, max_new_tokens=1)
-    rows = random_tokens(model, batch=3, width=40)
+    # Attention has an axis of rows times key heads: not as many of those as of layers.
+    rows = random_tokens(model, batch=5, width=40)
     _, padded, numbers, plan = generate._prepare(params, rows, cfg, None, None, None)
 
     def found(given) -> set[str]:
