@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from qs_jax.halves import exact_dtype
+from qs_jax.halves import exact_dtype, from_bits, to_bits
 
 # Queries of a block, at least; and blocks of a row, at most: each is compiled on its own. Measured
 # on CPU: at 512 tokens blocks of 64 to 128 cost a quarter of one block of 512, which computes twice
@@ -155,7 +155,7 @@ def blocked_attention(
     q_BKGTH = q_BKGTH.transpose(0, 2, 3, 1, 4)
     k_BKSH, v_BKSH = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
     seen = _Seen(mask_BTS, places, log_size_BS)
-    apart = _logits_bytes(q_BKGTH, k_BKSH) > MOST_LOGITS and jax.default_backend() == "cpu"
+    apart = _logits_bytes(q_BKGTH, k_BKSH, v_BKSH.dtype) > MOST_LOGITS and jax.default_backend() == "cpu"
     attend = _attend_apart if apart else _attend_tile
     context_BKGTH = attend(q_BKGTH, k_BKSH, v_BKSH, seen, prefix)
     return context_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
@@ -174,29 +174,37 @@ def _block_size(width: int) -> int:
     return -(-width // min(-(-width // QUERY_BLOCK), MOST_BLOCKS))
 
 
-def _logits_bytes(q_BKGTH: Array, k_BKSH: Array) -> int:
-    """Most bytes of logits that exist at a time."""
+def _logits_bytes(q_BKGTH: Array, k_BKSH: Array, dtype: Any) -> int:
+    """Most bytes of logits that exist at a time; the dtype is that of the values."""
     batch, kv_heads, groups, width, _ = q_BKGTH.shape
     heads = batch * kv_heads * groups
-    each = jnp.dtype(exact_dtype(q_BKGTH.dtype)).itemsize
+    each = jnp.dtype(exact_dtype(dtype)).itemsize
     return heads * _block_size(width) * k_BKSH.shape[2] * each
 
 
 def _attend_apart(q_BKGTH: Array, k_BKSH: Array, v_BKSH: Array, seen: _Seen, prefix: int) -> Array:
-    """`_attend_tile` of one row after the other, and of its heads if its logits are still many."""
+    """`_attend_tile` of one row after the other, and of its heads if its logits are still many.
+
+    Loops take and fill arrays of bits (`qs_jax.halves`): of bfloat16, XLA on CPU would convert the
+    whole result to float32 and back for each row of it.
+    """
+
+    def tile(seen: _Seen, *halves: Array) -> Array:
+        return to_bits(_attend_tile(*from_bits(halves), seen, prefix))
 
     def of_row(row: tuple[Array, Array, Array, _Seen]) -> Array:
         q_1KGTH, k_1KSH, v_1KSH, seen_1 = jax.tree.map(lambda leaf: leaf[None], row)
-        if _logits_bytes(q_1KGTH, k_1KSH) <= MOST_LOGITS:
-            return _attend_tile(q_1KGTH, k_1KSH, v_1KSH, seen_1, prefix)[0]
+        if _logits_bytes(q_1KGTH, k_1KSH, v_BKSH.dtype) <= MOST_LOGITS:
+            return tile(seen_1, q_1KGTH, k_1KSH, v_1KSH)[0]
 
         def of_head(head: tuple[Array, Array, Array]) -> Array:
             q_11GTH, k_11SH, v_11SH = (leaf[None, None] for leaf in head)
-            return _attend_tile(q_11GTH, k_11SH, v_11SH, seen_1, prefix)[0, 0]
+            return tile(seen_1, q_11GTH, k_11SH, v_11SH)[0, 0]
 
         return lax.map(of_head, (q_1KGTH[0], k_1KSH[0], v_1KSH[0]))
 
-    return lax.map(of_row, (q_BKGTH, k_BKSH, v_BKSH, seen))
+    held = (to_bits(leaf) for leaf in (q_BKGTH, k_BKSH, v_BKSH))
+    return lax.map(of_row, (*held, seen)).view(v_BKSH.dtype)
 
 
 def _attend_tile(q_BKGTH: Array, k_BKSH: Array, v_BKSH: Array, seen: _Seen, prefix: int) -> Array:
