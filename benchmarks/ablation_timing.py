@@ -53,7 +53,7 @@ def measure(
       cfg: The prefill, without mechanisms.
       runs: By name, the parameters (with maps where they are read) and the mechanisms.
       rounds: Timed runs of each.
-      seconds: Begin no further round after this long; two are made.
+      seconds: Make no further round that would end later; two are made.
 
     Returns:
       As `benchmarks.latency_runs.measure`, with "mechanisms" for what really ran: bits run only
@@ -64,6 +64,6 @@ def measure(
         runners[name] = Prefill(own, rows_NT, cfg.replace(quicksilver=qs))
     group = Group("prefill", *rows_NT.shape, cases=())
     found = latency_runs.measure(
-        group, params, rows_NT, rounds, lambda: runners, least=2, seconds=seconds
+        group, params, rows_NT, rounds, lambda: runners, least=2, seconds=lambda: seconds
     )
     return found | {"commit": environment.commit()}

@@ -47,11 +47,12 @@ from qs_jax.models import Params, count_params, param_bytes
 Section = Literal["prefill", "scoring", "decode", "components", "hf"]
 # Share of the measured GEMM peak that a forward pass is assumed to reach, to foretell its time.
 ASSUMED = 0.6
-# No further round of a group begins when its time is up, but so many are made.
+# So many rounds of a group are made when its time is up, of a quick run QUICK_LEAST.
 LEAST_ROUNDS = 3
-QUICK_MINUTES = 1.2
-# Tokens from which on the dtype of Hugging Face's rows is chosen on fewer.
+QUICK_LEAST = 2
+# Tokens from which on the dtype of Hugging Face's rows is chosen on fewer, and new ones for that.
 PROBED = 4096
+PROBED_NEW = 16
 
 
 @dataclasses.dataclass
@@ -81,8 +82,8 @@ class Arguments:
     text: Path | None = None
     """UTF-8 text to take the tokens from; random token ids without."""
     max_minutes: float = 10.0
-    """Of each group, warm-up aside: no round begins later, and where three would take longer the
-    group is left out."""
+    """Of each group, warm-up aside: no round that would end later is made, and where three would
+    take longer the group is left out."""
     all: bool = False
     """Leave nothing out, and make every run."""
     missing: bool = False
@@ -101,13 +102,6 @@ class Arguments:
         return self.out or environment.RESULTS / name
 
     @property
-    def seconds(self) -> float | None:
-        """Seconds after which a group begins no further round; None is no limit."""
-        if self.quick:
-            return 60 * QUICK_MINUTES
-        return None if self.all else 60 * self.max_minutes
-
-    @property
     def rounds(self) -> int:
         """Runs of each row."""
         return self.runs or (7 if self.quick else 10)
@@ -116,8 +110,8 @@ class Arguments:
 class Run:
     """One run of the benchmark: what is measured, with what, and what has been found so far."""
 
-    def __init__(self, args: Arguments, params: Params, model: ModelConfig) -> None:
-        self.args, self.params, self.model = args, params, model
+    def __init__(self, args: Arguments, params: Params, model: ModelConfig, began: float) -> None:
+        self.args, self.params, self.model, self._began = args, params, model, began
         self.about = about(args, model)
         self.results = start(args.path, self.about, fresh=args.fresh)
         self._hf: latency_hf.HuggingFace | None = None
@@ -191,8 +185,8 @@ class Run:
                 | self._reader(group)
                 | self._hf_runners(group, rows_NT)
             ),
-            least=LEAST_ROUNDS,
-            seconds=self.args.seconds,
+            least=QUICK_LEAST if self.args.quick else LEAST_ROUNDS,
+            seconds=lambda: self._seconds(group),
         )
         peak = {
             name: self.results["machine"][name] for name in ("gemm_flops", "bandwidth", "processor")
@@ -204,7 +198,14 @@ class Run:
             self.results["groups"][key] = latency_runs.prefill_of(found) | about_group
             self.results["skipped"].pop(key, None)
         self.save()
-        self._forget_programs()
+        if not self.args.quick:  # few groups, and the last of its profiles runs their programs
+            self._forget_programs()
+
+    def _seconds(self, group: Group) -> float | None:
+        """Seconds from now on for the rounds of a group; None is no limit."""
+        if group.ends is not None:
+            return max(60 * group.ends - (time.perf_counter() - self._began), 0.0)
+        return None if self.args.all else 60 * self.args.max_minutes
 
     @staticmethod
     def _forget_programs() -> None:
@@ -240,24 +241,23 @@ class Run:
             for attention in latency_hf.ATTENTION
         }
 
-        def runners(rows_NT: np.ndarray) -> dict[str, Any]:
+        def runners(rows_NT: np.ndarray, new_tokens: int) -> dict[str, Any]:
             return {
-                latency_hf.name_of(*setting): models.runner(
-                    section, rows_NT, self.args.new_tokens, setting
-                )
+                latency_hf.name_of(*setting): models.runner(section, rows_NT, new_tokens, setting)
                 for setting in latency_hf.SETTINGS
                 if reasons[setting[0]] is None
             }
 
-        # The better of two runs tells which is faster; only that one is timed further.
+        # The better of two short runs tells which is faster; only that one is timed further.
+        tried = probe(section, rows_NT), min(PROBED_NEW, self.args.new_tokens)
         seconds = {
             name: min(runner.run()["seconds"] for _ in range(2))
-            for name, runner in runners(probe(section, rows_NT)).items()
+            for name, runner in runners(*tried).items()
         }
         names = latency_hf.faster_dtype(seconds)
         if self.args.quick:
             names = names[:1]
-        all_runners = runners(rows_NT)
+        all_runners = runners(rows_NT, self.args.new_tokens)
         left_out = {
             f"HF {attention}": latency_hf.LeftOut(reason)
             for attention, reason in reasons.items()
@@ -381,7 +381,7 @@ def main(argv: list[str] | None = None) -> None:
     if not args.tables_only:
         params, model = qs_jax.load(args.ckpt, dtype=args.dtype)
         with tempfile.TemporaryDirectory() as folder:
-            Run(args, params, model).measure(Path(folder) / "hf")
+            Run(args, params, model, began).measure(Path(folder) / "hf")
     if not args.quick:
         write_tables(args.path, args.page)
     results = json.loads(args.path.read_text(encoding="utf-8")) if args.path.exists() else {}

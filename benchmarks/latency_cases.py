@@ -45,6 +45,7 @@ class Group:
       length: Tokens of each prompt (or scored row).
       cases: Ours.
       hf: Time Hugging Face too.
+      ends: Minutes after the run's start by which its rounds should end, of a quick run.
     """
 
     section: str
@@ -52,6 +53,7 @@ class Group:
     length: int
     cases: tuple[Case, ...]
     hf: bool = True
+    ends: float | None = None
 
     @property
     def key(self) -> str:
@@ -225,16 +227,18 @@ def grid(
 
 
 def quick_grid(model: ModelConfig, names: tuple[str, ...], new_tokens: int) -> Iterator[Group]:
-    """What the headline needs and no more."""
+    """What the headline needs and no more, in under ten minutes with the profiles that follow."""
     one: dict[str, Any] = {"max_new_tokens": 1, "eos_token_ids": ()}
     dense, saving = Case("dense", Config(model, **one)), FRACTIONS[1:]
     cases = {case.name: case for case in prefill_cases(model, names, 512)}
-    may_save_nothing = [n for n in names if not presets.by_name(n, model).prompts_only]
-    kept = ["dense", "off", "unmet thresholds", *(f"{n}, compact" for n in may_save_nothing)]
+    by_thresholds = [n for n in names if not presets.by_name(n, model).prompts_only]
+    # The profiles run the same programs of decisions.
+    deciding = (f"{n}, decisions only" for n in by_thresholds)
+    kept = ["dense", "off", "unmet thresholds", *deciding]
     kept += [f"active {f:g}" for f in saving]
-    yield Group("prefill", 4, 512, tuple(cases[name] for name in kept))
+    yield Group("prefill", 4, 512, tuple(cases[name] for name in kept), ends=3.4)
     by_quota = tuple(_fractions(model, saving, **one))
-    yield Group("prefill", 8, 512, (dense, *by_quota), hf=False)
+    yield Group("prefill", 8, 512, (dense, *by_quota), hf=False, ends=5.7)
     decode = {case.name: case for case in decode_cases(model, names, new_tokens)}
     wanted = ("dense", "half depth")
-    yield Group("decode", 1, 128, tuple(decode[name] for name in wanted))
+    yield Group("decode", 1, 128, tuple(decode[name] for name in wanted), ends=7.6)

@@ -158,7 +158,8 @@ def interleave(
       rounds: Runs of each; of a baseline one more than it has pairs, every round.
       baselines: What a runner is compared with, by name.
       least: Rounds that are made whatever they take.
-      seconds: Begin no further round after this long; None is no limit.
+      seconds: Make no further round that would end later, going by the one before; None is no
+        limit.
       label: For the progress bar.
       sharing: Runners between two runs of their baseline.
 
@@ -188,10 +189,12 @@ def interleave(
     bases = [base for base in dict.fromkeys(baselines.values()) if base in runners]
     compared = {base: [n for n in names if baselines.get(n) == base != n] for base in bases}
     alone = [name for name in names if name not in {*bases, *itertools.chain(*compared.values())}]
-    began = time.perf_counter()
+    began = before = time.perf_counter()
     for index in tqdm(range(rounds), label, leave=False):
-        if seconds is not None and index >= least and time.perf_counter() - began > seconds:
+        now = time.perf_counter()
+        if seconds is not None and index >= least and 2 * now - before - began > seconds:
             break
+        before = now
         for base, others in [*compared.items(), (None, alone)]:
             one_round(others if index % 2 == 0 else others[::-1], base)
     return found
@@ -210,7 +213,7 @@ def measure(
     rounds: int,
     extra: Callable[[], dict[str, Runner]] = dict,
     least: int = 3,
-    seconds: float | None = None,
+    seconds: Callable[[], float | None] = lambda: None,
 ) -> dict[str, Any]:
     """Warm every case of a group up, then time them in turn.
 
@@ -221,7 +224,7 @@ def measure(
       rounds: Runs of each case.
       extra: Makes runners to be timed with them.
       least: As `interleave`.
-      seconds: As `interleave`.
+      seconds: As `interleave`, asked after the warm-up.
 
     Returns:
       {"rows": {name: row}}; a row that cannot run has "not_measured": the reason.
@@ -240,7 +243,7 @@ def measure(
             del runners[name]
     beside = {name: baselines.get(name, "dense") for name in runners}
     sharing = 4 if group.long else 2
-    timed = interleave(runners, rounds, beside, least, seconds, group.key, sharing)
+    timed = interleave(runners, rounds, beside, least, seconds(), group.key, sharing)
     for name, runs in timed.items():
         rows[name] |= summarise(runs) | {"baseline": baselines.get(name, "dense")}
     return {"rows": rows, "batch": group.batch, "length": group.length, "section": group.section}

@@ -155,7 +155,10 @@ def blocked_attention(
     q_BKGTH = q_BKGTH.transpose(0, 2, 3, 1, 4)
     k_BKSH, v_BKSH = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
     seen = _Seen(mask_BTS, places, log_size_BS)
-    apart = _logits_bytes(q_BKGTH, k_BKSH, v_BKSH.dtype) > MOST_LOGITS and jax.default_backend() == "cpu"
+    apart = (
+        _logits_bytes(q_BKGTH, k_BKSH, v_BKSH.dtype) > MOST_LOGITS
+        and jax.default_backend() == "cpu"
+    )
     attend = _attend_apart if apart else _attend_tile
     context_BKGTH = attend(q_BKGTH, k_BKSH, v_BKSH, seen, prefix)
     return context_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)

@@ -153,7 +153,9 @@ def test_every_row_runs_between_two_runs_of_its_baseline():
     assert "".join(order) == "AbcdAZ"
 
 
-@pytest.mark.parametrize(("seconds", "expected"), [(25, "abccbaabc"), (50, "abccbaabccba")])
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [(25, "abccbaabc"), (59, "abccbaabc"), (60, "abccbaabccba")]
+)
 def test_rounds_alternate_and_stop_when_time_is_up(monkeypatch, seconds, expected):
     order = []
 
