@@ -284,11 +284,12 @@ class Run:
         """Where the time of dense and of other prefills goes; a quick run wants the decisions'."""
         rows_NT = tokens(self.args, self.model, 4, min(512, self.model.max_positions - 64))
         batch, length = rows_NT.shape
-        made_with = {"batch": batch, "length": length, "commit": environment.commit()}
-        given = (self.params, self.model, rows_NT, self.args.presets)
         profiles = 1 if self.args.quick else latency_components.PROFILES
-        self.results["deciding"] = latency_components.deciding(*given, profiles)
-        self.results["deciding_about"] = made_with | {"runs": profiles}
+        made_with = {"batch": batch, "length": length, "commit": environment.commit()}
+        made_with["runs"] = profiles
+        given = (self.params, self.model, rows_NT, self.args.presets, profiles)
+        self.results["deciding"] = latency_components.deciding(*given)
+        self.results["deciding_about"] = made_with
         if not self.args.quick:
             self.results["components"] = latency_components.components_of_calls(*given)
             self.results["components_about"] = made_with

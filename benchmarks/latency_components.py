@@ -12,7 +12,7 @@ from benchmarks import components, latency_cases
 from qs_jax.config import Config, ModelConfig
 from qs_jax.models import Params
 
-# Profiles of each prefill whose decisions are timed; medians are taken. A quick run makes one.
+# Profiles of each call, in turn; medians are taken. A quick run makes one.
 PROFILES = 3
 
 
@@ -39,15 +39,15 @@ def deciding(
     cfgs = {case.name: case.cfg for case in cases}
     wanted = {"dense": cfgs["dense"]}
     wanted |= {name: cfgs[f"{name}, decisions only"] for name in presets}
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in wanted}
-    for _ in range(profiles):
-        for name, cfg in wanted.items():
-            runs[name].append(_profile(params, rows_NT, cfg))
-    return {name: _medians(found) for name, found in runs.items()}
+    return _in_turn(params, rows_NT, wanted, profiles)
 
 
 def components_of_calls(
-    params: Params, model: ModelConfig, rows_NT: np.ndarray, presets: tuple[str, ...]
+    params: Params,
+    model: ModelConfig,
+    rows_NT: np.ndarray,
+    presets: tuple[str, ...],
+    profiles: int,
 ) -> dict[str, dict[str, float]]:
     """Components of a dense prefill and decode and of each preset's prefill; as `deciding`."""
     one: dict[str, Any] = {"max_new_tokens": 1, "eos_token_ids": ()}
@@ -55,11 +55,19 @@ def components_of_calls(
     for name in presets:
         cfgs[f"{name}, prefill"] = Config(model, qs_jax.presets.by_name(name, model), **one)
     cfgs["dense decode, with its prefill"] = cfgs["dense prefill"].replace(max_new_tokens=64)
-    return {name: _profile(params, rows_NT, cfg) for name, cfg in cfgs.items()}
+    return _in_turn(params, rows_NT, cfgs, profiles)
 
 
-def _profile(params: Params, rows_NT: np.ndarray, cfg: Config) -> dict[str, float]:
-    return components.profile(lambda: qs_jax.generate(params, rows_NT, cfg))
+def _in_turn(
+    params: Params, rows_NT: np.ndarray, cfgs: dict[str, Config], profiles: int
+) -> dict[str, dict[str, float]]:
+    """Median components of calls that are profiled one after the other, so many times."""
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in cfgs}
+    for _ in range(profiles):
+        for name, cfg in cfgs.items():
+            found = components.profile(lambda cfg=cfg: qs_jax.generate(params, rows_NT, cfg))
+            runs[name].append(found)
+    return {name: _medians(found) for name, found in runs.items()}
 
 
 def _medians(runs: list[dict[str, float]]) -> dict[str, float]:
