@@ -192,17 +192,18 @@ def _attend_apart(q_BKGTH: Array, k_BKSH: Array, v_BKSH: Array, seen: _Seen, pre
     whole result to float32 and back for each row of it.
     """
 
-    def tile(seen: _Seen, *halves: Array) -> Array:
-        return to_bits(_attend_tile(*from_bits(halves), seen, prefix))
+    def tile(q: Array, k: Array, v: Array, seen: _Seen) -> Array:
+        q, k, v = from_bits((q, k, v))
+        return to_bits(_attend_tile(q, k, v, seen, prefix))
 
     def of_row(row: tuple[Array, Array, Array, _Seen]) -> Array:
         q_1KGTH, k_1KSH, v_1KSH, seen_1 = jax.tree.map(lambda leaf: leaf[None], row)
         if _logits_bytes(q_1KGTH, k_1KSH, v_BKSH.dtype) <= MOST_LOGITS:
-            return tile(seen_1, q_1KGTH, k_1KSH, v_1KSH)[0]
+            return tile(q_1KGTH, k_1KSH, v_1KSH, seen_1)[0]
 
         def of_head(head: tuple[Array, Array, Array]) -> Array:
             q_11GTH, k_11SH, v_11SH = (leaf[None, None] for leaf in head)
-            return tile(seen_1, q_11GTH, k_11SH, v_11SH)[0, 0]
+            return tile(q_11GTH, k_11SH, v_11SH, seen_1)[0, 0]
 
         return lax.map(of_head, (q_1KGTH[0], k_1KSH[0], v_1KSH[0]))
 
