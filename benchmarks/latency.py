@@ -285,8 +285,8 @@ class Run:
         rows_NT = tokens(self.args, self.model, 4, min(512, self.model.max_positions - 64))
         batch, length = rows_NT.shape
         profiles = 1 if self.args.quick else latency_components.PROFILES
-        made_with = {"batch": batch, "length": length, "commit": environment.commit()}
-        made_with["runs"] = profiles
+        sizes = {"batch": batch, "length": length, "runs": profiles}
+        made_with = sizes | {"commit": environment.commit()}
         given = (self.params, self.model, rows_NT, self.args.presets, profiles)
         self.results["deciding"] = latency_components.deciding(*given)
         self.results["deciding_about"] = made_with

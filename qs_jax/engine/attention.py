@@ -155,10 +155,7 @@ def blocked_attention(
     q_BKGTH = q_BKGTH.transpose(0, 2, 3, 1, 4)
     k_BKSH, v_BKSH = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
     seen = _Seen(mask_BTS, places, log_size_BS)
-    apart = (
-        _logits_bytes(q_BKGTH, k_BKSH, v_BKSH.dtype) > MOST_LOGITS
-        and jax.default_backend() == "cpu"
-    )
+    apart = _logits_bytes(q_BKGTH, k_BKSH) > MOST_LOGITS and jax.default_backend() == "cpu"
     attend = _attend_apart if apart else _attend_tile
     context_BKGTH = attend(q_BKGTH, k_BKSH, v_BKSH, seen, prefix)
     return context_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
@@ -177,11 +174,11 @@ def _block_size(width: int) -> int:
     return -(-width // min(-(-width // QUERY_BLOCK), MOST_BLOCKS))
 
 
-def _logits_bytes(q_BKGTH: Array, k_BKSH: Array, dtype: Any) -> int:
-    """Most bytes of logits that exist at a time; the dtype is that of the values."""
+def _logits_bytes(q_BKGTH: Array, k_BKSH: Array) -> int:
+    """Most bytes of logits that exist at a time."""
     batch, kv_heads, groups, width, _ = q_BKGTH.shape
     heads = batch * kv_heads * groups
-    each = jnp.dtype(exact_dtype(dtype)).itemsize
+    each = jnp.dtype(exact_dtype(q_BKGTH.dtype)).itemsize
     return heads * _block_size(width) * k_BKSH.shape[2] * each
 
 
@@ -191,6 +188,7 @@ def _attend_apart(q_BKGTH: Array, k_BKSH: Array, v_BKSH: Array, seen: _Seen, pre
     Loops take and fill arrays of bits (`qs_jax.halves`): of bfloat16, XLA on CPU would convert the
     whole result to float32 and back for each row of it.
     """
+    heads_apart = _logits_bytes(q_BKGTH[:1], k_BKSH) > MOST_LOGITS
 
     def tile(q: Array, k: Array, v: Array, seen: _Seen) -> Array:
         q, k, v = from_bits((q, k, v))
@@ -198,7 +196,7 @@ def _attend_apart(q_BKGTH: Array, k_BKSH: Array, v_BKSH: Array, seen: _Seen, pre
 
     def of_row(row: tuple[Array, Array, Array, _Seen]) -> Array:
         q_1KGTH, k_1KSH, v_1KSH, seen_1 = jax.tree.map(lambda leaf: leaf[None], row)
-        if _logits_bytes(q_1KGTH, k_1KSH, v_BKSH.dtype) <= MOST_LOGITS:
+        if not heads_apart:
             return tile(q_1KGTH, k_1KSH, v_1KSH, seen_1)[0]
 
         def of_head(head: tuple[Array, Array, Array]) -> Array:
@@ -208,7 +206,7 @@ def _attend_apart(q_BKGTH: Array, k_BKSH: Array, v_BKSH: Array, seen: _Seen, pre
         return lax.map(of_head, (q_1KGTH[0], k_1KSH[0], v_1KSH[0]))
 
     held = (to_bits(leaf) for leaf in (q_BKGTH, k_BKSH, v_BKSH))
-    return lax.map(of_row, (*held, seen)).view(v_BKSH.dtype)
+    return from_bits(lax.map(of_row, (*held, seen)))
 
 
 def _attend_tile(q_BKGTH: Array, k_BKSH: Array, v_BKSH: Array, seen: _Seen, prefix: int) -> Array:
