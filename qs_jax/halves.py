@@ -1,9 +1,10 @@
-"""bfloat16 arrays as XLA's CPU backend handles them well: by their bits.
+"""bfloat16 arrays as XLA's CPU backend handles them well: by their bits, or in float32.
 
 That backend multiplies bfloat16 but neither slices, gathers nor updates it: it converts the whole
 array to float32, does that there, and converts the result back. Stacked weights, embedding tables
 and KV caches are therefore held as uint16, whose bits they are, and read as bfloat16 where they
-are multiplied. On other backends, and in other dtypes, everything here hands its input through.
+are multiplied. States, which norms read, are held in float32. On other backends, and in other
+dtypes, everything here hands its input through.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array
 
 if TYPE_CHECKING:  # the blocks of the models use this module
@@ -34,6 +36,23 @@ def held_dtype(dtype: Any) -> Any:
     """The dtype that arrays of a model's dtype are held in on the default backend."""
     dtype = jnp.dtype(dtype)
     return jnp.dtype(jnp.uint16) if dtype == jnp.bfloat16 and _on_cpu() else dtype
+
+
+def state_dtype(dtype: Any) -> Any:
+    """The dtype that states between layers are held in on the default backend.
+
+    XLA's CPU backend converts bfloat16 states to float32 whole, in a pass of its own, for each norm
+    and each distance that reads them. There they are held in float32; their values stay bfloat16's.
+    """
+    return exact_dtype(dtype) if held_dtype(dtype) != jnp.dtype(dtype) else jnp.dtype(dtype)
+
+
+def as_state(x: Array, dtype: Any) -> Array:
+    """States of a model of this dtype: rounded to its values, in `state_dtype`."""
+    if state_dtype(dtype) == jnp.dtype(dtype):
+        return x.astype(dtype)
+    kept = jnp.finfo(dtype)  # XLA may take out a conversion to bfloat16 and back
+    return lax.reduce_precision(x.astype(exact_dtype(dtype)), kept.nexp, kept.nmant)
 
 
 def to_bits(x: Array) -> Array:

@@ -95,7 +95,7 @@ class TokenState(flax.struct.PyTreeNode):
     """The carry of the masked engine's scan over layers.
 
     Attributes:
-      h_BTD: States; frozen where a token no longer computes.
+      h_BTD: States, in `halves.state_dtype`; frozen where a token no longer computes.
       halt_layer_BT: Layers the token runs; L until it halts. `layer > halt_layer_BT` is the
         complement of the active-token mask.
       hidden_from_BT: Fused-index map as it grows: position of the first token that absorbed this

@@ -4,13 +4,17 @@ import re
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
 import qs_jax
 from qs_jax import halves
 from qs_jax.config import Config
-from qs_jax.engine import fit_maps, generate, token_loop
+from qs_jax.diagnostics.states import dense_states, masked_states
+from qs_jax.engine import fit_maps, generate, token_loop, tokenwise
+from qs_jax.mechanisms import execution
+from qs_jax.mechanisms.plan import bind
 from tests.engine.contract import MATRIX, model_of, params_of
 from tests.support import OPTIMISED, random_tokens
 
@@ -105,6 +109,54 @@ def test_no_program_converts_stacked_weights_or_caches():
 
     assert found(halves.bits_of(params)) == set()
     assert found(params) != set(), "values would be converted: the pattern finds something"
+
+
+def test_states_are_rounded_as_a_conversion_rounds():
+    """Also in a program that XLA optimises: conversions there and back may be taken out of it."""
+    x = np.random.default_rng(0).standard_normal(4096).astype(np.float32)
+    halfway = np.float32(1) + np.float32(2) ** -8 * np.arange(16, dtype=np.float32)
+    x = np.concatenate([x, 1e4 * x, 1e-4 * x, halfway, -halfway, [0, np.inf, -np.inf]])
+    x = x.astype(np.float32)
+    rounded = jax.jit(lambda x: halves.as_state(x + 0, "bfloat16"))
+    found = rounded.lower(x).compile(compiler_options=OPTIMISED)(x)
+    assert (halves.state_dtype("bfloat16"), found.dtype) == (jnp.float32, jnp.float32)
+    np.testing.assert_array_equal(found, x.astype(ml_dtypes.bfloat16).astype(np.float32))
+
+
+def test_states_of_other_dtypes_are_handed_through():
+    assert halves.state_dtype("float32") == jnp.float32
+    np.testing.assert_array_equal(halves.as_state(jnp.float32(1 / 3), "float32"), np.float32(1 / 3))
+
+
+def test_on_other_backends_states_are_held_in_the_dtype_of_the_model(monkeypatch):
+    monkeypatch.setattr(halves, "_on_cpu", lambda: False)
+    assert halves.state_dtype("bfloat16") == jnp.bfloat16
+    assert halves.as_state(jnp.float32(1 / 3), "bfloat16").dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["dense", "HF", "HKFQ"])
+def test_every_state_has_a_value_of_the_model_s_dtype(name, model_type):
+    """After embedding, blocks, fusion and quantisation of states: float32 holds, bfloat16 is."""
+    model, params = half(model_type)
+    cfg = Config(model, MATRIX.get(name))
+    rows = jnp.asarray(random_tokens(model, batch=2, width=24))
+    found = bind(cfg.quicksilver, model, cfg.effective_protocol)
+    lengths_B = jnp.full(2, 24, jnp.int32)
+    prompt = tokenwise.Prompt(rows, lengths_B, lengths_B * 0, None)
+
+    @jax.jit
+    def states(params):
+        if found is None:
+            return dense_states(params, rows, model)
+        plan, numbers = found
+        return masked_states(params, prompt, numbers, model, plan)[0]
+
+    params = halves.bits_of(execution.with_weights(params, found[0] if found else None))
+
+    held = np.asarray(states.lower(params).compile(compiler_options=OPTIMISED)(params))
+    assert held.dtype == np.float32
+    np.testing.assert_array_equal(held, held.astype(ml_dtypes.bfloat16).astype(np.float32))
 
 
 def test_maps_are_fitted_from_sums_in_float32():

@@ -13,7 +13,7 @@ from qs_jax.engine.attention import Attended
 from qs_jax.engine.branches import zeros_of
 from qs_jax.engine.cache import LayerCache
 from qs_jax.engine.call import Call
-from qs_jax.halves import exact_dtype
+from qs_jax.halves import as_state, exact_dtype
 from qs_jax.mechanisms import amq, decide, execution, fusion, halting, kv_skip, signals
 from qs_jax.mechanisms.plan import NEVER, LayerNumbers
 from qs_jax.state import LayerRecord, TokenState
@@ -276,7 +276,13 @@ def _fuse(call: Call, state: TokenState, attended: Attended, stopped_BT, at, pas
     read = pairs_BTW.any() | (at.may_fuse & followed)
     own_BT, paid_BTW = lax.cond(read, weigh, lambda: zeros_of(weigh))
     merged, takes_BTW = fusion.merge(
-        state.h_BTD, pairs_BTW, own_BT, paid_BTW, state.size_BT, before.merged
+        state.h_BTD,
+        pairs_BTW,
+        own_BT,
+        paid_BTW,
+        state.size_BT,
+        before.merged,
+        call.model.dtype,
     )
     absorbed_BX = fusion.absorbers(takes_BTW, rows.pos_BT)
     absorbed_BT = absorbed_BX[:, -width:]
@@ -326,7 +332,9 @@ def _quantize(call: Call, state: TokenState, ran_BT: Array, at: LayerNumbers) ->
     assert setting is not None
     state = assign_bits(call, state, at)
     if "hidden" in setting.targets:
-        kept_BTD = execution.simulate(state.h_BTD, state.bits_BT, setting)
+        dtype = call.model.dtype
+        kept_BTD = execution.simulate(state.h_BTD.astype(dtype), state.bits_BT, setting)
+        kept_BTD = as_state(kept_BTD, dtype)
         state = state.replace(h_BTD=jnp.where(ran_BT[..., None], kept_BTD, state.h_BTD))
     return state
 

@@ -165,7 +165,7 @@ def _segment(call: Call, layers: Any, start: int, count: int, state, cache: Slot
         keep_BT = kv_skip.written(own, at.layer, plan, call.numbers) & rows.real_BT
         shape = (len(rows.pos_BT), call.model.num_kv_heads, call.model.head_dim)
         if cache.k_B1KH is None or cache.v_B1KH is None:
-            nothing_BKH = jnp.zeros(shape, call.embedded_BTD.dtype)
+            nothing_BKH = jnp.zeros(shape, call.model.dtype)
             return nothing_BKH, nothing_BKH, keep_BT[:, 0]
         return cache.k_B1KH[:, 0], cache.v_B1KH[:, 0], keep_BT[:, 0]
 

@@ -237,21 +237,23 @@ def _moments(params: Params, tokens_BT, counted_BT, model: ModelConfig, chosen, 
     pos_BT = jnp.broadcast_to(jnp.arange(batch[1])[None], batch)
     embedded: Any = family.embed(model).apply({"params": params["embed"]}, tokens_BT, pos_BT)
     boundary_X = jnp.asarray(chosen)
-    used_BT1 = counted_BT[..., None].astype(embedded.dtype)
-    exact = layers.exact_dtype(embedded.dtype)
+    dtype = jnp.dtype(model.dtype)
+    used_BT1 = counted_BT[..., None].astype(dtype)
+    exact = layers.exact_dtype(dtype)
     summed = functools.partial(jnp.einsum, preferred_element_type=exact)
 
     def read(block, h_BTD):
         sources = {
-            "state": lambda: h_BTD,
-            "embedding": lambda: embedded,
-            "previous": lambda: jnp.pad(h_BTD, ((0, 0), (1, 0), (0, 0)))[:, :-1],
+            "state": lambda: h_BTD.astype(dtype),
+            "embedding": lambda: embedded.astype(dtype),
+            "previous": lambda: jnp.pad(h_BTD, ((0, 0), (1, 0), (0, 0)))[:, :-1].astype(dtype),
             "neurons": lambda: block.mlp_neurons(h_BTD),
         }
         return kv_skip.features(sources, features) * used_BT1
 
     def unrotated(block, h_BTD):
-        _, k, v = block.project(layers.normed(block.attn_norm, h_BTD), jnp.zeros_like(pos_BT))
+        x_BTD = layers.normed(block.attn_norm, h_BTD, model)
+        _, k, v = block.project(x_BTD, jnp.zeros_like(pos_BT))
         return k, v
 
     def layer(carry, scanned):
@@ -281,7 +283,7 @@ def _moments(params: Params, tokens_BT, counted_BT, model: ModelConfig, chosen, 
         return (out[0], read_XBTF), jnp.stack(cross)
 
     size = feature_count(features, model)
-    empty = jnp.zeros((len(chosen), *batch, size), embedded.dtype)
+    empty = jnp.zeros((len(chosen), *batch, size), dtype)
     numbers = jnp.arange(1, model.num_layers + 1)
     (_, read_XBTF), cross = lax.scan(layer, (embedded, empty), (numbers, params["layers"]))
     return summed("xbtf,xbtg->xfg", read_XBTF, read_XBTF), cross

@@ -206,7 +206,7 @@ def _passive_keys(
         assert passive.code_BPR is not None
         frozen = (passive.code_BPR, passive.halt_layer_BP, rows.pos_BT)
         shape = (*rows.pos_BT.shape, call.model.num_kv_heads, call.model.head_dim)
-        nothing = jnp.zeros(shape, passive.h_BPD.dtype)
+        nothing = jnp.zeros(shape, call.model.dtype)
         everyone_BP = jnp.ones(rows.pos_BT.shape, bool)
         k, v = _extrapolated(call, *frozen, nothing, nothing, everyone_BP, weights.maps)
     else:

@@ -61,7 +61,7 @@ def start(call: Call) -> TokenState:
         shortlist = jnp.zeros((*shape, plan.shortlist_size), jnp.int32)
     if plan.policy == "extrapolate":
         size = call.params["kv_maps"].code_size
-        code = jnp.zeros((*shape, size), call.embedded_BTD.dtype)
+        code = jnp.zeros((*shape, size), model.dtype)
     return TokenState(
         h_BTD=call.embedded_BTD,
         halt_layer_BT=jnp.full(shape, model.num_layers, jnp.int32),

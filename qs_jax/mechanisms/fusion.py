@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.config import FusionConfig
-from qs_jax.halves import exact_dtype
+from qs_jax.halves import as_state, exact_dtype
 from qs_jax.mechanisms.plan import NEVER, Numbers
 
 
@@ -159,6 +159,7 @@ def merge(
     paid_BTW: Float[Array, "B T W"] | None,
     size_BT: Float[Array, "B T"],
     earlier: Merged,
+    dtype: Any,
 ) -> tuple[Merged, Bool[Array, "B T W"]]:
     """What a decoder would do along the row: each token absorbs what nobody has absorbed before.
 
@@ -176,6 +177,7 @@ def merge(
       paid_BTW: Weights u gives to the W tokens before it, or None.
       size_BT: Tokens each state stands for already.
       earlier: The W tokens before the first, oldest first.
+      dtype: Of the model: means are rounded to it.
 
     Returns:
       States after fusion, and which pairs took place.
@@ -201,7 +203,7 @@ def merge(
         mean_BTD = sum_BTD / jnp.maximum(mass_BT, 1e-30)[..., None]
         due_BT = level_BT == number
         return Merged(
-            jnp.where(due_BT[..., None], mean_BTD.astype(h_BTD.dtype), merged.h_BXD),
+            jnp.where(due_BT[..., None], as_state(mean_BTD, dtype), merged.h_BXD),
             jnp.where(due_BT, mass_BT, merged.mass_BX),
             jnp.where(due_BT, size_BT, merged.size_BX),
         )

@@ -9,6 +9,7 @@ import flax.linen as nn
 from jaxtyping import Array, Float, Int
 
 from qs_jax.config import ModelConfig
+from qs_jax.halves import as_state
 from qs_jax.models import layers
 
 
@@ -24,7 +25,9 @@ class Embed(nn.Module):
         m, init = self.model, nn.initializers.normal(0.02)
         table_VD = self.param("tokens", init, (m.vocab_size, m.hidden_size))
         table_PD = self.param("positions", init, (m.max_positions, m.hidden_size))
-        return layers.embed_lookup(table_VD, tokens_BT) + layers.embed_lookup(table_PD, pos_BT)
+        tokens_BTD = layers.embed_lookup(table_VD, tokens_BT)
+        positions_BTD = layers.embed_lookup(table_PD, pos_BT)
+        return as_state(tokens_BTD + positions_BTD, m.dtype)
 
 
 class Block(layers.PreNormBlock):
@@ -59,4 +62,4 @@ class FinalNorm(nn.Module):
         self.norm = layers.layer_norm(self.model)
 
     def __call__(self, h: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        return layers.normed(self.norm, h)
+        return layers.normed(self.norm, h, self.model)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt16
 
 from qs_jax.config import ModelConfig
-from qs_jax.halves import exact_dtype, from_bits
+from qs_jax.halves import as_state, exact_dtype, from_bits
 from qs_jax.models.one_vector import KernelAt
 
 # Given this layer's queries [B, T, N, H] and keys and values [B, T, K, H] of the same tokens,
@@ -98,8 +98,8 @@ class PreNormBlock(nn.Module):
     ) -> tuple[Array, Array]:
         """Keys and values `[B, T, K, H]` alone, for tokens that ask nothing."""
         with jax.named_scope("attn"):
-            x_BTD = normed(self.attn_norm, h_BTD)
-            kv_BTO = multiply(self.qkv, x_BTD, self.model.q_size).astype(h_BTD.dtype)
+            x_BTD = normed(self.attn_norm, h_BTD, self.model)
+            kv_BTO = multiply(self.qkv, x_BTD, self.model.q_size).astype(x_BTD.dtype)
             shape = (*h_BTD.shape[:2], -1, self.model.head_dim)
             k, v = (part.reshape(shape) for part in jnp.split(kv_BTO, 2, axis=-1))
             return self.place(k, pos_BT), v
@@ -119,7 +119,7 @@ class PreNormBlock(nn.Module):
 
     def mlp_neurons(self, h_BTD: Float[Array, "B T D"]) -> Array:
         """`neurons` of states as they come from the layer before."""
-        return self.neurons(normed(self.mlp_norm, h_BTD), dense_product)
+        return self.neurons(normed(self.mlp_norm, h_BTD, self.model), dense_product)
 
     def __call__(
         self,
@@ -129,12 +129,14 @@ class PreNormBlock(nn.Module):
         multiply: Multiply = dense_product,
     ) -> tuple[Float[Array, "B T D"], Any]:
         with jax.named_scope("attn"):
-            q, k, v = self.project(normed(self.attn_norm, h_BTD), pos_BT, multiply)
+            x_BTD = normed(self.attn_norm, h_BTD, self.model)
+            q, k, v = self.project(x_BTD, pos_BT, multiply)
             context_BTNH, kept = attend(q, k, v)
             context_BTO = context_BTNH.reshape(*h_BTD.shape[:2], -1)
-            h_BTD = added(h_BTD, multiply(self.out, context_BTO))
+            h_BTD = added(h_BTD, multiply(self.out, context_BTO), self.model)
         with jax.named_scope("mlp"):
-            return added(h_BTD, self.mlp(normed(self.mlp_norm, h_BTD), multiply)), kept
+            update_BTD = self.mlp(normed(self.mlp_norm, h_BTD, self.model), multiply)
+            return added(h_BTD, update_BTD, self.model), kept
 
 
 def rms_norm(model: ModelConfig) -> nn.Module:
@@ -148,14 +150,18 @@ def layer_norm(model: ModelConfig) -> nn.Module:
     return nn.LayerNorm(epsilon=model.norm_eps, dtype=dtype, use_fast_variance=False)
 
 
-def normed(norm: Callable[[Array], Array], h: Float[Array, "*batch D"]) -> Array:
-    """Apply a norm and return to the dtype of the residual stream."""
-    return norm(h).astype(h.dtype)
+def normed(
+    norm: Callable[[Array], Array], h: Float[Array, "*batch D"], model: ModelConfig
+) -> Float[Array, "*batch D"]:
+    """Apply a norm to states; in the dtype of the model, as products take it."""
+    return norm(h).astype(model.dtype)
 
 
-def added(h: Float[Array, "*batch D"], update: Float[Array, "*batch D"]) -> Array:
-    """Add an update to the residual stream, rounded to its dtype once."""
-    return (h.astype(update.dtype) + update).astype(h.dtype)
+def added(
+    h: Float[Array, "*batch D"], update: Float[Array, "*batch D"], model: ModelConfig
+) -> Float[Array, "*batch D"]:
+    """Add an update to states, rounded once."""
+    return as_state(h.astype(update.dtype) + update, model.dtype)
 
 
 def split_heads(qkv_BTO: Float[Array, "B T O"], model: ModelConfig) -> tuple[Array, Array, Array]:

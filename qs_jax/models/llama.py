@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from qs_jax.config import ModelConfig
+from qs_jax.halves import as_state
 from qs_jax.models import layers, rope
 
 
@@ -25,7 +26,7 @@ class Embed(nn.Module):
         del pos_BT
         init = nn.initializers.normal(0.02)
         table_VD = self.param("tokens", init, (self.model.vocab_size, self.model.hidden_size))
-        return layers.embed_lookup(table_VD, tokens_BT)
+        return as_state(layers.embed_lookup(table_VD, tokens_BT), self.model.dtype)
 
 
 class Block(layers.PreNormBlock):
@@ -65,4 +66,4 @@ class FinalNorm(nn.Module):
         self.norm = layers.rms_norm(self.model)
 
     def __call__(self, h: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        return layers.normed(self.norm, h)
+        return layers.normed(self.norm, h, self.model)

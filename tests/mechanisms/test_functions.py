@@ -121,7 +121,7 @@ def test_a_run_gives_each_member_the_mean_up_to_itself():
     ones = jnp.ones((1, 5), jnp.float32)
     zero = jnp.zeros((1, 1))
     earlier = fusion.Merged(jnp.zeros((1, 1, 3)), zero, zero)
-    merged, takes = fusion.merge(h, pairs, ones, None, ones, earlier)
+    merged, takes = fusion.merge(h, pairs, ones, None, ones, earlier, h.dtype)
     np.testing.assert_array_equal(merged.size_BX[0], [1, 2, 3, 1, 2])
     np.testing.assert_array_equal(merged.h_BXD[0, 0], h[0, 0])
     np.testing.assert_allclose(merged.h_BXD[0, 1], h[0, :2].mean(0), rtol=1e-5)

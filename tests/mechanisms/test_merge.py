@@ -50,7 +50,8 @@ def test_passes_do_what_a_walk_does(window, pays, share):
         positive(BATCH, window),
     )
     arrays = [None if x is None else jnp.asarray(x) for x in (h, pairs, weight, paid, size)]
-    merged, takes = fusion.merge(*arrays, fusion.Merged(*map(jnp.asarray, earlier)))
+    before = fusion.Merged(*map(jnp.asarray, earlier))
+    merged, takes = fusion.merge(*arrays, before, jnp.float32)
     for row in range(BATCH):
         of_row = [None if x is None else x[row] for x in (h, pairs, weight, paid, size)]
         wanted = walk(*of_row, [part[row] for part in earlier])

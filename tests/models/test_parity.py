@@ -82,7 +82,7 @@ def test_embedding(pair, tokens_BT, theirs):
 
 def test_norm(pair, theirs):
     def norm(block, h):
-        return layers.normed(block.attn_norm, h)
+        return layers.normed(block.attn_norm, h, pair.model)
 
     ours = first_block(pair, norm, jnp.asarray(theirs["embed"]))
     np.testing.assert_allclose(ours, theirs["norm"], atol=1e-5)
