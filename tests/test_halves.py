@@ -71,7 +71,12 @@ def test_bits_of_several_devices_stay_where_they_are():
 
 
 @pytest.mark.parametrize(
-    ("name", "model_type"), [("dense", "gpt2"), ("dense", "llama"), ("HKFQ", "llama")]
+    ("name", "model_type"),
+    [
+        pytest.param("dense", "gpt2", marks=pytest.mark.slow),
+        ("dense", "llama"),
+        pytest.param("HKFQ", "llama", marks=pytest.mark.slow),
+    ],
 )
 def test_held_by_bits_or_by_values_results_are_the_same(name, model_type, monkeypatch):
     """Against XLA's own slices, gathers and updates of bfloat16."""

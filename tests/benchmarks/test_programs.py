@@ -10,7 +10,7 @@ from qs_jax.timing import Stopwatch
 from tests.support import random_tokens
 
 
-@pytest.mark.parametrize("committed", [False, True])
+@pytest.mark.parametrize("committed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_memory_is_of_the_programs_that_ran(committed):
     model = tiny_model()
     params = tiny_params(model)

@@ -184,6 +184,7 @@ def test_planned_capacity_halts_the_lowest_scores(name):
             assert gone.max() <= stays.min()
 
 
+@pytest.mark.slow
 def test_generation_goes_on_from_planned_prompts():
     """The masked engine plans its prompts too: the same tokens follow."""
     model = model_of("llama")

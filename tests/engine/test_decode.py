@@ -62,7 +62,7 @@ SETTINGS |= {
         "teacher-forced",
     ),
 }
-SHOWN = ("dense", "skip")
+SHOWN = ("skip",)
 ROWS = (9, 20, 4)
 
 
@@ -151,7 +151,14 @@ def test_bytes_fall_as_keys_are_skipped():
     assert 1 - own / dense > 0.9 * skipped
 
 
-@pytest.mark.parametrize("stop", [0.25, 0.5, 0.75])
+@pytest.mark.parametrize(
+    "stop",
+    [
+        pytest.param(0.25, marks=pytest.mark.slow),
+        0.5,
+        pytest.param(0.75, marks=pytest.mark.slow),
+    ],
+)
 def test_bytes_fall_as_a_quota_stops_a_prompt(stop):
     """A round prompt, a round share of it and the last token, which always runs."""
     quota = HaltingConfig(rule="quota", layers=(2,), quota=(stop,), score="random", entropy=None)
@@ -172,14 +179,20 @@ SKIP = KVSkipConfig("skip")
 @pytest.mark.parametrize(
     ("qs", "forced", "expected"),
     [
-        (None, None, 6),
+        pytest.param(None, None, 6, marks=pytest.mark.slow),
         (leaving(), None, 3),
-        (leaving(), 2, 2),
-        (QuickSilverConfig(fusion=FUSES), None, 4),
+        pytest.param(leaving(), 2, 2, marks=pytest.mark.slow),
+        pytest.param(QuickSilverConfig(fusion=FUSES), None, 4, marks=pytest.mark.slow),
         (settings(fusion=FUSES, halting=HaltingConfig(window=(3, 5)), kv_skip=SKIP), None, 3),
-        (settings(halting=HaltingConfig(min_layer=2), kv_skip=SKIP), None, 2),
-        (settings(halting=FORCES, kv_skip=SKIP), None, 4),
-        (settings(halting=HaltingConfig(min_layer=2)), None, 6),  # all keys are made: none is gone
+        pytest.param(
+            settings(halting=HaltingConfig(min_layer=2), kv_skip=SKIP),
+            None,
+            2,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(settings(halting=FORCES, kv_skip=SKIP), None, 4, marks=pytest.mark.slow),
+        # All keys are made: none is gone.
+        pytest.param(settings(halting=HaltingConfig(min_layer=2)), None, 6, marks=pytest.mark.slow),
     ],
 )
 def test_layers_before_the_first_that_a_token_may_leave_are_complete(qs, forced, expected):
@@ -208,6 +221,7 @@ def test_layers_before_the_first_that_a_token_may_leave_are_complete(qs, forced,
         assert all(cache.pos_lBC.dtype == np.uint16 for cache in caches[len(complete) :])
 
 
+@pytest.mark.slow
 def test_positions_that_16_bits_cannot_tell_from_an_empty_slot_take_32(monkeypatch):
     assert position_dtype(2**16 - 1) == np.uint16
     assert position_dtype(2**16) == np.int32
@@ -303,7 +317,7 @@ def lowered(cfg, params, tokens, entry="run_until"):
     return decode.jit_advance.trace(*args, numbers, **decoder.static)
 
 
-@pytest.mark.parametrize("kind", ["separate", "stacked"])
+@pytest.mark.parametrize("kind", [pytest.param("separate", marks=pytest.mark.slow), "stacked"])
 @pytest.mark.parametrize("name", ["dense", "skip"])
 def test_no_step_copies_a_cache(name, kind):
     """Read off the compiled program: no copy as large as a segment's keys outside the entry."""

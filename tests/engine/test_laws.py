@@ -45,7 +45,8 @@ def _param(name, kind, qs, protocol, heavy=False):
     marks = [pytest.mark.xdist_group(label)]
     shown = ("HKFQ-llama", "quota", "preset-balanced", "preset-aggressive")
     by_default = name.startswith(shown) or protocol == "teacher-forced"
-    twice = name in ("preset-off", "preset-paper", "preset-aggressive-scaled")  # others cover them
+    # Others cover them.
+    twice = name.startswith(("preset-off", "preset-paper", "preset-aggressive-scaled", "int8"))
     if name.partition("-")[0] in PAIRS or (heavy and twice):
         by_default = False
     marks += [] if by_default else [pytest.mark.slow]
@@ -269,6 +270,7 @@ def leaky_merge(*args):
     return merged._replace(h_BXD=h_BTD), takes_BTW
 
 
+@pytest.mark.slow
 def test_a_leaky_fusion_is_caught(monkeypatch):
     """The causality test can fail: with the answer averaged into the state before it, it does."""
     model, qs = model_of("llama"), MATRIX["F"]

@@ -39,8 +39,8 @@ def test_overrides_of_single_tokens(protocol, kind):
 @pytest.mark.parametrize(
     ("kind", "protocol", "name"),
     [
-        ("gpt2", "teacher-forced", "attended"),
-        ("llama", "teacher-forced", "fusion-attention"),
+        pytest.param("gpt2", "teacher-forced", "attended", marks=pytest.mark.slow),
+        pytest.param("llama", "teacher-forced", "fusion-attention", marks=pytest.mark.slow),
         ("llama", "continuation", "delay-retain"),
     ],
 )

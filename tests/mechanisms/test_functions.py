@@ -153,6 +153,7 @@ def states_by_layer(cfg, params, tokens_BT):
     return np.stack(found)
 
 
+@pytest.mark.slow
 def test_a_halted_state_is_frozen_bit_for_bit():
     model, qs = model_of("llama"), MATRIX["HKFQ"]
     cfg, params = Config(model, qs), params_of(model)

@@ -106,7 +106,7 @@ def test_a_table_is_not_converted_before_the_loop_that_reads_it():
     assert "f32[512," not in loops[0]
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+@pytest.mark.parametrize("model_type", [pytest.param("gpt2", marks=pytest.mark.slow), "llama"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_row_decodes_as_it_does_among_several(model_type, dtype):
     """Wide enough for the products to be cut; the several rows' come from another program."""
