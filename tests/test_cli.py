@@ -99,6 +99,7 @@ def test_info(ckpt, capsys):
     assert "max_positions" in text
 
 
+@pytest.mark.slow
 def test_the_module_runs_from_a_shell_and_survives_a_closed_pipe(ckpt):
     command = [sys.executable, "-m", "qs_jax", "generate", "--ckpt", ckpt, "--prompt", "hello"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

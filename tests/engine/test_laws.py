@@ -46,8 +46,8 @@ def _param(name, kind, qs, protocol, heavy=False):
     shown = ("HKFQ-llama", "quota", "preset-balanced", "preset-aggressive")
     by_default = name.startswith(shown) or protocol == "teacher-forced"
     # Others cover them.
-    twice = name.startswith(("preset-off", "preset-paper", "preset-aggressive-scaled", "int8"))
-    if name.partition("-")[0] in PAIRS or (heavy and twice):
+    twice = ("preset-off", "preset-paper", "preset-aggressive-scaled", "int8", "K-", "Q-")
+    if name.partition("-")[0] in PAIRS or (heavy and name.startswith(twice)):
         by_default = False
     marks += [] if by_default else [pytest.mark.slow]
     return pytest.param((name, kind, qs, protocol), id=label, marks=marks)
