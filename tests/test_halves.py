@@ -158,7 +158,6 @@ def test_every_state_has_a_value_of_the_model_s_dtype(name, model_type):
         return masked_states(params, prompt, numbers, model, plan)[0]
 
     params = halves.bits_of(execution.with_weights(params, found[0] if found else None))
-
     held = np.asarray(states.lower(params).compile(compiler_options=OPTIMISED)(params))
     assert held.dtype == np.float32
     np.testing.assert_array_equal(held, held.astype(ml_dtypes.bfloat16).astype(np.float32))

@@ -22,7 +22,6 @@ def of_halted(call: Call, state: TokenState, layer: Array) -> Array:
     now_BT = (state.halt_layer_BT == layer) & (layer < call.model.num_layers)
     assert state.code_BTR is not None
     h_BTD, before_BTR = state.h_BTD, state.code_BTR
-    dtype = call.model.dtype
 
     def neurons() -> Array:
         layers, block = call.params["layers"], family_of(call.model).block(call.model, parent=None)
@@ -30,19 +29,17 @@ def of_halted(call: Call, state: TokenState, layer: Array) -> Array:
         found: Any = block.apply({"params": params_l}, h_BTD, method=block.mlp_neurons)
         return found
 
-    def previous() -> Array:
-        return just_before(call, jnp.pad(h_BTD, ((0, 0), (1, 0), (0, 0))))
-
     sources = {
-        "state": lambda: h_BTD.astype(dtype),
-        "embedding": lambda: call.embedded_BTD.astype(dtype),
-        "previous": lambda: previous().astype(dtype),
+        "state": lambda: h_BTD,
+        "embedding": lambda: call.embedded_BTD,
+        "previous": lambda: just_before(call, jnp.pad(h_BTD, ((0, 0), (1, 0), (0, 0)))),
         "neurons": neurons,
     }
     wanted_BT = now_BT if call.groups_maps else None
 
     def encode() -> Array:
-        found_BTR = kv_skip.encode(call.params["kv_maps"], sources, state.halt_layer_BT, wanted_BT)
+        maps, dtype = call.params["kv_maps"], call.model.dtype
+        found_BTR = kv_skip.encode(maps, sources, state.halt_layer_BT, wanted_BT, dtype)
         return jnp.where(now_BT[..., None], found_BTR, before_BTR)
 
     return lax.cond(now_BT.any(), encode, lambda: before_BTR)

@@ -333,8 +333,8 @@ def _quantize(call: Call, state: TokenState, ran_BT: Array, at: LayerNumbers) ->
     state = assign_bits(call, state, at)
     if "hidden" in setting.targets:
         dtype = call.model.dtype
-        kept_BTD = execution.simulate(state.h_BTD.astype(dtype), state.bits_BT, setting)
-        kept_BTD = as_state(kept_BTD, dtype)
+        found_BTD = execution.simulate(state.h_BTD.astype(dtype), state.bits_BT, setting)
+        kept_BTD = as_state(found_BTD, dtype)
         state = state.replace(h_BTD=jnp.where(ran_BT[..., None], kept_BTD, state.h_BTD))
     return state
 

@@ -244,12 +244,12 @@ def _moments(params: Params, tokens_BT, counted_BT, model: ModelConfig, chosen, 
 
     def read(block, h_BTD):
         sources = {
-            "state": lambda: h_BTD.astype(dtype),
-            "embedding": lambda: embedded.astype(dtype),
-            "previous": lambda: jnp.pad(h_BTD, ((0, 0), (1, 0), (0, 0)))[:, :-1].astype(dtype),
+            "state": lambda: h_BTD,
+            "embedding": lambda: embedded,
+            "previous": lambda: jnp.pad(h_BTD, ((0, 0), (1, 0), (0, 0)))[:, :-1],
             "neurons": lambda: block.mlp_neurons(h_BTD),
         }
-        return kv_skip.features(sources, features) * used_BT1
+        return kv_skip.features(sources, features, dtype) * used_BT1
 
     def unrotated(block, h_BTD):
         x_BTD = layers.normed(block.attn_norm, h_BTD, model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -181,6 +181,7 @@ def encode(
     sources: Sources,
     halt_layer_BT: Int[Array, "B T"],
     wanted_BT: Bool[Array, "B T"] | None,
+    dtype: Any,
 ) -> Float[Array, "B T R"]:
     """What the maps of all deeper layers read of a token that stops: its features, or their code.
 
@@ -189,22 +190,24 @@ def encode(
       sources: Each feature of the tokens.
       halt_layer_BT: Where each token halted.
       wanted_BT: Tokens whose result is read; None for all.
+      dtype: As in `features`.
     """
-    read_BTF = features(sources, kv_maps.features)
+    read_BTF = features(sources, kv_maps.features, dtype)
     if kv_maps.encode_XFR is None:
         return read_BTF
     encoders = kv_maps.encode_XFR.astype(read_BTF.dtype)
     return apply_maps(read_BTF, encoders, halt_layer_BT, kv_maps.layers, wanted_BT)
 
 
-def features(sources: Sources, names: Sequence[str]) -> Float[Array, "B T F"]:
+def features(sources: Sources, names: Sequence[str], dtype: Any) -> Float[Array, "B T F"]:
     """What is read of tokens that stop, in the order of the names, and 1.
 
     Args:
       sources: "state", "embedding", "previous": `[B, T, D]`; "neurons": `[B, T, F]`. Called for
         those that are named.
       names: Of `KVMaps.features`.
+      dtype: Of the model, and of the result; states may be held in another.
     """
-    found = {name: sources[name]() for name in names}
+    found = {name: sources[name]().astype(dtype) for name in names}
     parts = [x if name == "neurons" else rms_normalised(x) for name, x in found.items()]
     return jnp.concatenate([*parts, jnp.ones_like(parts[0][..., :1])], axis=-1)
