@@ -1,0 +1,159 @@
+"""Records and log-probabilities written down once: a change of the code must not move them.
+
+`python -m tests.goldens CHECKPOINT [NAME ...]` writes `tests/goldens.npz` anew, or some of its
+cases: only where behaviour is meant to change. Tiny models run in float64, where no order of sums
+decides a comparison; the embedded model in float32, but in float64 where a preset quantises: a
+state near the edge between two codes falls either side with the order of sums.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import qs_jax
+from qs_jax import presets
+from qs_jax.config import Config, ModelConfig, QuickSilverConfig
+from tests.engine.contract import cases, model_of, params_of
+from tests.support import random_tokens
+
+FILE = Path(__file__).with_name("goldens.npz")
+EXACT = "active kv_written kv_held visible_keys bits fused depth representative weighed".split()
+MEASURED = ("drift", "entropy")
+LENGTHS, PROMPTS = (26, 19), (16, 12)
+EMBEDDED = ("off", "paper", "balanced", "aggressive")
+NEW_TOKENS = 8
+# Rows for the embedded model; the last 32 tokens of the first 160 are the continuation.
+TEXTS = (
+    "The ferry left the harbour a little after six, while the lamps on the pier were still lit. "
+    "Three passengers stood at the rail: a teacher who was going home, a boy with a cello case, "
+    "and an old man who had not crossed the water in forty years. The wind came from the north. "
+    "Nobody spoke until the island could be seen, a low grey line with one white house, and then "
+    "they all began to talk at once, about the weather, about the price of bread, and about the "
+    "storm of the year before, which had taken the roof of the school and half of the orchard. "
+    "The captain, who had heard all of it many times, lit his pipe and kept the bow on the light. "
+    "When they landed, the teacher counted her bags, the boy carried his cello up the stone "
+    "steps, and the old man stayed behind on the wet boards until the ferry had gone again.",
+    "To convert a temperature from Celsius to Fahrenheit, multiply it by nine, divide the result "
+    "by five, and add thirty-two. In Python this is one line: def to_fahrenheit(celsius): return "
+    "celsius * 9 / 5 + 32. The inverse subtracts first: def to_celsius(fahrenheit): return "
+    "(fahrenheit - 32) * 5 / 9. Both functions take a number and return a float, and a test can "
+    "check that one undoes the other: assert to_celsius(to_fahrenheit(100.0)) == 100.0. Water "
+    "freezes at 0 degrees Celsius, which is 32 degrees Fahrenheit, and boils at 100 degrees "
+    "Celsius, which is 212 degrees Fahrenheit; the two scales agree at minus forty degrees. "
+    "Kelvin has the same steps as Celsius but starts at absolute zero, so 0 K is -273.15 degrees.",
+)
+
+Golden = dict[str, np.ndarray]
+
+
+def tiny_cases() -> dict[str, tuple[str, QuickSilverConfig, str]]:
+    """(family, configuration, protocol) of every case of the contract matrix."""
+    return {f"{name}-{protocol}": (kind, qs, protocol) for name, kind, qs, protocol in cases()}
+
+
+def tiny(kind: str, qs: QuickSilverConfig, protocol: str) -> Golden:
+    """Scores of two rows of random tokens on a tiny model, by the masked engine."""
+    with jax.enable_x64(True):
+        model = model_of(kind, dtype="float64")
+        cfg = Config(model, qs, protocol=protocol, engine="masked")
+        given = {"prompt_lengths": PROMPTS} if protocol == "continuation" else {}
+        rows = [random_tokens(model, 1, width, seed=width)[0].tolist() for width in LENGTHS]
+        return _of(qs_jax.score(params_of(model), rows, cfg, **given))
+
+
+def embedded(params: Any, model: ModelConfig, tokens_BT: np.ndarray, name: str) -> Golden:
+    """Scores of both engines and new tokens of the decode engine, of one preset."""
+    qs = presets.by_name(name, model)
+    if qs.amq is None:
+        return _embedded(params, model, tokens_BT, qs)
+    if qs.amq.execution == "auto":  # which a timing would decide
+        qs = dataclasses.replace(qs, amq=dataclasses.replace(qs.amq, execution="int8"))
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda leaf: leaf.astype("float64"), params)
+        return _embedded(params, model.replace(dtype="float64"), tokens_BT, qs)
+
+
+def _embedded(
+    params: Any, model: ModelConfig, tokens_BT: np.ndarray, qs: QuickSilverConfig
+) -> Golden:
+    found: Golden = {}
+    for engine in ("masked", "compact"):
+        cfg = Config(model, qs, engine=engine, continuation_tokens=32)
+        scores = _of(qs_jax.score(params, tokens_BT, cfg))
+        found |= {f"{engine}.{part}": array for part, array in scores.items()}
+    cfg = Config(model, qs, max_new_tokens=NEW_TOKENS, eos_token_ids=())
+    out = qs_jax.generate(params, tokens_BT[:, :128], cfg)
+    return found | {"new.tokens": out.tokens, "new.logprobs": out.logprobs}
+
+
+def embedded_tokens(tokenizer: Any) -> np.ndarray:
+    """`TEXTS` as token ids `[2, 160]`."""
+    return np.array([tokenizer(text).input_ids[:160] for text in TEXTS], np.int32)
+
+
+def _of(scores: qs_jax.ScoreOutput) -> Golden:
+    found = {"logprobs": scores.logprobs}
+    if scores.record is not None:
+        found |= {name: getattr(scores.record, name) for name in (*EXACT, *MEASURED)}
+    return found
+
+
+def assert_golden(name: str, found: Golden, atol: float) -> None:
+    """Decisions are those of the fixture, numbers are within `atol` of them."""
+    expected = read(name)
+    assert found.keys() == expected.keys()
+    for part, array in expected.items():
+        message = f"{name}, {part}"
+        if part.rpartition(".")[2] in (*MEASURED, "logprobs"):
+            np.testing.assert_allclose(found[part], array, atol=atol, rtol=1e-4, err_msg=message)
+        else:
+            np.testing.assert_array_equal(found[part], array, err_msg=message)
+
+
+def read(name: str) -> Golden:
+    """What the fixture holds of one case."""
+    with np.load(FILE) as content:
+        prefix = f"{name}/"
+        return {key.removeprefix(prefix): content[key] for key in content if key.startswith(prefix)}
+
+
+def _small(array: np.ndarray) -> np.ndarray:
+    """The same numbers in fewer bytes."""
+    if array.dtype.kind == "f":
+        return array.astype(np.float32)
+    return array if array.dtype == bool else array.astype(np.int16 if array.max() < 2**15 else int)
+
+
+def _all(checkpoint: Path) -> Iterator[tuple[str, Callable[[], Golden]]]:
+    for name, case in tiny_cases().items():
+        yield name, lambda case=case: tiny(*case)
+    params, model = qs_jax.load(checkpoint, dtype="float32")
+    tokens_BT = embedded_tokens(qs_jax.load_tokenizer(checkpoint))
+    for name in EMBEDDED:
+        yield f"embedded-{name}", lambda name=name: embedded(params, model, tokens_BT, name)
+
+
+def main(checkpoint: str, *names: str) -> None:
+    """Write the fixture anew, with the embedded model in this checkpoint; some cases, or all."""
+    content: Golden = {}
+    if names:
+        with np.load(FILE) as before:
+            content = {key: before[key] for key in before if key != "about"}
+    for name, measure in _all(Path(checkpoint)):
+        if names and name not in names:
+            continue
+        content |= {f"{name}/{part}": _small(array) for part, array in measure().items()}
+        print(name, flush=True)
+    about = json.dumps({"jax": jax.__version__, "numpy": np.__version__})
+    np.savez_compressed(FILE, about=np.array(about), **content)
+    print(f"{FILE}: {FILE.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

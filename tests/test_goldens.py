@@ -1,0 +1,24 @@
+"""Nothing moved: decisions and log-probabilities are those that were written down."""
+
+import pytest
+
+import qs_jax
+from tests import goldens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", goldens.tiny_cases())
+def test_tiny_models(name):
+    goldens.assert_golden(name, goldens.tiny(*goldens.tiny_cases()[name]), atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def loaded(embedded_checkpoint):
+    params, model = qs_jax.load(embedded_checkpoint, dtype="float32")
+    return params, model, goldens.embedded_tokens(qs_jax.load_tokenizer(embedded_checkpoint))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", goldens.EMBEDDED)
+def test_embedded_model(loaded, name):
+    goldens.assert_golden(f"embedded-{name}", goldens.embedded(*loaded, name), atol=1e-3)
