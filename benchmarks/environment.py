@@ -1,4 +1,4 @@
-"""What a measurement was made with."""
+"""What a measurement was made with, and the files that hold measurements."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from qs_jax.halves import CPU_INFO
+import numpy as np
+
+from qs_jax.commands.maps import find_maps
+from qs_jax.config import Config
+from qs_jax.models import Params
 
 RESULTS = Path(__file__).with_name("results")
 _PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "tensorstore", "safetensors", "numpy")
@@ -18,22 +22,20 @@ _PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "tensorstore", "safete
 
 def commit() -> str | None:
     """Short hash of the working tree's commit."""
-    found = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
     return found.stdout.strip() or None
 
 
 def processor() -> str:
     """Name of the processor, with the numbers that tell generations of one name apart."""
-    lines = CPU_INFO.read_text(encoding="utf-8").splitlines() if CPU_INFO.exists() else []
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     # The last of the processors; they are alike.
-    found = {
-        name.strip(): value.strip() for name, _, value in (row.partition(":") for row in lines)
-    }
-    name = found.get("model name") or platform.processor()
-    numbers = [(key, found.get(f"{cpu}{key}")) for cpu, key in (("cpu ", "family"), ("", "model"))]
-    return ", ".join([name, *(f"{key} {value}" for key, value in numbers if value)])
+    fields = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
+    name = fields.get("model name") or platform.processor()
+    numbers = {"family": fields.get("cpu family"), "model": fields.get("model")}
+    return ", ".join([name, *(f"{key} {value}" for key, value in numbers.items() if value)])
 
 
 def describe() -> dict[str, Any]:
@@ -48,11 +50,11 @@ def describe() -> dict[str, Any]:
 
 
 def read(path: Path, about: dict[str, Any], empty: dict[str, Any]) -> dict[str, Any]:
-    """What a stopped run found, or `empty`; a file of another run is not gone on with."""
+    """What a stopped run has measured, or `empty`; a file of another run is refused."""
     if not path.exists():
         return empty
-    content = json.loads(path.read_text())
-    if content["about"] != about:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if content["about"] != json.loads(json.dumps(about)):
         raise SystemExit(f"{path} holds other measurements ({content['about']}): move it away.")
     return content
 
@@ -63,3 +65,14 @@ def write(name: str, result: dict[str, Any], out: Path | None = None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result | {"environment": describe()}, indent=2) + "\n")
     return path
+
+
+def attach_maps(params: Params, cfg: Config, ckpt: Path, preset: str = "") -> Params:
+    """The parameters, with the maps that a preset reads, if it reads any."""
+    maps, _ = find_maps(cfg, ckpt, None, preset)
+    return params if maps is None else {**params, "kv_maps": maps}
+
+
+def random_tokens(vocab_size: int, batch: int, length: int) -> np.ndarray:
+    """Token ids `[batch, length]`, the same every time."""
+    return np.random.default_rng(0).integers(0, vocab_size, (batch, length), np.int32)

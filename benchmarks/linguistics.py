@@ -21,8 +21,9 @@ import tyro
 from tqdm import tqdm
 
 import qs_jax
-from benchmarks import environment, linguistics_tables, mechanism_rows, mechanism_tables
+from benchmarks import environment, linguistics_tables, mechanism_rows
 from benchmarks.mechanism_rows import CONTINUATION, TEACHER, Row
+from benchmarks.tables import replace_tables
 from qs_jax import presets
 from qs_jax.checkpoint import read_manifest
 from qs_jax.config import Config, ModelConfig, QuickSilverConfig
@@ -204,8 +205,7 @@ def main(argv: list[str] | None = None) -> None:
     args = tyro.cli(Arguments, prog="python -m benchmarks.linguistics", args=argv)
     if not args.tables_only:
         measure(args)
-    for name, table in linguistics_tables.render(json.loads(args.out.read_text())):
-        mechanism_tables.replace(args.docs, name, table)
+    replace_tables(args.docs, dict(linguistics_tables.render(json.loads(args.out.read_text()))))
     print(f"{args.out} and the tables of {args.docs} are up to date.")
 
 

@@ -22,20 +22,33 @@ from qs_jax.config import (
 )
 from qs_jax.engine import dense
 from qs_jax.mechanisms import fusion
+from qs_jax.mechanisms.kv_maps import FEATURES
 from qs_jax.models import Params
 
 TEACHER, CONTINUATION = "teacher-forced", "continuation"
-MAP_LAYERS = (15, 20, 24)
+MAP_LAYERS = (15, 20, 21, 24)
+STATE = ("state",)
+# What extrapolated keys are read from, and the width of the code; None maps from the features.
+FEATURE_SETS = (
+    (STATE, None),
+    (("state", "embedding"), None),
+    (("state", "embedding", "previous"), None),
+    (("state", "embedding", "previous"), 512),
+    (("state", "embedding", "neurons"), None),
+    *((FEATURES, rank) for rank in (None, 512, 256, 128)),
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of a table."""
+    """One line of a table; `features` and `rank` are of the maps it reads, if it reads any."""
 
     section: str
     name: str
     protocol: str
     quicksilver: QuickSilverConfig
+    features: tuple[str, ...] = STATE
+    rank: int | None = None
 
     @property
     def key(self) -> str:
@@ -44,28 +57,23 @@ class Row:
 
 
 def percentiles(params: Params, rows_NT: np.ndarray, model: ModelConfig) -> dict[str, Any]:
-    """Thresholds by the paper's rules: B.2 (25th percentile) and D.3 (15th).
+    """Thresholds by the paper's rules, B.2 (25th percentile) and D.3 (15th), and medians.
 
-    Returns:
-      "layers" and, for each, "tau_drift" (raw) and "tau_halt" (nats, logit lens); "tau_fuse" raw.
+    "tau_drift" (raw) and "tau_halt" (nats, logit lens) are of "layers"; "tau_fuse" is raw.
     """
-    layers = (12, 18, 24)
-    never = QuickSilverConfig(
-        halting=HaltingConfig(
-            tau_drift=float("inf"), tau_halt=float("-inf"), layers=layers, window=None
-        ),
-        sink_tokens=0,
-        protect_special=False,
-    )
-    record = qs_jax.score(params, rows_NT, Config(model, never, engine="masked")).record
+    layers = tuple(max(round(share * model.num_layers), 1) for share in (0.4, 0.6, 0.8))
+    never = HaltingConfig(tau_drift=np.inf, tau_halt=-np.inf, layers=layers, window=None)
+    qs = QuickSilverConfig(halting=never, sink_tokens=0, protect_special=False)
+    record = qs_jax.score(params, rows_NT, Config(model, qs, engine="masked")).record
     assert record is not None
     at = [layer - 1 for layer in layers]
     distances = adjacent_distances(params, rows_NT, model)
+    compared = [max(model.num_layers // part, 1) - 1 for part in (3, 2, 1.5)]
     return {
         "layers": layers,
         "tau_drift": [float(np.nanpercentile(record.drift[i], 25)) for i in at],
         "tau_halt": [float(np.nanpercentile(record.entropy[i], 25)) for i in at],
-        "tau_fuse": float(np.percentile(distances[[9, 14, 19]], 15)),
+        "tau_fuse": float(np.percentile(distances[np.array(compared, int)], 15)),
         "median_drift": [float(np.nanmedian(layer)) for layer in record.drift],
         "median_adjacent_distance": [float(np.median(layer)) for layer in distances],
     }
@@ -88,16 +96,13 @@ def adjacent_distances(params: Params, rows_NT: np.ndarray, model: ModelConfig) 
 
 
 def quota(
-    layer: int, share: float, policy: str, score: str = "attention", tau_kv: float = 0.05
+    stages: dict[int, float], policy: str, score: str = "attention", tau_kv: float = 0.05
 ) -> QuickSilverConfig:
-    """Halt a share of the prompt at one layer; `tau_kv` is for "attended"."""
-    tau_kv = tau_kv if policy == "attended" else None
-    return QuickSilverConfig(
-        halting=HaltingConfig(
-            rule="quota", layers=(layer,), quota=(share,), score=score, entropy=None
-        ),
-        kv_skip=KVSkipConfig(policy=policy, tau_kv=tau_kv),
-    )
+    """Shares of the prompt that have stopped after each of some layers; `tau_kv` of "attended"."""
+    layers, shares = tuple(stages), tuple(stages.values())
+    skip = KVSkipConfig(policy=policy, tau_kv=tau_kv if policy == "attended" else None)
+    rule = HaltingConfig(rule="quota", layers=layers, quota=shares, score=score, entropy=None)
+    return QuickSilverConfig(halting=rule, kv_skip=skip)
 
 
 def all_rows(model: ModelConfig, fitted: dict[str, Any]) -> Iterator[Row]:
@@ -106,37 +111,45 @@ def all_rows(model: ModelConfig, fitted: dict[str, Any]) -> Iterator[Row]:
         yield Row("presets", "off", protocol, presets.off(model))
     for name in ("balanced", "aggressive"):
         yield Row("presets", name, CONTINUATION, presets.NAMES[name](model))
-    yield from policy_rows()
-    yield from bit_rows(model)
+    yield from _policy_rows()
+    yield from _bit_rows(model)
     for protocol in (TEACHER, CONTINUATION):
         for name, make in presets.NAMES.items():
             minmax = name.endswith("minmax") and protocol == TEACHER
             if name.startswith("paper") and not minmax:
                 yield Row("paper", name, protocol, make(model))
+    full = by_percentiles(model, fitted)
     for protocol in (TEACHER, CONTINUATION):
-        yield from ablation(protocol, "paper numbers", presets.NAMES["paper-bits-vocab"](model))
-        yield from ablation(protocol, "percentiles", by_percentiles(model, fitted))
+        for name in ("H", "K", "F", "Q", "H+K", "H+K+F", "H+K+F+Q"):
+            yield Row("ablation, percentiles", name, protocol, only(full, name))
 
 
-def policy_rows() -> Iterator[Row]:
-    """KV policies side by side; then what the quota's score is worth."""
+def _policy_rows() -> Iterator[Row]:
+    """KV policies, thresholds of "attended", scores of the quota, and features of the maps."""
     for layer, share in ((24, 0.5), (20, 0.5), (24, 1.0), (15, 0.5), (20, 1.0), (15, 1.0)):
         for policy in ("skip", "attended", "propagate", "extrapolate"):
             name = f"{share:.0%} at layer {layer} | {policy}"
-            yield Row("policies", name, CONTINUATION, quota(layer, share, policy))
+            yield Row("policies", name, CONTINUATION, quota({layer: share}, policy))
     for tau_kv in (0.1, 0.2, 0.4, 0.8):
         for layer in (24, 20):
-            qs = quota(layer, 0.5, "attended", tau_kv=tau_kv)
+            qs = quota({layer: 0.5}, "attended", tau_kv=tau_kv)
             yield Row("attended", f"50% at layer {layer}, tau_kv {tau_kv}", CONTINUATION, qs)
     for score in ("attention", "random", "drift"):
-        qs = quota(20, 0.5, "extrapolate", score)
+        qs = quota({20: 0.5}, "extrapolate", score)
         yield Row("scores", f"50% at layer 20, lowest {score} first", CONTINUATION, qs)
+    for features, rank in FEATURE_SETS:
+        for stages in ({15: 0.5, 21: 1.0}, {21: 1.0}):
+            told = ", then ".join(f"{share:.0%} at {layer}" for layer, share in stages.items())
+            name = f"{' + '.join(features)}, code {rank or 'none'}, {told}"
+            qs = quota(stages, "extrapolate")
+            yield Row("features", name, CONTINUATION, qs, features, rank)
 
 
-def bit_rows(model: ModelConfig) -> Iterator[Row]:
+def _bit_rows(model: ModelConfig) -> Iterator[Row]:
     """Uniform and adaptive bits, plain and rotated."""
     middle = model.num_layers // 2
-    grouped = {"group": 16, "rotate": True}
+    grouped: dict[str, Any] = {"group": 16, "rotate": True}
+    int8: dict[str, Any] = {"execution": "int8"}
     settings = {
         "8 bits": AMQConfig.uniform(8, middle, **grouped),
         "4 bits": AMQConfig.uniform(4, middle, **grouped),
@@ -146,11 +159,9 @@ def bit_rows(model: ModelConfig) -> Iterator[Row]:
         "adaptive, nats (1.0, 2.3)": AMQConfig(middle, **grouped),
         "adaptive, no 2 bits": AMQConfig(middle, tau_low=float("-inf"), **grouped),
         "8 bits, keys and values": AMQConfig.uniform(8, middle, targets=("kv",), **grouped),
-        "8 bits, int8 products": AMQConfig.uniform(8, middle, execution="int8"),
-        "4 bits, int8 products": AMQConfig.uniform(4, middle, execution="int8"),
-        "8 bits, int8 keys and values": AMQConfig.uniform(
-            8, middle, targets=("kv",), execution="int8"
-        ),
+        "8 bits, int8 products": AMQConfig.uniform(8, middle, **int8),
+        "4 bits, int8 products": AMQConfig.uniform(4, middle, **int8),
+        "8 bits, int8 keys and values": AMQConfig.uniform(8, middle, targets=("kv",), **int8),
     }
     for protocol in (TEACHER, CONTINUATION):
         for name, amq in settings.items():
@@ -160,21 +171,16 @@ def bit_rows(model: ModelConfig) -> Iterator[Row]:
 def by_percentiles(model: ModelConfig, fitted: dict[str, Any]) -> QuickSilverConfig:
     """The paper preset with thresholds that act: its own percentile rules on this model."""
     base = presets.NAMES["paper-bits-vocab"](model)
-    tau_drift, tau_halt = [0.0] * model.num_layers, [0.0] * model.num_layers
-    for layer, drift, halt in zip(
-        fitted["layers"], fitted["tau_drift"], fitted["tau_halt"], strict=True
-    ):
-        tau_drift[layer - 1], tau_halt[layer - 1] = drift, halt
+    taus = {name: [0.0] * model.num_layers for name in ("tau_drift", "tau_halt")}
+    for name, by_layer in taus.items():
+        for layer, tau in zip(fitted["layers"], fitted[name], strict=True):
+            by_layer[layer - 1] = tau
     assert base.halting is not None
     assert base.fusion is not None
+    settings: dict[str, Any] = {name: tuple(by_layer) for name, by_layer in taus.items()}
     return dataclasses.replace(
         base,
-        halting=dataclasses.replace(
-            base.halting,
-            layers=tuple(fitted["layers"]),
-            tau_drift=tuple(tau_drift),
-            tau_halt=tuple(tau_halt),
-        ),
+        halting=dataclasses.replace(base.halting, layers=tuple(fitted["layers"]), **settings),
         fusion=dataclasses.replace(base.fusion, tau_fuse=fitted["tau_fuse"]),
     )
 
@@ -194,9 +200,3 @@ def only(full: QuickSilverConfig, letters: str) -> QuickSilverConfig:
         fusion=full.fusion if "F" in letters else None,
         amq=full.amq if "Q" in letters else None,
     )
-
-
-def ablation(protocol: str, label: str, full: QuickSilverConfig) -> Iterator[Row]:
-    """H, K, F, Q alone, then added one after the other (paper Table 11)."""
-    for name in ("H", "K", "F", "Q", "H+K", "H+K+F", "H+K+F+Q"):
-        yield Row(f"ablation, {label}", name, protocol, only(full, name))

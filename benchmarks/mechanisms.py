@@ -1,6 +1,6 @@
 """What each mechanism does to perplexity and to the counted work, on a real model and text.
 
-`python -m benchmarks.mechanisms --ckpt DIR --text FILE` scores the first windows of a text under
+`python -m benchmarks.mechanisms --ckpt DIR --data FILE` scores the first windows of a text under
 every row of the tables in docs/mechanisms.md, writes benchmarks/results/mechanisms.json after each
 row (a stopped run goes on where it was), and rewrites the tables. Maps and percentiles are fitted
 on the windows that follow the scored ones. All savings are simulated: counted from masks.
@@ -10,136 +10,229 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import tyro
 from tqdm import tqdm
 
 import qs_jax
-from benchmarks import environment, mechanism_rows, mechanism_tables
+from benchmarks import environment, mechanism_rows
+from benchmarks.mechanism_rows import Row
+from benchmarks.tables import markdown, origin, percent, replace_tables
 from qs_jax import accounting
 from qs_jax.checkpoint import read_manifest
 from qs_jax.config import Config, ModelConfig
-from qs_jax.evaluation.perplexity import Windows, cut_windows, score_windows, total_counts
-from qs_jax.mechanisms.kv_maps import KVMaps, select
+from qs_jax.engine.fit_maps import accumulate
+from qs_jax.errors import InputError, QuickSilverError
+from qs_jax.evaluation import perplexity
+from qs_jax.mechanisms.kv_maps import FEATURES, select
 from qs_jax.models import Params
+
+# Columns of the tables, and their names in the file.
+SHARES = {
+    "layer-tokens": "layer_tokens_saved",
+    "exact FLOPs": "exact_flops_saved",
+    "paper FLOPs": "paper_flops_saved",
+    "KV held": "kv_bytes_saved",
+    "paper FLOPs, 16 bit": "paper_flops_saved_16bit",
+}
+PAGES = (Path("docs/mechanisms.md"), Path("docs/calibration.md"), Path("README.md"))
 
 
 @dataclasses.dataclass
-class Arguments:
-    """Measure every row and rewrite the tables."""
+class Inputs:
+    """A model and windows of a text: some are scored, those after them are fitted on."""
 
-    ckpt: Path
+    ckpt: Path = Path("ckpt/smollm2-135m")
     """Folder written by convert.hf_to_flax."""
-    text: Path
-    """UTF-8 text, tokenised whole and cut into windows."""
+    data: str = "wikitext-103"
+    """wikitext-103, or a file: field "text" of .jsonl, .jsonl.gz, .json.gz, or plain text."""
     windows: int = 16
     """Windows scored."""
-    seq_len: int = 512
-    """Tokens a window."""
     fit_windows: int = 64
     """Windows after those, for maps and percentiles."""
+    seq_len: int = 512
+    """Tokens a window."""
     batch_size: int = 4
     """Windows at a time."""
+
+    def read(self) -> tuple[Params, ModelConfig, np.ndarray, dict[str, Any]]:
+        """Parameters, model, all windows, and what the inputs are.
+
+        Raises:
+          InputError: The text is too short.
+        """
+        params, model = qs_jax.load(self.ckpt, dtype="float32")
+        needed, tokenizer = self.windows + self.fit_windows, qs_jax.load_tokenizer(self.ckpt)
+        text, windows = perplexity.read_windows(self.data, tokenizer, self.seq_len, needed)
+        if windows.tokens_WT.shape != (needed, self.seq_len):
+            raise InputError(
+                f"{text.name} has {windows.tokens_in_text:,} tokens; {needed} windows of "
+                f"{self.seq_len} are needed: lower --windows or --fit-windows, or give more text."
+            )
+        about = {"model": read_manifest(self.ckpt)["source"], "text": text.name, "dtype": "float32"}
+        names = ("windows", "seq_len", "fit_windows", "batch_size")
+        about |= {name: getattr(self, name) for name in names} | {"sha256": text.sha256}
+        return params, model, windows.tokens_WT, about
+
+
+@dataclasses.dataclass
+class Arguments(Inputs):
+    """Measure every row and rewrite the tables."""
+
     out: Path = environment.RESULTS / "mechanisms.json"
     """JSON file."""
-    docs: tuple[Path, ...] = (Path("docs/mechanisms.md"), Path("README.md"))
-    """Pages whose tables are rewritten."""
     tables_only: bool = False
     """Rewrite the tables from the JSON file, measure nothing."""
 
 
-def score_row(params: Params, windows: Windows, cfg: Config, batch_size: int) -> dict[str, Any]:
-    """Per-window negative log-likelihood and the savings of one configuration."""
-    entries = list(score_windows(params, windows, cfg, batch_size=batch_size))
-    return {
-        "nll": [value for entry in entries for value in entry["nll"]],
-        "tokens": [count for entry in entries for count in entry["tokens"]],
-        "saved": accounting.summary(total_counts(entries)),
-    }
+def score_rows(
+    rows: Sequence[Row],
+    measured: dict[str, Any],
+    tokens_WT: np.ndarray,
+    model: ModelConfig,
+    batch_size: int,
+    params_for: Callable[[Row], Params],
+    save: Callable[[], None],
+) -> None:
+    """Score what has not been measured yet: each window's loss, and the savings.
 
+    `measured` holds results by the rows' keys: what was measured with the same settings stays.
+    `params_for` gives the parameters, with the maps that a row reads; `save` is called after each.
+    """
+    windows = perplexity.cut_windows(tokens_WT.reshape(-1).tolist(), tokens_WT.shape[1])
 
-def measure(args: Arguments) -> dict[str, Any]:
-    """Score all rows, one after the other, into the JSON file."""
-    params, model = qs_jax.load(args.ckpt, dtype="float32")
-    ids = qs_jax.load_tokenizer(args.ckpt)(
-        args.text.read_text(encoding="utf-8"), verbose=False
-    ).input_ids
-    scored = cut_windows(ids, args.seq_len, args.windows)
-    both = cut_windows(ids, args.seq_len, args.windows + args.fit_windows)
-    fitting = both.tokens_WT[args.windows :]
-    about = {
-        "model": read_manifest(args.ckpt)["source"],
-        "text": args.text.name,
-        "windows": args.windows,
-        "seq_len": args.seq_len,
-        "fit_windows": args.fit_windows,
-        "batch_size": args.batch_size,
-        "dtype": "float32",
-    }
-    done = environment.read(args.out, about, {"rows": {}})
-    if "fitted" not in done:
-        done["fitted"] = mechanism_rows.percentiles(params, fitting[:4], model)
-        _write(args.out, about, done)
-    rows = list(mechanism_rows.all_rows(model, done["fitted"]))
-    stale = [
-        row
-        for row in rows
-        if _settings(done["rows"].get(row.key, {}).get("quicksilver", {}))
-        != _settings(row.quicksilver.to_dict())
-    ]
-    maps = None
-    for row in tqdm(stale, "rows"):
+    def settings(quicksilver: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in quicksilver.items() if name != "provenance"}
+
+    for row in tqdm(rows, "rows"):
+        here = row.quicksilver.to_dict()
+        if settings(measured.get(row.key, {}).get("quicksilver", {})) == settings(here):
+            continue
         cfg = Config(model, row.quicksilver, protocol=row.protocol, engine="masked")
-        here = params
+        entries = list(
+            perplexity.score_windows(params_for(row), windows, cfg, batch_size=batch_size)
+        )
+        measured[row.key] = {
+            "nll": [value for entry in entries for value in entry["nll"]],
+            "tokens": [count for entry in entries for count in entry["tokens"]],
+            "saved": accounting.summary(perplexity.total_counts(entries)),
+            "quicksilver": here,
+            "commit": environment.commit(),
+        }
+        save()
+
+
+def measure(args: Arguments) -> None:
+    """Score all rows, one after the other, into the JSON file."""
+    params, model, windows_WT, about = args.read()
+    fitting_WT = windows_WT[args.windows :]
+    content = environment.read(args.out, about, {"rows": {}, "about": about})
+
+    def save() -> None:
+        environment.write(args.out.stem, content, args.out)
+
+    if "fitted" not in content:
+        content["fitted"] = mechanism_rows.percentiles(params, fitting_WT[:4], model)
+        save()
+    rows = list(mechanism_rows.all_rows(model, content["fitted"]))
+    given = {"features": FEATURES, "data": about["text"], "progress": True}
+    moments = accumulate(params, fitting_WT, mechanism_rows.MAP_LAYERS, model, **given)
+
+    def params_for(row: Row) -> Params:
         skip, halting = row.quicksilver.kv_skip, row.quicksilver.halting
-        shipped = row.section == "presets"  # reads the maps that come with the checkpoint
-        if skip is not None and skip.policy == "extrapolate" and not shipped:
-            maps = maps or _maps(args, params, fitting, model)
-            here = {**params, "kv_maps": select(maps, halting.layers)}
-        result = score_row(here, scored, cfg, args.batch_size)
-        about_row = {"quicksilver": row.quicksilver.to_dict(), "commit": environment.commit()}
-        done["rows"][row.key] = result | about_row
-        _write(args.out, about, done)
-    done["rows"] = {row.key: done["rows"][row.key] for row in rows}
-    _write(args.out, about, done)
-    _maps_file(args).unlink(missing_ok=True)
-    return done
+        # Presets read the maps that come with the checkpoint.
+        if skip is None or skip.policy != "extrapolate" or row.section == "presets":
+            return params
+        maps = moments.solve(row.features, rank=row.rank)
+        assert halting is not None
+        return {**params, "kv_maps": select(maps, halting.layers or ())}
+
+    scored_WT = windows_WT[: args.windows]
+    score_rows(rows, content["rows"], scored_WT, model, args.batch_size, params_for, save)
 
 
-def _maps_file(args: Arguments) -> Path:
-    return args.out.with_suffix(".maps.safetensors")
+def paired_change(row: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[str, Any]:
+    """Perplexity and its increase, from "nll" and "tokens" of each window.
+
+    The interval is of 95 %, paired by window: the spread between texts drops out. It is None of a
+    single window, and numbers beyond the range of float64 are. The dense row may hold more windows.
+    """
+    count = len(row["nll"])
+    ours = np.array(row["nll"]) / np.array(row["tokens"])
+    theirs = np.array(dense["nll"][:count]) / np.array(dense["tokens"][:count])
+    base, own = (perplexity.exp(float(losses.mean())) for losses in (theirs, ours))
+    assert base is not None
+    ends = perplexity.interval(ours - theirs)
+    return {
+        "ppl": own,
+        "dense_ppl": base,
+        "ppl_increase": None if own is None else own - base,
+        "interval": ends and [None if end is None else base * (end - 1) for end in ends],
+    }
 
 
-def _maps(args: Arguments, params: Params, fitting: np.ndarray, model: ModelConfig) -> KVMaps:
-    """Maps of all halting layers, kept in a file while the run lasts."""
-    path = _maps_file(args)
-    if not path.exists():
-        layers = mechanism_rows.MAP_LAYERS
-        qs_jax.fit_kv_maps(params, fitting, layers, model, progress=True).save(path)
-    return KVMaps.load(path)
+def increase(change: Mapping[str, Any]) -> str:
+    """The increase of `paired_change` and its interval as a cell of a table."""
+    value, ends = change["ppl_increase"], change["interval"] or []
+    if value is None:
+        return "beyond float64"
+    if all(end is not None and abs(end) < 0.005 for end in (value, *ends)):
+        return "0.00"
+    if change["ppl"] > 10 * change["dense_ppl"]:
+        return f"{value:+,.0f}"
+    known = [end for end in ends if end is not None]
+    return f"{value:+.2f}" + (f" ({known[0]:+.2f} to {known[1]:+.2f})" if known else "")
 
 
-def _settings(quicksilver: dict[str, Any]) -> dict[str, Any]:
-    """What decides a result: everything but where it comes from."""
-    return {name: value for name, value in quicksilver.items() if name != "provenance"}
-
-
-def _write(path: Path, about: dict[str, Any], done: dict[str, Any]) -> None:
-    environment.write(path.stem, {**done, "about": about}, path)
+def tables(content: dict[str, Any], calibration: dict[str, Any]) -> dict[str, str]:
+    """Markdown of each section, and of the walk of the calibration that `balanced` comes from."""
+    rows, fitted, lines = content["rows"], content["fitted"], {}
+    for key, row in rows.items():
+        section, *name, protocol = key.split(" | ")
+        change = paired_change(row, rows[f"presets | off | {protocol}"])
+        line = {"": ", ".join(name), "protocol": protocol, "perplexity": f"{change['ppl']:.4g}"}
+        line["change, 95 % interval"] = increase(change)
+        for name, share in SHARES.items():
+            line[name] = percent(row["saved"]["prefill"][share])
+        lines.setdefault(section, []).append(line)
+    for at, layer in enumerate(fitted["layers"]):
+        line = {
+            "layer": str(layer),
+            "25th percentile of raw drift": f"{fitted['tau_drift'][at]:.3g}",
+        }
+        line["of lens entropy, nats"] = f"{fitted['tau_halt'][at]:.3g}"
+        lines.setdefault("fitted", []).append(line)
+    for entry in calibration["search"]["verified"]:
+        line = {"levels": str(entry["levels"])}
+        texts = {calibration["balanced"]["verified"]["data"]: entry, **entry.get("also", {})}
+        for name, on in texts.items():
+            line[f"{name}: perplexity"] = f"{on['ppl_increase']:+.2f}"
+            line[f"upper bound, {name}"] = f"{on['upper_bound']:+.2f}"
+        line["exact FLOPs of the prompt"] = percent(entry["prompt_exact_flops_saved"])
+        line["kept"] = "yes" if entry["within_budget"] else "**no**"
+        lines.setdefault("calibrated", []).append(line)
+    found = {name: markdown(pd.DataFrame(of_section)) for name, of_section in lines.items()}
+    return found | {"about": origin(content)}
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     args = tyro.cli(Arguments, prog="python -m benchmarks.mechanisms", args=argv)
-    if not args.tables_only:
-        measure(args)
-    for name, table in mechanism_tables.render(json.loads(args.out.read_text())):
-        for page in args.docs:
-            mechanism_tables.replace(page, name, table)
-    print(f"{args.out} and the tables of {', '.join(map(str, args.docs))} are up to date.")
+    try:
+        if not args.tables_only:
+            measure(args)
+    except QuickSilverError as error:
+        raise SystemExit(f"error: {error}") from error
+    paths = (args.out, environment.RESULTS / "calibration.json")
+    made = tables(*(json.loads(path.read_text(encoding="utf-8")) for path in paths))
+    for page in PAGES:
+        replace_tables(page, made)
+    print(f"{args.out} and the tables of {', '.join(map(str, PAGES))} are up to date.")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from typing import Any
 
 import tyro
 
-from benchmarks import environment, mechanism_tables
+from benchmarks import environment
+from benchmarks.tables import replace_tables
 from qs_jax.commands.tasks import Tasks, measure
 from qs_jax.evaluation.tasks import TASKS
 
@@ -139,9 +140,8 @@ def main(argv: list[str] | None = None) -> None:
     args = tyro.cli(Arguments, prog="python -m benchmarks.tasks", args=argv)
     if not args.tables_only:
         run(args)
-    for name, table in render(json.loads(args.out.read_text())):
-        for page in args.docs:
-            mechanism_tables.replace(page, name, table)
+    for page in args.docs:
+        replace_tables(page, dict(render(json.loads(args.out.read_text()))))
     print(f"{args.out} and the tables of {', '.join(map(str, args.docs))} are up to date.")
 
 

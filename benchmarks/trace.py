@@ -1,99 +1,220 @@
-"""An XLA profiler trace of prefill and of decoding, with the time each named scope took.
+"""Where the time of a call goes, by the named scopes in the code, and traces for viewers.
 
-`python -m benchmarks.trace --ckpt DIR --out DIR` writes one trace a phase below `--out`, checks
-that the scopes of the mechanisms that run are in it, prints the time of each, and says how to look
-at it. Prefill is `generate` with one new token; decode is the rest of `stream`, a step a token.
+`python -m benchmarks.trace --ckpt DIR --out DIR` traces a prefill and decoding, prints the time of
+each scope, and leaves the traces and scopes.json in `--out`.
+
+`jax.profiler` says when each XLA operation ran; the compiled program's text says which scope it
+came from. Time in which several operations run is split among them, and time in which none does is
+"idle". XLA fuses across scopes: a fused operation counts for the scope of its result; products with
+a vector, which XLA rewrites on CPU without their scope, count as "other".
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import json
-import sys
-from collections.abc import Iterator
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import pandas as pd
 import tyro
-from rich.console import Console
-from rich.table import Table
 
 import qs_jax
-from benchmarks import components, environment
-from qs_jax import presets
-from qs_jax.commands.maps import find_maps
-from qs_jax.engine.schedule import bind_call
-from qs_jax.errors import InputError, QuickSilverError
+from benchmarks import environment
+from benchmarks.tables import markdown
+from benchmarks.timing import Watch, watch
+from qs_jax.errors import QuickSilverError
 from qs_jax.models import Params
 
+# A scope anywhere in an operation's path decides, the first of these first: an entropy inside a
+# halting decision is a signal, and its head is not the model's.
+SCOPES = ("kv_write", "amq", "signals", "halt", "fuse", "head", "attn", "mlp", "embed")
+COMPONENTS = {
+    "embed": "embedding",
+    "attn": "attention",
+    "mlp": "MLP",
+    "kv_write": "KV write",
+    "amq": "quantisation",
+    "fuse": "fusion logic",
+    "halt": "halting decisions",
+    "signals": "signals",
+    "head": "head",
+    "other": "everything else",
+    "idle": "idle",
+}
 # Steps of `stream` before the trace of decoding: the prefill, and the one that packs the caches.
 WARM_STEPS = 2
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*?\s([a-z][\w\-]*)\(", re.MULTILINE)
+_PATH = re.compile(r'op_name="([^"]*)"')
+_NAME = re.compile(r"%([\w.\-]+)")
+_CONTAINERS = ("while", "conditional", "call")
+# Operations that only name what others made; they do not run.
+_NAMING = ("bitcast", "get-tuple-element", "tuple", "parameter")
 
 
-@dataclasses.dataclass
-class Arguments:
-    """Capture profiler traces of prefill and decode, and say where the time went."""
+class Interval(NamedTuple):
+    """When an operation ran, in nanoseconds."""
 
-    ckpt: Path
-    """Folder written by convert.hf_to_flax."""
-    out: Path
-    """Folder for the traces; PREFILL and DECODE get one each."""
-    preset: str = "paper-bits-vocab"
-    """Mechanisms to run: a name, or FILE.json. The default has all four, in both phases."""
-    batch_size: int = 4
-    """Rows. XLA rewrites products of a single row on CPU without noting their scope: with 1 they
-    count as "other"."""
-    prompt: int = 256
-    """Tokens of each prompt, at random."""
-    new_tokens: int = 16
-    """Tokens generated after it."""
-    dtype: str | None = "auto"
-    """Convert parameters while loading; auto takes the faster on this device, None keeps them."""
+    start: float
+    end: float
+    component: str
 
 
-def expected_scopes(cfg: qs_jax.Config, phase: str) -> tuple[str, ...]:
-    """Scopes that a phase must show, given what runs in it.
+class Program(NamedTuple):
+    """A compiled program's instructions: their components and what reads their results."""
 
-    Args:
-      cfg: The call; what `execution="auto"` leaves out is not expected.
-      phase: "prefill" or "decode"; under "continuation" nothing decides about new tokens.
+    components: dict[str, str | None]  # None for those that hold others
+    readers: dict[str, set[str]]
+
+
+def scope_of(path: str) -> str:
+    """The component of an operation from its path of scopes, "other" if it is in none."""
+    parts = path.split("/")
+    return next((scope for scope in SCOPES if scope in parts), "other")
+
+
+def parse_program(text: str) -> Program:
+    """Components and readers of the instructions in a compiled program's text.
+
+    Readers of an instruction that only names a result are the readers of that name. What follows
+    in another round of a loop, or inside a branch, is not among them.
     """
-    scopes = ["attn", "mlp", "kv_write"]
-    bound = bind_call(cfg, "compact" if phase == "prefill" else "decode")
-    if bound is None:
-        return tuple(scopes)
-    plan = bound[0]
-    if phase == "prefill" or not plan.continuation:
-        scopes += ["signals", "halt"] if plan.halting is not None else []
-        scopes += ["fuse"] if plan.fusion is not None else []
-        scopes += ["amq"] if plan.amq is not None else []
-    return tuple(scopes)
+    components: dict[str, str | None] = {}
+    direct: dict[str, set[str]] = {}
+    naming: set[str] = set()
+    for line in text.splitlines():
+        match = _INSTRUCTION.match(line)
+        if match is None:
+            continue
+        name, operation, rest = match[1], match[2], line[match.end() :]
+        path = _PATH.search(rest)
+        components[name] = None if operation in _CONTAINERS else scope_of(path[1] if path else "")
+        if operation in _NAMING:
+            naming.add(name)
+        for operand in _NAME.findall(rest.split(")", 1)[0]):
+            direct.setdefault(operand, set()).add(name)
+
+    def resolve(name: str) -> set[str]:
+        readers = direct.get(name, set())
+        return (readers - naming).union(*map(resolve, readers & naming))
+
+    return Program(components, {name: resolve(name) for name in direct})
+
+
+def attribute(intervals: Iterable[Interval], total: float) -> dict[str, float]:
+    """Split the wall time of a call among components; the parts add up to `total`.
+
+    At each moment, time goes in equal parts to the operations that run; the rest is "idle".
+    """
+    events = [
+        event
+        for start, end, component in intervals
+        if end > start
+        for event in ((start, 1, component), (end, -1, component))
+    ]
+    running: Counter[str] = Counter()
+    parts: dict[str, float] = {}
+    before = 0.0
+    for at, change, component in sorted(events):
+        for name, count in (+running).items():
+            parts[name] = parts.get(name, 0.0) + (at - before) * count / running.total()
+        running[component] += change
+        before = at
+    return {**parts, "idle": max(total - sum(parts.values()), 0.0)}
+
+
+def read_intervals(planes: Iterable[Any], programs: dict[str, Program]) -> list[Interval]:
+    """Operations of a trace.
+
+    On CPU an asynchronous one ends with an event of its own, which comes late when the thread that
+    finishes it goes on with what waited for it: it is over at the latest when one that reads its
+    result begins.
+    """
+    operations = []  # of each: its program and name, the key of its end, when it ran
+    ends: dict[Any, float] = {}
+    starts: dict[tuple[str, str], list[float]] = {}
+    for event in (event for plane in planes for line in plane.lines for event in line.events):
+        stats = dict(event.stats)
+        finish = event.start_ns + event.duration_ns
+        if event.name.startswith("end: "):
+            ends[stats.get("_c")] = finish
+            continue
+        module, name = str(stats.get("hlo_module")), str(stats.get("hlo_op"))
+        component = programs[module].components.get(name) if module in programs else None
+        if component is not None:
+            starts.setdefault((module, name), []).append(event.start_ns)
+            ran = Interval(event.start_ns, finish, component)
+            operations.append((module, name, stats.get("_p"), ran))
+    for times in starts.values():
+        times.sort()
+
+    def bound(module: str, name: str, key: Any, ran: Interval) -> Interval:
+        if key is None:
+            return ran
+        begins = [ends.get(key, ran.end)]
+        for reader in programs[module].readers.get(name, ()):
+            times = starts.get((module, reader), [])
+            begins += times[bisect.bisect_right(times, ran.start) :][:1]
+        return ran._replace(end=max(ran.end, min(begins)))
+
+    return [bound(*operation) for operation in operations]
+
+
+def profile(
+    call: Callable[..., Any],
+    prepare: Callable[[], tuple[Any, ...]] = tuple,
+    folder: Path | None = None,
+) -> dict[str, float]:
+    """Seconds of one warm call of the engines by component.
+
+    `prepare` makes its arguments, outside the trace, which stays in the folder if one is given.
+    """
+    with watch() as seen:
+        call(*prepare())
+    programs = _programs(seen)
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    with tempfile.TemporaryDirectory() as temporary, watch() as traced:
+        folder = folder or Path(temporary)
+        arguments = prepare()
+        before = traced.seconds
+        with jax.profiler.trace(str(folder), profiler_options=options):
+            call(*arguments)
+        newest = max(folder.rglob("*.xplane.pb"), key=lambda file: file.stat().st_mtime_ns)
+        data = jax.profiler.ProfileData.from_file(str(newest))
+        intervals = read_intervals(data.planes, programs)
+    parts = attribute(intervals, (traced.seconds - before) * 1e9)
+    return {name: value * 1e-9 for name, value in parts.items()}
+
+
+def _programs(seen: Watch) -> dict[str, Program]:
+    """Each program of a call by name; where two share a name, the first's instructions count."""
+    programs: dict[str, Program] = {}
+    for called in reversed(seen.programs):
+        text = called.compile().as_text()
+        name = text.removeprefix("HloModule ").partition(",")[0]
+        (components, readers), before = parse_program(text), programs.get(name, Program({}, {}))
+        programs[name] = Program(before.components | components, before.readers | readers)
+    return programs
 
 
 def capture(
     params: Params, tokens: np.ndarray, cfg: qs_jax.Config, folder: Path
 ) -> dict[str, dict[str, float]]:
-    """Trace both phases.
+    """Seconds by component of a prefill, and of decoding, a step of `stream` a token.
 
-    Args:
-      params: From `qs_jax.load`.
-      tokens: int `[B, T]`, prompts.
-      cfg: Model and mechanisms; more than two new tokens.
-      folder: The traces go to "prefill" and "decode" in it.
-
-    Returns:
-      Seconds of each component, by phase.
-
-    Raises:
-      InputError: Too few new tokens.
+    The traces go to "prefill" and "decode" in the folder.
     """
-    if cfg.max_new_tokens <= WARM_STEPS:
-        raise InputError(f"--new-tokens must be at least {WARM_STEPS + 1}: two come before.")
     short = cfg.replace(max_new_tokens=1)
 
-    def begun() -> tuple[Iterator[Any]]:
+    def begin() -> tuple[Iterator[Any]]:
         steps = qs_jax.stream(params, tokens, cfg)
         for _ in range(WARM_STEPS):
             next(steps)
@@ -104,105 +225,56 @@ def capture(
             with jax.profiler.StepTraceAnnotation("decode", step_num=number):
                 next(steps)
 
-    return {
-        "prefill": components.profile(
-            lambda: qs_jax.generate(params, tokens, short), folder=folder / "prefill"
-        ),
-        "decode": components.profile(decode, begun, folder / "decode"),
-    }
+    prefill = profile(lambda: qs_jax.generate(params, tokens, short), folder=folder / "prefill")
+    return {"prefill": prefill, "decode": profile(decode, begin, folder / "decode")}
 
 
-def missing_scopes(found: dict[str, dict[str, float]], cfg: qs_jax.Config) -> list[str]:
-    """Expected scopes in which no operation of the trace ran, as "phase: scope"."""
-    return [
-        f"{phase}: {scope}"
-        for phase, seconds in found.items()
-        for scope in expected_scopes(cfg, phase)
-        if not seconds.get(scope, 0) > 0
-    ]
+def table(phases: dict[str, dict[str, float]]) -> str:
+    """Milliseconds of each component, and shares of the phase, in Markdown."""
+    here = [name for name in COMPONENTS if any(name in parts for parts in phases.values())]
+    frame = pd.DataFrame({"scope": [f"{name} ({COMPONENTS[name]})" for name in here]})
+    for phase, parts in phases.items():
+        times, total = [parts.get(name, 0.0) for name in here], sum(parts.values())
+        frame[f"{phase}, ms"] = [f"{time * 1e3:.2f} ({time / total:.1%})" for time in times]
+    return markdown(frame)
 
 
-def table(found: dict[str, dict[str, float]], steps: int, title: str) -> Table:
-    """Milliseconds and shares of each component."""
-    out = Table(title=title)
-    out.add_column("scope")
-    out.add_column("prefill, ms", justify="right")
-    out.add_column(f"decode, ms a step\n({steps} steps)", justify="right")
-    per = {"prefill": 1, "decode": steps}
-    totals = {phase: max(sum(seconds.values()), 1e-12) for phase, seconds in found.items()}
-    for scope, label in components.COMPONENTS.items():
-        if not any(scope in seconds for seconds in found.values()):
-            continue
-        cells = [
-            f"{seconds[scope] * 1e3 / per[phase]:.3f} ({seconds[scope] / totals[phase]:.1%})"
-            if scope in seconds
-            else ""
-            for phase, seconds in found.items()
-        ]
-        out.add_row(f"{scope} ({label})" if scope != label else scope, *cells)
-    return out
+@dataclasses.dataclass
+class Arguments:
+    """Capture profiler traces of prefill and decode, and say where the time went."""
+
+    ckpt: Path
+    """Folder written by convert.hf_to_flax."""
+    out: Path
+    """Folder for the traces: prefill and decode get one each."""
+    preset: str = "paper-bits-vocab"
+    """Mechanisms to run: a name, or FILE.json. The default has all four, in both phases."""
+    prompt: int = 256
+    """Tokens of each of four prompts, at random."""
+    new_tokens: int = 16
+    """Tokens generated after it; the first two come before the trace."""
 
 
-def how_to_open(folder: Path) -> list[str]:
-    """What to do with the files of the newest trace of each phase."""
-    lines = []
-    for phase in ("prefill", "decode"):
-        newest = max((folder / phase).rglob("*.trace.json.gz"), key=lambda f: f.stat().st_mtime_ns)
-        lines.append(f"{phase}: {newest}")
-    return [
-        *lines,
-        "Perfetto: open ui.perfetto.dev and load such a .trace.json.gz (it stays in the browser); "
-        "operations go by their XLA names.",
-        f"xprof: pip install xprof, then xprof --logdir {folder / 'prefill'} (or decode); it reads "
-        "the .xplane.pb beside it, and shows the scopes (Trace Viewer, HLO Op Profile).",
-    ]
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
     args = tyro.cli(Arguments, prog="python -m benchmarks.trace", args=argv)
     try:
-        return _run(args)
+        params, model = qs_jax.load(args.ckpt)
+        quicksilver = qs_jax.presets.by_name(args.preset, model)
+        cfg = qs_jax.Config(model, quicksilver, max_new_tokens=args.new_tokens, eos_token_ids=())
+        params = environment.attach_maps(params, cfg, args.ckpt, args.preset)
+        tokens = environment.random_tokens(model.vocab_size, 4, args.prompt)
+        phases = capture(params, tokens, cfg, args.out)
     except QuickSilverError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-
-
-def _run(args: Arguments) -> int:
-    params, model = qs_jax.load(args.ckpt, dtype=args.dtype)
-    cfg = qs_jax.Config(
-        model,
-        presets.by_name(args.preset, model),
-        max_new_tokens=args.new_tokens,
-        eos_token_ids=(),
-    )
-    maps, _ = find_maps(cfg, args.ckpt, None, args.preset)
-    if maps is not None:
-        params["kv_maps"] = maps
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, model.vocab_size, (args.batch_size, args.prompt), np.int32)
-    found = capture(params, tokens, cfg, args.out)
-    missing = missing_scopes(found, cfg)
-    settings = {
-        "preset": Path(args.preset).name,
-        "dtype": model.dtype,
-        "batch_size": args.batch_size,
-        "prompt": args.prompt,
-        "new_tokens": args.new_tokens,
-        "decode_steps": args.new_tokens - WARM_STEPS,
-    }
-    content = {"settings": settings, "seconds": found, "environment": environment.describe()}
+        raise SystemExit(f"error: {error}") from error
+    settings = {"preset": Path(args.preset).name, "dtype": model.dtype, "shape": tokens.shape}
+    settings["decode_steps"] = args.new_tokens - WARM_STEPS
+    content = {"settings": settings, "seconds": phases, "environment": environment.describe()}
     (args.out / "scopes.json").write_text(json.dumps(content, indent=2) + "\n")
-    console = Console(highlight=False)
-    title = f"{settings['preset']}, {args.batch_size} x {args.prompt} tokens, {model.dtype}"
-    console.print(table(found, settings["decode_steps"], title))
-    for line in how_to_open(args.out):
-        console.print(line, markup=False, soft_wrap=True)
-    if missing:
-        print(f"error: scopes without an operation: {', '.join(missing)}", file=sys.stderr)
-        return 1
-    return 0
+    print(table(phases))
+    for file in sorted(args.out.rglob("*.trace.json.gz")):
+        print(f"ui.perfetto.dev loads {file} (it stays in the browser).")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
