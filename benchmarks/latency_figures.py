@@ -159,7 +159,9 @@ def _section(section: str, groups: dict[str, Any]) -> str:
             line["95 %"] = "" if name == "dense" else _range(interval(row))
             line["exact FLOPs saved"] = percent(row.get("exact_flops_saved"))
             line["memory, MB"] = f"{memory / 1e6:,.0f}" if memory else ""
-            line["KV, MB"] = f"{row['kv_bytes'] / 1e6:.1f}" if row.get("kv_bytes") else ""
-            line["compile, s"] = f"{row['compile_seconds']:.1f}" if memory else ""
+            compiled, kv = row.get("compile_seconds"), row.get("kv_bytes")
+            line["compile, s"] = "" if compiled is None else f"{compiled:.1f}"
+            if section == "decode":
+                line["KV, MB"] = f"{kv / 1e6:.1f}" if kv else ""
             lines.append(line | {"commit": groups[key]["commit"]})
     return markdown(pd.DataFrame(lines))

@@ -19,7 +19,7 @@ def markdown(frame: pd.DataFrame) -> str:
     """A frame as a Markdown table: cells as they are, the first column to the left."""
     align = ["left"] + ["right"] * (len(frame.columns) - 1)
     text = frame.to_markdown(index=False, disable_numparse=True, colalign=align)
-    return re.sub(r" {2,}|(?<=-)-{3,}", lambda match: match[0][:1], text)
+    return re.sub(r" {2,}", " ", re.sub(r"-{3,}", "---", text))
 
 
 def replace_tables(page: Path, tables: Mapping[str, str]) -> None:

@@ -1,7 +1,7 @@
 """Where the time of a prompt goes, dense and under a preset, by the scopes named in the code.
 
-`python -m benchmarks.trace` does this for prefill and decode, with the checks; here is the core of
-it. The traces stay in `--out`: docs/profiling.md says how to open them.
+`python -m benchmarks.trace` does this for prefill and decode; here is the core of it.
+The traces stay in `--out`: docs/profiling.md says how to open them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import qs_jax
-from benchmarks import components
+from benchmarks import trace
 
 
 @dataclasses.dataclass
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         quicksilver = qs_jax.presets.by_name(name, model)
         cfg = qs_jax.Config(model, quicksilver, max_new_tokens=1, eos_token_ids=())
         name = Path(name).stem
-        found[name] = components.profile(
+        found[name] = trace.profile(
             lambda cfg=cfg: qs_jax.generate(params, tokens, cfg), folder=args.out / name
         )
 
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     table.add_column("scope")
     for name in found:
         table.add_column(name, justify="right")
-    for scope, label in components.COMPONENTS.items():
+    for scope, label in trace.COMPONENTS.items():
         cells = [f"{seconds.get(scope, 0) * 1e3:.2f}" for seconds in found.values()]
         table.add_row(label, *cells)
     console = Console(highlight=False)

@@ -1,9 +1,10 @@
 """The embedded real model: SmolLM2-135M-Instruct."""
 
+import numpy as np
 import pytest
 
 import qs_jax
-from benchmarks import parity
+from convert import flax_to_hf
 from qs_jax.cli import encode_prompt
 
 pytestmark = pytest.mark.xdist_group("embedded")
@@ -44,10 +45,22 @@ def test_its_shape_is_that_of_the_published_model(loaded):
 
 @pytest.mark.slow
 @pytest.mark.hf
-def test_perplexity_equals_hugging_face_on_the_same_weights(embedded_checkpoint, research_data):
+def test_perplexity_equals_hugging_face_on_the_same_weights(
+    embedded_checkpoint, research_data, tmp_path
+):
     """First 8 windows of 512 tokens of WikiText validation, float32, within 1 %."""
-    pytest.importorskip("torch")
-    result = parity.measure(embedded_checkpoint, research_data / "wikitext" / "wiki.valid.raw")
-    theirs = result["hugging_face_perplexity"]
-    assert abs(result["perplexity"] / theirs - 1) < 0.01
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    params, model = qs_jax.load(embedded_checkpoint, dtype="float32")
+    text = (research_data / "wikitext" / "wiki.valid.raw").read_text(encoding="utf-8")
+    ids = qs_jax.load_tokenizer(embedded_checkpoint)(text, verbose=False).input_ids
+    rows = np.array(ids[: 8 * 512]).reshape(8, 512)
+    ours = qs_jax.score(params, rows, qs_jax.Config(model=model)).perplexity
+    exported = flax_to_hf.export(embedded_checkpoint, tmp_path / "hf")
+    hf = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
+    with torch.no_grad():
+        losses = [hf(row[None], labels=row[None]).loss for row in torch.tensor(rows)]
+    theirs = float(torch.stack(losses).mean().exp())
+    assert abs(ours / theirs - 1) < 0.01
     assert 20 < theirs < 23
