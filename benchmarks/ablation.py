@@ -2,9 +2,7 @@
 
 `python -m benchmarks.ablation --ckpt DIR --data FILE` scores the first windows of a text, writes
 the JSON file after each row (a stopped run goes on where it was), and then times prefills of the
-compact engine in turn with the dense model. Perplexities are real. Counted savings are simulated:
-the masked engine computes all and selects; seconds and allocated bytes are measured.
-`python -m benchmarks.paper_tables` makes docs/paper-tables.md of it.
+compact engine in turn with the dense model. Counted savings are simulated.
 
 H is halting, K is KV skipping, F is fusion, Q is adaptive quantization (paper, appendix P).
 """
@@ -18,7 +16,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import tyro
 
 import qs_jax
 from benchmarks import environment, mechanism_rows
@@ -28,12 +25,10 @@ from benchmarks.mechanisms import Inputs, paired_change, score_rows
 from benchmarks.timing import ratio, run_in_turn
 from qs_jax import presets
 from qs_jax.config import AMQConfig, Config, ModelConfig, QuickSilverConfig
-from qs_jax.errors import QuickSilverError
 from qs_jax.mechanisms.execution import resolve_execution
 from qs_jax.models import Params
 
 LETTERS = {"H": "halting", "K": "kv_skip", "F": "fusion", "Q": "amq"}
-PAPER = "paper-bits-vocab"
 DENSE = Row("dense", "dense", CONTINUATION, QuickSilverConfig())
 # Of the paper's Tables 3 and 10, by name: below the first 2 bits, below the second 4, else 8.
 BITS: dict[str, tuple[float, float]] = {
@@ -61,9 +56,7 @@ class Arguments(Inputs):
     """What is taken apart: paper, percentile (the paper's rules on this model), or presets by name
     or file."""
     timed: tuple[str, ...] = ("balanced", "aggressive")
-    """Whose rows are timed: each compiles for 5 to 30 seconds."""
-    rounds: int = 3
-    """Timed runs of each row, between runs of the dense model."""
+    """Whose rows are timed, three times: each compiles for 5 to 30 seconds."""
 
 
 def mechanisms(qs: QuickSilverConfig | None) -> str:
@@ -92,7 +85,7 @@ def take_apart(settings: str, whole: QuickSilverConfig) -> dict[str, Row]:
 def plan(args: Arguments, model: ModelConfig, fitted: dict[str, Any]) -> Iterator[Row]:
     """Every row in order."""
     yield DENSE
-    paper = presets.NAMES[PAPER](model)
+    paper = presets.NAMES["paper-bits-vocab"](model)
     known = {"paper": paper, "percentile": mechanism_rows.by_percentiles(model, fitted)}
     for settings in args.settings:
         whole = known.get(settings) or presets.by_name(settings, model)
@@ -105,8 +98,8 @@ def plan(args: Arguments, model: ModelConfig, fitted: dict[str, Any]) -> Iterato
         yield Row("bits", name, CONTINUATION, QuickSilverConfig(amq=amq))
 
 
-def measure(args: Arguments) -> dict[str, Any]:
-    """Score what the file does not have yet, then time it; returns the file's content."""
+def measure(args: Arguments) -> None:
+    """Score what the file does not have yet, then time it."""
     params, model, windows_WT, about = args.read()
     content = environment.read(args.out, about, {"about": about, "measurements": {}})
     if "fitted" not in content:
@@ -140,11 +133,10 @@ def measure(args: Arguments) -> dict[str, Any]:
             for key, row in timed.items()
         }
         warm = {key: call.warm() for key, call in calls.items()}
-        runs = run_in_turn(calls, args.rounds, baseline=DENSE.key)
+        runs = run_in_turn(calls, 3, baseline=DENSE.key)
         times = {key: warm[key] | runs[key] for key in warm}
         content["timing"] = {"rows": times, "shape": prompts.shape, "commit": environment.commit()}
     save()
-    return content
 
 
 def assemble(
@@ -197,12 +189,7 @@ def walk(params: Params, tokenizer: Any, cfg: Config) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    args = tyro.cli(Arguments, prog="python -m benchmarks.ablation", args=argv)
-    try:
-        content = measure(args)
-    except QuickSilverError as error:
-        raise SystemExit(f"error: {error}") from error
-    print(f"{len(content['rows'])} rows are in {args.out}; benchmarks.paper_tables shows them.")
+    environment.run_command("ablation", Arguments, measure, argv)
 
 
 if __name__ == "__main__":

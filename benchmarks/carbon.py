@@ -14,7 +14,6 @@ from statistics import median
 from typing import Any
 
 import pandas as pd
-import tyro
 
 import qs_jax
 from benchmarks import environment
@@ -22,7 +21,6 @@ from benchmarks.tables import markdown, origin, percent, replace_tables
 from benchmarks.timing import Measure, ratios, run_in_turn
 from qs_jax.accounting.carbon import Meter
 from qs_jax.checkpoint import read_manifest
-from qs_jax.errors import QuickSilverError
 
 PAGE = Path("docs/profiling.md")
 ROWS = 4
@@ -50,8 +48,8 @@ class Arguments:
     """JSON file."""
 
 
-def measure(args: Arguments) -> dict[str, Any]:
-    """Everything the result file holds but its environment."""
+def measure(args: Arguments) -> None:
+    """Write the file and the table."""
     meter = Meter(args.country, cpu_watts=args.cpu_watts)
     params, model = qs_jax.load(args.ckpt)
     tokens = environment.random_tokens(model.vocab_size, ROWS, args.prompt)
@@ -78,21 +76,21 @@ def measure(args: Arguments) -> dict[str, Any]:
         return turn
 
     turns = {name: turn_of(name) for name in ("dense", *args.presets)}
-    rows = run_in_turn(turns, 5, sharing=1, label="turns")
+    rows = run_in_turn(turns, 5, sharing=1)
     new, every = ROWS * args.new_tokens, ROWS * (args.prompt + args.new_tokens)
-    names = ("prompt", "new_tokens", "seconds", "country")
     about = {"model": read_manifest(args.ckpt)["source"], "dtype": model.dtype, "batch_size": ROWS}
-    about |= {name: getattr(args, name) for name in names} | {"method": meter.method}
+    about |= {"prompt": args.prompt, "new_tokens": args.new_tokens, "seconds": args.seconds}
+    about |= {"country": args.country, "method": meter.method}
     for row in rows.values():
         over = ratios(row, "joules")
-        row |= {
-            "joules_over_dense": median(over),
-            "joules_over_dense_range": [min(over), max(over)],
-        }
-        row["joules_per_token"] = row["joules"] / every
-        row["grams_co2_per_token"] = row["grams_co2"] / every
+        row["joules_over_dense"] = median(over)
+        row["joules_over_dense_range"] = [min(over), max(over)]
+        for name in ("joules", "grams_co2"):
+            row[f"{name}_per_token"] = row[name] / every
         row["grams_co2_per_new_token"] = row["grams_co2"] / new
-    return {"about": about, "rows": {Path(name).name: row for name, row in rows.items()}}
+    result = {"about": about, "rows": {Path(name).name: row for name, row in rows.items()}}
+    environment.write("carbon", result, args.out)
+    replace_tables(PAGE, {"carbon": table(json.loads(args.out.read_text()))})
 
 
 def table(result: dict[str, Any]) -> str:
@@ -114,14 +112,7 @@ def table(result: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    args = tyro.cli(Arguments, prog="python -m benchmarks.carbon", args=argv)
-    try:
-        result = measure(args)
-    except QuickSilverError as error:
-        raise SystemExit(f"error: {error}") from error
-    environment.write("carbon", result, args.out)
-    replace_tables(PAGE, {"carbon": table(json.loads(args.out.read_text()))})
-    print(f"{args.out} is written, and the table of {PAGE}.")
+    environment.run_command("carbon", Arguments, measure, argv)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,16 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tyro
 
 from qs_jax.commands.maps import find_maps
 from qs_jax.config import Config
+from qs_jax.errors import QuickSilverError
 from qs_jax.models import Params
 
 RESULTS = Path(__file__).with_name("results")
@@ -65,6 +68,15 @@ def write(name: str, result: dict[str, Any], out: Path | None = None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result | {"environment": describe()}, indent=2) + "\n")
     return path
+
+
+def run_command(name: str, arguments: Any, run: Callable[[Any], None], argv: Any) -> None:
+    """Parse the options of a command and run it; mistakes end it with one line."""
+    args = tyro.cli(arguments, prog=f"python -m benchmarks.{name}", args=argv)
+    try:
+        run(args)
+    except QuickSilverError as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 def attach_maps(params: Params, cfg: Config, ckpt: Path, preset: str = "") -> Params:

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import pandas as pd
-import tyro
 
 from benchmarks import environment
 from benchmarks.tables import markdown, origin, replace_tables
@@ -66,15 +65,18 @@ def table(result: dict[str, Any]) -> str:
     return f"{markdown(pd.DataFrame(lines))}\n\n{facts}"
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command line."""
-    args = tyro.cli(Arguments, prog="python -m benchmarks.int8", args=argv)
+def measure(args: Arguments) -> None:
+    """Write the file and the table."""
     manifest = read_manifest(args.ckpt)
     result = {"model": manifest["source"], "device": jax.devices()[0].device_kind}
     result["rows"] = rows(ModelConfig.from_dict(manifest["model"]))
     environment.write("int8", result, args.out)
     replace_tables(PAGE, {"int8": table(json.loads(args.out.read_text()))})
-    print(f"{args.out} and the table of {PAGE} are up to date.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    environment.run_command("int8", Arguments, measure, argv)
 
 
 if __name__ == "__main__":

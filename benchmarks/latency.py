@@ -24,7 +24,6 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import jax.numpy as jnp
-import tyro
 
 import qs_jax
 from benchmarks import environment, latency_rows, trace
@@ -36,7 +35,7 @@ from convert import flax_to_hf
 from qs_jax.accounting import memory
 from qs_jax.checkpoint import read_manifest
 from qs_jax.config import ModelConfig
-from qs_jax.models import count_params, param_bytes
+from qs_jax.models import param_bytes
 
 DTYPES = ("float32", "bfloat16")
 PAGE = Path("benchmarks/README.md")
@@ -151,7 +150,7 @@ class Run:
             seconds = max(60 * group.ends - (time.perf_counter() - self._began), 0.0)
         rounds, least = (7, 2) if args.quick else (10, 3)
         calls = ours | others
-        timed = run_in_turn(calls, rounds, least=least, seconds=seconds, label=group.key)
+        timed = run_in_turn(calls, rounds, least=least, seconds=seconds)
         rows = {name: row | timed[name] for name, row in rows.items()}
         if not args.quick:
             # Other sizes are other programs: a few groups of them use up the memory maps of Linux.
@@ -174,14 +173,12 @@ class Run:
             cfg = cfgs[names[name]]
             seconds = trace.profile(lambda cfg=cfg: qs_jax.generate(self.params, rows_NT, cfg))
             profiles[name].append(seconds)
-        self.results[part] = {name: _medians(found) for name, found in profiles.items()}
+        self.results[part] = {
+            name: {scope: median(run.get(scope, 0.0) for run in runs) for scope in trace.COMPONENTS}
+            for name, runs in profiles.items()
+        }
         sizes = {"batch": 4, "length": length, "runs": count}
         self.results[f"{part}_about"] = sizes | {"commit": environment.commit()}
-
-
-def _medians(profiles: list[dict[str, float]]) -> dict[str, float]:
-    parts = dict.fromkeys(part for run in profiles for part in run)
-    return {part: median(run.get(part, 0.0) for run in profiles) for part in parts}
 
 
 def about(args: Arguments, model: ModelConfig, packages: tuple[str, ...]) -> dict[str, Any]:
@@ -189,7 +186,6 @@ def about(args: Arguments, model: ModelConfig, packages: tuple[str, ...]) -> dic
     embedding = model.vocab_size * model.hidden_size * jnp.dtype(model.dtype).itemsize
     return {
         "model": read_manifest(args.ckpt)["source"],
-        "parameters": count_params(model),
         "dtype": model.dtype,
         "text": "random token ids",
         "new_tokens": args.new_tokens,
@@ -200,9 +196,8 @@ def about(args: Arguments, model: ModelConfig, packages: tuple[str, ...]) -> dic
     }
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command line."""
-    args = tyro.cli(Arguments, prog="python -m benchmarks.latency", args=argv)
+def run(args: Arguments) -> None:
+    """Measure, rewrite the tables, and print the headline."""
     if not args.tables_only:
         with tempfile.TemporaryDirectory() as folder:
             Run(args, Path(folder) / "hf").measure()
@@ -213,7 +208,11 @@ def main(argv: list[str] | None = None) -> None:
         value = results.get(name)
         shown = "not measured" if value is None else f"{value:.3f}"
         print(f"{name:28} {shown:>12}   target {sign} {target:g}   {text}")
-    print(args.path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    environment.run_command("latency", Arguments, run, argv)
 
 
 if __name__ == "__main__":

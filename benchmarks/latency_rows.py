@@ -124,9 +124,9 @@ def quick_grid(model: ModelConfig, names: tuple[str, ...], new: int) -> Iterator
     """What the headline needs, in under ten minutes with the profiles that follow."""
     prefill, decode = (rows(section, model, names, new) for section in ("prefill", "decode"))
     shares = [f"active {fraction:g}" for fraction in FRACTIONS]
-    # The profiles run the same programs of decisions.
-    by_quota = [name for name in names if presets.by_name(name, model).prompts_only]
-    deciding = [f"{name}, decisions only" for name in names if name not in by_quota]
+    # Of presets by thresholds; the profiles run the same programs.
+    deciding = [n for n in names if not presets.by_name(n, model).prompts_only]
+    deciding = [f"{name}, decisions only" for name in deciding]
     first = ["dense", "off", "unmet thresholds", *deciding, *shares]
     yield Group("prefill", 4, 512, {name: prefill[name] for name in first}, ends=3.4)
     second = {name: prefill[name] for name in ("dense", *shares)}

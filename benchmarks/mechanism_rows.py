@@ -149,7 +149,7 @@ def _bit_rows(model: ModelConfig) -> Iterator[Row]:
     """Uniform and adaptive bits, plain and rotated."""
     middle = model.num_layers // 2
     grouped: dict[str, Any] = {"group": 16, "rotate": True}
-    int8: dict[str, Any] = {"execution": "int8"}
+    int8: Any = {"execution": "int8"}
     settings = {
         "8 bits": AMQConfig.uniform(8, middle, **grouped),
         "4 bits": AMQConfig.uniform(4, middle, **grouped),

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import tyro
 from tqdm import tqdm
 
 import qs_jax
@@ -27,7 +26,7 @@ from qs_jax import accounting
 from qs_jax.checkpoint import read_manifest
 from qs_jax.config import Config, ModelConfig
 from qs_jax.engine.fit_maps import accumulate
-from qs_jax.errors import InputError, QuickSilverError
+from qs_jax.errors import InputError
 from qs_jax.evaluation import perplexity
 from qs_jax.mechanisms.kv_maps import FEATURES, select
 from qs_jax.models import Params
@@ -220,19 +219,19 @@ def tables(content: dict[str, Any], calibration: dict[str, Any]) -> dict[str, st
     return found | {"about": origin(content)}
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command line."""
-    args = tyro.cli(Arguments, prog="python -m benchmarks.mechanisms", args=argv)
-    try:
-        if not args.tables_only:
-            measure(args)
-    except QuickSilverError as error:
-        raise SystemExit(f"error: {error}") from error
+def run(args: Arguments) -> None:
+    """Measure, and rewrite the tables."""
+    if not args.tables_only:
+        measure(args)
     paths = (args.out, environment.RESULTS / "calibration.json")
     made = tables(*(json.loads(path.read_text(encoding="utf-8")) for path in paths))
     for page in PAGES:
         replace_tables(page, made)
-    print(f"{args.out} and the tables of {', '.join(map(str, PAGES))} are up to date.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    environment.run_command("mechanisms", Arguments, run, argv)
 
 
 if __name__ == "__main__":

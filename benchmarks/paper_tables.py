@@ -1,7 +1,7 @@
-"""Rewrites docs/paper-tables.md: each table of the paper beside ours, from the result files.
+"""`python -m benchmarks.paper_tables`: each table of the paper beside ours, from the result files.
 
-`python -m benchmarks.paper_tables` measures nothing. Figures of the paper are quoted here: Tables
-2, 8 and 12 hold the same numbers, as do 3 and 10, and 9 and 13.
+Figures of the paper are quoted here: Tables 2, 8 and 12 hold the same numbers, as do 3 and 10, and
+9 and 13.
 """
 
 from __future__ import annotations

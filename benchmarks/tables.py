@@ -1,7 +1,4 @@
-"""Tables of the pages: Markdown from a frame, between two markers of a page.
-
-A page holds `<!-- table: NAME -->`, the table, and `<!-- end -->`, each marker on its own line.
-"""
+"""Tables of the pages: they stand between `<!-- table: NAME -->` and `<!-- end -->`."""
 
 from __future__ import annotations
 
@@ -23,11 +20,9 @@ def markdown(frame: pd.DataFrame) -> str:
 
 
 def replace_tables(page: Path, tables: Mapping[str, str]) -> None:
-    """Rewrite those tables of a page that are given; its other tables stay.
+    """Rewrite those tables of a page that are given, by the name in the marker; others stay.
 
-    Args:
-      page: Markdown file with markers.
-      tables: Markdown by the name in the marker. A name without a marker on the page is left out.
+    A name that the page has no marker for is left out.
     """
     text = page.read_text(encoding="utf-8")
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from scipy.stats import binom
@@ -30,20 +30,19 @@ def run_in_turn(
     sharing: int = 2,
     least: int = 3,
     seconds: float | None = None,
-    label: str = "",
 ) -> dict[str, dict[str, Any]]:
     """Measure every row once a round, between two runs of the baseline: A x y A z w A.
 
-    Every other round runs in reverse, so that drift hits all alike.
+    Every other round runs in reverse, so that drift hits all alike. No round is made that would end
+    after so many seconds, by the mean of those made, but the `least` are.
 
     Args:
       measures: By name; each returns named numbers of one run.
-      rounds: Runs of each row; the baseline has one more a round than there are pairs.
+      rounds: Runs of each row.
       baseline: Name of the row that the others are compared with.
       sharing: Rows between two runs of the baseline.
       least: Rounds that are made whatever they take.
-      seconds: Make no further round that would end later, by the mean of those made.
-      label: For the progress bar.
+      seconds: Limit of all rounds; None is no limit.
 
     Returns:
       By name the median of each number, and all of them under "runs"; of a row also the mean of the
@@ -52,7 +51,7 @@ def run_in_turn(
     others = [name for name in measures if name != baseline]
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in measures}
     began = time.perf_counter()
-    for index in tqdm(range(rounds), label, leave=False):
+    for index in tqdm(range(rounds), "rounds", leave=False):
         spent = time.perf_counter() - began
         if seconds is not None and index >= least and spent * (1 + 1 / index) > seconds:
             break
@@ -95,28 +94,16 @@ def interval(row: Mapping[str, Any], time: str = "seconds") -> tuple[float, floa
     return (ordered[k - 1], ordered[-k]) if k else None
 
 
-class Program(NamedTuple):
-    """A program of a call and the shapes it was called with."""
-
-    function: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def compile(self) -> Any:
-        """The executable; after a call it comes from JAX's cache."""
-        return self.function.lower(*self.args, **self.kwargs).compile()
-
-
 class Watch:
     """What ran inside a `watch` block.
 
-    `spent` holds the seconds in programs, each waited for, by the name of the function; `programs`
-    are in the order of their first call.
+    `spent` holds the seconds in programs, each waited for, by the name of the function. Each of
+    `programs` returns an executable, which comes from JAX's cache, in the order of first calls.
     """
 
     def __init__(self) -> None:
         self.spent: dict[str, float] = {}
-        self.programs: list[Program] = []
+        self.programs: list[Callable[[], Any]] = []
         self._seen: set[int] = set()
         self._inside = False
 
@@ -134,7 +121,8 @@ class Watch:
             if id(function) not in self._seen:
                 self._seen.add(id(function))
                 # Shapes only: arrays may be donated.
-                self.programs.append(Program(function, *jax.tree.map(_shape_of, (args, kwargs))))
+                given, named = jax.tree.map(_shape_of, (args, kwargs))
+                self.programs.append(lambda: function.lower(*given, **named).compile())
             self._inside, began = True, time.perf_counter()
             try:
                 return jax.block_until_ready(function(*args, **kwargs))
@@ -149,7 +137,7 @@ class Watch:
         """Bytes of the largest program, by the compiler; empty where the backend does not tell."""
         sizes = []
         for program in self.programs:
-            if (stats := program.compile().memory_analysis()) is not None:
+            if (stats := program().memory_analysis()) is not None:
                 size = {"argument_bytes": int(stats.argument_size_in_bytes)}
                 size["temp_bytes"] = int(stats.temp_size_in_bytes)
                 results = int(stats.output_size_in_bytes - stats.alias_size_in_bytes)

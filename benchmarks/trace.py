@@ -4,16 +4,14 @@
 each scope, and leaves the traces and scopes.json in `--out`.
 
 `jax.profiler` says when each XLA operation ran; the compiled program's text says which scope it
-came from. Time in which several operations run is split among them, and time in which none does is
-"idle". XLA fuses across scopes: a fused operation counts for the scope of its result; products with
-a vector, which XLA rewrites on CPU without their scope, count as "other".
+came from. XLA fuses across scopes: a fused operation counts for the scope of its result; products
+with a vector, which XLA rewrites on CPU without their scope, count as "other".
 """
 
 from __future__ import annotations
 
 import bisect
 import dataclasses
-import json
 import re
 import tempfile
 from collections import Counter
@@ -24,13 +22,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pandas as pd
-import tyro
 
 import qs_jax
 from benchmarks import environment
 from benchmarks.tables import markdown
 from benchmarks.timing import Watch, watch
-from qs_jax.errors import QuickSilverError
 from qs_jax.models import Params
 
 # A scope anywhere in an operation's path decides, the first of these first: an entropy inside a
@@ -197,8 +193,8 @@ def profile(
 def _programs(seen: Watch) -> dict[str, Program]:
     """Each program of a call by name; where two share a name, the first's instructions count."""
     programs: dict[str, Program] = {}
-    for called in reversed(seen.programs):
-        text = called.compile().as_text()
+    for program in reversed(seen.programs):
+        text = program().as_text()
         name = text.removeprefix("HloModule ").partition(",")[0]
         (components, readers), before = parse_program(text), programs.get(name, Program({}, {}))
         programs[name] = Program(before.components | components, before.readers | readers)
@@ -255,25 +251,26 @@ class Arguments:
     """Tokens generated after it; the first two come before the trace."""
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command line."""
-    args = tyro.cli(Arguments, prog="python -m benchmarks.trace", args=argv)
-    try:
-        params, model = qs_jax.load(args.ckpt)
-        quicksilver = qs_jax.presets.by_name(args.preset, model)
-        cfg = qs_jax.Config(model, quicksilver, max_new_tokens=args.new_tokens, eos_token_ids=())
-        params = environment.attach_maps(params, cfg, args.ckpt, args.preset)
-        tokens = environment.random_tokens(model.vocab_size, 4, args.prompt)
-        phases = capture(params, tokens, cfg, args.out)
-    except QuickSilverError as error:
-        raise SystemExit(f"error: {error}") from error
+def run(args: Arguments) -> None:
+    """Trace, and write and print the seconds."""
+    params, model = qs_jax.load(args.ckpt)
+    quicksilver = qs_jax.presets.by_name(args.preset, model)
+    cfg = qs_jax.Config(model, quicksilver, max_new_tokens=args.new_tokens, eos_token_ids=())
+    params = environment.attach_maps(params, cfg, args.ckpt, args.preset)
+    tokens = environment.random_tokens(model.vocab_size, 4, args.prompt)
+    phases = capture(params, tokens, cfg, args.out)
     settings = {"preset": Path(args.preset).name, "dtype": model.dtype, "shape": tokens.shape}
     settings["decode_steps"] = args.new_tokens - WARM_STEPS
-    content = {"settings": settings, "seconds": phases, "environment": environment.describe()}
-    (args.out / "scopes.json").write_text(json.dumps(content, indent=2) + "\n")
+    content = {"settings": settings, "seconds": phases}
+    environment.write("scopes", content, args.out / "scopes.json")
     print(table(phases))
     for file in sorted(args.out.rglob("*.trace.json.gz")):
         print(f"ui.perfetto.dev loads {file} (it stays in the browser).")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    environment.run_command("trace", Arguments, run, argv)
 
 
 if __name__ == "__main__":

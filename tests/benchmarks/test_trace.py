@@ -1,24 +1,21 @@
-"""Traces of a tiny model: files that viewers read, every scope in them, and what is missing."""
+"""Attribution of time to scopes, and traces of a tiny model that viewers read."""
 
 import gzip
 import json
-from pathlib import Path
+import types
 
 import jax
 import pytest
 
-import qs_jax
-from benchmarks import components, trace
+from benchmarks import trace
+from benchmarks.trace import Interval, Program
 from convert.hf_to_flax import convert
 from qs_jax import presets
 from qs_jax.config import AMQConfig, FusionConfig, HaltingConfig, QuickSilverConfig
-from qs_jax.testing import tiny_model
 from tests.convert.folders import llama_tensors, write_folder
 
 # The scopes that the contract names.
 ALL = ("attn", "mlp", "kv_write", "signals", "halt", "fuse", "amq")
-
-
 CHEAP = QuickSilverConfig(
     halting=HaltingConfig(drift="relative", tau_drift=0.5, entropy=None, layers=(1,))
 )
@@ -29,57 +26,123 @@ EVERYTHING = QuickSilverConfig(
 )
 
 
+def test_time_is_split_among_what_runs_and_the_rest_is_idle():
+    intervals = [
+        Interval(0, 4, "attn"),
+        Interval(2, 6, "mlp"),  # two at a time from 2 to 4
+        Interval(8, 9, "mlp"),
+        Interval(9, 9, "head"),
+    ]
+    found = trace.attribute(intervals, total=10)
+    assert found == {"attn": 3, "mlp": 4, "idle": 3}
+
+
+@pytest.mark.parametrize(
+    ("path", "component"),
+    [
+        ("jit(f)/while/body/Block/attn/Block.qkv/dot_general", "attn"),
+        ("jit(f)/while/body/Block/attn/kv_write/dynamic_update_slice", "kv_write"),
+        ("jit(f)/while/body/Block/mlp/Block.mlp/down/dot_general", "mlp"),
+        ("jit(f)/while/body/halt/cond/signals/head/dot_general", "signals"),
+        ("jit(f)/Block/attn_norm/mul", "other"),
+        ("", "other"),
+    ],
+)
+def test_the_scope_of_an_operation(path, component):
+    assert trace.scope_of(path) == component
+
+
+def test_loops_are_no_operations_of_their_own():
+    text = """
+  %while.3 = (f32[2]{0}, s32[]) while(%tuple.1), metadata={op_name="jit(f)/mlp/while"}
+  ROOT %dot.40 = f32[224,256]{1,0} dot(%a, %b), metadata={op_name="jit(f)/mlp/dot_general"}
+  %copy.2 = f32[2]{0} copy(%x)
+"""
+    assert trace.parse_program(text).components == {
+        "while.3": None,
+        "dot.40": "mlp",
+        "copy.2": "other",
+    }
+
+
+PROGRAM = """HloModule jit_f
+%body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %make.1 = f32[4]{0} fusion(%p), kind=kLoop, calls=%inner, metadata={op_name="jit(f)/attn/exp"}
+  %bitcast.2 = f32[2,2]{1,0} bitcast(%make.1)
+  %product = f32[2,2]{1,0} dot(%bitcast.2, %w), metadata={op_name="jit(f)/mlp/dot_general"}
+}
+"""
+
+
+def test_readers_are_found_through_other_names():
+    assert trace.parse_program(PROGRAM).readers["make.1"] == {"product"}
+
+
+@pytest.mark.parametrize(
+    ("end_of_make", "expected"),
+    [
+        (45, {"attn": 12, "mlp": 20}),  # ended late, by the thread that ran the product meanwhile
+        (11, {"attn": 11, "mlp": 20}),
+        (5, {"attn": 8, "mlp": 20}),  # its own event knows better
+    ],
+)
+def test_an_operation_is_over_when_a_reader_begins(end_of_make, expected):
+    events = [
+        _event("make.1", 0, 8, _p=1),
+        _event("product", 12, 20),
+        _event("make.1", 100, 0, _p=2),  # another round, not followed by a product
+        types.SimpleNamespace(
+            name="end: make.1", start_ns=end_of_make, duration_ns=0, stats={"_c": 1}
+        ),
+    ]
+    planes = [types.SimpleNamespace(lines=[types.SimpleNamespace(events=events)])]
+    intervals = trace.read_intervals(planes, {"jit_f": trace.parse_program(PROGRAM)})
+    found = trace.attribute(intervals, total=200)
+    assert {name: found[name] for name in expected} == expected
+
+
+def _event(name: str, start: float, duration: float, **stats):
+    stats |= {"hlo_module": "jit_f", "hlo_op": name}
+    return types.SimpleNamespace(name=name, start_ns=start, duration_ns=duration, stats=stats)
+
+
+def test_instructions_are_told_apart_by_their_program():
+    events = [_event("dot.1", start, 2) for start in (0, 5, 9)]
+    for event, module in zip(events, ("jit_a", "jit_b", "jit_c"), strict=True):
+        event.stats["hlo_module"] = module
+    programs = {"jit_a": Program({"dot.1": "mlp"}, {}), "jit_b": Program({"dot.1": "attn"}, {})}
+    planes = [types.SimpleNamespace(lines=[types.SimpleNamespace(events=events)])]
+    found = trace.read_intervals(planes, programs)
+    assert [(part.component, part.start) for part in found] == [("mlp", 0), ("attn", 5)]
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Runs the command on a model of three layers; its exit code and folder."""
+    """Runs the command on a model of three layers; its folder."""
     folder = tmp_path_factory.mktemp("trace")
     convert(str(write_folder(folder / "hf", llama_tensors()[0])), folder / "ckpt")
 
     def run(name, qs):
         preset = presets.save(folder / f"{name}.json", qs)
         command = ["--ckpt", str(folder / "ckpt"), "--out", str(folder / name), "--preset"]
-        command += [str(preset), "--prompt", "16", "--new-tokens", "5", "--batch-size", "2"]
-        return trace.main(command), folder / name
+        trace.main([*command, str(preset), "--prompt", "16", "--new-tokens", "5"])
+        return folder / name
 
     return run
 
 
-@pytest.fixture(scope="module")
-def traced(run):
-    return run("cheap", CHEAP)
-
-
-def scopes_of(out):
-    return json.loads((out / "scopes.json").read_text())["seconds"]
-
-
-def test_the_command_finds_the_scopes_and_writes_what_it_prints(traced):
-    code, out = traced
-    assert code == 0
+def test_the_command_finds_the_scopes_and_viewers_can_read_its_files(run, capsys):
+    out = run("cheap", CHEAP)
+    printed = capsys.readouterr().out
     content = json.loads((out / "scopes.json").read_text())
     assert content["settings"]["decode_steps"] == 3
-    for seconds in content["seconds"].values():
-        assert set(seconds) <= set(components.COMPONENTS)
-        for scope in ("attn", "mlp", "kv_write", "signals", "halt"):
-            assert seconds[scope] > 0
+    for phase, seconds in content["seconds"].items():
+        assert set(seconds) <= set(trace.COMPONENTS)
+        assert all(seconds[scope] > 0 for scope in ("attn", "mlp", "kv_write", "signals", "halt"))
         assert not {"fuse", "amq"} & set(seconds), "these mechanisms are off"
-
-
-@pytest.mark.slow
-def test_every_scope_is_in_both_phases(run):
-    code, out = run("everything", EVERYTHING)
-    assert code == 0
-    for phase in ("prefill", "decode"):
-        assert all(scopes_of(out)[phase][scope] > 0 for scope in ALL)
-
-
-def test_the_files_are_what_the_viewers_read(traced):
-    _, out = traced
-    told = "\n".join(trace.how_to_open(out))
-    for phase in ("prefill", "decode"):
         (plane,) = (out / phase).rglob("*.xplane.pb")
         (events,) = (out / phase).rglob("*.trace.json.gz")
-        assert str(events) in told
+        assert str(events) in printed
         data = jax.profiler.ProfileData.from_file(str(plane))
         operations = [
             stats["hlo_op"]
@@ -88,67 +151,22 @@ def test_the_files_are_what_the_viewers_read(traced):
             for event in line.events
             if "hlo_op" in (stats := dict(event.stats))
         ]
-        assert operations
-        content = plane.read_bytes()  # xprof reads the scopes from the program kept in it
-        assert all(f"/{scope}/".encode() in content for scope in ("attn", "mlp", "halt", "signals"))
+        content_of_plane = plane.read_bytes()  # xprof reads the scopes from the program in it
+        assert all(f"/{scope}/".encode() in content_of_plane for scope in ("attn", "halt"))
         with gzip.open(events) as file:
             shown = json.load(file)["traceEvents"]
         assert {event.get("name") for event in shown} >= set(operations[:50])
         steps = [event for event in shown if event.get("name") == "decode"]
         assert len(steps) == (3 if phase == "decode" else 0)
-    assert f"--logdir {out / 'prefill'} " in told
 
 
-def test_what_is_expected_follows_the_preset():
-    model = tiny_model(num_layers=8)
-    on_prompts = qs_jax.Config(model, presets.balanced(model))
-    assert set(trace.expected_scopes(on_prompts, "prefill")) == {*ALL} - {"fuse", "amq"}
-    assert set(trace.expected_scopes(on_prompts, "decode")) == {"attn", "mlp", "kv_write"}
-    assert trace.expected_scopes(qs_jax.Config(model), "prefill") == ("attn", "mlp", "kv_write")
-    everything = qs_jax.Config(model, presets.by_name("paper-bits-vocab", model))
-    found = {"decode": dict.fromkeys(ALL, 1.0) | {"fuse": 0.0}}
-    assert trace.missing_scopes(found, everything) == ["decode: fuse"]
-    assert not trace.missing_scopes({"decode": dict.fromkeys(ALL, 1.0)}, everything)
+@pytest.mark.slow
+def test_every_scope_is_in_both_phases(run):
+    seconds = json.loads((run("everything", EVERYTHING) / "scopes.json").read_text())["seconds"]
+    for phase in ("prefill", "decode"):
+        assert all(seconds[phase][scope] > 0 for scope in ALL)
 
 
-def test_a_missing_scope_is_an_error(monkeypatch, tmp_path, capsys):
-    model = tiny_model()
-    monkeypatch.setattr(qs_jax, "load", lambda *_, **__: (None, model))
-    seconds = {"attn": 1.0, "mlp": 1.0}
-
-    def capture(params, tokens, cfg, folder: Path):
-        (folder / "x").mkdir(parents=True)
-        for phase in ("prefill", "decode"):
-            (folder / phase).mkdir()
-            (folder / phase / "vm.trace.json.gz").touch()
-        return {"prefill": dict(seconds), "decode": seconds | {"kv_write": 1.0}}
-
-    monkeypatch.setattr(trace, "capture", capture)
-    command = ["--ckpt", "x", "--out", str(tmp_path / "out"), "--preset", "off"]
-    assert trace.main(command) == 1
-    assert "prefill: kv_write\n" in capsys.readouterr().err
-
-
-def test_mistakes_are_one_line(capsys):
-    assert trace.main(["--ckpt", "/nowhere", "--out", "x"]) == 1
-    assert "is not a folder" in capsys.readouterr().err
-
-
-def test_instructions_are_told_apart_by_their_program():
-    class Event:
-        def __init__(self, module, start):
-            self.name, self.start_ns, self.duration_ns = "dot.1", start, 2
-            self.stats = [("hlo_module", module), ("hlo_op", "dot.1")]
-
-    class Line:
-        events = (Event("jit_a", 0), Event("jit_b", 5), Event("jit_c", 9))
-
-    class Plane:
-        lines = (Line,)
-
-    programs = {
-        name: components._Program({"dot.1": component}, {})
-        for name, component in (("jit_a", "mlp"), ("jit_b", "attn"))
-    }
-    found = components._intervals([Plane], programs)
-    assert [(part.component, part.start) for part in found] == [("mlp", 0), ("attn", 5)]
+def test_mistakes_are_one_line():
+    with pytest.raises(SystemExit, match=r"error: .*is not a folder"):
+        trace.main(["--ckpt", "/nowhere", "--out", "x"])
