@@ -5,14 +5,14 @@ import json
 import math
 
 import pytest
+from transformers import AutoTokenizer
 
 import qs_jax
 from benchmarks import ablation, mechanism_rows, mechanisms
-from convert.hf_to_flax import convert
 from qs_jax import presets
 from qs_jax.config import KVSkipConfig
 from qs_jax.testing import tiny_model, tiny_params
-from tests.convert.folders import llama_tensors, write_folder
+from tests.convert.folders import toy_tokenizer
 from tests.support import random_tokens
 
 LAYERS, WIDTH = 6, 192
@@ -47,6 +47,7 @@ def test_settings_are_taken_apart_into_what_they_have():
     assert list(ablation.take_apart("mine", mapped)) == ["H", "H+K"]  # maps alone do nothing
 
 
+@pytest.mark.slow
 def test_percentile_rules_take_their_thresholds_at_three_depths():
     model = tiny_model(num_layers=10)
     fitted = mechanism_rows.percentiles(tiny_params(model), random_tokens(model, 2, 40), model)
@@ -58,21 +59,22 @@ def test_percentile_rules_take_their_thresholds_at_three_depths():
 
 
 @pytest.fixture
-def args(tmp_path):
-    """A folder with a tokenizer, and a text."""
-    convert(str(write_folder(tmp_path / "hf", llama_tensors()[0])), tmp_path / "ours")
+def args(tmp_path, monkeypatch):
+    """A model with room for prompts of 64 tokens and the 128 that are scored, and a text."""
+    model = tiny_model("llama", num_layers=LAYERS, max_positions=256)
+    params = tiny_params(model)
+    monkeypatch.setattr(qs_jax, "load", lambda *_, **__: (params, model))
+    monkeypatch.setattr(mechanisms, "read_manifest", lambda _: {"source": "tiny"})
+    toy_tokenizer(tmp_path)
+    monkeypatch.setattr(qs_jax, "load_tokenizer", AutoTokenizer.from_pretrained)
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 40)
-    given = {"ckpt": tmp_path / "ours", "data": str(tmp_path / "text.txt"), "fit_windows": 1}
+    given = {"ckpt": tmp_path, "data": str(tmp_path / "text.txt"), "fit_windows": 1}
     given |= {"settings": ("balanced",), "timed": ("balanced",), "out": tmp_path / "out.json"}
     return ablation.Arguments(windows=2, seq_len=WIDTH, batch_size=2, **given)
 
 
 @pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_same_rows(args, monkeypatch):
-    """On a model with room for prompts of 64 tokens and the 128 that are scored."""
-    model = tiny_model("llama", num_layers=LAYERS, max_positions=256)
-    params = tiny_params(model)
-    monkeypatch.setattr(qs_jax, "load", lambda *_, **__: (params, model))
     score, calls = mechanisms.perplexity.score_windows, []
 
     def failing(*given, **more):

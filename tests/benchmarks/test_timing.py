@@ -7,6 +7,7 @@ from scipy.stats import binomtest
 
 import qs_jax
 from benchmarks import timing
+from benchmarks.latency_rows import half_depth
 from benchmarks.timing import interval, ratio, run_in_turn, watch
 from qs_jax.testing import tiny_model, tiny_params
 from qs_jax.timing import Stopwatch
@@ -61,13 +62,20 @@ def test_the_interval_is_that_of_the_sign_test(count):
     assert interval(row) == ((min(inside) - 0.5, max(inside) + 0.5) if count > 5 else None)
 
 
-@pytest.mark.parametrize("committed", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_asking_for_memory_compiles_nothing(committed):
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("preset", "committed"),
+    [("half depth", True), *(pytest.param("paper", x, marks=slow) for x in (True, False))],
+)
+def test_asking_for_memory_compiles_nothing(preset, committed):
     model = tiny_model()
     params = tiny_params(model)
     if committed:
         params = jax.device_put(params, jax.devices()[0])
-    cfg = qs_jax.Config(model, qs_jax.presets.paper(model), max_new_tokens=3, eos_token_ids=())
+    qs = half_depth(model) if preset == "half depth" else qs_jax.presets.by_name(preset, model)
+    cfg = qs_jax.Config(model, qs, max_new_tokens=3, eos_token_ids=())
     rows_NT = random_tokens(model, 2, 12)
     jax.clear_caches()  # the other case's programs have the same shapes
     with watch() as seen, Stopwatch() as first:
