@@ -1,4 +1,4 @@
-"""Tiny random models, a toy tokenizer and a NumPy oracle, for tests without a download."""
+"""Tiny random models and a toy tokenizer, for tests without a download."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from qs_jax.models import Params, init_params
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from qs_jax.testing.oracle import OracleOutput, oracle_score
-
-__all__ = ["OracleOutput", "oracle_score", "tiny_model", "tiny_params", "toy_tokenizer"]
+__all__ = ["tiny_model", "tiny_params", "toy_tokenizer"]
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 97,
@@ -95,12 +93,3 @@ def toy_tokenizer(
     if folder is not None:
         fast.save_pretrained(str(folder))
     return fast
-
-
-def __getattr__(name: str) -> Any:
-    """The oracle is imported when it is asked for: only tests need it."""
-    if name in ("OracleOutput", "oracle_score"):
-        from qs_jax.testing import oracle
-
-        return getattr(oracle, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

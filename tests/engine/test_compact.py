@@ -23,9 +23,9 @@ from qs_jax.engine import (
 from qs_jax.errors import ConfigError, InputError, InternalError
 from qs_jax.mechanisms.plan import bind
 from tests.engine.contract import MATRIX, cases, model_of, params_of, settings
-from tests.engine.oracle_settings import CASES as SETTINGS
-from tests.engine.oracle_settings import acted
-from tests.engine.oracle_support import check
+from tests.oracle.comparison import check
+from tests.oracle.settings import CASES as SETTINGS
+from tests.oracle.settings import acted
 from tests.support import OPTIMISED, random_tokens
 
 LENGTHS, PROMPTS = (31, 17, 24), (22, 9, 15)

@@ -10,9 +10,9 @@ from qs_jax.config import (
     FusionConfig,
     KVSkipConfig,
 )
-from tests.engine.oracle_settings import BOTH, CASES, MASKS, NEAR, acted, halting, settings_of
-from tests.engine.oracle_strategies import any_case
-from tests.engine.oracle_support import check
+from tests.oracle.comparison import check
+from tests.oracle.settings import BOTH, CASES, MASKS, NEAR, acted, halting, settings_of
+from tests.oracle.strategies import any_case
 
 
 @pytest.mark.parametrize(("name", "kind", "protocol", "quicksilver"), CASES)

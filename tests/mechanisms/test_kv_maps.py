@@ -13,7 +13,8 @@ from qs_jax.config import Config, HaltingConfig, KVSkipConfig, QuickSilverConfig
 from qs_jax.errors import CheckpointError
 from qs_jax.mechanisms import kv_skip
 from qs_jax.mechanisms.kv_maps import KVMaps, select
-from qs_jax.testing import oracle_model, tiny_model, tiny_params
+from qs_jax.testing import tiny_model, tiny_params
+from tests.oracle import model as oracle_model
 from tests.support import random_tokens
 
 MODEL = tiny_model("llama", num_layers=4)

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from qs_jax.config import Config
-from qs_jax.testing.oracle_model import TINY, OracleModel
-from qs_jax.testing.oracle_row import NEVER, Judge, Row
+from tests.oracle.model import TINY, OracleModel
+from tests.oracle.row import NEVER, Judge, Row
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from qs_jax.config import (
     QuickSilverConfig,
 )
 from qs_jax.errors import ConfigError
-from tests.engine.oracle_support import DEPTH, VOCAB, WIDTH, architecture
+from tests.oracle.comparison import DEPTH, VOCAB, WIDTH, architecture
 
 ENTROPY = {  # around the values that random models have
     "vocab": (0.3, 3.4),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from qs_jax.config import Config, QuickSilverConfig
-from qs_jax.testing.oracle_model import (
+from tests.oracle.model import (
     TINY,
     OracleModel,
     cosine,

@@ -13,7 +13,7 @@ from qs_jax.config import (
     KVSkipConfig,
     QuickSilverConfig,
 )
-from tests.engine.oracle_support import DEPTH, LENGTHS, WIDTH
+from tests.oracle.comparison import DEPTH, LENGTHS, WIDTH
 
 DUAL: dict[str, Any] = {"drift": "relative", "tau_drift": 0.7, "tau_halt": 2.6}
 QUOTA: dict[str, Any] = {"rule": "quota", "layers": (1, 3), "quota": (0.4, 0.8)}

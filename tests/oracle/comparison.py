@@ -14,8 +14,9 @@ from qs_jax.config import (
 )
 from qs_jax.engine.overrides import TokenOverrides
 from qs_jax.mechanisms.kv_maps import FEATURES, KVMaps, feature_count
-from qs_jax.testing import oracle_score, tiny_model, tiny_params
-from qs_jax.testing.oracle_model import rotation
+from qs_jax.testing import tiny_model, tiny_params
+from tests.oracle import oracle_score
+from tests.oracle.model import rotation
 
 VOCAB, DEPTH, WIDTH = 31, 4, 12
 LENGTHS, PROMPTS = (12, 9), (10, 7)
