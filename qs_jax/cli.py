@@ -15,7 +15,6 @@ import tyro
 from qs_jax.commands.calibrate import Calibrate
 from qs_jax.commands.diagnose import Diagnose
 from qs_jax.commands.evaluate import Evaluate
-from qs_jax.commands.linguistics import Linguistics
 from qs_jax.commands.maps import find_maps
 from qs_jax.commands.report import Report
 from qs_jax.commands.tasks import Tasks
@@ -228,7 +227,6 @@ Command = (
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
     | Annotated[Tasks, tyro.conf.subcommand("tasks")]
-    | Annotated[Linguistics, tyro.conf.subcommand("linguistics")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Diagnose, tyro.conf.subcommand("diagnose")]
     | Annotated[Info, tyro.conf.subcommand("info")]

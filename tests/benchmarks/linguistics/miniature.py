@@ -34,51 +34,10 @@ TAGS = [
 # Of the first sentence, by hand: label, first word, one past the last, outer before inner.
 PHRASES = [("S", 0, 9), ("NP", 0, 3), ("VP", 3, 8), ("VP", 5, 8), ("PP", 6, 8), ("NP", 7, 8)]
 
-TAG_MAP = """\
-DT\tDET
-JJ\tADJ
-NN\tNOUN
-NNP\tNOUN
-VBZ\tVERB
-VBD\tVERB
-VB\tVERB
-MD\tVERB
-RB\tADV
-IN\tADP
-PRP\tPRON
-CD\tNUM
-.\t.
-,\t.
-``\t.
-''\t.
--LRB-\t.
--RRB-\t.
-"""
-BROWN = """
-\tThe/at dog/nn can't/md* bark/vb ``/`` now/rb ''/'' ./.
-
-
-\tHe's/pps+bez fine/jj-tl ;/. ;/.
-"""
-BROWN_MAP = "AT\tDET\nNN\tNOUN\nMD*\tVERB\nVB\tVERB\nRB\tADV\nPPS+BEZ\tPRT\nJJ-TL\tADJ\n"
-BROWN_MAP += ".\t.\n``\t.\n''\t.\n"
-
-
-def write_maps(folder: Path) -> None:
-    (folder / "universal_tagset").mkdir(exist_ok=True)
-    (folder / "universal_tagset" / "en-ptb.map").write_text(TAG_MAP)
-    (folder / "universal_tagset" / "en-brown.map").write_text(BROWN_MAP)
-
-
-def write_zip(path: Path, files: dict[str, str]) -> Path:
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, text in files.items():
-            archive.writestr(name, text)
-    return path
-
 
 def write_treebank(folder: Path) -> Path:
-    """The Penn miniature as a zip file, tag maps beside it."""
-    write_maps(folder)
-    files = {"mini/combined/one.mrg": ONE, "mini/combined/two.mrg": TWO, "mini/README": "Ours."}
-    return write_zip(folder / "mini.zip", files)
+    """The miniature as a zip file."""
+    with zipfile.ZipFile(folder / "mini.zip", "w") as archive:
+        for name, content in (("combined/one.mrg", ONE), ("combined/two.mrg", TWO), ("README", "")):
+            archive.writestr(f"mini/{name}", content)
+    return folder / "mini.zip"
