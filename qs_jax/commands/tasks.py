@@ -10,15 +10,9 @@ from qs_jax.commands.maps import find_maps
 from qs_jax.errors import InputError
 
 if TYPE_CHECKING:
-    import jax
-    from transformers import PreTrainedTokenizerBase
-
     from qs_jax.config import Config
-    from qs_jax.evaluation.classification import Outcome, Runner
     from qs_jax.evaluation.heads import Head
-    from qs_jax.evaluation.prompts import Prompts
-    from qs_jax.evaluation.tasks import Examples, Task
-    from qs_jax.models import Params
+    from qs_jax.evaluation.tasks import Examples
 
 
 @dataclasses.dataclass
@@ -41,11 +35,9 @@ class Tasks:
     seed: int = 0
     """Of the draw and of --head linear's split."""
     head: str = "none"
-    """none: by the likelihood of label words. linear: a head fitted on frozen states of a share of
-    the examples, evaluated on the others. DIR: one made by convert.classifier."""
-    normalize: Literal["sum", "length", "pmi"] = "sum"
-    """Without a head: score a word by its log-likelihood, by that of its tokens on average, or by
-    what the prompt adds to it; the results hold all three."""
+    """none: by the likelihood of label words, through lm-evaluation-harness. linear: a head fitted
+    on frozen states of a share of the examples, evaluated on the others. DIR: one made by
+    convert.classifier."""
     head_input: Literal["pair", "prompt"] = "pair"
     """--head DIR: feed it the bare text or pair of texts, or the task's prompt."""
     fit_on: Literal["dense", "preset"] = "dense"
@@ -61,7 +53,7 @@ class Tasks:
     """masked computes everything and selects: savings are simulated. compact makes the same
     decisions and computes active tokens only."""
     batch_size: int = 16
-    """Rows scored at a time; without a head an example is a row for each label word."""
+    """Rows scored at a time."""
     devices: str = "1"
     """Local devices that share each batch: a number, or all."""
     kv_maps: Path | None = None
@@ -89,33 +81,31 @@ def measure(options: Tasks) -> dict[str, Any]:
       settings.
 
     Raises:
-      InputError: A task is unknown, or its data, words or head cannot be used.
+      InputError: A task is unknown, or its data or head cannot be used; lm-evaluation-harness is
+        needed and not installed.
     """
-    from qs_jax import Config, load, load_tokenizer, presets
+    from qs_jax import Config, presets
     from qs_jax.checkpoint import choose_dtype, read_manifest
     from qs_jax.config import ModelConfig
+    from qs_jax.engine.devices import local_devices
+    from qs_jax.evaluation.journal import check_target
     from qs_jax.evaluation.perplexity import git_hash, versions
 
-    devices = _checked(options)
+    check_target(options.out, overwrite=options.overwrite)
+    if options.batch_size < 1:
+        raise InputError(f"--batch-size must be at least 1, got {options.batch_size}.")
+    local_devices(options.devices)
     manifest = read_manifest(options.ckpt)
     model = ModelConfig.from_dict(manifest["model"])
     model = model.replace(dtype=choose_dtype(options.dtype, model))
     quicksilver = presets.by_name(options.preset, model)
     cfg = Config(model, quicksilver, protocol=options.protocol, engine=options.engine)
-    maps, maps_hash = find_maps(cfg, options.ckpt, options.kv_maps, options.preset)
-    tokenizer = load_tokenizer(options.ckpt)
-    chosen = _chosen(options)
-    head = _stored_head(options, manifest)
-    examples = {name: _read(options, task) for name, task in chosen.items()}
-    heads = {name: head and head.for_task(task) for name, task in chosen.items()}
-    params, _ = load(options.ckpt, dtype=options.dtype)
-    if maps is not None:
-        params["kv_maps"] = maps
-    job = _Job(options, params, cfg, tokenizer, devices if len(devices) > 1 else None)
-    measured = {n: job.run(chosen[n], examples[n], heads[n]) for n in chosen}
+    examples = _read_all(options)
+    by_words = options.head == "none"
+    tasks = _ask_words(options, cfg, examples) if by_words else _run_heads(options, cfg, examples)
     return {
-        "tasks": measured,
-        "config": _settings(options, cfg) | {"kv_maps_sha256": maps_hash},
+        "tasks": tasks,
+        "config": _settings(options, cfg),
         "simulated": options.engine == "masked" and not quicksilver.is_off,
         "model": {
             "source": manifest["source"],
@@ -127,151 +117,115 @@ def measure(options: Tasks) -> dict[str, Any]:
     }
 
 
-@dataclasses.dataclass
-class _Job:
-    """What all tasks share."""
-
-    options: Tasks
-    params: Params
-    cfg: Config
-    tokenizer: PreTrainedTokenizerBase
-    devices: tuple[jax.Device, ...] | None
-
-    def run(self, task: Task, examples: Examples, head: Head | None) -> dict[str, Any]:
-        """One task, with bars on standard error."""
-        from qs_jax.evaluation.classification import task_results
-
-        options, about = self.options, {}
-        train, test = None, examples
-        if options.head == "linear":
-            from qs_jax.evaluation.tasks import split_examples
-
-            train, test = split_examples(task, examples, options.train_share, options.seed)
-            head, about = self._fitted(task, train)
-        prompts = self._encoded(task, test)
-        dense = self._outcome(task, prompts, head, dense=True)
-        other = None if self._is_off else self._outcome(task, prompts, head, dense=False)
-        way = options.normalize if head is None else "head"
-        data = {"name": test.name, "rows": test.rows, "sha256": test.sha256}
-        if train is not None:
-            data |= {"train_examples": len(train.items), "train_sha256": train.sha256}
-        results = task_results(task, test.labels, dense, other, way)
-        told = {"data": data, "truncated": prompts.truncated, "template": task.template}
-        told["mean_prompt_tokens"] = sum(map(len, prompts.rows)) / len(prompts.rows)
-        if head is None:
-            from qs_jax.evaluation.prompts import word_tokens
-
-            ids = word_tokens(task, self.tokenizer)
-            told["words"] = dict(zip(task.words, ids, strict=True))
-        return told | results | ({"fit": about} if about else {})
-
-    @property
-    def _is_off(self) -> bool:
-        return self.cfg.quicksilver is None or self.cfg.quicksilver.is_off
-
-    def _encoded(self, task: Task, examples: Examples) -> Prompts:
-        from qs_jax.evaluation.prompts import (
-            encode_examples,
-            pair_encoder,
-            prompt_encoder,
-            word_tokens,
-        )
-
-        options, room = self.options, 1
-        bare = options.head not in ("none", "linear") and options.head_input == "pair"
-        if options.head == "none":
-            room = max(map(len, word_tokens(task, self.tokenizer)))
-        encode = (pair_encoder if bare else prompt_encoder)(task, self.tokenizer)
-        return encode_examples(task, examples, encode, self.cfg.model.max_positions - room)
-
-    def _outcome(self, task: Task, prompts: Prompts, head: Head | None, dense: bool) -> Outcome:
-        from qs_jax.evaluation.classification import with_head, zero_shot
-        from qs_jax.evaluation.prompts import word_tokens
-
-        rows = len(prompts.rows)
-        if head is None and any(len(word) > 1 for word in word_tokens(task, self.tokenizer)):
-            rows *= len(task.words)
-        with self._runner(f"{task.name}, {'dense' if dense else 'preset'}", rows, dense) as runner:
-            if head is not None:
-                return with_head(runner, prompts, head)
-            return zero_shot(runner, task, prompts, self.tokenizer)
-
-    def _fitted(self, task: Task, train: Examples) -> tuple[Head, dict[str, Any]]:
-        from qs_jax.evaluation.heads import fit_head
-
-        prompts = self._encoded(task, train)
-        dense = self.options.fit_on == "dense"
-        with self._runner(f"{task.name}, features", len(prompts.rows), dense) as runner:
-            states_ED, _ = runner.last_states(prompts.rows)
-        return fit_head(states_ED, train.labels, task.labels, l2=self.options.l2)
-
-    def _runner(self, title: str, rows: int, dense: bool) -> _Running:
-        from qs_jax.evaluation.classification import Runner
-
-        cfg = self.cfg
-        if dense:  # the same protocol, so that the same positions are read
-            cfg = cfg.replace(quicksilver=None, protocol=cfg.effective_protocol)
-        runner = Runner(self.params, cfg, self.options.batch_size, self.devices)
-        return _Running(runner, title, rows)
-
-
-@dataclasses.dataclass
-class _Running:
-    """A runner with a bar on standard error."""
-
-    runner: Runner
-    title: str
-    rows: int
-
-    def __enter__(self) -> Runner:
-        from tqdm import tqdm
-
-        self.bar = tqdm(total=self.rows, unit="row", desc=self.title)
-        return dataclasses.replace(self.runner, advance=self.bar.update)
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-
-def _checked(options: Tasks) -> tuple[jax.Device, ...]:
-    """The devices, if there are so many and the results can be written."""
-    from qs_jax.engine.devices import local_devices
-
-    if options.out.is_dir():
-        raise InputError(f"--out {options.out} is a folder; name a file in it.")
-    if not options.out.parent.is_dir():
-        raise InputError(f"--out {options.out}: there is no folder {options.out.parent}.")
-    if options.out.exists() and not options.overwrite:
-        raise InputError(f"{options.out} exists: pass --overwrite to replace it.")
-    if options.batch_size < 1:
-        raise InputError(f"--batch-size must be at least 1, got {options.batch_size}.")
-    return local_devices(options.devices)
-
-
-def _chosen(options: Tasks) -> dict[str, Task]:
-    from qs_jax.evaluation.tasks import TASKS
+def _read_all(options: Tasks) -> dict[str, Examples]:
+    from qs_jax.evaluation.tasks import TASKS, read_examples
 
     unknown = [name for name in options.tasks if name not in TASKS]
     if unknown or not options.tasks:
         raise InputError(f"--tasks {' '.join(unknown)}: the tasks are {', '.join(TASKS)}.")
     if Path(options.data).is_file() and len(set(options.tasks)) > 1:
         raise InputError(f"{options.data} is one file; for several tasks give their folder.")
-    return {name: TASKS[name] for name in options.tasks}
+    return {
+        name: read_examples(TASKS[name], options.data, options.limit, options.seed)
+        for name in options.tasks
+    }
 
 
-def _read(options: Tasks, task: Task) -> Examples:
-    from qs_jax.evaluation.tasks import read_examples
+def _ask_words(
+    options: Tasks, cfg: Config, examples: dict[str, Examples]
+) -> dict[str, dict[str, Any]]:
+    """All tasks by label words, one model after the other."""
+    from qs_jax.evaluation.classification import task_results
+    from qs_jax.evaluation.harness import ask_harness
+    from qs_jax.evaluation.tasks import TASKS
 
-    return read_examples(task, options.data, options.limit, options.seed)
+    assert cfg.quicksilver is not None
+    settings: dict[str, Any] = {
+        "ckpt": str(options.ckpt),
+        "protocol": cfg.effective_protocol,
+        "engine": options.engine,
+        "dtype": options.dtype,
+        "batch_size": options.batch_size,
+        "devices": options.devices,
+    }
+    answers = [ask_harness(settings, examples)]
+    if not cfg.quicksilver.is_off:
+        mechanisms = {"preset": options.preset, "kv_maps": options.kv_maps}
+        answers.append(ask_harness(settings | mechanisms, examples))
+    results = {}
+    for name, given in examples.items():
+        dense, about = answers[0][name]
+        other = answers[1][name][0] if len(answers) > 1 else None
+        measured = task_results(TASKS[name], given.labels, dense, other)
+        results[name] = _describe(given) | about | measured
+    return results
 
 
-def _stored_head(options: Tasks, manifest: dict[str, Any]) -> Head | None:
+def _run_heads(
+    options: Tasks, cfg: Config, examples: dict[str, Examples]
+) -> dict[str, dict[str, Any]]:
+    """All tasks with a stored head, or one fitted on a share of each task's examples."""
+    from qs_jax import load, load_tokenizer
+    from qs_jax.engine.devices import local_devices, replicate
+    from qs_jax.evaluation.classification import (
+        encode_examples,
+        encoder_of,
+        last_states,
+        task_results,
+        with_head,
+    )
+    from qs_jax.evaluation.heads import fit_head
+    from qs_jax.evaluation.tasks import TASKS, split_examples
+
+    linear, devices = options.head == "linear", local_devices(options.devices)
+    stored = None if linear else _stored_head(options)
+    maps, _ = find_maps(cfg, options.ckpt, options.kv_maps, options.preset)
+    params, _ = load(options.ckpt, dtype=options.dtype)
+    if maps is not None:
+        params["kv_maps"] = maps
+    shared: dict[str, Any] = {"batch_size": options.batch_size}
+    if len(devices) > 1:
+        params, shared["devices"] = replicate(params, devices), devices
+    # The same protocol, so that the same positions are read.
+    off = cfg.replace(quicksilver=None, protocol=cfg.effective_protocol)
+    tokenizer, room = load_tokenizer(options.ckpt), cfg.model.max_positions - 1
+    results = {}
+    for name, given in examples.items():
+        task, about = TASKS[name], {}
+        encode = encoder_of(task, tokenizer, bare=not linear and options.head_input == "pair")
+        if linear:
+            train, given = split_examples(task, given, options.train_share, options.seed)
+            rows, _ = encode_examples(task, train, encode, room)
+            fit_cfg = off if options.fit_on == "dense" else cfg
+            states_ED, _ = last_states(params, fit_cfg, rows, title=f"{name}, features", **shared)
+            head, fit = fit_head(states_ED, train.labels, task.labels, l2=options.l2)
+            about = {"fit": fit, "train": _describe(train)["data"]}
+        else:
+            assert stored is not None
+            head = stored.for_task(task)
+        rows, cut = encode_examples(task, given, encode, room)
+        dense = with_head(params, off, rows, head, title=f"{name}, dense", **shared)
+        other = None
+        if cfg.quicksilver is not None and not cfg.quicksilver.is_off:
+            other = with_head(params, cfg, rows, head, title=f"{name}, preset", **shared)
+        about |= {"truncated": cut, "mean_prompt_tokens": sum(map(len, rows)) / len(rows)}
+        measured = task_results(task, given.labels, dense, other)
+        results[name] = _describe(given) | about | measured
+    return results
+
+
+def _describe(examples: Examples) -> dict[str, Any]:
+    used = len(examples.items)
+    data = {"name": examples.name, "rows": examples.rows, "used": used, "sha256": examples.sha256}
+    return {"data": data}
+
+
+def _stored_head(options: Tasks) -> Head:
+    from qs_jax.checkpoint import read_manifest
     from qs_jax.evaluation.heads import Head
 
-    if options.head in ("none", "linear"):
-        return None
     head = Head.load(Path(options.head))
-    if head.backbone != manifest["params"]:
+    if head.backbone != read_manifest(options.ckpt)["params"]:
         raise InputError(
             f"the head in {options.head} was trained with another model than {options.ckpt}: a "
             "sequence classifier brings its own; give the same folder as --ckpt and --head."
@@ -284,23 +238,16 @@ def _settings(options: Tasks, cfg: Config) -> dict[str, Any]:
     import jax
 
     assert cfg.quicksilver is not None
-    linear, none = options.head == "linear", options.head == "none"
-    return {
+    _, maps_hash = find_maps(cfg, options.ckpt, options.kv_maps, options.preset)
+    names = "batch_size engine head_input fit_on train_share l2 limit seed".split()
+    return {name: getattr(options, name) for name in names} | {
         "backend": jax.default_backend(),
-        "batch_size": options.batch_size,
         "dtype": cfg.model.dtype,
-        "engine": options.engine,
-        "fit_on": options.fit_on if linear else None,
         "head": Path(options.head).name,
-        "head_input": None if none else "prompt" if linear else options.head_input,
-        "l2": options.l2 if linear else None,
-        "limit": options.limit,
-        "normalize": options.normalize if none else None,
         "preset": Path(options.preset).name,
         "protocol": cfg.effective_protocol,
         "quicksilver": cfg.quicksilver.to_dict(),
-        "seed": options.seed,
-        "train_share": options.train_share if linear else None,
+        "kv_maps_sha256": maps_hash,
     }
 
 
@@ -320,22 +267,21 @@ def report(results: dict[str, Any], out: Path) -> None:
     for name in columns:
         table.add_column(name)
     for name, task in results["tasks"].items():
-        cells = [f"{name}\n{task['examples']:,}", task["metric"], told(task["dense"])]
+        cells = [f"{name}\n{task['examples']:,}", task["metric"], with_interval(task["dense"])]
         if compared:
             change, saved = task["difference"], task["quicksilver"]["saved"]
-            cells += [told(task["quicksilver"]), told(change, "+"), f"{change['mcnemar_p']:.2g}"]
-            exact, paper = (f"{saved[f'{n}_flops_saved']:.1%}" for n in ("exact", "paper"))
-            cells.append(f"{exact}\n{paper} by the paper's count")
+            cells += [with_interval(task["quicksilver"]), with_interval(change, "+")]
+            cells += [f"{change['mcnemar_p']:.2g}", f"{saved['exact_flops_saved']:.1%}"]
         table.add_row(*cells)
     console = Console()
     console.print(table)
-    cut = {name: task["truncated"] for name, task in results["tasks"].items() if task["truncated"]}
-    for name, count in cut.items():
-        console.print(f"{name}: {count} example(s) lost the end of their passage to fit the model")
+    for name, task in results["tasks"].items():
+        if task["truncated"]:
+            console.print(f"{name}: {task['truncated']} prompt(s) were cut to fit the model")
     print(f"results are in {out}")  # rich would break a long path
 
 
-def told(result: dict[str, Any], sign: str = "") -> str:
+def with_interval(result: dict[str, Any], sign: str = "") -> str:
     """A value of a results file, its interval on a second line."""
     if result["interval"] is None:
         return f"{result['value']:{sign}.3f}"

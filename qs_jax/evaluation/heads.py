@@ -7,17 +7,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+import scipy.optimize
+import scipy.special
+from jaxtyping import Float, Int
 
 from qs_jax.errors import CheckpointError, InputError
 from qs_jax.evaluation.tasks import Task
 
 FILE_NAME = "classifier.safetensors"
 _MAX_ITERATIONS = 500
-_GRADIENT = 1e-4
+_GRADIENT = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,45 +124,24 @@ def fit_head(
         raise InputError(f"--l2 must be at least 0, got {l2}.")
     if missing := set(range(len(labels))) - set(labels_E.tolist()):
         raise InputError(f"no training row is {', '.join(labels[i] for i in sorted(missing))}.")
-    states_ED = states_ED.astype(np.float32)
-    mean_D, std_D = states_ED.mean(0), states_ED.std(0)
-    std_D = np.where(std_D > 0, std_D, 1).astype(np.float32)
-    standard_ED = (states_ED - mean_D) / std_D
-    classes = jnp.asarray(labels_E, jnp.int32)
-    weights, told = _minimise(jnp.asarray(standard_ED), classes, jnp.float32(l2), len(labels))
-    weight_CD = np.asarray(weights["weight"]) / std_D
-    bias_C = np.asarray(weights["bias"]) - weight_CD @ mean_D
-    info = {name: np.asarray(value).item() for name, value in told.items()}
-    return Head(weight_CD, bias_C, labels), info
+    mean_D, std_D = states_ED.mean(0, dtype=np.float64), states_ED.std(0, dtype=np.float64)
+    std_D = np.where(std_D > 0, std_D, 1)
+    x_ED, classes = (states_ED - mean_D) / std_D, len(labels)
+    target_EC = np.eye(classes)[labels_E]
 
+    def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        weight_CD, bias_C = np.split(flat.reshape(classes, -1), [-1], axis=1)
+        logprobs_EC = scipy.special.log_softmax(x_ED @ weight_CD.T + bias_C.T, axis=1)
+        error_EC = (np.exp(logprobs_EC) - target_EC) / len(x_ED)
+        gradient_CD = error_EC.T @ x_ED + l2 * weight_CD
+        value = l2 / 2 * (weight_CD**2).sum() - (logprobs_EC * target_EC).sum() / len(x_ED)
+        return value, np.column_stack([gradient_CD, error_EC.sum(0)]).ravel()
 
-def _minimise(x_ED: Array, y_E: Array, l2: Array, classes: int) -> tuple[Any, dict[str, Array]]:
-    import optax
-
-    def loss(weights: Any) -> Array:
-        logits_EC = x_ED @ weights["weight"].T + weights["bias"][None]
-        fit = optax.softmax_cross_entropy_with_integer_labels(logits_EC, y_E).mean()
-        return fit + l2 / 2 * (weights["weight"] ** 2).sum()
-
-    solver = optax.lbfgs()
-
-    def step(carry: Any) -> Any:
-        weights, state, _, count = carry
-        value, gradient = optax.value_and_grad_from_state(loss)(weights, state=state)
-        updates, state = solver.update(
-            gradient, state, weights, value=value, grad=gradient, value_fn=loss
-        )
-        return optax.apply_updates(weights, updates), state, optax.tree.norm(gradient), count + 1
-
-    def unfinished(carry: Any) -> Array:
-        _, _, norm, count = carry
-        return (norm > _GRADIENT) & (count < _MAX_ITERATIONS)
-
-    @jax.jit
-    def run() -> Any:
-        start = {"weight": jnp.zeros((classes, x_ED.shape[1])), "bias": jnp.zeros(classes)}
-        carry = (start, solver.init(start), jnp.float32(jnp.inf), jnp.int32(0))
-        weights, _, norm, count = jax.lax.while_loop(unfinished, step, carry)
-        return weights, {"iterations": count, "loss": loss(weights), "gradient_norm": norm}
-
-    return run()
+    start = np.zeros(classes * (x_ED.shape[1] + 1))
+    options = {"maxiter": _MAX_ITERATIONS, "gtol": _GRADIENT}
+    best = scipy.optimize.minimize(loss, start, jac=True, method="L-BFGS-B", options=options)
+    weight_CD, bias_C = np.split(best.x.reshape(classes, -1), [-1], axis=1)
+    weight_CD, bias_C = weight_CD / std_D, bias_C[:, 0] - (weight_CD / std_D) @ mean_D
+    head = Head(weight_CD.astype(np.float32), bias_C.astype(np.float32), labels)
+    norm = float(np.linalg.norm(best.jac))
+    return head, {"iterations": int(best.nit), "loss": float(best.fun), "gradient_norm": norm}

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 from tqdm import tqdm
 
 from qs_jax import accounting, presets
@@ -187,24 +187,32 @@ class QSJaxLM(TemplateLM):
         disable_tqdm: bool = False,
         **_: Any,
     ) -> list[tuple[float, bool]]:
-        rows = Rows.of([self._cut(context, after) for _, context, after in requests])
+        cut = [self._cut(context, after) for _, context, after in requests]
+        # Continuations of one token after the same context share a row.
+        shared: dict[Any, list[int]] = {}
+        for index, (context, after) in enumerate(cut):
+            key = (tuple(context), tuple(after) if len(after) > 1 else None)
+            shared.setdefault(key, []).append(index)
+        members = list(shared.values())
         found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         batches = score_rows(
             self.params,
-            rows,
+            Rows.of([cut[indices[0]] for indices in members]),
             self.cfg,
             batch_size=self.batch_size,
             devices=self.devices,
             return_states=True,
         )
-        with tqdm(total=len(requests), desc="loglikelihood", disable=disable_tqdm) as bar:
+        with tqdm(total=len(members), desc="loglikelihood", disable=disable_tqdm) as bar:
             for batch in batches:
-                for index, result in zip(batch.index, self._results(batch, rows), strict=True):
+                wanted = [(row, i) for row, at in enumerate(batch.index) for i in members[at]]
+                results = self._results(batch, [(row, *cut[i]) for row, i in wanted])
+                for (_, index), result in zip(wanted, results, strict=True):
                     found[index] = result
                     if requests[index][0] is not None:
                         self.cache_hook.add_partial("loglikelihood", requests[index][0], result)
-                total = self.counts
-                self.counts = accounting.add(total, batch.counts) if total else batch.counts
+                done = self.counts
+                self.counts = batch.counts if done is None else accounting.add(done, batch.counts)
                 bar.update(len(batch.index))
         return found
 
@@ -221,23 +229,27 @@ class QSJaxLM(TemplateLM):
         self.truncated += len(context) > room
         return context[-room:], after
 
-    def _results(self, batch: ScoredBatch, rows: Rows) -> Iterator[tuple[float, bool]]:
-        """Log-likelihood of each continuation, and whether greedy decoding would produce it."""
-        out = batch.out
-        assert out.states is not None
-        spans = [(rows.prompts[index], len(rows.rows[index])) for index in batch.index]
-        read = [out.states[row, first - 1 : end - 1] for row, (first, end) in enumerate(spans)]
-        best = np.split(
-            self._greedy(np.concatenate(read)), np.cumsum([end - first for first, end in spans])
-        )
-        for row, (index, (first, end)) in enumerate(zip(batch.index, spans, strict=True)):
-            total = float(out.logprobs[row, first:end].sum(dtype=np.float64))
-            yield total, best[row].tolist() == list(rows.rows[index][first:end])
+    def _results(
+        self, batch: ScoredBatch, wanted: list[tuple[int, list[int], list[int]]]
+    ) -> Iterator[tuple[float, bool]]:
+        """Log-likelihood of each continuation, and whether greedy decoding would produce it.
 
-    def _greedy(self, states_MD: Float[np.ndarray, "M D"]) -> Int[np.ndarray, "M"]:
-        count = len(states_MD)
-        padded = np.pad(states_MD, ((0, bucket_size(count) - count), (0, 0)))
-        return np.asarray(_most_likely(self.params, padded[None]))[0, :count]
+        Args:
+          batch: Of `score_rows`, with states.
+          wanted: Row of the batch, context and continuation of each request.
+        """
+        states = batch.out.states
+        assert states is not None
+        spans = [(len(context) - 1, len(context) + len(after) - 1) for _, context, after in wanted]
+        read = [states[row, i:j] for (row, _, _), (i, j) in zip(wanted, spans, strict=True)]
+        ids_M = np.concatenate([after for _, _, after in wanted])
+        pad = bucket_size(len(ids_M)) - len(ids_M)
+        h_1MD = jnp.asarray(np.pad(np.concatenate(read), ((0, pad), (0, 0))))[None]
+        h_1MD = h_1MD.astype(self.cfg.model.dtype)
+        read_1M2 = _read_tokens(self.params, h_1MD, jnp.asarray(np.pad(ids_M, (0, pad)))[None])
+        ends = np.cumsum([len(after) for _, _, after in wanted])[:-1]
+        for part in np.split(np.asarray(read_1M2, np.float64)[0, : len(ids_M)], ends):
+            yield float(part[:, 0].sum()), bool(part[:, 1].all())
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, each token predicted once.
@@ -350,10 +362,14 @@ class QSJaxLM(TemplateLM):
 
 
 @jax.jit
-def _most_likely(params: Params, h_BTD: Array) -> Array:
-    """The most likely next token after each state, `[B, T]`."""
+def _read_tokens(params: Params, h_BTD: Array, ids_BT: Array) -> Array:
+    """Log-probability of a token after each state, and 1 where it is the likeliest: `[B, T, 2]`."""
 
-    def chunk(h_BCD: Array) -> Array:
-        return jnp.argmax(head.logits(params, h_BCD), axis=-1)
+    def chunk(h_BCD: Array, ids_BC: Array) -> Array:
+        logits_BCV = head.logits(params, h_BCD)
+        own_BC = jnp.take_along_axis(logits_BCV, ids_BC[..., None], axis=-1)[..., 0]
+        best_BC = jnp.argmax(logits_BCV, axis=-1) == ids_BC
+        logprobs_BC = own_BC - jax.nn.logsumexp(logits_BCV, axis=-1)
+        return jnp.stack([logprobs_BC, best_BC.astype(logprobs_BC.dtype)], axis=-1)
 
-    return head.map_positions(chunk, head.head_table(params).shape[0], h_BTD)
+    return head.map_positions(chunk, head.head_table(params).shape[0], h_BTD, ids_BT)

@@ -1,18 +1,7 @@
-"""Classification tasks of GLUE and SuperGLUE: their fields, prompts, label words and metrics.
+"""Classification tasks of GLUE and SuperGLUE: their fields, prompts, labels and metrics.
 
-Prompts and label words are those of the EleutherAI harness (after Brown et al. 2020), with white
-space around a field left out. Every label word begins with a space, as a word does after a prompt.
-
-=======  ==================  =============  ====================================================
-task     metric              hub data set   labels: words
-=======  ==================  =============  ====================================================
-mnli     accuracy            nyu-mll/glue   entailment, neutral, contradiction: True, Neither, False
-qnli     accuracy            nyu-mll/glue   entailment, not_entailment: yes, no
-sst2     accuracy            nyu-mll/glue   negative, positive: the same
-cola     Matthews            nyu-mll/glue   unacceptable, acceptable: no, yes
-rte      accuracy            nyu-mll/glue   entailment, not_entailment: True, False
-boolq    accuracy            aps/super_glue false, true: no, yes
-=======  ==================  =============  ====================================================
+Prompts are those of lm-evaluation-harness (after Brown et al. 2020), with white space around a
+field left out. CoLA is measured by the Matthews correlation, the others by accuracy.
 """
 
 from __future__ import annotations
@@ -20,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import string
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +18,6 @@ import numpy as np
 from qs_jax.errors import InputError
 from qs_jax.evaluation.datasets import hub_rows, json_records
 
-METRICS = ("accuracy", "matthews")
 _SPLITS = ("", ".dev", ".validation")
 
 
@@ -45,14 +32,9 @@ class Task:
       passage: The field that is cut where an example is too long.
       template: Prompt, with {field} for each field.
       labels: Names of the classes, in the order of the data set's own numbers.
-      words: What the prompt continues with for each class, its leading space included.
-      metric: One of `METRICS`; "matthews" is for two classes.
-      files: What a local file may be called, before `.jsonl` or `.dev.jsonl`.
       hub: Repository, configuration and split on the Hugging Face Hub.
-      domain: How the prompt ends; it is all that a word's unconditional score is given.
-
-    Raises:
-      InputError: The parts do not fit each other.
+      metric: "accuracy"; or "matthews", for two classes.
+      files: What a local file may be called, before `.jsonl` or `.dev.jsonl`; by default `name`.
     """
 
     name: str
@@ -60,32 +42,9 @@ class Task:
     passage: str
     template: str
     labels: tuple[str, ...]
-    words: tuple[str, ...]
+    hub: tuple[str, str, str]
     metric: str = "accuracy"
     files: tuple[str, ...] = ()
-    hub: tuple[str, str, str] | None = None
-    domain: str = "Answer:"
-
-    def __post_init__(self) -> None:
-        names = [field[0] for field in self.fields]
-        used = {name for _, name, _, _ in string.Formatter().parse(self.template) if name}
-        problems = {
-            f"the template uses {sorted(used)}, the fields are {names}": used != set(names),
-            f"passage {self.passage!r} is not one of {names}": self.passage not in names,
-            f"{len(self.labels)} labels need as many words, got {len(self.words)}": len(self.words)
-            != len(self.labels),
-            f"the template must end with {self.domain!r}, what words are weighed after": not (
-                self.domain and self.template.endswith(self.domain)
-            ),
-            "there must be at least two different labels": len(set(self.labels)) < 2
-            or len(set(self.labels)) < len(self.labels),
-            f"metric must be one of {METRICS}, got {self.metric!r}": self.metric not in METRICS,
-            "the Matthews correlation is for two classes": self.metric == "matthews"
-            and len(self.labels) != 2,
-        }
-        for problem, found in problems.items():
-            if found:
-                raise InputError(f"task {self.name}: {problem}.")
 
     def prompt(self, fields: Mapping[str, str]) -> str:
         """The prompt of an example."""
@@ -97,14 +56,13 @@ class Task:
         Raises:
           InputError: It is none of these.
         """
-        names = [label.lower() for label in self.labels]
-        if isinstance(value, bool | str) and str(value).lower() in names:
-            return names.index(str(value).lower())
-        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(names):
+        if isinstance(value, bool | str) and str(value).lower() in self.labels:
+            return self.labels.index(str(value).lower())
+        if type(value) is int and 0 <= value < len(self.labels):
             return value
         raise InputError(
             f"unknown label {value!r}: {self.name} has {', '.join(self.labels)}, or their numbers "
-            f"0 to {len(names) - 1} (test splits come without labels)."
+            f"0 to {len(self.labels) - 1} (test splits come without labels)."
         )
 
 
@@ -144,7 +102,8 @@ class Examples:
 
 _PAIR = (("premise", "sentence1"), ("hypothesis", "sentence2"))
 _SENTENCE = (("sentence",),)
-_GLUE, _DEV = "nyu-mll/glue", "validation"
+_ENTAILED = ("entailment", "not_entailment")
+_GLUE = "nyu-mll/glue"
 
 TASKS = {
     task.name: task
@@ -155,9 +114,8 @@ TASKS = {
             passage="premise",
             template="{premise}\nQuestion: {hypothesis} True, False or Neither?\nAnswer:",
             labels=("entailment", "neutral", "contradiction"),
-            words=(" True", " Neither", " False"),
-            files=("mnli_matched", "mnli"),
             hub=(_GLUE, "mnli", "validation_matched"),
+            files=("mnli_matched", "mnli"),
         ),
         Task(
             name="qnli",
@@ -165,10 +123,8 @@ TASKS = {
             passage="sentence",
             template="{question}\n{sentence}\nQuestion: Does this response answer the question?\n"
             "Answer:",
-            labels=("entailment", "not_entailment"),
-            words=(" yes", " no"),
-            files=("qnli",),
-            hub=(_GLUE, "qnli", _DEV),
+            labels=_ENTAILED,
+            hub=(_GLUE, "qnli", "validation"),
         ),
         Task(
             name="sst2",
@@ -176,9 +132,7 @@ TASKS = {
             passage="sentence",
             template="{sentence}\nQuestion: Is this sentence positive or negative?\nAnswer:",
             labels=("negative", "positive"),
-            words=(" negative", " positive"),
-            files=("sst2",),
-            hub=(_GLUE, "sst2", _DEV),
+            hub=(_GLUE, "sst2", "validation"),
         ),
         Task(
             name="cola",
@@ -186,20 +140,16 @@ TASKS = {
             passage="sentence",
             template="{sentence}\nQuestion: Does this sentence make sense?\nAnswer:",
             labels=("unacceptable", "acceptable"),
-            words=(" no", " yes"),
+            hub=(_GLUE, "cola", "validation"),
             metric="matthews",
-            files=("cola",),
-            hub=(_GLUE, "cola", _DEV),
         ),
         Task(
             name="rte",
             fields=_PAIR,
             passage="premise",
             template="{premise}\nQuestion: {hypothesis} True or False?\nAnswer:",
-            labels=("entailment", "not_entailment"),
-            words=(" True", " False"),
-            files=("rte",),
-            hub=(_GLUE, "rte", _DEV),
+            labels=_ENTAILED,
+            hub=(_GLUE, "rte", "validation"),
         ),
         Task(
             name="boolq",
@@ -207,9 +157,7 @@ TASKS = {
             passage="passage",
             template="{passage}\nQuestion: {question}?\nAnswer:",
             labels=("false", "true"),
-            words=(" no", " yes"),
-            files=("boolq",),
-            hub=("aps/super_glue", "boolq", _DEV),
+            hub=("aps/super_glue", "boolq", "validation"),
         ),
     )
 }
@@ -281,8 +229,6 @@ def split_examples(
 
 
 def _from_hub(task: Task) -> tuple[str, Iterable[tuple[str, Any]]]:
-    if task.hub is None:
-        raise InputError(f"{task.name} has no data set on the hub; give a file.")
     repo, config, split = task.hub
     name = f"{repo}/{config} ({split})"
     rows = hub_rows(repo, config, split, list)
@@ -291,9 +237,10 @@ def _from_hub(task: Task) -> tuple[str, Iterable[tuple[str, Any]]]:
 
 def _from_file(task: Task, path: Path) -> tuple[str, Iterable[tuple[str, Any]]]:
     if path.is_dir():
-        names = [f"{file}{split}.jsonl" for file in task.files for split in _SPLITS]
-        found = [path / name for name in names if (path / name).is_file()]
-        found += [path / f"{name}.gz" for name in names if (path / f"{name}.gz").is_file()]
+        files = task.files or (task.name,)
+        names = [f"{file}{split}.jsonl" for file in files for split in _SPLITS]
+        found = [path / f"{name}{end}" for end in ("", ".gz") for name in names]
+        found = [file for file in found if file.is_file()]
         if len(found) != 1:
             which = ", ".join(file.name for file in found) or "none of " + ", ".join(names)
             raise InputError(f"{path} must hold exactly one file of {task.name}; it has {which}.")

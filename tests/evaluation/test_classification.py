@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 import scipy.special
+from qs_jax.evaluation.prompts import Prompts
 
 import qs_jax
 from convert.classifier import convert_classifier
@@ -17,7 +18,6 @@ from qs_jax.errors import CheckpointError, InputError
 from qs_jax.evaluation import classification
 from qs_jax.evaluation.classification import Runner, task_results, word_loglikelihoods, zero_shot
 from qs_jax.evaluation.heads import Head, fit_head
-from qs_jax.evaluation.prompts import Prompts
 from qs_jax.testing import tiny_model, tiny_params, toy_tokenizer
 from tests.evaluation.test_tasks import TOY
 from tests.support import GPT2, LLAMA

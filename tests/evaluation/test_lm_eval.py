@@ -186,6 +186,20 @@ def test_greedy_continuations_are_recognised(model_of):
     assert [greedy for _, greedy in found] == [True, False]
 
 
+@pytest.mark.parametrize("name", ["off", "half", "dual"])
+def test_words_of_one_token_share_a_row(model_of, name):
+    """Their context runs once; every value is that of a row of its own."""
+    lm, asked = model_of(name), [([5, 6, 7, 8, 9], [word]) for word in (3, 4)]
+    asked += [([5, 6, 7, 8, 9], [3, 4]), ([6, 7, 8, 9, 9], [3])]
+    lm.counts = None
+    found = lm._loglikelihood_tokens([(None, *pair) for pair in asked], True)
+    for (context, after), (value, greedy) in zip(asked, found, strict=True):
+        expected, best = logprobs_of(lm, context + after, len(context))
+        assert value == pytest.approx(expected.sum(), abs=1e-4)
+        assert greedy == (best.tolist() == after)
+    assert lm.counts["prefill"]["tokens"] == 15  # three rows of five
+
+
 @pytest.mark.parametrize("name", ["off", "half"])
 def test_rolling_predicts_every_token_once(model_of, name):
     lm = model_of(name)

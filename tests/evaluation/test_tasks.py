@@ -7,15 +7,15 @@ import math
 
 import numpy as np
 import pytest
-
-from qs_jax.errors import InputError
-from qs_jax.evaluation import significance
 from qs_jax.evaluation.prompts import (
     encode_examples,
     pair_encoder,
     prompt_encoder,
     word_tokens,
 )
+
+from qs_jax.errors import InputError
+from qs_jax.evaluation import significance
 from qs_jax.evaluation.tasks import TASKS, Task, read_examples, split_examples
 from qs_jax.testing import toy_tokenizer
 

@@ -1,0 +1,78 @@
+"""GLUE and SuperGLUE without training, by lm-evaluation-harness: its prompts, words and metrics."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qs_jax.evaluation.classification import Outcome
+
+# Before the harness itself: it says which extra is missing.
+from qs_jax.evaluation.lm_eval_adapter import QSJaxLM  # isort: split
+
+import lm_eval.tasks
+from datasets import Dataset
+
+from qs_jax.evaluation.tasks import TASKS, Examples, Task
+
+
+def ask_harness(
+    settings: dict[str, Any], examples: Mapping[str, Examples]
+) -> dict[str, tuple[Outcome, dict[str, Any]]]:
+    """Score the label words of every example after its prompt.
+
+    Args:
+      settings: Arguments of `QSJaxLM`.
+      examples: Of each task.
+
+    Returns:
+      For each task the log-likelihoods with their tally; and the harness's "version" of the task,
+      its own "metrics", the "truncated" requests and the "mean_prompt_tokens".
+    """
+    model = QSJaxLM.create_from_arg_obj(settings)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    shipped = Path(lm_eval.tasks.__file__).parent
+    manager = lm_eval.tasks.TaskManager(
+        include_path=[shipped / "glue", shipped / "super_glue"], include_defaults=False
+    )
+    return {name: _ask(model, manager, TASKS[name], given) for name, given in examples.items()}
+
+
+def _ask(
+    model: Any, manager: lm_eval.tasks.TaskManager, task: Task, examples: Examples
+) -> tuple[Outcome, dict[str, Any]]:
+    vars(model).update(counts=None, truncated=0)
+    evaluate: Any = lm_eval.simple_evaluate  # its decorator hides its arguments from checkers
+    given = harness_task(manager, task, examples)
+    found = evaluate(model, tasks=[given], task_manager=manager, bootstrap_iters=0)
+    samples = sorted(found["samples"][task.name], key=lambda sample: sample["doc_id"])
+    scores = [[value for value, _ in sample["filtered_resps"]] for sample in samples]
+    lengths = [len(model.tok_encode(sample["arguments"][0][0])) for sample in samples]
+    results, counts = found["results"][task.name], model.counts
+    return Outcome(np.array(scores, np.float64), counts), {
+        "version": found["versions"][task.name],
+        "metrics": {name: results[name] for name in ("acc,none", "mcc,none") if name in results},
+        "truncated": model.truncated,
+        "mean_prompt_tokens": float(np.mean(lengths)),
+    }
+
+
+def harness_task(manager: lm_eval.tasks.TaskManager, task: Task, examples: Examples) -> Any:
+    """The harness's own task of that name, on these rows instead of the hub's."""
+    rows = [
+        {name: item.fields[names[0]] for names in task.fields for name in names}
+        | {"label": item.label}
+        for item in examples.items
+    ]
+    changes = {
+        "task": task.name,
+        "custom_dataset": lambda **_: {"validation": Dataset.from_list(rows)},
+        "training_split": None,
+        "validation_split": "validation",
+    }
+    # Members of a group may change what the registered task says; tasks given alone may not.
+    return manager.load({"group": "local", "task": [changes]})["tasks"][task.name]
