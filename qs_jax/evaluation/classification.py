@@ -5,6 +5,7 @@ A head reads the final state of the last token of a prompt, or of a bare text.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -67,19 +68,29 @@ def encode_examples(
     """
     rows, cut = [], 0
     for number, item in enumerate(examples.items):
-        fields, row = dict(item.fields), encode(item.fields)
-        cut += len(row) > room
-        while len(row) > room and fields[task.passage]:
-            # A character has one token at most, but for rare ones.
-            fields[task.passage] = fields[task.passage][: room - len(row)]
-            row = encode(fields)
+        row = encode(item.fields)
+        if len(row) > room:
+            row, cut = _shorten(task, item.fields, encode, room), cut + 1
         if not 0 < len(row) <= room:
             raise InputError(
-                f"{examples.name}: example {number} has {len(row)} tokens, its passage cut as far "
-                f"as need be; there is room for 1 to {room}."
+                f"{examples.name}: example {number} has {len(row)} tokens without what could be "
+                f"cut; there is room for 1 to {room}."
             )
         rows.append(row)
     return rows, cut
+
+
+def _shorten(task: Task, fields: Mapping[str, str], encode: Encode, room: int) -> list[int]:
+    """The row with as many characters of the passage as fit."""
+    passage = fields[task.passage]
+
+    def row_of(characters: int) -> list[int]:
+        return encode({**fields, task.passage: passage[:characters]})
+
+    kept = bisect.bisect_right(range(len(passage)), room, key=lambda n: len(row_of(n))) - 1
+    while kept > 0 and len(row_of(kept)) > room:  # merges make token counts not quite monotone
+        kept -= 1
+    return row_of(max(kept, 0))
 
 
 def last_states(

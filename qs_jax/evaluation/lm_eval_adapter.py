@@ -207,7 +207,7 @@ class QSJaxLM(TemplateLM):
             for batch in batches:
                 wanted = [(row, i) for row, at in enumerate(batch.index) for i in members[at]]
                 results = self._results(batch, [(row, *cut[i]) for row, i in wanted])
-                for (_, index), result in zip(wanted, results, strict=True):
+                for (_row, index), result in zip(wanted, results, strict=True):
                     found[index] = result
                     if requests[index][0] is not None:
                         self.cache_hook.add_partial("loglikelihood", requests[index][0], result)

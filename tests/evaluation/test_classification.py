@@ -1,4 +1,4 @@
-"""Classification by label words and by heads: numbers against NumPy, torch and SciPy."""
+"""Classification by heads: numbers against NumPy, torch and SciPy."""
 
 import dataclasses
 
@@ -7,23 +7,22 @@ import numpy as np
 import pytest
 import scipy.optimize
 import scipy.special
-from qs_jax.evaluation.prompts import Prompts
 
 import qs_jax
 from convert.classifier import convert_classifier
 from convert.errors import ConversionError
 from qs_jax import accounting
 from qs_jax.config import Config, HaltingConfig, KVSkipConfig, QuickSilverConfig
+from qs_jax.engine.devices import replicate
 from qs_jax.errors import CheckpointError, InputError
-from qs_jax.evaluation import classification
-from qs_jax.evaluation.classification import Runner, task_results, word_loglikelihoods, zero_shot
+from qs_jax.evaluation.classification import Outcome, last_states, task_results, with_head
 from qs_jax.evaluation.heads import Head, fit_head
-from qs_jax.testing import tiny_model, tiny_params, toy_tokenizer
+from qs_jax.evaluation.significance import matthews
+from qs_jax.testing import tiny_model, tiny_params
 from tests.evaluation.test_tasks import TOY
 from tests.support import GPT2, LLAMA
 
-# With words of up to three tokens in one bucket of the engine: each program is made once. Seven
-# rows are no full batches.
+# In one bucket of the engine: each program is made once. Seven rows are no full batches.
 LENGTHS = (17, 16, 17, 16, 16, 17, 16)
 DUAL = QuickSilverConfig(
     halting=HaltingConfig(entropy=None, tau_drift=3.5, window=None),
@@ -60,70 +59,28 @@ def config(model, name):
     return Config(model, quicksilver, protocol=protocol, engine="masked")
 
 
-def runner_of(params, model, name, **options):
-    return Runner(params, config(model, name), batch_size=4, **options)
+def states_of(params, model, prompts, name, **options):
+    return last_states(params, config(model, name), prompts, **({"batch_size": 4} | options))
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_word_likelihoods_are_those_of_the_logits(params, model, prompts, name):
-    """Row by row, from logits, whatever the lengths of prompts and words."""
-    words = ([5, 6, 7], [8], [9, 10])
-    found, counts = word_loglikelihoods(runner_of(params, model, name), prompts, words)
+def test_states_are_those_of_each_row_alone(params, model, prompts, name):
+    """Whatever the lengths of its batch mates; the mechanisms see the prompt as a whole."""
+    states, counts = states_of(params, model, prompts, name)
     cfg = config(model, name)
-    for prompt, row in zip(prompts[:3], found[:3], strict=True):
-        for word, value in zip(words, row, strict=True):
-            ends = [len(prompt)] if cfg.effective_protocol == "continuation" else None
-            out = qs_jax.score(
-                params, [prompt + word], cfg, prompt_lengths=ends, return_logits=True
-            )
-            logprobs = scipy.special.log_softmax(out.logits[0].astype(np.float64), axis=-1)
-            steps = range(len(prompt), len(prompt) + len(word))
-            expected = sum(logprobs[i - 1, (prompt + word)[i]] for i in steps)
-            assert value == pytest.approx(expected, abs=1e-4)
-    assert counts["prefill"]["tokens"] == 3 * sum(LENGTHS)
-    assert counts["decode"]["tokens"] == len(LENGTHS) * 6
-
-
-@pytest.mark.parametrize("name", SETTINGS)
-def test_words_of_one_token_are_read_from_one_run(params, model, prompts, name):
-    runner = runner_of(params, model, name)
-    words = ([5], [8], [9])
-    found, counts = word_loglikelihoods(runner, prompts, words)
-    pairs = [(prompt, word) for prompt in prompts for word in words]
-    expected, thrice = runner.loglikelihoods(pairs)
-    np.testing.assert_allclose(found.ravel(), expected, atol=1e-5)
-    assert counts["prefill"]["tokens"] * 3 == thrice["prefill"]["tokens"]
+    ends = [len(prompts[0])] if cfg.effective_protocol == "continuation" else None
+    row = [*prompts[0], 0]
+    alone = qs_jax.score(params, [row], cfg, prompt_lengths=ends, return_states=True)
+    np.testing.assert_allclose(states[0], alone.states[0, len(prompts[0]) - 1], atol=1e-4)
+    assert counts["prefill"]["tokens"] == sum(LENGTHS)
     assert counts["prefill"]["readouts"] == len(prompts)
     assert counts["decode"]["tokens"] == 0
-
-
-def test_the_mechanisms_act_on_what_is_scored(params, model, prompts):
-    """Another threshold gives other numbers; off gives those of the dense model."""
-
-    def likelihoods(quicksilver, protocol):
-        cfg = Config(model, quicksilver, protocol=protocol, engine="masked")
-        return word_loglikelihoods(Runner(params, cfg, 4), prompts, ([5], [8]))
-
-    def dual(tau):
-        return dataclasses.replace(DUAL, halting=dataclasses.replace(DUAL.halting, tau_drift=tau))
-
-    for protocol in ("teacher-forced", "continuation"):
-        dense, nothing = likelihoods(None, protocol)
-        off, _ = likelihoods(QuickSilverConfig(), protocol)
-        np.testing.assert_array_equal(off, dense)
-        assert accounting.summary(nothing)["exact_flops_saved"] == 0
-        found = [likelihoods(dual(tau), protocol) for tau in (0.0, 3.5, 1e9)]
-        np.testing.assert_allclose(found[0][0], dense, atol=1e-5)
-        saved = [accounting.summary(counts)["layer_tokens_saved"] for _, counts in found]
-        assert 0 == saved[0] < saved[1] < saved[2]
-        assert np.abs(found[1][0] - dense).max() > 1e-2
-        assert np.abs(found[2][0] - found[1][0]).max() > 1e-2
 
 
 def test_savings_by_hand(params, model):
     """Half of the eligible tokens of a prompt stop after layer 1 of 3."""
     prompt = list(range(2, 22))
-    _, counts = word_loglikelihoods(runner_of(params, model, "quota"), [prompt], ([5], [8]))
+    _, counts = states_of(params, model, [prompt], "quota")
     stopped = round(0.5 * (len(prompt) - QUOTA.recent_tokens))
     expected = 2 * stopped / (3 * len(prompt))
     assert accounting.summary(counts)["layer_tokens_saved"] == pytest.approx(expected)
@@ -136,54 +93,32 @@ def test_any_number_of_devices(params, model, prompts, count):
     """Batches of four and three rows; neither divides by three devices and the last by none."""
     devices = jax.local_devices()[:count]
     assert len(devices) == count
-    words = ([5, 6], [8])
-    alone, counts = word_loglikelihoods(runner_of(params, model, "quota"), prompts, words)
-    runner = runner_of(params, model, "quota", devices=devices)
-    found, same = word_loglikelihoods(runner, prompts, words)
-    np.testing.assert_allclose(found, alone, atol=1e-5)
+    alone, counts = states_of(params, model, prompts, "quota")
+    placed = replicate(params, devices)
+    split, same = states_of(placed, model, prompts, "quota", devices=devices)
+    np.testing.assert_allclose(split, alone, atol=1e-5)
     for name in ("layer_tokens", "exact_flops", "kv_written"):
         assert same["prefill"][name] == counts["prefill"][name]
 
 
-def test_progress_counts_rows(params, model, prompts):
-    done = []
-    runner = runner_of(params, model, "dense", advance=done.append)
-    word_loglikelihoods(runner, prompts, ([5], [8]))
-    assert done == [4, 3]
-
-
-def test_normalizations(params, model, prompts):
-    tokenizer = toy_tokenizer()
-    task = dataclasses.replace(TOY, words=("a", "bcd"))
-    runner = runner_of(params, model, "dense")
-    outcome = zero_shot(runner, task, Prompts(tuple(prompts), 0), tokenizer)
-    words = [tokenizer(word).input_ids for word in task.words]
-    sums, _ = word_loglikelihoods(runner, prompts, words)
-    alone, _ = word_loglikelihoods(runner, [tokenizer("?").input_ids], words)
-    np.testing.assert_allclose(outcome.scores["sum"], sums)
-    np.testing.assert_allclose(outcome.scores["length"], sums / [1, 3])
-    np.testing.assert_allclose(outcome.scores["pmi"], sums - alone)
-    assert outcome.predicted("sum").tolist() == np.argmax(sums, axis=1).tolist()
-
-
 def test_results_of_a_task(params, model, prompts):
-    tokenizer, labels = toy_tokenizer(), np.array([0, 1, 1, 0, 1, 1, 0])
+    labels = np.array([0, 1, 1, 0, 1, 1, 0])
     task = dataclasses.replace(TOY, metric="matthews")
-    dense, other = (
-        zero_shot(runner_of(params, model, name), task, Prompts(tuple(prompts), 0), tokenizer)
-        for name in ("dense", "quota")
-    )
-    found = task_results(task, labels, dense, other, "pmi")
-    assert found["class_shares"] == {"false": 3 / 7, "true": 4 / 7}
-    assert found["dense"]["value"] == found["dense"]["ways"]["pmi"]["value"]
-    assert found["difference"]["value"] == pytest.approx(
-        found["quicksilver"]["value"] - found["dense"]["value"]
-    )
-    changed = dense.predicted("pmi") != other.predicted("pmi")
-    assert found["difference"]["changed"] == changed.sum()
-    assert 0 < found["quicksilver"]["saved"]["exact_flops_saved"] < 1
-    np.testing.assert_allclose(found["per_example"]["dense"]["sum"], dense.scores["sum"], atol=1e-6)
-    alone = task_results(task, labels, dense, None, "sum")
+    _, counts = states_of(params, model, prompts, "quota")
+    rng = np.random.default_rng(0)
+    dense, other = (Outcome(rng.normal(size=(7, 2)), counts) for _ in range(2))
+    results = task_results(task, labels, dense, other)
+    assert results["class_shares"] == {"false": 3 / 7, "true": 4 / 7}
+    for name, outcome in (("dense", dense), ("quicksilver", other)):
+        value = matthews(labels, outcome.scores_EC.argmax(-1))
+        assert results[name]["value"] == pytest.approx(value)
+        np.testing.assert_allclose(results["per_example"][name], outcome.scores_EC, atol=1e-6)
+    change = results["quicksilver"]["value"] - results["dense"]["value"]
+    assert results["difference"]["value"] == pytest.approx(change)
+    changed = dense.scores_EC.argmax(-1) != other.scores_EC.argmax(-1)
+    assert results["difference"]["changed"] == changed.sum()
+    assert 0 < results["quicksilver"]["saved"]["exact_flops_saved"] < 1
+    alone = task_results(task, labels, dense, None)
     assert "quicksilver" not in alone
     assert "difference" not in alone
 
@@ -233,7 +168,7 @@ def test_hugging_face_sequence_classifiers(tmp_path, prompts, kind, changes):
     assert loaded == model
     stored = Head.load(tmp_path / "ours")
     assert stored.labels == head.labels == tuple(hf.config.id2label.values())
-    states, counts = runner_of(params, model, "dense").last_states(prompts)
+    states, counts = states_of(params, model, prompts, "dense")
     ours = stored.logits(states)
     for prompt, row in zip(prompts, ours, strict=True):
         with torch.no_grad():
@@ -247,10 +182,10 @@ def test_a_head_on_states_under_the_mechanisms(params, model, prompts):
     rng = np.random.default_rng(1)
     head = Head(rng.normal(size=(2, 32)).astype(np.float32), np.float32([0, 1]), ("a", "b"))
     dense, quota = (
-        classification.with_head(runner_of(params, model, name), Prompts(tuple(prompts), 0), head)
+        with_head(params, config(model, name), prompts, head, batch_size=4)
         for name in ("dense", "quota")
     )
-    assert np.abs(dense.scores["head"] - quota.scores["head"]).max() > 1e-2
+    assert np.abs(dense.scores_EC - quota.scores_EC).max() > 1e-2
     # Projections and attention of every layer, and two classes: no vocabulary.
     linear = accounting.flops.linear_flops(model)
     keys = sum(n * (n + 1) // 2 for n in LENGTHS) * accounting.flops.key_flops(model)

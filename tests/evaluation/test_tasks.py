@@ -7,15 +7,10 @@ import math
 
 import numpy as np
 import pytest
-from qs_jax.evaluation.prompts import (
-    encode_examples,
-    pair_encoder,
-    prompt_encoder,
-    word_tokens,
-)
 
 from qs_jax.errors import InputError
 from qs_jax.evaluation import significance
+from qs_jax.evaluation.classification import encode_examples, encoder_of
 from qs_jax.evaluation.tasks import TASKS, Task, read_examples, split_examples
 from qs_jax.testing import toy_tokenizer
 
@@ -29,8 +24,7 @@ TOY = Task(
     passage="text",
     template="{text}|{question}?",
     labels=("false", "true"),
-    words=("a", "b"),
-    domain="?",
+    hub=("nobody/toy", "toy", "validation"),
 )
 
 
@@ -110,8 +104,6 @@ def test_bad_places(tmp_path):
     write(tmp_path / "rte.dev.jsonl", RTE)
     with pytest.raises(InputError, match=r"it has rte\.jsonl, rte\.dev\.jsonl"):
         read_examples(TASKS["rte"], str(tmp_path))
-    with pytest.raises(InputError, match="has no data set on the hub"):
-        read_examples(TOY, "hub")
     with pytest.raises(InputError, match="--limit must be at least 1"):
         read_examples(TASKS["rte"], str(tmp_path / "rte.jsonl"), limit=0)
 
@@ -164,51 +156,6 @@ def test_a_split_shares_no_passage(tmp_path):
         split_examples(TOY, whole, 1.0)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"template": "{text}?"}, "the template uses"),
-        ({"passage": "title"}, "passage 'title' is not one of"),
-        ({"words": ("a",)}, "2 labels need as many words, got 1"),
-        ({"labels": ("x", "x")}, "two different labels"),
-        ({"metric": "f1"}, "metric must be one of"),
-        ({"domain": "!"}, "must end with '!'"),
-        (
-            {"labels": ("x", "y", "z"), "words": tuple("abc"), "metric": "matthews"},
-            "for two classes",
-        ),
-    ],
-)
-def test_a_task_must_make_sense(changes, message):
-    with pytest.raises(InputError, match=message):
-        dataclasses.replace(TOY, **changes)
-
-
-def test_label_words():
-    tokenizer = toy_tokenizer()
-    two = dataclasses.replace(TOY, words=("ab", "c"))
-    assert word_tokens(two, tokenizer) == (tokenizer("ab").input_ids, tokenizer("c").input_ids)
-    for words, message in (
-        (("a", ""), "label 'true' tokenises to nothing"),
-        (("a", "a"), "tokenises as that of 'false' does"),
-        (("\u00e4", "\u00f6"), "tokenises as that of 'false' does"),  # both unknown
-    ):
-        with pytest.raises(InputError, match=message):
-            word_tokens(dataclasses.replace(TOY, words=words), tokenizer)
-
-
-def test_a_word_that_merges_with_the_prompt(tmp_path):
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    vocab = {"?": 0, "a": 1, "b": 2, "?a": 3}
-    merging = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.BPE(vocab, [("?", "a")])), unk_token="b"
-    )
-    with pytest.raises(InputError, match="'a' of label 'false' merges with the end of the prompt"):
-        word_tokens(TOY, merging)
-
-
 def test_the_end_of_a_long_passage_is_cut(tmp_path):
     rows = [
         {"text": "short", "question": "why", "label": 0},
@@ -216,24 +163,23 @@ def test_the_end_of_a_long_passage_is_cut(tmp_path):
     ]
     examples = read_examples(TOY, str(write(tmp_path / "toy.jsonl", rows)))
     tokenizer = toy_tokenizer()
-    encode = prompt_encoder(TOY, tokenizer)
-    found = encode_examples(TOY, examples, encode, 12)
-    assert found.truncated == 1
-    texts = [tokenizer.decode(row) for row in found.rows]
-    assert texts == ["short|why?", "abcdefg|who?"]
-    assert encode_examples(TOY, examples, encode, 99).truncated == 0
-    with pytest.raises(InputError, match="5 tokens without its text, and there is room for 4"):
+    encode = encoder_of(TOY, tokenizer, bare=False)
+    encoded, cut = encode_examples(TOY, examples, encode, 12)
+    assert cut == 1
+    assert [tokenizer.decode(row) for row in encoded] == ["short|why?", "abcdefg|who?"]
+    assert encode_examples(TOY, examples, encode, 99)[1] == 0
+    with pytest.raises(InputError, match=r"example 0 has 5 tokens, .* room for 1 to 4"):
         encode_examples(TOY, examples, encode, 4)
-    pairs = encode_examples(TOY, examples, pair_encoder(TOY, tokenizer), 99)
-    assert tokenizer.decode(pairs.rows[0]) == "shortwhy"
+    pairs, _ = encode_examples(TOY, examples, encoder_of(TOY, tokenizer, bare=True), 99)
+    assert tokenizer.decode(pairs[0]) == "shortwhy"
 
     # Counts may jump: one more character can be two more tokens.
     def jumping(fields):
         kept = len(fields["text"])
         return [0] * (kept + kept % 2)
 
-    cut = encode_examples(TOY, examples, jumping, 9)
-    assert [len(row) for row in cut.rows] == [6, 8]
+    cut_rows, _ = encode_examples(TOY, examples, jumping, 9)
+    assert [len(row) for row in cut_rows] == [6, 8]
 
 
 def test_metrics_against_scikit_learn():

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from qs_jax.config import HaltingConfig, KVSkipConfig, QuickSilverConfig
 from qs_jax.errors import ConfigError, InputError
 from qs_jax.evaluation import tasks
 from qs_jax.evaluation.heads import Head
-from tests.evaluation.test_tasks import TOY, toy_rows, write
+from tests.evaluation.test_tasks import RTE, TOY, toy_rows, write
 
 SETTINGS = QuickSilverConfig(
     halting=HaltingConfig(rule="quota", layers=(1,), quota=(0.5,), entropy=None),
@@ -36,69 +38,77 @@ def ckpt(tiny_checkpoint):
 def run(ckpt, tmp_path, monkeypatch):
     """Runs the command on 24 rows of a toy task; returns the results."""
     monkeypatch.setattr(console, "detect_legacy_windows", lambda: False)
-    monkeypatch.setitem(tasks.TASKS, "toy", dataclasses.replace(TOY, files=("toy",)))
-    monkeypatch.setattr(
-        presets, "by_name", lambda name, model: SETTINGS if name == "mine" else presets.off(model)
-    )
+    monkeypatch.setitem(tasks.TASKS, "toy", TOY)
+    mine = str(presets.save(tmp_path / "mine.json", SETTINGS))
     write(tmp_path / "toy.jsonl", toy_rows(24))
+    write(tmp_path / "rte.jsonl", RTE * 4)
 
     def run(**options):
-        given = {"tasks": ("toy",), "data": str(tmp_path), "preset": "mine", "batch_size": 8}
-        command = Tasks(ckpt=ckpt, out=tmp_path / "out.json", **(given | options))
-        command.run()
+        given = {"tasks": ("toy",), "data": str(tmp_path), "preset": mine, "batch_size": 8}
+        given |= {"head": "linear"} | options
+        Tasks(ckpt=ckpt, out=tmp_path / "out.json", **given).run()
         return json.loads((tmp_path / "out.json").read_text())
 
     return run
 
 
-def test_the_file_and_the_table(run, capsys):
-    results = run()
-    task, config = results["tasks"]["toy"], results["config"]
-    assert task["examples"] == 24
-    assert task["metric"] == "accuracy"
-    assert task["words"] == {"a": [67], "b": [68]}
-    assert task["template"] == TOY.template
-    assert task["data"]["name"] == "toy.jsonl"
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_without_training_through_the_harness(run, ckpt, capsys):
+    """Its prompt and its words, on our rows; the values are those of the logits."""
+    pytest.importorskip("lm_eval", reason="comes with the extra lm-eval")
+    results = run(tasks=("rte",), head="none")
+    task, config = results["tasks"]["rte"], results["config"]
+    assert (task["examples"], task["data"]["name"], task["metric"]) == (8, "rte.jsonl", "accuracy")
     assert config["protocol"] == "continuation"
     assert config["quicksilver"] == SETTINGS.to_dict()
-    assert config["normalize"] == "sum"
     assert results["simulated"] is True
-    scores = np.array(task["per_example"]["quicksilver"]["sum"])
-    right = scores.argmax(1) == task["per_example"]["label"]
-    assert task["quicksilver"]["value"] == pytest.approx(right.mean())
+    assert task["dense"]["value"] == pytest.approx(task["metrics"]["acc,none"])
+    tokenizer, (params, model) = qs_jax.load_tokenizer(ckpt), qs_jax.load(ckpt, dtype="auto")
+    pair = RTE[0]["premise"], RTE[0]["hypothesis"]
+    prompt = tokenizer("{}\nQuestion: {} True or False?\nAnswer:".format(*pair)).input_ids
+    for word, value in zip((" True", " False"), task["per_example"]["dense"][0], strict=True):
+        ids = prompt + tokenizer(word, add_special_tokens=False).input_ids
+        out = qs_jax.score(params, [ids], qs_jax.Config(model))
+        assert out.logprobs[0, len(prompt) :].sum() == pytest.approx(value, abs=1e-3)
     assert 0 < task["quicksilver"]["saved"]["exact_flops_saved"] < 1
-    shown = capsys.readouterr()
-    assert f"{task['dense']['value']:.3f}" in shown.out
-    assert "McNemar" in shown.out
-    assert "toy, dense" in shown.err
-    assert "toy, preset" in shown.err
-    with pytest.raises(InputError, match="--overwrite"):
-        run()
-    again = run(devices="3", normalize="pmi", overwrite=True)
-    np.testing.assert_allclose(
-        again["tasks"]["toy"]["per_example"]["quicksilver"]["sum"], scores, atol=2e-5
-    )
-    assert again["tasks"]["toy"]["dense"]["value"] == task["dense"]["ways"]["pmi"]["value"]
+    shown = capsys.readouterr().out
+    assert f"{task['dense']['value']:.3f}" in shown
+    assert "McNemar" in shown
+
+
+def test_without_the_harness(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    for name in ("harness", "lm_eval_adapter"):
+        monkeypatch.delitem(sys.modules, f"qs_jax.evaluation.{name}", raising=False)
+    with pytest.raises(InputError, match=re.escape("pip install 'qs-jax[lm-eval]'")):
+        run(head="none")
 
 
 def test_the_dense_model_alone(run, capsys):
-    results = run(preset="off", limit=9)
+    results = run(preset="off", limit=20)
     assert results["simulated"] is False
-    assert results["tasks"]["toy"]["examples"] == 9
+    assert results["tasks"]["toy"]["data"]["used"] < 20
     assert "quicksilver" not in results["tasks"]["toy"]
     assert "McNemar" not in capsys.readouterr().out
 
 
-def test_a_fitted_head(run):
-    """The last digit's parity is the class: a linear head on the states finds what words do not."""
-    results = run(head="linear", l2=0.01)
+def test_a_fitted_head(run, capsys):
+    results = run(l2=0.01)
     task = results["tasks"]["toy"]
-    assert task["examples"] + task["data"]["train_examples"] == 24
+    assert task["examples"] + task["train"]["used"] == 24
     assert task["fit"]["gradient_norm"] < 1e-3
-    assert results["config"]["normalize"] is None
-    assert set(task["dense"]["ways"]) == {"head"}
-    other = run(head="linear", l2=0.01, fit_on="preset", overwrite=True)["tasks"]["toy"]
-    assert other["data"]["train_sha256"] == task["data"]["train_sha256"]
+    told = capsys.readouterr().err
+    assert "toy, dense" in told
+    assert "toy, preset" in told
+    with pytest.raises(InputError, match="--overwrite"):
+        run()
+    again = run(l2=0.01, devices="3", overwrite=True)["tasks"]["toy"]
+    for name, scores in task["per_example"].items():
+        np.testing.assert_allclose(again["per_example"][name], scores, atol=1e-3)
+    other = run(l2=0.01, fit_on="preset", overwrite=True)["tasks"]["toy"]
+    assert other["train"] == task["train"]
     assert other["per_example"]["dense"] != task["per_example"]["dense"]
 
 
@@ -110,7 +120,7 @@ def test_a_stored_head(run, ckpt, tmp_path):
     head.save(tmp_path / "head")
     task = run(head=str(tmp_path / "head"))["tasks"]["toy"]
     tokenizer, (params, model) = qs_jax.load_tokenizer(ckpt), qs_jax.load(ckpt)
-    for row, found in zip(toy_rows(24)[:2], task["per_example"]["dense"]["head"], strict=False):
+    for row, found in zip(toy_rows(24)[:2], task["per_example"]["dense"], strict=False):
         ids = tokenizer(row["text"], row["question"]).input_ids
         out = qs_jax.score(params, [ids], qs_jax.Config(model), return_states=True)
         np.testing.assert_allclose(found, (weight @ out.states[0, -1])[::-1], atol=1e-4)
@@ -128,7 +138,7 @@ def test_a_stored_head(run, ckpt, tmp_path):
         ({"limit": 0}, "--limit must be at least 1"),
         ({"batch_size": 0}, "--batch-size must be at least 1"),
         ({"devices": "9"}, "devices must be 'all' or between 1 and 4"),
-        ({"head": "linear", "train_share": 2.0}, "--train-share"),
+        ({"train_share": 2.0}, "--train-share"),
     ],
 )
 def test_mistakes(run, tmp_path, options, message):
@@ -142,20 +152,15 @@ def test_one_file_is_one_task(run, tmp_path):
         run(tasks=("toy", "rte"), data=str(tmp_path / "toy.jsonl"))
 
 
-def test_the_tables_of_the_docs(run, tmp_path):
-    """Each marker of the page gets the numbers of the file."""
-    found = run()
-    made = {"python": "3", "packages": {"jax": "1"}, "processor": "x", "cores": 1, "commit": "y"}
-    content = {"zero-shot": found, "linear head": found, "environment": made}
+def test_the_tables_of_the_docs(run, tmp_path, monkeypatch):
+    measured = run()
+    content = dict.fromkeys(benchmark.HEADS.values(), measured)
     (tmp_path / "tables.json").write_text(json.dumps(content))
     page = tmp_path / "page.md"
     page.write_text((Path(benchmark.__file__).parents[1] / "docs" / "tasks.md").read_text())
-    flags = ["--tables-only", "--out", str(tmp_path / "tables.json"), "--docs", str(page)]
-    benchmark.main(flags)
-    text, task = page.read_text(), found["tasks"]["toy"]
-    assert "Not measured yet" not in text
-    assert text.count("| toy | 24 |") == 2
+    monkeypatch.setattr(benchmark, "_PAGE", page)
+    benchmark.main(["--tables-only", "--out", str(tmp_path / "tables.json")])
+    text, task = page.read_text(), measured["tasks"]["toy"]
+    assert text.count("| toy ") == 2
     low, high = task["dense"]["interval"]
-    assert f"| {task['dense']['value']:.3f} ({low:.3f} to {high:.3f}) |" in text
-    assert "| task | metric | sum | length | pmi |" in text
-    assert "toy.jsonl" in text
+    assert f" {task['dense']['value']:.3f} ({low:.3f} to {high:.3f}) " in text
