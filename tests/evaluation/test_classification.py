@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 import scipy.optimize
@@ -13,7 +12,6 @@ from convert.classifier import convert_classifier
 from convert.errors import ConversionError
 from qs_jax import accounting
 from qs_jax.config import Config, HaltingConfig, KVSkipConfig, QuickSilverConfig
-from qs_jax.engine.devices import replicate
 from qs_jax.errors import CheckpointError, InputError
 from qs_jax.evaluation.classification import Outcome, last_states, task_results, with_head
 from qs_jax.evaluation.heads import Head, fit_head
@@ -84,21 +82,6 @@ def test_savings_by_hand(params, model):
     stopped = round(0.5 * (len(prompt) - QUOTA.recent_tokens))
     expected = 2 * stopped / (3 * len(prompt))
     assert accounting.summary(counts)["layer_tokens_saved"] == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(
-    "count", [3, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
-)
-def test_any_number_of_devices(params, model, prompts, count):
-    """Batches of four and three rows; neither divides by three devices and the last by none."""
-    devices = jax.local_devices()[:count]
-    assert len(devices) == count
-    alone, counts = states_of(params, model, prompts, "quota")
-    placed = replicate(params, devices)
-    split, same = states_of(placed, model, prompts, "quota", devices=devices)
-    np.testing.assert_allclose(split, alone, atol=1e-5)
-    for name in ("layer_tokens", "exact_flops", "kv_written"):
-        assert same["prefill"][name] == counts["prefill"][name]
 
 
 def test_results_of_a_task(params, model, prompts):

@@ -134,6 +134,7 @@ def test_a_stored_head(run, ckpt, tmp_path):
     [
         ({"tasks": ("toy", "squad")}, "--tasks squad: the tasks are mnli"),
         ({"tasks": ()}, "the tasks are mnli"),
+        ({"tasks": ("toy", "rte"), "data": __file__}, "for several tasks give their folder"),
         ({"data": "nothing.jsonl"}, "no such file"),
         ({"limit": 0}, "--limit must be at least 1"),
         ({"batch_size": 0}, "--batch-size must be at least 1"),
@@ -145,11 +146,6 @@ def test_mistakes(run, tmp_path, options, message):
     with pytest.raises((InputError, ConfigError), match=message):
         run(**options)
     assert not (tmp_path / "out.json").exists()
-
-
-def test_one_file_is_one_task(run, tmp_path):
-    with pytest.raises(InputError, match="for several tasks give their folder"):
-        run(tasks=("toy", "rte"), data=str(tmp_path / "toy.jsonl"))
 
 
 def test_the_tables_of_the_docs(run, tmp_path, monkeypatch):
