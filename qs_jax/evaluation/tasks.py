@@ -32,8 +32,9 @@ class Task:
       passage: The field that is cut where an example is too long.
       template: Prompt, with {field} for each field.
       labels: Names of the classes, in the order of the data set's own numbers.
-      hub: Repository, configuration and split on the Hugging Face Hub.
       metric: "accuracy"; or "matthews", for two classes.
+      hub: Its repository on the Hugging Face Hub; the configuration has the task's name.
+      split: On the hub.
       files: What a local file may be called, before `.jsonl` or `.dev.jsonl`; by default `name`.
     """
 
@@ -42,8 +43,9 @@ class Task:
     passage: str
     template: str
     labels: tuple[str, ...]
-    hub: tuple[str, str, str]
     metric: str = "accuracy"
+    hub: str = "nyu-mll/glue"
+    split: str = "validation"
     files: tuple[str, ...] = ()
 
     def prompt(self, fields: Mapping[str, str]) -> str:
@@ -103,7 +105,6 @@ class Examples:
 _PAIR = (("premise", "sentence1"), ("hypothesis", "sentence2"))
 _SENTENCE = (("sentence",),)
 _ENTAILED = ("entailment", "not_entailment")
-_GLUE = "nyu-mll/glue"
 
 TASKS = {
     task.name: task
@@ -114,7 +115,7 @@ TASKS = {
             passage="premise",
             template="{premise}\nQuestion: {hypothesis} True, False or Neither?\nAnswer:",
             labels=("entailment", "neutral", "contradiction"),
-            hub=(_GLUE, "mnli", "validation_matched"),
+            split="validation_matched",
             files=("mnli_matched", "mnli"),
         ),
         Task(
@@ -124,7 +125,6 @@ TASKS = {
             template="{question}\n{sentence}\nQuestion: Does this response answer the question?\n"
             "Answer:",
             labels=_ENTAILED,
-            hub=(_GLUE, "qnli", "validation"),
         ),
         Task(
             name="sst2",
@@ -132,7 +132,6 @@ TASKS = {
             passage="sentence",
             template="{sentence}\nQuestion: Is this sentence positive or negative?\nAnswer:",
             labels=("negative", "positive"),
-            hub=(_GLUE, "sst2", "validation"),
         ),
         Task(
             name="cola",
@@ -140,7 +139,6 @@ TASKS = {
             passage="sentence",
             template="{sentence}\nQuestion: Does this sentence make sense?\nAnswer:",
             labels=("unacceptable", "acceptable"),
-            hub=(_GLUE, "cola", "validation"),
             metric="matthews",
         ),
         Task(
@@ -149,7 +147,6 @@ TASKS = {
             passage="premise",
             template="{premise}\nQuestion: {hypothesis} True or False?\nAnswer:",
             labels=_ENTAILED,
-            hub=(_GLUE, "rte", "validation"),
         ),
         Task(
             name="boolq",
@@ -157,7 +154,7 @@ TASKS = {
             passage="passage",
             template="{passage}\nQuestion: {question}?\nAnswer:",
             labels=("false", "true"),
-            hub=("aps/super_glue", "boolq", "validation"),
+            hub="aps/super_glue",
         ),
     )
 }
@@ -229,9 +226,8 @@ def split_examples(
 
 
 def _from_hub(task: Task) -> tuple[str, Iterable[tuple[str, Any]]]:
-    repo, config, split = task.hub
-    name = f"{repo}/{config} ({split})"
-    rows = hub_rows(repo, config, split, list)
+    name = f"{task.hub}/{task.name} ({task.split})"
+    rows = hub_rows(task.hub, task.name, task.split, list)
     return name, ((f"{name}, row {number}", row) for number, row in enumerate(rows))
 
 

@@ -24,7 +24,6 @@ TOY = Task(
     passage="text",
     template="{text}|{question}?",
     labels=("false", "true"),
-    hub=("nobody/toy", "toy", "validation"),
 )
 
 
@@ -120,11 +119,11 @@ def test_rows_of_the_hub_go_through_datasets(tmp_path, monkeypatch):
         "---\nconfigs:\n- config_name: rte\n  data_files:\n  - split: validation\n"
         "    path: rows.jsonl\n---\n"
     )
-    task = dataclasses.replace(TASKS["rte"], hub=(str(tmp_path / "glue"), "rte", "validation"))
+    task = dataclasses.replace(TASKS["rte"], hub=str(tmp_path / "glue"))
     found = read_examples(task, "hub")
     assert found.labels.tolist() == [0, 1]
     assert found.items[0].fields == {k: RTE[0][k] for k in ("premise", "hypothesis")}
-    absent = dataclasses.replace(task, hub=(str(tmp_path / "glue"), "rte", "test"))
+    absent = dataclasses.replace(task, split="test")
     with pytest.raises(InputError, match="could not be read from the Hugging Face Hub"):
         read_examples(absent, "hub")
 
