@@ -24,8 +24,8 @@ import tyro
 import qs_jax
 from examples.text import LIGHTHOUSE
 from qs_jax import calibration, presets
-from qs_jax.cli import TextStream, encode_prompt
 from qs_jax.errors import InputError, QuickSilverError
+from qs_jax.text import TextStream, encode_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

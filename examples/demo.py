@@ -15,9 +15,10 @@ from rich.table import Table
 import qs_jax
 from examples.text import LIGHTHOUSE
 from qs_jax import accounting, presets
-from qs_jax.cli import TextStream, encode_prompt
+from qs_jax.compilation_cache import enable_compilation_cache
 from qs_jax.mechanisms.kv_maps import sizes_of
 from qs_jax.models import Params, count_params, param_bytes
+from qs_jax.text import TextStream, encode_prompt
 from qs_jax.timing import Stopwatch
 
 PROMPTS = (
@@ -45,6 +46,7 @@ class Arguments:
 def main(argv: list[str] | None = None) -> None:
     """Load, answer the two prompts, print the table."""
     args = tyro.cli(Arguments, prog="python -m examples.demo", args=argv)
+    enable_compilation_cache()
     console = Console(highlight=False)
     with console.status("loading the checkpoint ..."):
         params, model = qs_jax.load(args.ckpt)

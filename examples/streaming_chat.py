@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import tyro
 
 import qs_jax
-from qs_jax.cli import TextStream
 from qs_jax.errors import InputError
+from qs_jax.text import TextStream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import sys
 
+from qs_jax.compilation_cache import enable_compilation_cache
 from qs_jax.errors import QuickSilverError
 
 
 def main() -> int:
     """Register the model and hand over; returns the exit code."""
+    enable_compilation_cache()
     try:
         import qs_jax.evaluation.lm_eval_adapter  # noqa: F401  # registers the model
 

@@ -7,21 +7,30 @@ from types import TracebackType
 
 import jax
 
+_BACKEND = "/jax/core/compile/backend_compile_duration"
 _COMPILE_EVENTS = (
     "/jax/core/compile/jaxpr_trace_duration",
     "/jax/core/compile/jaxpr_to_mlir_module_duration",
-    "/jax/core/compile/backend_compile_duration",
+    _BACKEND,
 )
-_compiled = 0.0
+# Seconds spent, programs needed, and those of them that the compilation cache had.
+_seconds, _programs, _cached = 0.0, 0, 0
 
 
-def _listen(event: str, duration_secs: float, **_: str | int) -> None:
-    global _compiled
+def _add_seconds(event: str, duration_secs: float, **_: str | int) -> None:
+    global _seconds, _programs
     if event in _COMPILE_EVENTS:
-        _compiled += duration_secs
+        _seconds += duration_secs
+        _programs += event == _BACKEND
 
 
-jax.monitoring.register_event_duration_secs_listener(_listen)
+def _count_hit(event: str, **_: str | int) -> None:
+    global _cached
+    _cached += event == "/jax/compilation_cache/cache_hits"
+
+
+jax.monitoring.register_event_duration_secs_listener(_add_seconds)
+jax.monitoring.register_event_listener(_count_hit)
 
 
 class Stopwatch:
@@ -30,17 +39,20 @@ class Stopwatch:
     The block must wait for its results, as any that copies them to the host does.
 
     Attributes:
-      compile: Seconds JAX spent tracing, lowering and compiling in the block (its own events; a
-        function traced inside another counts twice, a matter of milliseconds).
+      compile: Seconds JAX spent tracing, lowering and compiling in the block, or reading programs
+        from the compilation cache (its own events; a function traced inside another counts twice,
+        a matter of milliseconds).
       run: The remaining seconds.
+      compiled: Programs compiled.
+      cached: Programs read from the compilation cache.
     """
 
     def __init__(self) -> None:
-        self.compile = 0.0
-        self.run = 0.0
+        self.compile = self.run = 0.0
+        self.compiled = self.cached = 0
 
     def __enter__(self) -> Stopwatch:
-        self._began, self._compiled = time.perf_counter(), _compiled
+        self._before = (time.perf_counter(), _seconds, _programs, _cached)
         return self
 
     def __exit__(
@@ -49,6 +61,9 @@ class Stopwatch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        compiled = _compiled - self._compiled
-        self.compile += compiled
-        self.run += max(time.perf_counter() - self._began - compiled, 0.0)
+        began, seconds, programs, cached = self._before
+        compiling, hits = _seconds - seconds, _cached - cached
+        self.compile += compiling
+        self.cached += hits
+        self.compiled += _programs - programs - hits
+        self.run += max(time.perf_counter() - began - compiling, 0.0)

@@ -5,7 +5,7 @@ import pytest
 
 import qs_jax
 from convert import flax_to_hf
-from qs_jax.cli import encode_prompt
+from qs_jax.text import encode_prompt
 
 pytestmark = pytest.mark.xdist_group("embedded")
 

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
+import tyro
 
+from qs_jax.calibration import Calibration, amq_grid, save, search
+from qs_jax.calibration.families import halting_layers
+from qs_jax.commands.options import FileOptions, print_table
+from qs_jax.config import Config
+from qs_jax.engine.fit_maps import fit_kv_maps
 from qs_jax.errors import InputError
+from qs_jax.evaluation.journal import write_json
+from qs_jax.evaluation.perplexity import read_windows
+from qs_jax.mechanisms.kv_maps import FEATURES, PROMPT_FEATURES, KVMaps, feature_count
+from qs_jax.models import Params
+from qs_jax.report import read_front
+from qs_jax.report.figures_files import pareto_front
 
-if TYPE_CHECKING:
-    from qs_jax.calibration import Calibration
-    from qs_jax.config import Config, ModelConfig
-    from qs_jax.models import Params
 
-
-@dataclasses.dataclass
-class Calibrate:
+@dataclasses.dataclass(kw_only=True)
+class Calibrate(FileOptions):
     """Find the preset that saves most within a quality budget, and check it on other text."""
 
-    ckpt: Path
-    """Folder written by convert.hf_to_flax."""
+    preset: tyro.conf.Suppress[str] = "off"
     data: str
     """wikitext-103, c4, or a file: .jsonl, .jsonl.gz, .json.gz (field "text"), or plain text."""
     max_ppl_increase: float
@@ -71,96 +77,71 @@ class Calibrate:
     """Also score the paper's grid of entropy thresholds for bits (E.9), into OUT's .amq.json."""
     timed_runs: int = 3
     """Runs of the winner and of the dense model, in turn, for the measured time; 0 for none."""
-    dtype: Literal["auto", "float32", "bfloat16"] | None = "auto"
-    """Convert parameters while loading; auto takes the faster on this device, None keeps them."""
-    overwrite: bool = False
-    """Replace --out."""
 
     def run(self) -> None:
         """Check, search, write, report."""
-        from qs_jax import Config, load, load_tokenizer
-        from qs_jax.calibration import save, search
-        from qs_jax.evaluation.perplexity import read_windows
-
-        if self.out.exists() and not self.overwrite:
-            raise InputError(f"{self.out} exists: name another --out, or pass --overwrite.")
-        if not self.out.parent.is_dir():
-            raise InputError(f"there is no folder {self.out.parent} to write {self.out.name} to.")
-        for name in ("windows", "verify_windows"):
-            if getattr(self, name) < 2:
-                flag = name.replace("_", "-")
-                raise InputError(f"--{flag} must be at least 2: one has no spread to bound.")
-        if self.fit_windows < 0:
-            raise InputError(f"--fit-windows must not be negative, got {self.fit_windows}.")
+        self.check_out()
+        self._check_counts()
         needed = self.windows + self.verify_windows
-        tokenizer = load_tokenizer(self.ckpt)
+        tokenizer = self.load_tokenizer()
         text, cut = read_windows(self.data, tokenizer, self.seq_len, needed + self.fit_windows)
-        tokens_WT = cut.tokens_WT
-        if cut.tokens_in_text < self.seq_len:
+        whole = min(len(cut.tokens_WT), cut.tokens_in_text // self.seq_len)
+        if whole < needed + self.fit_windows:
             raise InputError(
-                f"{text.name} has {cut.tokens_in_text} tokens, less than one window of "
-                f"{self.seq_len}: give more text, or lower --seq-len."
+                f"{text.name} has {whole} windows of {self.seq_len} tokens; {self.windows} to "
+                f"search on, {self.verify_windows} to verify on and {self.fit_windows} for the "
+                "maps were asked for: give more text, or lower --seq-len."
             )
-        if len(tokens_WT) < needed + self.fit_windows:
-            raise InputError(
-                f"{text.name} has {len(tokens_WT)} windows of {self.seq_len} tokens; "
-                f"{self.windows} to search on, {self.verify_windows} to verify on and "
-                f"{self.fit_windows} for the maps were asked for."
-            )
-        others = {}
+        also = {}
         for path in self.also:
             other, more = read_windows(str(path), tokenizer, self.seq_len, self.verify_windows)
-            others[other.name] = more.tokens_WT
-        params, model = load(self.ckpt, dtype=self.dtype)
-        cfg = Config(
-            model=model, protocol=self.protocol, continuation_tokens=self.continuation_tokens
-        )
-        params = self._with_maps(params, tokens_WT[needed:], model, text.name, tokenizer)
+            also[other.name] = more.tokens_WT
+        cfg = self.config(continuation_tokens=self.continuation_tokens)
+        params = self._with_maps(cut.tokens_WT[needed:], cfg, text.name, tokenizer)
+        names = "max_ppl_increase objective confidence policies layers max_evaluations candidates"
+        names += " batch_size timed_runs"
         found = search(
             params,
-            tokens_WT[:needed],
+            cut.tokens_WT[:needed],
             cfg,
-            max_ppl_increase=self.max_ppl_increase,
-            objective=self.objective,
-            confidence=self.confidence,
             verify_share=self.verify_windows / needed,
-            also=others,
-            policies=self.policies,
-            layers=self.layers,
-            max_evaluations=self.max_evaluations,
-            candidates=self.candidates,
-            batch_size=self.batch_size,
+            also=also,
             data=text.name,
-            timed_runs=self.timed_runs,
             progress=True,
+            **{name: getattr(self, name) for name in names.split()},
         )
-        files = save(found, self.out, model)
+        files = [*save(found, self.out, cfg.model), *self._draw_front()]
         if self.amq_grid:
-            files.append(self._amq_grid(params, tokens_WT[: self.windows], cfg))
-        self._report(found, files)
+            files.append(self._amq_grid(params, cut.tokens_WT[: self.windows], cfg))
+        self._print(found, files)
+
+    def _check_counts(self) -> None:
+        for name, least in (("windows", 2), ("verify_windows", 2), ("fit_windows", 0)):
+            if (count := getattr(self, name)) < least:
+                flag = name.replace("_", "-")
+                raise InputError(f"--{flag} must be at least {least}, got {count}.")
+
+    def _draw_front(self) -> list[Path]:
+        """The Pareto front beside the preset, where matplotlib is installed."""
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            return []
+        front = read_front(self.out.with_name(f"{self.out.stem}.search.json"))
+        path = self.out.with_name(f"{self.out.stem}.front.png")
+        pareto_front(front).savefig(path, dpi=150)
+        return [path]
 
     def _amq_grid(self, params: Params, tokens_WT: Any, cfg: Config) -> Path:
-        from qs_jax.calibration import amq_grid
-        from qs_jax.evaluation.journal import write_json
-
         points = amq_grid(params, tokens_WT, cfg, batch_size=self.batch_size, progress=True)
         path = self.out.with_name(f"{self.out.stem}.amq.json")
         write_json(path, {"points": [dataclasses.asdict(point) for point in points]})
         return path
 
-    def _with_maps(
-        self, params: Params, fitting_WT: Any, model: ModelConfig, data: str, tokenizer: Any
-    ) -> Params:
-        from qs_jax import fit_kv_maps
-        from qs_jax.calibration.families import halting_layers
-        from qs_jax.evaluation.perplexity import read_windows
-        from qs_jax.mechanisms.kv_maps import FEATURES, PROMPT_FEATURES, KVMaps, feature_count
-
-        if self.kv_maps is not None:
-            return {**params, "kv_maps": KVMaps.load(self.kv_maps)}
-        if not self.fit_windows:
-            return params
-        layers = self.layers or halting_layers(model)
+    def _with_maps(self, fitting_WT: Any, cfg: Config, data: str, tokenizer: Any) -> Params:
+        """The parameters, with maps read from a file or fitted on windows of --data and more."""
+        if self.kv_maps is not None or not self.fit_windows:
+            return self.load(self.kv_maps and KVMaps.load(self.kv_maps))
         for path in self.fit_data:
             text, more = read_windows(str(path), tokenizer, self.seq_len, None)
             fitting_WT = np.concatenate([fitting_WT, more.tokens_WT])
@@ -169,51 +150,40 @@ class Calibrate:
         if features is None:
             only = () if self.protocol == "continuation" else PROMPT_FEATURES
             features = tuple(name for name in FEATURES if name not in only)
+        params = self.load()
         maps = fit_kv_maps(
             params,
             fitting_WT,
-            layers,
-            model,
+            self.layers or halting_layers(cfg.model),
+            cfg.model,
             features=features,
             batch_size=4 * self.batch_size,  # sums of products as large as these are slow to add up
-            rank=self.rank if 0 < self.rank < feature_count(features, model) else None,
+            rank=self.rank if 0 < self.rank < feature_count(features, cfg.model) else None,
             data=data,
             progress=True,
         )
         return {**params, "kv_maps": maps}
 
-    def _report(self, found: Calibration, files: list[Path]) -> None:
-        """Print what was found on the verification windows."""
-        from rich.console import Console
-        from rich.table import Table
-
-        console = Console()
-        table = Table(title="candidates on the verification windows")
-        for name in (
-            "KV policy",
-            "perplexity",
-            "upper bound",
-            "exact FLOPs",
-            "paper FLOPs",
-            "kept",
-        ):
-            table.add_column(name, justify="left" if name == "KV policy" else "right")
-        for entry in found.verified:
-            bound = entry["upper_bound"]
-            table.add_row(
+    def _print(self, found: Calibration, files: list[Path]) -> None:
+        """Print what was measured on the verification windows."""
+        columns = "KV policy, perplexity, upper bound, exact FLOPs, paper FLOPs, kept".split(", ")
+        rows = [
+            (
                 entry["family"],
                 f"{entry['ppl_increase']:+.3f}",
-                "none" if bound is None else f"{bound:+.3f}",
+                "none" if entry["upper_bound"] is None else f"{entry['upper_bound']:+.3f}",
                 f"{entry['exact_flops_saved']:.1%}",
                 f"{entry['paper_flops_saved']:.1%}",
                 "yes" if entry["within_budget"] else "no",
             )
-        if found.verified:
-            console.print(table)
+            for entry in found.verified
+        ]
+        if rows:
+            print_table("candidates on the verification windows", columns, rows)
         verified = found.preset.provenance["verified"]
         if found.preset.is_off:
-            console.print(verified["reason"])
+            print(verified["reason"])
         elif verified["measured_time_saved"] is not None:
-            console.print(f"time saved here, measured: {verified['measured_time_saved']:.1%}")
+            print(f"time saved here, measured: {verified['measured_time_saved']:.1%}")
         for path in files:
-            print(f"wrote {path}")  # rich would break long paths
+            print(f"wrote {path}")

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from qs_jax import presets
+from qs_jax.config import Config
 from qs_jax.errors import InputError
-
-if TYPE_CHECKING:
-    from qs_jax.config import Config
-    from qs_jax.mechanisms.kv_maps import KVMaps
+from qs_jax.mechanisms.kv_maps import FILE_NAME, KVMaps, select
 
 
 def find_maps(
@@ -33,16 +31,10 @@ def find_maps(
       ConfigError: The maps are of other layers or another model.
       InputError: A file was given though the policy reads none.
     """
-    from qs_jax import presets
-    from qs_jax.mechanisms.kv_maps import FILE_NAME, KVMaps, select
-
     qs = cfg.quicksilver
     if qs is None or qs.kv_skip is None or qs.kv_skip.policy != "extrapolate":
         if given is not None:
-            raise InputError(
-                "--kv-maps is for presets whose kv_skip.policy is 'extrapolate'; this preset reads "
-                "none."
-            )
+            raise InputError("--kv-maps is for presets whose kv_skip.policy is 'extrapolate'.")
         return None, None
     assert qs.halting is not None
     assert qs.halting.layers is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool
@@ -12,6 +12,9 @@ from jaxtyping import Bool
 from qs_jax.config import Config
 from qs_jax.diagnostics.diagnosis import Diagnosis
 from qs_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +87,16 @@ class Suspect:
     attribution: float
     drift: float
 
+    def describe(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """The same with its text, in plain JSON types."""
+        return {
+            "id": self.token,
+            "text": tokenizer.decode([self.token]),
+            "flagged": self.count,
+            "attribution": self.attribution,
+            "drift_index": self.drift,
+        }
+
 
 def suggest_protect(
     diagnosis: Diagnosis, flags: Flags, cfg: Config, *, limit: int | None = 16
@@ -128,3 +141,43 @@ def protected(cfg: Config, suspects: Sequence[Suspect], about: dict[str, Any]) -
         cfg.quicksilver, protect_ids=tuple(sorted(ids)), provenance=provenance
     )
     return cfg.replace(quicksilver=quicksilver)
+
+
+def describe(
+    diagnosis: Diagnosis, flags: Flags, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """The first row of a text, token by token and layer by layer, in plain JSON types."""
+    record, ids = diagnosis.record, diagnosis.tokens[0]
+    raised = {"drift": flags.by_drift, "attribution": flags.by_attribution}
+    shown = {
+        "id": ids,
+        "layers_run": record.depth[0],
+        "representative": record.representative[0],
+        "bits": record.bits[:, 0].min(0),
+        "touched": diagnosis.touched[0],
+        "drift_index": diagnosis.token_drift[0],
+        "relative_index": diagnosis.relative_index[-1, 0],
+        "attribution": diagnosis.attribution[0],
+        "scored": diagnosis.mask[0],
+        "kl": diagnosis.kl[0],
+    }
+    tokens = [
+        {
+            "position": at,
+            "text": tokenizer.decode([int(ids[at])]),
+            **{name: values[at].item() for name, values in shown.items()},
+            "flagged_by": [name for name, flagged_BT in raised.items() if flagged_BT[0, at]],
+        }
+        for at in range(int(diagnosis.lengths[0]))
+    ]
+    return {
+        "summary": diagnosis.summary(),
+        "thresholds": {
+            "drift_index": flags.drift_threshold,
+            "attribution": flags.attribution_threshold,
+        },
+        "tokens": tokens,
+        "drift_index": diagnosis.drift_index[:, 0].astype(float).tolist(),
+        "relative_index": diagnosis.relative_index[:, 0].astype(float).tolist(),
+        "simulated": True,
+    }

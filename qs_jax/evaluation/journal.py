@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,13 +18,16 @@ from qs_jax.errors import InputError
 _SHOWN = 6
 
 
-def check_target(out: Path, *, resume: bool = False, overwrite: bool = False) -> None:
+def check_target(
+    out: Path, *, overwrite: bool = False, resume: bool | None = None, option: str = "--out"
+) -> None:
     """Refuse a target that cannot be written, or that exists and may not be replaced.
 
     Args:
       out: File to be written.
-      resume: The caller will continue a run, or find it complete.
       overwrite: The caller may replace what exists.
+      resume: The caller will continue a run, or find it complete; None where it cannot.
+      option: What names the target.
 
     Raises:
       InputError: With what to do.
@@ -31,17 +35,17 @@ def check_target(out: Path, *, resume: bool = False, overwrite: bool = False) ->
     if resume and overwrite:
         raise InputError("--resume continues a run and --overwrite starts it anew: give one.")
     if out.is_dir():
-        raise InputError(f"--out {out} is a folder; name a file in it.")
+        raise InputError(f"{option} {out} is a folder; name a file in it.")
     if not out.parent.is_dir():
-        raise InputError(f"--out {out}: there is no folder {out.parent}.")
+        raise InputError(f"{option} {out}: there is no folder {out.parent}.")
     if resume or overwrite:
         return
+    advice = f"name another {option}, or pass --overwrite"
+    if resume is not None:
+        advice += " to start anew or --resume to go on where it stands"
     for path, state in ((out, "exists"), (partial_path(out), "is left from an unfinished run")):
         if path.exists():
-            raise InputError(
-                f"{path} {state}: pass --resume to go on where it stands, or --overwrite to start "
-                "anew. Nothing was changed."
-            )
+            raise InputError(f"{path} {state}: {advice}. Nothing was changed.")
 
 
 def partial_path(out: Path) -> Path:
@@ -120,6 +124,8 @@ class Journal:
         if self._file is not None:
             self._file.close()
             self._file = None
+        if kind is KeyboardInterrupt and self.entries:
+            print(f"finished batches are in {self.path}; --resume goes on", file=sys.stderr)
 
     def append(self, entry: dict[str, Any]) -> None:
         """Add a finished batch; it is on disk when this returns."""

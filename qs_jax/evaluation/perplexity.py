@@ -9,13 +9,15 @@ import importlib.metadata
 import math
 import platform
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Float, Int
+from tqdm import tqdm
 
 from qs_jax import accounting
 from qs_jax.config import Config
@@ -23,6 +25,8 @@ from qs_jax.engine.devices import replicate
 from qs_jax.engine.scoring import score
 from qs_jax.errors import InputError
 from qs_jax.evaluation.datasets import Text, read_text
+from qs_jax.evaluation.journal import Journal
+from qs_jax.evaluation.processes import Processes
 from qs_jax.mechanisms.kv_maps import sizes_of
 from qs_jax.models import Params
 
@@ -167,6 +171,72 @@ def score_windows(
             "tokens": out.mask.sum(axis=1).tolist(),
             "counts": counts,
         }
+
+
+class Evaluation(NamedTuple):
+    """What `evaluate` measured.
+
+    Attributes:
+      results: Of `results`.
+      tokens_per_second: In this process, of the batches after the first, which compiles; None
+        without any.
+    """
+
+    results: dict[str, Any]
+    tokens_per_second: float | None
+
+
+def evaluate(
+    params: Params,
+    windows: Windows,
+    cfg: Config,
+    *,
+    batch_size: int = 8,
+    devices: Sequence[jax.Device] | None = None,
+    journal: Journal | None = None,
+    processes: Processes | None = None,
+    progress: bool = False,
+) -> Evaluation:
+    """Perplexity of all windows, and what the mechanisms save.
+
+    Args:
+      params: From `qs_jax.load`.
+      windows: What to score.
+      cfg: Model, mechanisms and protocol.
+      batch_size: Windows at a time.
+      devices: Split each batch over these; None is the default device.
+      journal: Batches in it are not scored again, others are added as soon as they are scored.
+      processes: Which share of the batches is this process's; None is all of them.
+      progress: Show a bar with the perplexity so far.
+    """
+    processes = processes or Processes()
+    entries = [] if journal is None else journal.entries
+    append = entries.append if journal is None else journal.append
+    count, width = windows.tokens_WT.shape
+    share = processes.share(range(-(-count // batch_size)))
+    scored = score_windows(
+        params,
+        windows,
+        cfg,
+        batch_size=batch_size,
+        batches=share[len(entries) :],
+        devices=devices,
+    )
+    total = sum(min(batch_size, count - at * batch_size) for at in share)
+    done = sum(len(entry["tokens"]) for entry in entries)
+    began, timed = 0.0, 0
+    with tqdm(total=total, initial=done, unit="window", disable=not progress) as bar:
+        for entry in scored:
+            append(entry)
+            timed += len(entry["tokens"]) if began else 0
+            began = began or time.perf_counter()
+            perplexity = exp(mean_nll(entries)) or float("inf")
+            bar.set_postfix_str(f"perplexity {perplexity:.2f}", refresh=False)
+            bar.update(len(entry["tokens"]))
+    rate = timed * width / (time.perf_counter() - began) if timed else None
+    dense = cfg.quicksilver is None or cfg.quicksilver.is_off
+    measured = results(processes.gather(entries), engine=None if dense else cfg.engine)
+    return Evaluation(measured, rate)
 
 
 def per_window_nll(

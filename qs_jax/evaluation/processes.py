@@ -6,13 +6,11 @@ At the end the entries are exchanged, and process 0 writes what one process woul
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import json
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,7 +21,6 @@ from qs_jax.errors import ConfigError, InputError
 # A process that has been silent for so long is given up, and the others end with an error.
 HEARTBEAT_SECONDS = 20
 CONNECT_SECONDS = 60
-_WATCH = "import sys; sys.stdin.read() == 'done' or print(sys.argv[1], file=sys.stderr)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,34 +73,10 @@ class Processes:
         try:
             return np.asarray(multihost_utils.process_allgather(array))
         except (RuntimeError, ValueError) as error:  # a broken connection
-            raise InputError(self.lost) from error
-
-    @property
-    def lost(self) -> str:
-        """What to say when another process is gone."""
-        return (
-            f"process {self.index} of {self.count} ended without a result, most likely because "
-            f"another one was lost ({HEARTBEAT_SECONDS} seconds of silence; its own output says "
-            "why). Finished batches are kept: start all processes again with --resume."
-        )
-
-
-@contextlib.contextmanager
-def explained(processes: Processes) -> Iterator[None]:
-    """Say on standard error what happened if this process is ended from within.
-
-    JAX aborts every process, past all Python, when one of them falls silent. A watcher of a few
-    lines outlives that, and explains it.
-    """
-    if processes.count == 1:
-        yield
-        return
-    command = [sys.executable, "-c", _WATCH, f"error: {processes.lost}"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, text=True) as watcher:
-        try:
-            yield
-        finally:
-            watcher.communicate("done")
+            raise InputError(
+                f"process {self.index} of {self.count} found another one lost; its own output says "
+                "why. Finished batches are kept: start all processes again with --resume."
+            ) from error
 
 
 def connect(coordinator: str | None, count: int, index: int) -> Processes:
@@ -136,4 +109,10 @@ def connect(coordinator: str | None, count: int, index: int) -> Processes:
         raise ConfigError(
             f"process {index} of {count} could not join at {coordinator}: {error}"
         ) from error
+    # JAX ends every process, past all Python, when one of them falls silent: say it beforehand.
+    print(
+        f"process {index} of {count}; all end within {HEARTBEAT_SECONDS} seconds if one is lost: "
+        "then start all again with --resume, finished batches are kept",
+        file=sys.stderr,
+    )
     return Processes(index, count)

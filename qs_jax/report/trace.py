@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
+from tqdm import tqdm
 
 from qs_jax.config import Config, HaltingConfig, ModelConfig, QuickSilverConfig
 from qs_jax.engine import batching, decisions, layer, opening, tokenwise
@@ -87,6 +88,7 @@ def trace(
     prompt_length: int | None = None,
     all_combinations: bool = True,
     every_signal: bool = False,
+    progress: bool = False,
 ) -> Iterator[Run]:
     """Run a text under every combination of a preset's mechanisms, the dense model first.
 
@@ -102,6 +104,7 @@ def trace(
       all_combinations: False runs the dense model and the whole preset only.
       every_signal: Compute logit-lens entropies of every layer for every combination, not for the
         dense model and the whole preset only: the lens costs several times the forward pass.
+      progress: Show a progress bar.
 
     Yields:
       A run for each of `combinations`.
@@ -124,7 +127,7 @@ def trace(
     host: Any = (*padded, ends_B)  # NumPy arrays until the program takes them
     prompt = tokenwise.Prompt(*host, overrides=None)
     chosen = combinations(qs, all_combinations)
-    for letters in chosen:
+    for letters in tqdm(chosen, unit="run", disable=not progress):
         names = signal_names(qs)
         if not (every_signal or letters in (chosen[0], chosen[-1])):
             kinds: dict[str, Any] = dict(

@@ -71,20 +71,12 @@ def test_the_page_holds_what_score_finds(command, ckpt, tmp_path, capsys):
         ({"text": "x" * 500}, "positions"),
         ({"continuation_tokens": 99}, "no prompt before its last 99"),
         ({"preset": ()}, "names nothing"),
-        ({"preset": ("nosuch",)}, "unknown preset"),
     ],
 )
 def test_mistakes_are_named(command, changes, told):
     with pytest.raises((InputError, qs_jax.errors.ConfigError), match=told):
         dataclasses.replace(command, **changes).run()
     assert not command.out.exists()
-
-
-def test_a_page_is_not_replaced_unasked(command):
-    command.out.write_text("mine")
-    with pytest.raises(InputError, match="--overwrite"):
-        command.run()
-    assert command.out.read_text() == "mine"
 
 
 def test_a_missing_extra_is_named_before_anything_runs(command, monkeypatch, tmp_path):

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from convert.gguf_tokenizer import build_tokenizer
-from qs_jax.detokenize import Detokenizer
+from qs_jax.text import Detokenizer
 from tests.convert.gguf_files import byte_level_tokenizer, sentencepiece_tokenizer
 
 TEXT = st.text(st.sampled_from("the thé 12 \n😀عx"), max_size=30)

@@ -1,0 +1,52 @@
+"""`python -m qs_jax generate`: a prompt continued."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+from qs_jax.commands.options import RunOptions
+from qs_jax.text import TextStream, encode_prompt
+
+
+@dataclasses.dataclass(kw_only=True)
+class Generate(RunOptions):
+    """Continue a prompt, printing tokens as they come."""
+
+    prompt: str
+    """Text to continue; - reads it from standard input."""
+    max_new_tokens: int = 64
+    """Longest continuation, in tokens."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_k: int | None = None
+    """Sample among the k most likely tokens."""
+    top_p: float | None = None
+    """Sample among the smallest set holding this probability."""
+    repetition_penalty: float = 1.0
+    """Above 1 discourages tokens already present."""
+    seed: int = 0
+    """Of the sampler."""
+    chat: bool = False
+    """Put the prompt into the model's chat template, as the user's message."""
+    system: str | None = None
+    """System message of the chat template."""
+    quiet: bool = False
+    """Print the continuation only: no prompt, no timings."""
+
+    def run(self) -> None:
+        """Load, generate, report."""
+        prompt = sys.stdin.read() if self.prompt == "-" else self.prompt
+        tokenizer = self.load_tokenizer()
+        ids = encode_prompt(tokenizer, prompt, chat=self.chat, system=self.system)
+        names = "max_new_tokens temperature top_k top_p repetition_penalty seed".split()
+        cfg = self.config(**{name: getattr(self, name) for name in names})
+        maps, _ = self.find_maps(cfg)
+        stream = TextStream(self.load(maps), tokenizer, ids, cfg)
+        if not self.quiet and not self.chat:
+            print(prompt, end="", flush=True)
+        for text in stream.texts:
+            print(text, end="", flush=True)
+        print()
+        if not self.quiet:
+            print(stream.summary(), file=sys.stderr)

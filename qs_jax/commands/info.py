@@ -1,0 +1,27 @@
+"""`python -m qs_jax info`: what a converted checkpoint holds."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from qs_jax.checkpoint import read_manifest
+from qs_jax.commands.options import print_table
+
+
+@dataclasses.dataclass
+class Info:
+    """Say what a converted checkpoint holds."""
+
+    ckpt: Path
+    """Folder written by convert.hf_to_flax."""
+
+    def run(self) -> None:
+        """Print the manifest as a table."""
+        manifest = read_manifest(self.ckpt)
+        rows = {
+            "source": manifest["source"],
+            "parameters": f"{manifest['num_params']:,}",
+            "bytes on disk": f"{manifest['params']['bytes']:,}",
+        }
+        print_table(str(self.ckpt), (), (rows | manifest["model"]).items())

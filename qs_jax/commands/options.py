@@ -1,0 +1,176 @@
+"""Options that commands share, and what they do with them."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qs_jax import presets
+from qs_jax.checkpoint import choose_dtype, load, load_tokenizer, read_manifest
+from qs_jax.commands.maps import find_maps
+from qs_jax.config import Config, ModelConfig
+from qs_jax.engine.devices import local_devices
+from qs_jax.errors import InputError
+from qs_jax.evaluation import journal, perplexity
+from qs_jax.evaluation.datasets import read_text
+from qs_jax.mechanisms.kv_maps import KVMaps
+from qs_jax.models import Params
+
+
+@dataclasses.dataclass(kw_only=True)
+class RunOptions:
+    """A checkpoint under a preset: what every command that runs a model takes."""
+
+    ckpt: Path
+    """Folder written by convert.hf_to_flax."""
+    preset: str = "off"
+    """Mechanisms to run: off (dense), paper, balanced, aggressive, another name, or FILE.json."""
+    protocol: Literal["teacher-forced", "continuation"] | None = None
+    """Mechanisms act on every token, or on a prompt only; where a text is scored, every position
+    is, or what follows the prompt. By default every token, unless the preset needs a prompt."""
+    kv_maps: Path | None = None
+    """Maps of the "extrapolate" policy; by default those beside the preset's file, or
+    kv_maps.safetensors in the checkpoint folder."""
+    dtype: Literal["auto", "float32", "bfloat16"] | None = "auto"
+    """Convert parameters while loading; auto takes the faster on this device, None keeps them."""
+    compilation_cache: str | None = None
+    """Folder that keeps compiled programs for the next start, or off; by default $QS_JAX_CACHE, or
+    qs-jax/xla in the user's cache folder."""
+
+    def config(self, preset: str | None = None, **settings: Any) -> Config:
+        """The call under a preset, by default that of --preset; the weights are not read."""
+        model = ModelConfig.from_dict(read_manifest(self.ckpt)["model"])
+        model = model.replace(dtype=choose_dtype(self.dtype, model))
+        quicksilver = presets.by_name(preset or self.preset, model)
+        return Config(model, quicksilver, protocol=self.protocol, **settings)
+
+    def find_maps(self, cfg: Config, preset: str | None = None) -> tuple[KVMaps | None, str | None]:
+        """Maps of a preset and their file's SHA-256; None twice where it reads none."""
+        return find_maps(cfg, self.ckpt, self.kv_maps, preset or self.preset)
+
+    def load(self, maps: KVMaps | None = None) -> Params:
+        """The parameters, with the maps that a call reads."""
+        params, _ = load(self.ckpt, dtype=self.dtype)
+        return params if maps is None else {**params, "kv_maps": maps}
+
+    def load_tokenizer(self) -> Any:
+        """The checkpoint's tokenizer."""
+        return load_tokenizer(self.ckpt)
+
+    def settings(self, cfg: Config, **others: Any) -> dict[str, Any]:
+        """For a results file: what decides the numbers; paths go by their last name."""
+        assert cfg.quicksilver is not None
+        return others | {
+            "backend": jax.default_backend(),
+            "dtype": cfg.model.dtype,
+            "engine": cfg.engine,
+            "preset": Path(self.preset).name,
+            "protocol": cfg.effective_protocol,
+            "quicksilver": cfg.quicksilver.to_dict(),
+        }
+
+    def origin(self, cfg: Config) -> dict[str, Any]:
+        """For a results file: the model, and the code that ran it."""
+        manifest = read_manifest(self.ckpt)
+        model = {"source": manifest["source"], "config": cfg.model.to_dict()}
+        model["fingerprint"] = manifest["params"]
+        return {"model": model, "versions": perplexity.versions(), "git": perplexity.git_hash()}
+
+
+@dataclasses.dataclass(kw_only=True)
+class FileOptions(RunOptions):
+    """A run whose result is a file."""
+
+    out: Path
+    """Results, as JSON."""
+    overwrite: bool = False
+    """Replace what exists."""
+
+    def check_out(self) -> None:
+        """Refuse --out, before anything is computed, if it exists or cannot be written."""
+        journal.check_target(self.out, overwrite=self.overwrite)
+
+
+@dataclasses.dataclass(kw_only=True)
+class ScoringOptions(FileOptions):
+    """A run that scores many rows."""
+
+    engine: Literal["masked", "compact"] = "masked"
+    """masked computes everything and selects: savings are simulated. compact makes the same
+    decisions and computes active tokens only; AMQ in presets runs where int8 is faster, or not."""
+    batch_size: int = 8
+    """Rows scored at a time."""
+    devices: str = "1"
+    """Local devices that share each batch: a number, or all."""
+
+    def local_devices(self) -> tuple[jax.Device, ...] | None:
+        """The devices to share batches; None for one.
+
+        Raises:
+          ConfigError: There are not so many.
+          InputError: --batch-size is below 1.
+        """
+        if self.batch_size < 1:
+            raise InputError(f"--batch-size must be at least 1, got {self.batch_size}.")
+        devices = local_devices(self.devices)
+        return devices if len(devices) > 1 else None
+
+
+@dataclasses.dataclass(kw_only=True)
+class TextOptions(FileOptions):
+    """A run over one text."""
+
+    text: str | None = None
+    """The text itself, or the name of a file that holds it; - reads standard input."""
+    continuation_tokens: int | None = None
+    """Under continuation: the last tokens, which are scored; by default a quarter of the text, 128
+    at most."""
+    limit_tokens: int | None = None
+    """Take the first tokens of the text only."""
+
+    def encode_text(self, tokenizer: Any) -> tuple[list[int], int]:
+        """Tokens of the text within the limit, and how many there are beyond it.
+
+        Raises:
+          InputError: There are fewer than two.
+        """
+        if self.limit_tokens is not None and self.limit_tokens < 2:
+            raise InputError(f"--limit-tokens must be at least 2, got {self.limit_tokens}.")
+        text = sys.stdin.read() if self.text == "-" else self.text or ""
+        if self.text != "-" and _is_file(text):
+            text = read_text(text).text
+        ids = list(tokenizer(text, verbose=False).input_ids)
+        if len(ids) < 2:
+            raise InputError(f"the text has {len(ids)} token(s); there is nothing to predict.")
+        return ids[: self.limit_tokens], max(len(ids) - (self.limit_tokens or len(ids)), 0)
+
+    def scored_tokens(self, tokens: int) -> int:
+        """How many of a text's last tokens are scored under continuation."""
+        if self.continuation_tokens is not None:
+            return self.continuation_tokens
+        return max(1, min(128, tokens // 4))
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # no name at all: too long, or with a null character
+        return False
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Print rows under their columns, the first to the left and all others to the right."""
+    table = Table(title=title, show_header=bool(columns))
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="right" if index else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    Console(highlight=False).print(table)
