@@ -80,7 +80,7 @@ class Evaluate(ScoringOptions):
                 processes=processes,
                 progress=True,
             )
-            counts = {"characters": len(text.text), "joined": text.joined}
+            counts = {"characters": len(text.text), "documents": text.documents}
             counts |= {"tokens": windows.tokens_in_text, "tokens_left_over": windows.left_over}
             if processes.index == 0:
                 journal.write_json(self.out, found.results | {"text": counts} | identity)

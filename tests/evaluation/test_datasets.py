@@ -3,6 +3,8 @@
 import gzip
 import hashlib
 import json
+import subprocess
+import sys
 import types
 
 import datasets
@@ -12,6 +14,7 @@ from qs_jax.errors import InputError
 from qs_jax.evaluation import perplexity
 from qs_jax.evaluation.datasets import read_text
 from qs_jax.evaluation.perplexity import cut_windows
+from tests.convert.folders import llama_tensors, write_folder
 
 DOCUMENTS = ["one document", "another, a little longer", "the third", "and the last of them"]
 
@@ -42,7 +45,7 @@ def test_wikitext_is_joined_as_the_hugging_face_recipe_does(hub):
     assert hub == [("Salesforce/wikitext", "wikitext-103-raw-v1", "validation", False)]
     assert (text.name, text.text, text.complete) == ("wikitext-103", "\n\n".join(DOCUMENTS), True)
     assert text.sha256 == hashlib.sha256(text.text.encode()).hexdigest()
-    assert text.joined == "4 rows joined by a blank line"
+    assert text.documents == 4
 
 
 @pytest.mark.parametrize(("limit", "count"), [(1, 1), (12, 1), (13, 2), (1000, 4)])
@@ -50,7 +53,7 @@ def test_c4_takes_as_many_documents_as_it_takes(hub, limit, count):
     text = read_text("c4", limit)
     assert hub == [("allenai/c4", "en", "validation", True)]
     assert text.text == "\n\n".join(DOCUMENTS[:count])
-    assert text.joined == f"first {count} documents joined by a blank line"
+    assert text.documents == count
     assert text.complete is (count == 4)
 
 
@@ -69,6 +72,30 @@ def test_c4_is_taken_again_when_the_guess_was_too_short(hub, monkeypatch):
 def test_c4_needs_a_limit(hub):
     assert "--limit-windows" in refused("c4")
     assert hub == []
+
+
+def test_without_the_extra_names_are_refused_and_everything_else_works(tmp_path):
+    """In a process in which `datasets` cannot be imported."""
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog")
+    write_folder(tmp_path / "hf", llama_tensors()[0])
+    script = f"""
+import sys
+sys.modules["datasets"] = None
+from pathlib import Path
+import qs_jax
+from convert.hf_to_flax import convert
+from qs_jax.evaluation import evaluate, read_text, read_windows
+convert({str(tmp_path / "hf")!r}, Path({str(tmp_path / "ckpt")!r}))
+params, model = qs_jax.load({str(tmp_path / "ckpt")!r})
+tokenizer = qs_jax.load_tokenizer({str(tmp_path / "ckpt")!r})
+_, windows = read_windows({str(tmp_path / "text.txt")!r}, tokenizer, 16)
+assert evaluate(params, windows, qs_jax.Config(model)).results["windows"] == 2
+read_text("wikitext-103")
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "InputError: Salesforce/wikitext is read with datasets: pip install" in done.stderr
+    assert "'qs-jax[data]'" in done.stderr
 
 
 def broken(*args, **options):
@@ -109,7 +136,7 @@ def test_lines_of_json(tmp_path, name):
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
     text = read_text(str(tmp_path / name))
     assert text.text == "\n\n".join([*DOCUMENTS, "\u2028"])
-    assert text.joined.startswith("5 lines")
+    assert text.documents == 5
 
 
 BAD_FILES = {

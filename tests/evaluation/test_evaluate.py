@@ -125,7 +125,7 @@ def test_the_file_says_what_was_run(ckpt, run, tmp_path):
     assert got["windows"] == 5
     assert got["text"] == {
         "characters": 221,
-        "joined": "one file as it stands",
+        "documents": 1,
         "tokens": 221,
         "tokens_left_over": 5,
     }
