@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
 
 import jax
 
@@ -55,12 +54,7 @@ class Stopwatch:
         self._before = (time.perf_counter(), _seconds, _programs, _cached)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         began, seconds, programs, cached = self._before
         compiling, hits = _seconds - seconds, _cached - cached
         self.compile += compiling

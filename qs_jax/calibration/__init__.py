@@ -2,7 +2,6 @@
 
 from qs_jax.calibration.bits import BitsPoint, amq_grid
 from qs_jax.calibration.climb import Point
-from qs_jax.calibration.files import save
 from qs_jax.calibration.observe import Observed, observe
 from qs_jax.calibration.search import Calibration, calibrate, search
 
@@ -14,6 +13,5 @@ __all__ = [
     "amq_grid",
     "calibrate",
     "observe",
-    "save",
     "search",
 ]

@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,10 +27,11 @@ from qs_jax.calibration import paired, timing
 from qs_jax.calibration.climb import Point, Task, climb, params_for, pareto, spread, verify
 from qs_jax.calibration.families import Space, halting_layers
 from qs_jax.calibration.observe import Observed, observe
-from qs_jax.config import Config, QuickSilverConfig
+from qs_jax.config import Config, ModelConfig, QuickSilverConfig
 from qs_jax.engine import batching
 from qs_jax.engine.checks import check_params
 from qs_jax.errors import ConfigError, InputError
+from qs_jax.evaluation.journal import write_json
 from qs_jax.mechanisms.kv_maps import KVMaps
 from qs_jax.models import Params
 
@@ -59,6 +61,20 @@ class Calibration:
     def maps(self) -> KVMaps | None:
         """Maps the preset reads, to be saved beside it; None if it reads none."""
         return self.params.get("kv_maps")
+
+    def save(self, path: Path, model: ModelConfig) -> list[Path]:
+        """Write the preset as FILE.json and what belongs to it beside it.
+
+        FILE.search.json holds everything that was measured, FILE.kv_maps.safetensors the maps that
+        the preset reads, if it reads any.
+
+        Returns:
+          The files, the preset first.
+        """
+        searched = path.with_name(f"{path.stem}.search.json")
+        write_json(searched, self.to_dict())
+        files = [presets.save(path, self.preset, model), searched]
+        return files if self.maps is None else [*files, self.maps.save(presets.maps_path(path))]
 
     def to_dict(self) -> dict[str, Any]:
         """The whole search as plain JSON types."""

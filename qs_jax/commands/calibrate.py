@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
-from qs_jax.calibration import Calibration, amq_grid, save, search
+from qs_jax.calibration import Calibration, amq_grid, search
 from qs_jax.calibration.families import halting_layers
 from qs_jax.commands.options import FileOptions, print_table
 from qs_jax.config import Config
@@ -110,7 +110,7 @@ class Calibrate(FileOptions):
             progress=True,
             **{name: getattr(self, name) for name in names.split()},
         )
-        files = [*save(found, self.out, cfg.model), *self._draw_front()]
+        files = [*found.save(self.out, cfg.model), *self._draw_front()]
         if self.amq_grid:
             files.append(self._amq_grid(params, cut.tokens_WT[: self.windows], cfg))
         self._print(found, files)

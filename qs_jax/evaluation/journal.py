@@ -10,8 +10,9 @@ import json
 import os
 import sys
 from pathlib import Path
-from types import TracebackType
 from typing import Any
+
+from flax.traverse_util import flatten_dict
 
 from qs_jax.errors import InputError
 
@@ -115,15 +116,9 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._file is not None:
             self._file.close()
-            self._file = None
         if kind is KeyboardInterrupt and self.entries:
             print(f"finished batches are in {self.path}; --resume goes on", file=sys.stderr)
 
@@ -142,7 +137,8 @@ class Journal:
 
     def remove(self) -> None:
         """Delete the file, once the results are written."""
-        self.__exit__(None, None, None)
+        if self._file is not None:
+            self._file.close()
         self.path.unlink(missing_ok=True)
 
     def _read(self) -> int:
@@ -174,26 +170,16 @@ def _require_same(path: Path, there: dict[str, Any], here: dict[str, Any]) -> No
     Raises:
       InputError: Naming the fields that differ.
     """
-    old, new = _flat(there), _flat(json.loads(_line(here)))
+    old, new = (flatten_dict(each, sep=".") for each in (there, json.loads(_line(here))))
     names = [name for name in {**new, **old} if old.get(name) != new.get(name)]
     if not names:
         return
-    told = [f"{n} is {_short(old.get(n))}, now {_short(new.get(n))}" for n in names[:_SHOWN]]
-    told += [f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
+    changes = [f"{n} is {_short(old.get(n))}, now {_short(new.get(n))}" for n in names[:_SHOWN]]
+    changes += [f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
     raise InputError(
-        f"{path} is from another configuration: {'; '.join(told)}. Nothing was changed: give the "
+        f"{path} is from another configuration: {'; '.join(changes)}. Nothing was changed: give the "
         "same options, another --out, or --overwrite."
     )
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Leaves of nested dicts under dotted names."""
-    if not isinstance(value, dict):
-        return {prefix: value}
-    out: dict[str, Any] = {}
-    for key, entry in value.items():
-        out |= _flat(entry, f"{prefix}.{key}" if prefix else str(key))
-    return out
 
 
 def _short(value: Any) -> str:

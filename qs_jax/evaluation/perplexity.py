@@ -280,7 +280,6 @@ def results(entries: Sequence[dict[str, Any]], *, engine: str | None) -> dict[st
     counts = total_counts(entries)
     summary = accounting.summary(counts)
     nll = mean_nll(entries)
-    note = _NOTES[engine]
     return {
         "perplexity": exp(nll),
         "tokens_scored": int(tokens.sum()),
@@ -292,7 +291,7 @@ def results(entries: Sequence[dict[str, Any]], *, engine: str | None) -> dict[st
         "counts": counts,
         "summary": summary,
         "simulated": engine == "masked",
-        "note": note,
+        "note": _NOTES[engine],
     }
 
 

@@ -4,15 +4,42 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from qs_jax.config import ModelConfig
 from qs_jax.errors import InputError
+from qs_jax.evaluation.perplexity import SAVED
 from qs_jax.report.measures import counted_costs, fit_decay
 
 _ROW = ("name", "mechanisms", "kind", "ppl", "ppl_increase", "exact_flops_saved")
 _OPTIONAL = ("paper_flops_saved", "kv_bytes_saved", "seconds", "time_saved")
+_CONFIG = ("preset", "protocol", "data", "seq_len", "dtype", "engine")
+_MEASURED = ("perplexity", "perplexity_interval", "windows", "tokens_scored", "simulated", "note")
+_PARTS = ("prefill", "decode")
+_COUNTED = ("layer_tokens", "kv_written", "halted", "fused", "bits_2", "bits_4", "bits_8")
+
+
+@contextmanager
+def _refusing(path: Path, what: str) -> Iterator[None]:
+    """Say that a file is not what it should be, wherever reading it fails."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise InputError(f"{path} is not {what}: {reason}.") from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is not an object in JSON.")
+    return content
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -26,51 +53,27 @@ def read_results(path: Path) -> dict[str, Any]:
       InputError: It is no such file.
     """
     content = _json(path)
-    try:
+    with _refusing(path, "a results file of `python -m qs_jax evaluate`"):
         config, counts = content["config"], content["counts"]
         model = ModelConfig.from_dict(content["model"]["config"])
         # Under "continuation" the mechanisms act on the prompt.
-        part = "prefill" if config["protocol"] == "continuation" else None
-        layers = _per_layer(counts, part)
-        names = ("layer_tokens_saved", "exact_flops_saved", "paper_flops_saved", "kv_bytes_saved")
+        parts = _PARTS[:1] if config["protocol"] == "continuation" else _PARTS
+        each = [counts[name]["per_layer"] for name in parts]
+        layers = {
+            name: [sum(values) for values in zip(*(part[name] for part in each), strict=True)]
+            for name in _COUNTED
+        }
         return {
             "file": path.name,
-            "preset": config["preset"],
-            "protocol": config["protocol"],
-            "data": config["data"],
-            "seq_len": config["seq_len"],
-            "dtype": config["dtype"],
-            "engine": config["engine"],
-            "perplexity": content["perplexity"],
-            "perplexity_interval": content["perplexity_interval"],
-            "windows": content["windows"],
-            "tokens_scored": content["tokens_scored"],
-            "simulated": content["simulated"],
-            "note": content["note"],
-            **{name: content[name] for name in names},
+            **{name: config[name] for name in _CONFIG},
+            **{name: content[name] for name in (*_MEASURED, *SAVED)},
             "window_nll": content["per_window"]["nll"],
-            "tokens": sum(counts[name]["tokens"] for name in ([part] if part else _PARTS)),
+            "tokens": sum(counts[name]["tokens"] for name in parts),
             "per_layer": layers,
             "decay": dataclasses.asdict(fit_decay(layers["layer_tokens"])),
             "costs": {k: v for k, v in counted_costs(counts, model).items() if v},
             "dense_flops": float(sum(counts[name]["exact_flops_dense"] for name in _PARTS)),
         }
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{path} is not a results file of `python -m qs_jax evaluate`: {_told(error)}."
-        ) from error
-
-
-_PARTS = ("prefill", "decode")
-_COUNTED = ("layer_tokens", "kv_written", "halted", "fused", "bits_2", "bits_4", "bits_8")
-
-
-def _per_layer(counts: dict[str, Any], part: str | None) -> dict[str, list[int]]:
-    parts = [counts[name]["per_layer"] for name in ([part] if part else _PARTS)]
-    return {
-        name: [sum(values) for values in zip(*(each[name] for each in parts), strict=True)]
-        for name in _COUNTED
-    }
 
 
 def read_front(path: Path) -> dict[str, Any]:
@@ -84,37 +87,25 @@ def read_front(path: Path) -> dict[str, Any]:
       InputError: It is no such file.
     """
     content = _json(path)
-    try:
-        told = content["preset"]["provenance"]
-        objective = told["objective"]
+    with _refusing(path, "a search of `python -m qs_jax calibrate` (FILE.search.json)"):
+        provenance = content["preset"]["provenance"]
+        saved = f"{provenance['objective']}_saved"
         fields = ("family", "saving", "ppl_increase")
-        points = {
-            name: [{field: point[field] for field in fields} for point in content[name]]
-            for name in ("points", "front")
-        }
         verified = [
-            {
-                "family": point["family"],
-                "saving": point[f"{objective}_saved"],
-                "ppl_increase": point["ppl_increase"],
-                "upper_bound": point["upper_bound"],
-            }
+            {name: ({"saving": point[saved]} | point)[name] for name in (*fields, "upper_bound")}
             for point in content["verified"]
-            if point.get(f"{objective}_saved") is not None
+            if point.get(saved) is not None
         ]
-        return points | {
+        return {
             "file": path.name,
+            "points": [{name: point[name] for name in fields} for point in content["points"]],
+            "front": [{name: point[name] for name in fields} for point in content["front"]],
             "verified": verified,
-            "objective": objective,
-            "budget": told["max_ppl_increase"],
-            "data": told["calibrated_on"],
-            "protocol": told["protocol"],
+            "objective": provenance["objective"],
+            "budget": provenance["max_ppl_increase"],
+            "data": provenance["calibrated_on"],
+            "protocol": provenance["protocol"],
         }
-    except (KeyError, TypeError) as error:
-        raise InputError(
-            f"{path} is not a search of `python -m qs_jax calibrate` (FILE.search.json): "
-            f"{_told(error)}."
-        ) from error
 
 
 def read_ablation(path: Path) -> dict[str, Any]:
@@ -128,35 +119,17 @@ def read_ablation(path: Path) -> dict[str, Any]:
     """
     content = _json(path)
     groups: dict[str, list[dict[str, Any]]] = {}
-    try:
+    with _refusing(path, "a result of `python -m benchmarks.ablation`"):
         for row in content["rows"]:
             if row["kind"] not in ("isolated", "cumulative"):
                 continue
             named = [row[name] for name in ("settings", "data", "protocol") if row.get(name)]
-            kept: dict[str, Any] = {name: row[name] for name in ("kind", *_ROW)}
-            kept |= {name: row.get(name) for name in _OPTIONAL}
-            groups.setdefault(" · ".join(map(str, named)) or "all", []).append(kept)
-    except (KeyError, TypeError) as error:
-        raise InputError(
-            f"{path} is not a result of `python -m benchmarks.ablation`: {_told(error)}."
-        ) from error
+            shown = {name: row[name] for name in ("kind", *_ROW)}
+            shown |= {name: row.get(name) for name in _OPTIONAL}
+            groups.setdefault(" · ".join(map(str, named)) or "all", []).append(shown)
     if not groups:
         raise InputError(f"{path} has no row of kind isolated or cumulative.")
     return {
         "file": path.name,
         "groups": [{"name": name, "rows": rows} for name, rows in groups.items()],
     }
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is not an object in JSON.")
-    return content
-
-
-def _told(error: Exception) -> str:
-    return f"it has no {error}" if isinstance(error, KeyError) else str(error)

@@ -12,7 +12,6 @@ import qs_jax
 from convert.hf_to_flax import convert
 from qs_jax import cli, presets
 from qs_jax.calibration import climb, families, paired, search
-from qs_jax.calibration.files import maps_path
 from qs_jax.calibration.observe import observe
 from qs_jax.engine import scoring
 from qs_jax.testing import tiny_model, tiny_params
@@ -306,7 +305,7 @@ def test_it_writes_a_preset_that_evaluate_takes(ckpt, tmp_path, capsys):
     evaluate += ["--preset", str(tmp_path / "preset.json"), "--out", str(tmp_path / "out.json")]
     evaluate += ["--seq-len", "48", "--continuation-tokens", "8", "--limit-windows", "8"]
     assert cli.main(evaluate) == 0
-    assert maps_path(tmp_path / "preset.json").name == "preset.kv_maps.safetensors"
+    assert presets.maps_path(tmp_path / "preset.json").name == "preset.kv_maps.safetensors"
     _, model = qs_jax.load(ckpt)
     assert presets.load(tmp_path / "preset.json", model).halting is not None
     for field, value in (("num_layers", 2), ("hidden_size", 64), ("vocab_size", 50)):
