@@ -22,7 +22,7 @@ def enable_compilation_cache(folder: str | None = None) -> None:
     if folder == "off":
         jax.config.update("jax_enable_compilation_cache", False)
         return
-    if folder is None and jax.config.jax_compilation_cache_dir:
+    if folder is None and getattr(jax.config, "jax_compilation_cache_dir", None):
         return
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     path = Path(folder).expanduser() if folder else cache / "qs-jax" / "xla"

@@ -177,8 +177,8 @@ def _require_same(path: Path, there: dict[str, Any], here: dict[str, Any]) -> No
     changes = [f"{n} is {_short(old.get(n))}, now {_short(new.get(n))}" for n in names[:_SHOWN]]
     changes += [f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
     raise InputError(
-        f"{path} is from another configuration: {'; '.join(changes)}. Nothing was changed: give the "
-        "same options, another --out, or --overwrite."
+        f"{path} is from another configuration: {'; '.join(changes)}. Nothing was changed: give "
+        "the same options, another --out, or --overwrite."
     )
 
 
