@@ -9,13 +9,11 @@ import numpy as np
 import pytest
 
 import qs_jax
-from convert.hf_to_flax import convert
 from qs_jax import cli, presets
 from qs_jax.calibration import climb, families, paired, search
 from qs_jax.calibration.observe import observe
 from qs_jax.engine import scoring
 from qs_jax.testing import tiny_model, tiny_params
-from tests.convert.folders import llama_tensors, write_folder
 
 WINDOWS, WIDTH, CONTINUED = 12, 60, 12
 
@@ -275,11 +273,9 @@ def test_windows_must_fit(params, text, cfg):
         observe(params, text[:, :2], cfg.model)
 
 
-@pytest.fixture(scope="module")
-def ckpt(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("calibrate")
-    convert(str(write_folder(folder / "hf", llama_tensors()[0])), folder / "ckpt")
-    return folder / "ckpt"
+@pytest.fixture
+def ckpt(tiny_checkpoint):
+    return tiny_checkpoint
 
 
 def command(ckpt, folder, characters, *flags):

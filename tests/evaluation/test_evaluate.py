@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,12 +13,10 @@ import pytest
 import scipy.special
 
 import qs_jax
-from convert.hf_to_flax import convert
 from qs_jax import cli, presets
 from qs_jax.config import HaltingConfig, KVSkipConfig, QuickSilverConfig
 from qs_jax.evaluation import journal, perplexity
 from qs_jax.mechanisms.kv_maps import KVMaps
-from tests.convert.folders import llama_tensors, write_folder
 
 # Nine windows of 24 and 5 tokens over; batches of 4, 4 and 1.
 TEXT = ("the quick brown fox jumps over the lazy dog; " * 5)[:221]
@@ -28,10 +27,9 @@ TOP += ["summary", "simulated", "note", "text", "config", "model", "versions", "
 
 
 @pytest.fixture(scope="module")
-def ckpt(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("evaluate")
-    convert(str(write_folder(folder / "hf", llama_tensors()[0])), folder / "ckpt")
-    return folder / "ckpt"
+def ckpt(tiny_checkpoint, tmp_path_factory):
+    """A copy: maps are put beside it."""
+    return shutil.copytree(tiny_checkpoint, tmp_path_factory.mktemp("evaluate") / "ckpt")
 
 
 @pytest.fixture
@@ -179,9 +177,10 @@ def test_killed_and_resumed_is_the_same_file(
 ):
     use_preset(quicksilver)
     assert run(out="whole.json") == 0
-    with monkeypatch.context() as patch:
-        kill_after(patch, 2)
-        assert run() == 130
+    for flags in ([], ["--resume"]):  # one batch each, then killed
+        with monkeypatch.context() as patch:
+            kill_after(patch, 1)
+            assert run(*flags) == 130
     assert "--resume goes on" in capsys.readouterr().err
     assert sorted(content(tmp_path)) == ["out.json.partial", "text.txt", "whole.json"]
     with (tmp_path / "out.json.partial").open("ab") as file:
@@ -191,16 +190,6 @@ def test_killed_and_resumed_is_the_same_file(
     assert len(calls) == 1
     assert (tmp_path / "out.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
     assert sorted(content(tmp_path)) == ["out.json", "text.txt", "whole.json"]
-
-
-def test_killed_twice(run, tmp_path, monkeypatch):
-    assert run("--batch-size", "2", out="whole.json") == 0
-    for batches in (1, 2):
-        with monkeypatch.context() as patch:
-            kill_after(patch, batches)
-            assert run("--batch-size", "2", "--resume") == 130
-    assert run("--batch-size", "2", "--resume") == 0
-    assert (tmp_path / "out.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
 
 
 def test_killed_before_the_results_were_written(run, tmp_path, monkeypatch):

@@ -11,19 +11,16 @@ import time
 import pytest
 
 import qs_jax
-from convert.hf_to_flax import convert
 from qs_jax.evaluation.processes import Processes, connect
-from tests.convert.folders import llama_tensors, write_folder
 
 TEXT = "the quick brown fox jumps over the lazy dog; " * 40
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes")
-    convert(str(write_folder(folder / "hf", llama_tensors()[0])), folder / "ckpt")
-    (folder / "text.txt").write_text(TEXT)
-    return folder
+@pytest.fixture
+def folder(tiny_checkpoint, tmp_path):
+    (tmp_path / "ckpt").symlink_to(tiny_checkpoint)
+    (tmp_path / "text.txt").write_text(TEXT)
+    return tmp_path
 
 
 def start(folder, out, port=None, index=0, *flags):
