@@ -19,8 +19,8 @@ import numpy as np
 import qs_jax
 from qs_jax import presets
 from qs_jax.config import Config, ModelConfig, QuickSilverConfig
-from tests.engine.contract import cases, model_of, params_of
-from tests.support import random_tokens
+from tests.engine.contract import CASES, model_of, params_of
+from tests.support import row_of
 
 FILE = Path(__file__).with_name("goldens.npz")
 EXACT = "active kv_written kv_held visible_keys bits fused depth representative weighed".split()
@@ -52,19 +52,19 @@ TEXTS = (
 Golden = dict[str, np.ndarray]
 
 
-def tiny_cases() -> dict[str, tuple[str, QuickSilverConfig, str]]:
-    """(family, configuration, protocol) of every case of the contract matrix."""
-    return {f"{name}-{protocol}": (kind, qs, protocol) for name, kind, qs, protocol in cases()}
-
-
-def tiny(kind: str, qs: QuickSilverConfig, protocol: str) -> Golden:
+def tiny(name: str) -> Golden:
     """Scores of two rows of random tokens on a tiny model, by the masked engine."""
+    kind, qs, protocol = CASES[name]
     with jax.enable_x64(True):
         model = model_of(kind, dtype="float64")
         cfg = Config(model, qs, protocol=protocol, engine="masked")
         given = {"prompt_lengths": PROMPTS} if protocol == "continuation" else {}
-        rows = [random_tokens(model, 1, width, seed=width)[0].tolist() for width in LENGTHS]
-        return _of(qs_jax.score(params_of(model), rows, cfg, **given))
+        return scores_of(qs_jax.score(params_of(model), tiny_rows(model), cfg, **given))
+
+
+def tiny_rows(model: ModelConfig) -> list[list[int]]:
+    """The rows of `tiny`."""
+    return [row_of(model, width) for width in LENGTHS]
 
 
 def embedded(params: Any, model: ModelConfig, tokens_BT: np.ndarray, name: str) -> Golden:
@@ -85,7 +85,7 @@ def _embedded(
     found: Golden = {}
     for engine in ("masked", "compact"):
         cfg = Config(model, qs, engine=engine, continuation_tokens=32)
-        scores = _of(qs_jax.score(params, tokens_BT, cfg))
+        scores = scores_of(qs_jax.score(params, tokens_BT, cfg))
         found |= {f"{engine}.{part}": array for part, array in scores.items()}
     cfg = Config(model, qs, max_new_tokens=NEW_TOKENS, eos_token_ids=())
     out = qs_jax.generate(params, tokens_BT[:, :128], cfg)
@@ -97,10 +97,13 @@ def embedded_tokens(tokenizer: Any) -> np.ndarray:
     return np.array([tokenizer(text).input_ids[:160] for text in TEXTS], np.int32)
 
 
-def _of(scores: qs_jax.ScoreOutput) -> Golden:
-    found = {"logprobs": scores.logprobs}
+def scores_of(scores: qs_jax.ScoreOutput, rows: slice = slice(None)) -> Golden:
+    """What a golden holds of some rows of a score."""
+    found = {"logprobs": scores.logprobs[rows]}
     if scores.record is not None:
-        found |= {name: getattr(scores.record, name) for name in (*EXACT, *MEASURED)}
+        arrays = {name: getattr(scores.record, name) for name in (*EXACT, *MEASURED)}
+        # Layers come first, but for what is said of a token once.
+        found |= {name: a[:, rows] if a.ndim == 3 else a[rows] for name, a in arrays.items()}
     return found
 
 
@@ -131,8 +134,8 @@ def _small(array: np.ndarray) -> np.ndarray:
 
 
 def _all(checkpoint: Path) -> Iterator[tuple[str, Callable[[], Golden]]]:
-    for name, case in tiny_cases().items():
-        yield name, lambda case=case: tiny(*case)
+    for name in CASES:
+        yield name, lambda name=name: tiny(name)
     params, model = qs_jax.load(checkpoint, dtype="float32")
     tokens_BT = embedded_tokens(qs_jax.load_tokenizer(checkpoint))
     for name in EMBEDDED:

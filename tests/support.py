@@ -125,3 +125,8 @@ def make_pair(case: str, folder: Path) -> Pair:
 
 def random_tokens(model: ModelConfig, batch: int = 2, width: int = 40, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(2, model.vocab_size, (batch, width), np.int32)
+
+
+def row_of(model: ModelConfig, width: int) -> list[int]:
+    """A row of random ids that is the same for every caller."""
+    return random_tokens(model, 1, width, seed=width)[0].tolist()

@@ -64,7 +64,7 @@ def tiny_params(model: ModelConfig, seed: int = 0, scale: float = 8.0) -> Params
       seed: Of the generator.
       scale: Factor on the embedding and head tables.
     """
-    params = init_params(model, jax.random.key(seed))
+    params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(seed))
     for part in ("embed", "head"):
         if part in params:
             params[part] = jax.tree.map(lambda leaf: leaf * scale, params[part])

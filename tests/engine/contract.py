@@ -1,9 +1,14 @@
 """Configurations every engine must hold the laws under: add a row, get all tests."""
 
 import dataclasses
+import functools
+
+import jax
+import pytest
 
 from qs_jax import presets
 from qs_jax.config import (
+    PROTOCOLS,
     AMQConfig,
     FusionConfig,
     HaltingConfig,
@@ -56,28 +61,18 @@ MATRIX = {
     "quota": settings(halting=QUOTA, kv_skip=KVSkipConfig("skip", delay=1), fusion=FUSE, amq=BITS),
 }
 
+PAIRS = tuple(f"{name}-" for name in MATRIX if len(name) == 2)
+
 
 def model_of(kind: str, **changes) -> ModelConfig:
     return tiny_model(kind, num_layers=LAYERS, **changes)
 
 
+@functools.cache
 def params_of(model: ModelConfig):
-    return tiny_params(model, scale=SCALE)
-
-
-def cases():
-    """(name, family, configuration, protocol) of the whole matrix and every preset."""
-    for name, qs in MATRIX.items():
-        for protocol in ("teacher-forced", "continuation"):
-            if protocol == "continuation" or qs.prompts_only is None:
-                yield f"{name}-llama", "llama", qs, protocol
-    for name in ("H", "HKFQ"):
-        yield f"{name}-gpt2", "gpt2", MATRIX[name], "teacher-forced"
-    yield "HKFQ-gpt2", "gpt2", MATRIX["HKFQ"], "continuation"
-    for name, qs in preset_settings().items():
-        for protocol in ("teacher-forced", "continuation"):
-            if protocol == "continuation" or qs.prompts_only is None:
-                yield f"preset-{name}", "llama", qs, protocol
+    """Not to be changed: tests share them."""
+    with jax.enable_x64(model.dtype == "float64"):
+        return tiny_params(model, scale=SCALE)
 
 
 def preset_settings() -> dict[str, QuickSilverConfig]:
@@ -100,3 +95,40 @@ def preset_settings() -> dict[str, QuickSilverConfig]:
         aggressive, fusion=dataclasses.replace(aggressive.fusion, tau_fuse=1.2)
     )
     return found
+
+
+def _cases():
+    for name, qs in MATRIX.items():
+        yield f"{name}-llama", "llama", qs
+    for name in ("H", "HKFQ"):
+        yield f"{name}-gpt2", "gpt2", MATRIX[name]
+    for name, qs in preset_settings().items():
+        yield f"preset-{name}", "llama", qs
+
+
+# (family, configuration, protocol) of the whole matrix and every preset, by name.
+CASES: dict[str, tuple[str, QuickSilverConfig, str]] = {
+    f"{name}-{protocol}": (kind, qs, protocol)
+    for name, kind, qs in _cases()
+    for protocol in PROTOCOLS
+    if protocol == "continuation" or qs.prompts_only is None
+}
+# Each mechanism, all of them and every preset; `make test-all` adds pairs and other protocols.
+BY_DEFAULT = {
+    name
+    for name, (_, _, protocol) in CASES.items()
+    if not name.startswith(PAIRS)
+    and (protocol == "teacher-forced" or name.startswith(("HKFQ-llama", "quota", "preset-")))
+    and name not in ("preset-paper-continuation", "preset-off-continuation")
+}
+
+
+def contract(by_default=BY_DEFAULT):
+    """Parameters of a test that holds for every case; those of one case run in one process."""
+    return [
+        pytest.param(
+            name,
+            marks=[pytest.mark.xdist_group(name)] + [pytest.mark.slow] * (name not in by_default),
+        )
+        for name in CASES
+    ]
