@@ -6,7 +6,6 @@ decides a comparison; the embedded model in float32, but in float64 where a pres
 state near the edge between two codes falls either side with the order of sums.
 """
 
-import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ import numpy as np
 import qs_jax
 from qs_jax import presets
 from qs_jax.config import Config, ModelConfig, QuickSilverConfig
-from tests.engine.contract import CASES, model_of, params_of
+from tests.engine.contract import CASES, executed, model_of, params_of
 from tests.support import row_of
 
 FILE = Path(__file__).with_name("goldens.npz")
@@ -72,11 +71,9 @@ def embedded(params: Any, model: ModelConfig, tokens_BT: np.ndarray, name: str) 
     qs = presets.by_name(name, model)
     if qs.amq is None:
         return _embedded(params, model, tokens_BT, qs)
-    if qs.amq.execution == "auto":  # which a timing would decide
-        qs = dataclasses.replace(qs, amq=dataclasses.replace(qs.amq, execution="int8"))
     with jax.enable_x64(True):
         params = jax.tree.map(lambda leaf: leaf.astype("float64"), params)
-        return _embedded(params, model.replace(dtype="float64"), tokens_BT, qs)
+        return _embedded(params, model.replace(dtype="float64"), tokens_BT, executed(qs))
 
 
 def _embedded(

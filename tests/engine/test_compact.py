@@ -22,30 +22,34 @@ from qs_jax.engine import (
 )
 from qs_jax.errors import ConfigError, InputError, InternalError
 from qs_jax.mechanisms.plan import bind
-from tests.engine.contract import MATRIX, cases, model_of, params_of, settings
+from tests.engine.contract import (
+    CASES,
+    MATRIX,
+    contract,
+    executed,
+    model_of,
+    params_of,
+    settings,
+)
 from tests.oracle.comparison import check
+from tests.oracle.settings import BOTH, acted
 from tests.oracle.settings import CASES as SETTINGS
-from tests.oracle.settings import acted
-from tests.support import OPTIMISED, random_tokens
+from tests.support import OPTIMISED, random_tokens, row_of
 
 LENGTHS, PROMPTS = (31, 17, 24), (22, 9, 15)
 COUNTED = "active kv_written kv_held visible_keys bits fused depth representative weighed".split()
-SHOWN = {
-    "extrapolate-llama-continuation",
-}
-# `make test-all` runs the others.
-DEFAULT = [case for case in cases() if case[0] == "HKFQ-llama" and case[3] == "continuation"]
 
 
 @pytest.fixture(autouse=True)
 def short_steps(monkeypatch):
-    """Capacities that fit rows as short as these."""
+    """Capacities that fit rows as short as these, and few of them: each is a body to compile."""
     monkeypatch.setattr(schedule, "SMALLEST_STEP", 8)
     monkeypatch.setattr(schedule, "GRANULE", 4)
+    monkeypatch.setattr(schedule, "STEPS", 2)
 
 
 def rows_of(model, lengths=LENGTHS):
-    return [random_tokens(model, 1, width, seed=width)[0].tolist() for width in lengths]
+    return [row_of(model, width) for width in lengths]
 
 
 def score(params, model, qs, protocol, rows=None, **fields):
@@ -73,13 +77,9 @@ def assert_same(ours, theirs, atol=1e-8):
         )
 
 
-def _shown(case):
-    default = "-".join(case.values[:3]) in SHOWN
-    return pytest.param(*case.values, id=case.id, marks=[] if default else [pytest.mark.slow])
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "kind", "protocol", "quicksilver"), [_shown(case) for case in SETTINGS]
+    ("name", "kind", "protocol", "quicksilver"), [case.values for case in SETTINGS]
 )
 def test_every_option_does_what_the_oracle_does(name, kind, protocol, quicksilver):
     features = ("state", "embedding") if kind == "llama" else ("state",)
@@ -88,24 +88,28 @@ def test_every_option_does_what_the_oracle_does(name, kind, protocol, quicksilve
     assert acted(out, quicksilver), name
 
 
-def test_the_shown_settings_exist():
-    assert {"-".join(case.values[:3]) for case in SETTINGS} >= SHOWN
+def test_extrapolated_keys_are_the_oracles():
+    out = check(
+        "llama",
+        BOTH["extrapolate"],
+        "continuation",
+        seed=3,
+        features=("state", "embedding"),
+        engine="compact",
+    )
+    assert acted(out, BOTH["extrapolate"])
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "qs", "protocol"),
-    [
-        pytest.param(
-            *case, id=f"{case[0]}-{case[3]}", marks=[pytest.mark.slow] * (case not in DEFAULT)
-        )
-        for case in cases()
-        if not case[2].is_off
-    ],
+    "name", contract({"HKFQ-llama-teacher-forced", "preset-aggressive-scaled-continuation"})
 )
-def test_same_decisions_and_logits_as_the_masked_engine(name, kind, qs, protocol):
+def test_same_decisions_and_logits_as_the_masked_engine(name):
+    kind, qs, protocol = CASES[name]
+    if qs.is_off:
+        pytest.skip("there are no decisions")
     with jax.enable_x64(True):
         model = model_of(kind, dtype="float64")
-        params = params_of(model)
+        params, qs = params_of(model), executed(qs)
         theirs = score(params, model, qs, protocol, engine="masked")
         assert theirs.record.simulated
         assert_same(score(params, model, qs, protocol, engine="compact"), theirs)
@@ -144,6 +148,7 @@ def test_layers_run_on_as_many_slots_as_tokens_compute(capacity, monkeypatch):
     assert_same(out, theirs, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_planned_capacity_of_everything_is_dynamic():
     model = model_of("llama")
     params, qs = params_of(model), MATRIX["HK"]
@@ -225,7 +230,9 @@ def test_a_capacity_that_is_too_small_is_an_error_not_a_loss(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "protocol"),
     [
-        ("HKFQ", "teacher-forced"),
+        pytest.param(
+            "HKFQ", "teacher-forced", marks=pytest.mark.xdist_group("HKFQ-llama-teacher-forced")
+        ),
         pytest.param("HKFQ", "continuation", marks=pytest.mark.slow),
         pytest.param("quota", "continuation", marks=pytest.mark.slow),
     ],
@@ -298,7 +305,7 @@ def test_the_program_lowers_for_cuda(capacity):
     assert ("stablehlo.case" in text) or capacity == "planned"
 
 
-@pytest.mark.parametrize("score", ["random", "drift"])
+@pytest.mark.parametrize("score", ["random", pytest.param("drift", marks=pytest.mark.slow)])
 def test_no_layer_copies_the_states(score):
     """Read off the compiled program of a prompt: what reads the states comes before they change.
 

@@ -1,6 +1,7 @@
 """The decode engine: the masked engine's tokens from compact caches and from fewer layers."""
 
 import dataclasses
+import functools
 import gc
 import re
 
@@ -23,8 +24,8 @@ from qs_jax.engine import decode, pack, token_loop, weights
 from qs_jax.engine import generate as engine
 from qs_jax.engine.cache import position_dtype
 from qs_jax.testing import tiny_model, tiny_params
-from tests.engine.contract import HALT, LAYERS, cases, model_of, params_of, settings
-from tests.support import OPTIMISED, random_tokens
+from tests.engine.contract import CASES, HALT, LAYERS, executed, model_of, params_of, settings
+from tests.support import OPTIMISED, random_tokens, row_of
 
 HALF = HaltingConfig(drift="relative", tau_drift=float("inf"), entropy=None, layers=(3,))
 
@@ -48,8 +49,7 @@ KEEPING = QuickSilverConfig(
     recent_tokens=0,
 )
 
-SETTINGS = {f"{name}-{protocol}": (kind, qs, protocol) for name, kind, qs, protocol in cases()}
-SETTINGS |= {
+SETTINGS = CASES | {
     "dense": ("gpt2", None, None),
     "skip": ("llama", settings(halting=HALT, kv_skip=KVSkipConfig("skip")), "teacher-forced"),
     "skip-delay-retain": ("gpt2", leaving(delay=1, retain_ids=(5, 8, 40)), "teacher-forced"),
@@ -62,12 +62,11 @@ SETTINGS |= {
         "teacher-forced",
     ),
 }
-SHOWN = ("skip",)
 ROWS = (9, 20, 4)
 
 
 def rows_of(model):
-    return [random_tokens(model, 1, width, seed=width)[0].tolist() for width in ROWS]
+    return [row_of(model, width) for width in ROWS]
 
 
 def config(name, **changes):
@@ -75,9 +74,8 @@ def config(name, **changes):
     model = model_of(kind)
     if qs is not None and qs.amq is not None:  # a code's edge may fall either side in float32
         model = model.replace(dtype="float64")
-        if qs.amq.execution == "auto":  # what an engine makes of that depends on the machine
-            qs = dataclasses.replace(qs, amq=dataclasses.replace(qs.amq, execution="int8"))
-    given = {"max_new_tokens": 8, "eos_token_ids": ()} | changes
+        qs = executed(qs)
+    given = {"max_new_tokens": 8, "eos_token_ids": (), "decode_weights": "stacked"} | changes
     return Config(model, qs, protocol=protocol, **given)
 
 
@@ -96,24 +94,29 @@ def assert_same(ours, theirs):
             np.testing.assert_array_equal(mine, other, field.name)
 
 
+KINDS = ("stacked", pytest.param("separate", marks=pytest.mark.slow))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in SHOWN else pytest.mark.slow) for n in SETTINGS]
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name != "skip")) for name in SETTINGS],
 )
-def test_the_masked_engine_and_this_one_agree(name):
+def test_the_masked_engine_and_this_one_agree(name, kind):
     cfg = config(name)
     with jax.enable_x64(cfg.model.dtype == "float64"):
         params, rows = params_of(cfg.model), rows_of(cfg.model)
         masked = qs_jax.generate(params, rows, cfg.replace(engine="masked"))
-        for kind in ("separate", "stacked"):
-            ours = qs_jax.generate(params, rows, cfg.replace(decode_weights=kind))
-            assert_same(ours, masked)
-            assert ours.kv_bytes <= masked.kv_bytes * 1.25
+        ours = qs_jax.generate(params, rows, cfg.replace(decode_weights=kind))
+        assert_same(ours, masked)
+        assert ours.kv_bytes <= masked.kv_bytes * 1.25
 
 
-@pytest.mark.parametrize("name", [pytest.param("skip", marks=pytest.mark.slow), "dense"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["skip", "dense"])
 def test_growing_loses_nothing_and_compiles_boundedly(name, monkeypatch):
     """Room for 4 tokens at a time, 12 new ones: the first token is the prefill's."""
-    cfg = config(name, max_new_tokens=12, decode_weights="stacked")
+    cfg = config(name, max_new_tokens=12)
     params, rows = params_of(cfg.model), rows_of(cfg.model)
     roomy = qs_jax.generate(params, rows, cfg)
     monkeypatch.setattr(pack, "GROWTH", 4)
@@ -138,7 +141,8 @@ def kv_bytes_and_skip_rate(cfg: Config, rows) -> tuple[int, int, float]:
 
 def test_bytes_fall_as_keys_are_skipped():
     """Every prompt token leaves at half depth, and every new one: half of the bytes go."""
-    cfg = Config(model_of("llama"), leaving(), max_new_tokens=16, eos_token_ids=())
+    given = {"max_new_tokens": 16, "eos_token_ids": (), "decode_weights": "stacked"}
+    cfg = Config(model_of("llama"), leaving(), **given)
     dense, own, skipped = kv_bytes_and_skip_rate(cfg, random_tokens(cfg.model, 1, 96))
     assert skipped > 0.49
     model = cfg.model
@@ -151,21 +155,16 @@ def test_bytes_fall_as_keys_are_skipped():
     assert 1 - own / dense > 0.9 * skipped
 
 
-@pytest.mark.parametrize(
-    "stop",
-    [
-        pytest.param(0.25, marks=pytest.mark.slow),
-        0.5,
-        pytest.param(0.75, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [0.25, 0.5, 0.75])
 def test_bytes_fall_as_a_quota_stops_a_prompt(stop):
     """A round prompt, a round share of it and the last token, which always runs."""
     quota = HaltingConfig(rule="quota", layers=(2,), quota=(stop,), score="random", entropy=None)
     qs = QuickSilverConfig(
         halting=quota, kv_skip=SKIP, protect_special=False, sink_tokens=0, recent_tokens=1
     )
-    cfg = Config(model_of("llama", max_positions=512), qs, max_new_tokens=16, eos_token_ids=())
+    given = {"max_new_tokens": 16, "eos_token_ids": (), "decode_weights": "stacked"}
+    cfg = Config(model_of("llama", max_positions=512), qs, **given)
     dense, own, skipped = kv_bytes_and_skip_rate(cfg, random_tokens(cfg.model, 2, 256))
     assert skipped > 0.6 * stop
     assert 1 - own / dense >= 0.9 * skipped
@@ -176,23 +175,19 @@ FORCES = HaltingConfig(layers=(5,), forced_ids=(7,), forced_layer=4)
 SKIP = KVSkipConfig("skip")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("qs", "forced", "expected"),
     [
-        pytest.param(None, None, 6, marks=pytest.mark.slow),
+        (None, None, 6),
         (leaving(), None, 3),
-        pytest.param(leaving(), 2, 2, marks=pytest.mark.slow),
-        pytest.param(QuickSilverConfig(fusion=FUSES), None, 4, marks=pytest.mark.slow),
+        (leaving(), 2, 2),
+        (QuickSilverConfig(fusion=FUSES), None, 4),
         (settings(fusion=FUSES, halting=HaltingConfig(window=(3, 5)), kv_skip=SKIP), None, 3),
-        pytest.param(
-            settings(halting=HaltingConfig(min_layer=2), kv_skip=SKIP),
-            None,
-            2,
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(settings(halting=FORCES, kv_skip=SKIP), None, 4, marks=pytest.mark.slow),
+        (settings(halting=HaltingConfig(min_layer=2), kv_skip=SKIP), None, 2),
+        (settings(halting=FORCES, kv_skip=SKIP), None, 4),
         # All keys are made: none is gone.
-        pytest.param(settings(halting=HaltingConfig(min_layer=2)), None, 6, marks=pytest.mark.slow),
+        (settings(halting=HaltingConfig(min_layer=2)), None, 6),
     ],
 )
 def test_layers_before_the_first_that_a_token_may_leave_are_complete(qs, forced, expected):
@@ -283,32 +278,29 @@ def test_int8_caches_hold_what_the_masked_engine_reads(policy, kind):
     assert floats.kv_bytes - out.kv_bytes == saved
 
 
-def test_a_token_that_halts_runs_no_deeper_layer():
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_that_halts_runs_no_deeper_layer(kind):
     """The deeper layers' weights are not a number: whoever runs one cannot hide it."""
     model = model_of("llama")
     params = params_of(model)
-    plain = qs_jax.generate(
-        params, rows_of(model), Config(model, leaving(), max_new_tokens=6, eos_token_ids=())
-    )
+    given = {"max_new_tokens": 6, "eos_token_ids": (), "decode_weights": kind}
+    cfg = Config(model, leaving(), **given)
+    plain = qs_jax.generate(params, rows_of(model), cfg)
     poison = jax.tree.map(lambda leaf: leaf.at[3:].set(jnp.nan), params["layers"])
-    cfg = Config(model, leaving(), max_new_tokens=6, eos_token_ids=())
-    for kind in ("separate", "stacked"):
-        _, padded, numbers, plan = engine._prepare(
-            params, rows_of(model), cfg.replace(decode_weights=kind), None, None, None
-        )
-        state = token_loop.jit_start(params, *padded, numbers, model=model, plan=plan)
-        poisoned = params | {"layers": poison}
-        decoder = decode.Decoder(
-            poisoned, numbers, cfg.replace(decode_weights=kind), plan, len(padded.lengths_B)
-        )
-        state = decoder.finish(state)
-        assert np.asarray(state.finite_B).all()
-        np.testing.assert_array_equal(np.asarray(state.tokens_BM)[:, :6], plain.tokens)
+    _, padded, numbers, plan = engine._prepare(params, rows_of(model), cfg, None, None, None)
+    state = token_loop.jit_start(params, *padded, numbers, model=model, plan=plan)
+    poisoned = params | {"layers": poison}
+    decoder = decode.Decoder(poisoned, numbers, cfg, plan, len(padded.lengths_B))
+    state = decoder.finish(state)
+    assert np.asarray(state.finite_B).all()
+    np.testing.assert_array_equal(np.asarray(state.tokens_BM)[:, :6], plain.tokens)
 
 
 def lowered(cfg, params, tokens, entry="run_until"):
     _, padded, numbers, plan = engine._prepare(params, tokens, cfg, None, None, None)
-    state = token_loop.jit_start(params, *padded, numbers, model=cfg.model, plan=plan)
+    static = {"model": cfg.model, "plan": plan}
+    shapes = jax.eval_shape(functools.partial(token_loop.start, **static), params, *padded, numbers)
+    state = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes)
     decoder = decode.Decoder(params, numbers, cfg, plan, len(padded.lengths_B))
     state = decoder.room(state)
     args = (decoder.params, decoder.layers, state)
@@ -317,7 +309,7 @@ def lowered(cfg, params, tokens, entry="run_until"):
     return decode.jit_advance.trace(*args, numbers, **decoder.static)
 
 
-@pytest.mark.parametrize("kind", [pytest.param("separate", marks=pytest.mark.slow), "stacked"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["dense", "skip"])
 def test_no_step_copies_a_cache(name, kind):
     """Read off the compiled program: no copy as large as a segment's keys outside the entry."""
@@ -365,7 +357,7 @@ def test_separate_weights_live_as_long_as_the_parameters():
 
 
 def test_memory_does_not_grow_from_call_to_call():
-    cfg = config("skip", decode_weights="separate")
+    cfg = config("skip")
     params, rows = params_of(cfg.model), rows_of(cfg.model)
     counts = []
     for _ in range(3):

@@ -5,7 +5,6 @@ between two codes may fall either side with the order of sums, and at 2 bits one
 of the range.
 """
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -18,7 +17,15 @@ from qs_jax.config import Config
 from qs_jax.engine import decisions, scoring
 from qs_jax.mechanisms import fusion
 from tests import goldens
-from tests.engine.contract import BY_DEFAULT, CASES, MATRIX, contract, model_of, params_of
+from tests.engine.contract import (
+    BY_DEFAULT,
+    CASES,
+    MATRIX,
+    contract,
+    executed,
+    model_of,
+    params_of,
+)
 from tests.support import row_of
 
 WIDTH, SHORT = goldens.LENGTHS
@@ -47,11 +54,9 @@ class Runs(NamedTuple):
 def open_case(name, engine="masked"):
     kind, qs, protocol = CASES[name]
     model = model_of(kind, dtype="float64")
-    if engine == "compact" and qs.amq is not None and qs.amq.execution == "auto":
-        # Bits that `auto` would leave out where int8 is slow are executed.
-        qs = dataclasses.replace(qs, amq=dataclasses.replace(qs.amq, execution="int8"))
-    given = {"max_new_tokens": NEW, "eos_token_ids": (), "engine": engine}
-    return params_of(model), Config(model, qs, protocol=protocol, **given)
+    given = {"max_new_tokens": NEW, "eos_token_ids": (), "decode_weights": "stacked"}
+    qs = executed(qs) if engine == "compact" else qs
+    return params_of(model), Config(model, qs, protocol=protocol, engine=engine, **given)
 
 
 def score(params, cfg, rows, prompts):

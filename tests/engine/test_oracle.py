@@ -2,17 +2,19 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 
 from qs_jax.config import (
-    PROTOCOLS,
     FusionConfig,
     KVSkipConfig,
 )
+from qs_jax.engine import scoring
 from tests.oracle.comparison import check
-from tests.oracle.settings import BOTH, CASES, MASKS, NEAR, acted, halting, settings_of
-from tests.oracle.strategies import any_case
+from tests.oracle.settings import BOTH, CASES, MASKS, NEAR, ONE, acted, halting, settings_of
+from tests.oracle.strategies import any_case, retuned
 
 
 @pytest.mark.parametrize(("name", "kind", "protocol", "quicksilver"), CASES)
@@ -23,13 +25,21 @@ def test_every_option_does_what_the_oracle_does(name, kind, protocol, quicksilve
     assert acted(out, quicksilver), name
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_overrides_of_single_tokens(protocol, kind):
+@pytest.mark.parametrize(
+    ("kind", "protocol"),
+    [
+        ("llama", "teacher-forced"),
+        ("gpt2", "continuation"),
+        pytest.param("gpt2", "teacher-forced", marks=pytest.mark.slow),
+        pytest.param("llama", "continuation", marks=pytest.mark.slow),
+    ],
+)
+def test_overrides_of_single_tokens(kind, protocol):
     quicksilver = settings_of(
         halting=halting(), kv_skip=KVSkipConfig(), fusion=FusionConfig(**NEAR)
     )
-    plain = check(kind, quicksilver, protocol, seed=3)
+    nobody = {name: np.zeros_like(mask) for name, mask in MASKS.items()}
+    plain = check(kind, quicksilver, protocol, seed=3, overrides=nobody)
     out = check(kind, quicksilver, protocol, seed=3, overrides=MASKS)
     assert out is not None
     assert (out.depth != plain.depth).any()
@@ -60,14 +70,31 @@ def holds(case: dict[str, Any]) -> None:
 SLOW_DATA = [HealthCheck.too_slow, HealthCheck.filter_too_much]
 
 
-@given(any_case())
+# One program each.
+FIXED = {
+    "all": ("llama", "teacher-forced", BOTH["all"]),
+    "quota": ("gpt2", "continuation", ONE["quota-forced"][1]),
+    "propagate": ("gpt2", "teacher-forced", BOTH["propagate"]),
+    "bits": ("llama", "continuation", BOTH["bits-hidden"]),
+}
+
+RUN: set[str] = set()  # names whose program exists
+
+
+@pytest.mark.parametrize("name", FIXED)
+@given(data=st.data())
 @settings(max_examples=15, suppress_health_check=SLOW_DATA)
-def test_any_setting_does_what_the_oracle_does(case):
-    holds(case)
+def test_any_numbers_do_what_they_do_in_the_oracle(name, data):
+    kind, protocol, quicksilver = FIXED[name]
+    compiled = scoring.jit_score_masked._cache_size()
+    case = {"kind": kind, "protocol": protocol, "quicksilver": data.draw(retuned(quicksilver))}
+    holds(case | {"seed": data.draw(st.integers(0, 999)), "repeats": data.draw(st.booleans())})
+    assert scoring.jit_score_masked._cache_size() == compiled or name not in RUN
+    RUN.add(name)
 
 
 @pytest.mark.slow
 @given(any_case())
 @settings(max_examples=200, suppress_health_check=SLOW_DATA)
-def test_many_settings_do_what_the_oracle_does(case):
+def test_any_setting_does_what_the_oracle_does(case):
     holds(case)

@@ -93,7 +93,7 @@ BOTH: dict[str, QuickSilverConfig] = {
     "bits-shortlist": coarse(
         entropy="shortlist", normalization="log_vocab", tau_low=0.65, tau_high=0.85
     ),
-    "bits-variance": coarse(entropy="variance", tau_low=0.05, tau_high=0.4),
+    "bits-variance": coarse(entropy="variance", tau_low=0.25, tau_high=0.4),
     "bits-minmax": coarse(
         normalization="minmax", tau_low=0.3, tau_high=0.6, allow_noncausal=True, rotate=True
     ),
@@ -162,8 +162,8 @@ HAND = [(name, protocol, qs) for name, qs in BOTH.items() for protocol in PROTOC
 DEFAULT = {
     (
         name,
-        ("gpt2", "llama")[index % 2],
-        PROTOCOLS[index // 2 % 2] if name in BOTH else ONE[name][0],
+        ("gpt2", "llama")[index // 2 % 2],
+        PROTOCOLS[index // 4 % 2] if name in BOTH else ONE[name][0],
     )
     for index, name in enumerate([*BOTH, *ONE])
     if index % 2 == 0

@@ -1,6 +1,9 @@
 """Hypothesis strategies over the whole space of settings."""
 
+import dataclasses
+import functools
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -144,17 +147,56 @@ def amqs(draw: st.DrawFn, online: bool) -> AMQConfig:
     )
 
 
-@st.composite
+def leaving_random_alone(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A strategy in which beartype may draw from `random`, which Hypothesis forbids."""
+
+    @functools.wraps(function)
+    def draw_from(*args: Any) -> Any:
+        before = random.getstate()
+        try:
+            return function(*args)
+        finally:
+            random.setstate(before)
+
+    return st.composite(draw_from)
+
+
+@leaving_random_alone
+def retuned(draw: st.DrawFn, qs: QuickSilverConfig) -> QuickSilverConfig:
+    """The same mechanisms with other numbers: thresholds, shares, layers and ids of one program."""
+    parts: dict[str, Any] = {}
+    low, high = sorted([draw(LAYERS), draw(LAYERS)])
+    if qs.halting is not None and qs.halting.rule == "dual":
+        parts["halting"] = dataclasses.replace(
+            qs.halting,
+            tau_drift=draw(per_layer(*DRIFT[qs.halting.drift])),
+            tau_halt=draw(per_layer(*ENTROPY[qs.halting.entropy])),
+            window=(low, high),
+        )
+    elif qs.halting is not None:
+        parts["halting"] = dataclasses.replace(
+            qs.halting, quota=tuple(sorted(draw(st.tuples(*[st.floats(0, 1)] * 2))))
+        )
+    if qs.kv_skip is not None and qs.kv_skip.policy == "attended":
+        tau, delay = draw(st.floats(0.05, 0.4)), draw(st.integers(0, 2))
+        parts["kv_skip"] = dataclasses.replace(qs.kv_skip, tau_kv=tau, delay=delay)
+    if qs.fusion is not None:
+        far = {"relative": (0.7, 1.4), "raw": (2.0, 5.0)}[qs.fusion.distance]
+        parts["fusion"] = dataclasses.replace(
+            qs.fusion, tau_fuse=draw(st.floats(*far)), first_layer=low, last_layer=high
+        )
+    if qs.amq is not None and qs.amq.entropy is not None:
+        taus = sorted(draw(st.tuples(*[st.floats(*ENTROPY[qs.amq.entropy])] * 2)))
+        parts["amq"] = dataclasses.replace(
+            qs.amq, layer=draw(LAYERS), tau_low=taus[0], tau_high=taus[1]
+        )
+    exempt = {"sink_tokens": draw(st.integers(0, 2)), "recent_tokens": draw(st.integers(0, 3))}
+    return dataclasses.replace(qs, **parts, **exempt)
+
+
+@leaving_random_alone
 def any_case(draw: st.DrawFn) -> dict[str, Any]:
     """Arguments of `check`, over the whole space of settings."""
-    before = random.getstate()
-    try:
-        return _any_case(draw)
-    finally:
-        random.setstate(before)  # beartype draws from it, which Hypothesis forbids in a strategy
-
-
-def _any_case(draw: st.DrawFn) -> dict[str, Any]:
     protocol = draw(st.sampled_from(PROTOCOLS))
     online = protocol == "teacher-forced"
     parts: dict[str, Any] = {}
