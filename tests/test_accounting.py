@@ -129,7 +129,9 @@ def test_propagated_keys_are_charged(model, params):
     assert parts["propagate"]["kv_bytes_held"] == parts["propagate"]["kv_bytes_dense"]
 
 
-@pytest.mark.parametrize("name", ["H", "K", "F", "Q", "HKFQ"])
+@pytest.mark.parametrize(
+    "name", ["HKFQ", *[pytest.param(name, marks=pytest.mark.slow) for name in "HKFQ"]]
+)
 def test_every_mechanism_is_charged_for_its_signals(model, params, name):
     cfg = Config(model, MATRIX[name], continuation_tokens=6)
     record = qs_jax.score(params, random_tokens(model, batch=1, width=26), cfg).record
@@ -149,7 +151,12 @@ def per_token(quicksilver, model, params):
     return counted, record
 
 
-@pytest.mark.parametrize("kind", ["vocab", "shortlist", "latent", "variance", "final_prev"])
+OTHERS = ("shortlist", "variance", "final_prev")
+
+
+@pytest.mark.parametrize(
+    "kind", ["vocab", "latent", *[pytest.param(kind, marks=pytest.mark.slow) for kind in OTHERS]]
+)
 def test_each_estimator_costs_what_it_computes(model, params, kind):
     """One evaluation a token at the AMQ layer; the shortlist is picked by one exact lens."""
     base = {"sink_tokens": 0, "protect_special": False}

@@ -139,8 +139,16 @@ def test_on_other_backends_states_are_held_in_the_dtype_of_the_model(monkeypatch
     assert halves.as_state(jnp.float32(1 / 3), "bfloat16").dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
-@pytest.mark.parametrize("name", ["dense", "HF", "HKFQ"])
+@pytest.mark.parametrize(
+    ("name", "model_type"),
+    [
+        ("HKFQ", "llama"),
+        *[
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("HKFQ", "gpt2"), ("HF", "gpt2"), ("HF", "llama"), ("dense", "gpt2"))
+        ],
+    ],
+)
 def test_every_state_has_a_value_of_the_model_s_dtype(name, model_type):
     """After embedding, blocks, fusion and quantisation of states: float32 holds, bfloat16 is."""
     model, params = half(model_type)

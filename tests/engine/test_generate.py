@@ -29,13 +29,11 @@ SAMPLED = {"temperature": 0.9, "top_k": 20, "top_p": 0.95, "repetition_penalty":
 RAGGED = [[5, 9, 11], list(range(2, 30)), [8], list(range(40, 57))]
 
 
-# Multi-query attention is compared with Hugging Face in tests/models.
-_HEAVY = [
-    pytest.param(name, marks=[pytest.mark.slow] * (name == "llama-mqa"), id=name) for name in MODELS
-]
-
-
-@pytest.fixture(scope="module", params=_HEAVY)
+# The others are compared with Hugging Face, here and in tests/models.
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.slow] * (name != "llama")) for name in MODELS],
+)
 def model(request):
     return MODELS[request.param]
 

@@ -225,17 +225,17 @@ def test_off_is_the_dense_model_bit_for_bit():
     np.testing.assert_array_equal(a.logprobs, b.logprobs)
 
 
-def test_thresholds_that_never_act_leave_the_dense_model():
+@pytest.mark.parametrize("kind", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
+def test_thresholds_that_never_act_leave_the_dense_model(kind):
     """The masked engine itself, doing nothing: equal to dense up to the order of sums."""
     never = qs_jax.QuickSilverConfig(
         halting=HaltingConfig(tau_drift=0.0),
         kv_skip=qs_jax.KVSkipConfig("skip"),
         fusion=qs_jax.FusionConfig(tau_fuse=0.0),
     )
-    for kind in ("gpt2", "llama"):
-        model = model_of(kind)
-        params, tokens_BT = params_of(model), random_tokens(model, width=30)
-        out = qs_jax.score(params, tokens_BT, Config(model, never), return_logits=True)
-        dense = qs_jax.score(params, tokens_BT, Config(model), return_logits=True)
-        np.testing.assert_allclose(out.logits, dense.logits, atol=2e-4)
-        assert out.record.layer_tokens_saved == 0
+    model = model_of(kind)
+    params, tokens_BT = params_of(model), random_tokens(model, width=30)
+    out = qs_jax.score(params, tokens_BT, Config(model, never), return_logits=True)
+    dense = qs_jax.score(params, tokens_BT, Config(model), return_logits=True)
+    np.testing.assert_allclose(out.logits, dense.logits, atol=2e-4)
+    assert out.record.layer_tokens_saved == 0

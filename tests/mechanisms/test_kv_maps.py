@@ -123,6 +123,7 @@ def test_extrapolation_refuses_to_run_without_its_maps(params, maps):
         )
 
 
+@pytest.mark.slow
 def test_maps_change_the_result_and_are_charged(params, maps):
     tokens_BT = random_tokens(MODEL, width=24)
     with_maps = {**params, "kv_maps": maps}

@@ -26,7 +26,13 @@ RUNGS = {
 }
 
 
-@pytest.fixture(scope="module", params=CASES, ids=list(CASES))
+FEW = ("gpt2", "gpt2-untied", "llama-gqa", "llama-biases", "rope-llama3", "rope-yarn")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.slow] * (name not in FEW)) for name in CASES],
+)
 def pair(request, tmp_path_factory):
     return make_pair(request.param, tmp_path_factory.mktemp(request.param))
 
