@@ -31,9 +31,6 @@ from tests.engine.contract import (
     params_of,
     settings,
 )
-from tests.oracle.comparison import check
-from tests.oracle.settings import BOTH, acted
-from tests.oracle.settings import CASES as SETTINGS
 from tests.support import OPTIMISED, random_tokens, row_of
 
 LENGTHS, PROMPTS = (31, 17, 24), (22, 9, 15)
@@ -75,29 +72,6 @@ def assert_same(ours, theirs, atol=1e-8):
             theirs.logits[row, PROMPTS[row] : length],
             atol=atol,
         )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "kind", "protocol", "quicksilver"), [case.values for case in SETTINGS]
-)
-def test_every_option_does_what_the_oracle_does(name, kind, protocol, quicksilver):
-    features = ("state", "embedding") if kind == "llama" else ("state",)
-    out = check(kind, quicksilver, protocol, seed=3, features=features, engine="compact")
-    assert out is not None, "a knife's edge: take another seed"
-    assert acted(out, quicksilver), name
-
-
-def test_extrapolated_keys_are_the_oracles():
-    out = check(
-        "llama",
-        BOTH["extrapolate"],
-        "continuation",
-        seed=3,
-        features=("state", "embedding"),
-        engine="compact",
-    )
-    assert acted(out, BOTH["extrapolate"])
 
 
 @pytest.mark.parametrize(

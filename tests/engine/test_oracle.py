@@ -11,18 +11,43 @@ from qs_jax.config import (
     FusionConfig,
     KVSkipConfig,
 )
-from qs_jax.engine import scoring
+from qs_jax.engine import schedule, scoring
 from tests.oracle.comparison import check
-from tests.oracle.settings import BOTH, CASES, MASKS, NEAR, ONE, acted, halting, settings_of
+from tests.oracle.settings import BOTH, MASKS, NEAR, ONCE, ONE, OTHERS, acted, halting, settings_of
 from tests.oracle.strategies import any_case, retuned
 
 
-@pytest.mark.parametrize(("name", "kind", "protocol", "quicksilver"), CASES)
-def test_every_option_does_what_the_oracle_does(name, kind, protocol, quicksilver):
+def check_option(kind, protocol, quicksilver, **options):
     features = ("state", "embedding") if kind == "llama" else ("state",)
-    out = check(kind, quicksilver, protocol, seed=3, features=features)
+    out = check(kind, quicksilver, protocol, seed=3, features=features, **options)
     assert out is not None, "a knife's edge: take another seed"
-    assert acted(out, quicksilver), name
+    assert acted(out, quicksilver)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (i % 2)) for i, n in enumerate(ONCE)]
+)
+def test_every_option_does_what_the_oracle_does(name):
+    check_option(*ONCE[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_in_the_other_family_and_protocol_too(name):
+    check_option(*OTHERS[name])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name != "extrapolate"))
+        for name in ONCE
+        if "final-prev" not in name  # refused there
+    ],
+)
+def test_the_compact_engine_does_what_the_oracle_does(name, monkeypatch):
+    monkeypatch.setattr(schedule, "STEPS", 2)  # capacities, each a body to compile
+    check_option(*ONCE[name], engine="compact")
 
 
 @pytest.mark.parametrize(
@@ -95,6 +120,6 @@ def test_any_numbers_do_what_they_do_in_the_oracle(name, data):
 
 @pytest.mark.slow
 @given(any_case())
-@settings(max_examples=200, suppress_health_check=SLOW_DATA)
+@settings(max_examples=100, suppress_health_check=SLOW_DATA)
 def test_any_setting_does_what_the_oracle_does(case):
     holds(case)

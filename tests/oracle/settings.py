@@ -3,7 +3,6 @@
 from typing import Any
 
 import numpy as np
-import pytest
 
 from qs_jax.config import (
     PROTOCOLS,
@@ -155,28 +154,19 @@ def acted(out: Any, quicksilver: QuickSilverConfig) -> bool:
     return all(traces)
 
 
-HAND = [(name, protocol, qs) for name, qs in BOTH.items() for protocol in PROTOCOLS] + [
-    (name, protocol, qs) for name, (protocol, qs) in ONE.items()
-]
-# Every second name by default, families and protocols in turn; the rest are slow.
-DEFAULT = {
-    (
-        name,
+# Each option once, families and protocols in turn, and every other way.
+ONCE = {
+    name: (
         ("gpt2", "llama")[index // 2 % 2],
-        PROTOCOLS[index // 4 % 2] if name in BOTH else ONE[name][0],
+        ONE[name][0] if name in ONE else PROTOCOLS[index // 4 % 2],
+        ONE[name][1] if name in ONE else BOTH[name],
     )
     for index, name in enumerate([*BOTH, *ONE])
-    if index % 2 == 0
 }
-CASES = [
-    pytest.param(
-        name,
-        kind,
-        protocol,
-        qs,
-        id=f"{name}-{kind}-{protocol}",
-        marks=() if (name, kind, protocol) in DEFAULT else pytest.mark.slow,
-    )
-    for name, protocol, qs in HAND
+OTHERS = {
+    f"{name}-{kind}-{protocol}": (kind, protocol, qs)
+    for name, (_, only, qs) in ONCE.items()
     for kind in ("gpt2", "llama")
-]
+    for protocol in ((only,) if name in ONE else PROTOCOLS)
+    if (kind, protocol) != ONCE[name][:2]
+}
