@@ -28,7 +28,7 @@ PROMPTS = (
 
 
 PROTOCOLS = {"teacher-forced": "every token", "continuation": "the prompt"}
-CONTINUATION, STEPS, ROUNDS = 128, 16, 5
+CONTINUATION, STEPS, ROUNDS = 128, 16, 3
 
 
 @dataclasses.dataclass
@@ -39,7 +39,7 @@ class Arguments:
     """Folder written by convert.hf_to_flax."""
     max_new_tokens: int = 64
     """Longest answer, in tokens."""
-    presets: tuple[str, ...] = ("paper", "balanced", "aggressive")
+    presets: tuple[str, ...] = ("balanced",)
     """Rows of the table, besides the dense model."""
 
 
