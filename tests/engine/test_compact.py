@@ -122,15 +122,6 @@ def test_layers_run_on_as_many_slots_as_tokens_compute(capacity, monkeypatch):
     assert_same(out, theirs, atol=1e-4)
 
 
-@pytest.mark.slow
-def test_planned_capacity_of_everything_is_dynamic():
-    model = model_of("llama")
-    params, qs = params_of(model), MATRIX["HK"]
-    dynamic = score(params, model, qs, "continuation")
-    everything = {"capacity": "planned", "retention": ((2, 1.0), (4, 1.0))}
-    assert_same(score(params, model, qs, "continuation", **everything), dynamic, atol=1e-4)
-
-
 UNMET = settings(
     halting=dataclasses.replace(MATRIX["HK"].halting, tau_drift=0.0, entropy=None),
     kv_skip=KVSkipConfig("skip"),
