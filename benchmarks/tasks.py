@@ -17,7 +17,7 @@ import tyro
 
 from benchmarks import environment
 from benchmarks.tables import markdown, replace_tables
-from qs_jax.commands.tasks import Tasks, measure
+from qs_jax.commands.tasks import Tasks
 from qs_jax.evaluation.tasks import TASKS
 
 HEADS = {"none": "zero-shot", "linear": "linear head"}
@@ -48,7 +48,7 @@ def run(args: Arguments) -> None:
     shared = {name: getattr(args, name) for name in ("ckpt", "data", "preset", "limit", "out")}
     for head, name in HEADS.items():
         options = Tasks(tasks=tuple(TASKS), head=head, dtype="float32", overwrite=True, **shared)
-        content[name] = measure(options)
+        content[name] = options.measure()
         for task in content[name]["tasks"].values():
             del task["per_example"]  # the hash of the examples stays
         environment.write("tasks", content, args.out)

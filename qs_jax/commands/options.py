@@ -166,9 +166,11 @@ def _is_file(text: str) -> bool:
         return False
 
 
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+def print_table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, lines: bool = False
+) -> None:
     """Print rows under their columns, the first to the left and all others to the right."""
-    table = Table(title=title, show_header=bool(columns))
+    table = Table(title=title, show_header=bool(columns), show_lines=lines)
     for index, name in enumerate(columns):
         table.add_column(name, justify="right" if index else "left", overflow="fold")
     for row in rows:

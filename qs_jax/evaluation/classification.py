@@ -8,7 +8,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -18,11 +18,12 @@ from tqdm import tqdm
 from qs_jax import accounting
 from qs_jax.accounting import flops
 from qs_jax.config import Config
+from qs_jax.engine.devices import replicate
 from qs_jax.errors import InputError
-from qs_jax.evaluation.heads import Head
+from qs_jax.evaluation.heads import Head, fit_head
 from qs_jax.evaluation.rows import Rows, score_rows
 from qs_jax.evaluation.significance import compared, measured
-from qs_jax.evaluation.tasks import Examples, Task
+from qs_jax.evaluation.tasks import TASKS, Examples, Task, split_examples
 from qs_jax.models import Params
 
 Encode = Callable[[Mapping[str, str]], list[int]]
@@ -144,6 +145,72 @@ def with_head(
         prefill[name] += prefill["readouts"] * change
     scores_EC = head.logits(states_ED).astype(np.float64)
     return Outcome(scores_EC, counts | {"prefill": prefill})
+
+
+def measure_heads(
+    params: Params,
+    cfg: Config,
+    examples: Mapping[str, Examples],
+    tokenizer: Any,
+    *,
+    head: Head | None = None,
+    bare: bool = False,
+    fit_on: Literal["dense", "preset"] = "dense",
+    train_share: float = 0.5,
+    seed: int = 0,
+    l2: float = 0.1,
+    batch_size: int = 16,
+    devices: Sequence[jax.Device] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """All tasks by a linear head, under the dense model and, unless they are off, the mechanisms.
+
+    Args:
+      params: From `qs_jax.load`.
+      cfg: Model, mechanisms and protocol.
+      examples: Of each task.
+      tokenizer: Of the checkpoint.
+      head: A stored one; None fits one on a share of each task's examples.
+      bare: Feed it the bare text or pair of texts, not the task's prompt.
+      fit_on: Whose states a head is fitted on.
+      train_share: Share of the examples it is fitted on; it is evaluated on the others.
+      seed: Of that split.
+      l2: As `fit_head`.
+      batch_size: Rows at a time.
+      devices: Split each batch over these; None is the default device.
+
+    Returns:
+      For each task what `task_results` returns, the examples' "data", the "truncated" prompts,
+      their "mean_prompt_tokens", and of a head that was fitted "fit" and "train".
+
+    Raises:
+      InputError: As `split_examples`, `encode_examples`, `fit_head` and `Head.for_task`.
+    """
+    shared: dict[str, Any] = {"batch_size": batch_size, "devices": devices}
+    if devices is not None:
+        params = replicate(params, devices)
+    # The same protocol, so that the same positions are read.
+    off = cfg.replace(quicksilver=None, protocol=cfg.effective_protocol)
+    room, results = cfg.model.max_positions - 1, {}
+    for name, given in examples.items():
+        task, about, fitted = TASKS[name], {}, head
+        encode = encoder_of(task, tokenizer, bare=bare)
+        if fitted is None:
+            train, given = split_examples(task, given, train_share, seed)
+            rows, _ = encode_examples(task, train, encode, room)
+            fit_cfg = off if fit_on == "dense" else cfg
+            states_ED, _ = last_states(params, fit_cfg, rows, title=f"{name}, features", **shared)
+            fitted, fit = fit_head(states_ED, train.labels, task.labels, l2=l2)
+            about = {"fit": fit, "train": train.describe()}
+        fitted = fitted.for_task(task)
+        rows, cut = encode_examples(task, given, encode, room)
+        dense = with_head(params, off, rows, fitted, title=f"{name}, dense", **shared)
+        other = None
+        if cfg.quicksilver is not None and not cfg.quicksilver.is_off:
+            other = with_head(params, cfg, rows, fitted, title=f"{name}, preset", **shared)
+        about |= {"truncated": cut, "mean_prompt_tokens": sum(map(len, rows)) / len(rows)}
+        measured = task_results(task, given.labels, dense, other)
+        results[name] = {"data": given.describe()} | about | measured
+    return results
 
 
 def task_results(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from qs_jax.evaluation.classification import Outcome
+from qs_jax.evaluation.classification import Outcome, task_results
 
 # Before the harness itself: it says which extra is missing.
 from qs_jax.evaluation.lm_eval_adapter import QSJaxLM  # isort: split
@@ -20,19 +20,35 @@ from datasets import Dataset
 from qs_jax.evaluation.tasks import TASKS, Examples, Task
 
 
-def ask_harness(
-    settings: dict[str, Any], examples: Mapping[str, Examples]
-) -> dict[str, tuple[Outcome, dict[str, Any]]]:
-    """Score the label words of every example after its prompt.
+def measure_words(
+    settings: dict[str, Any], mechanisms: dict[str, Any] | None, examples: Mapping[str, Examples]
+) -> dict[str, dict[str, Any]]:
+    """Score the label words of every example after its prompt, one model after the other.
 
     Args:
-      settings: Arguments of `QSJaxLM`.
+      settings: Arguments of `QSJaxLM` for the dense model.
+      mechanisms: Arguments to add for the preset; None measures the dense model alone.
       examples: Of each task.
 
     Returns:
-      For each task the log-likelihoods with their tally; and the harness's "version" of the task,
-      its own "metrics", the "truncated" requests and the "mean_prompt_tokens".
+      For each task what `task_results` returns and the examples' "data"; and of the dense run the
+      harness's "version" of the task, its own "metrics", the "truncated" requests and the
+      "mean_prompt_tokens".
     """
+    dense = _ask_harness(settings, examples)
+    other = {} if mechanisms is None else _ask_harness(settings | mechanisms, examples)
+    results = {}
+    for name, given in examples.items():
+        outcome, about = dense[name]
+        changed = other[name][0] if other else None
+        measured = task_results(TASKS[name], given.labels, outcome, changed)
+        results[name] = {"data": given.describe()} | about | measured
+    return results
+
+
+def _ask_harness(
+    settings: dict[str, Any], examples: Mapping[str, Examples]
+) -> dict[str, tuple[Outcome, dict[str, Any]]]:
     model = QSJaxLM.create_from_arg_obj(settings)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     shipped = Path(lm_eval.tasks.__file__).parent

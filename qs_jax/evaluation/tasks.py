@@ -101,6 +101,11 @@ class Examples:
         content = json.dumps([[dict(item.fields), item.label] for item in self.items])
         return hashlib.sha256(content.encode()).hexdigest()
 
+    def describe(self) -> dict[str, Any]:
+        """Where they come from, for a results file."""
+        used = len(self.items)
+        return {"name": self.name, "rows": self.rows, "used": used, "sha256": self.sha256}
+
 
 _PAIR = (("premise", "sentence1"), ("hypothesis", "sentence2"))
 _SENTENCE = (("sentence",),)
