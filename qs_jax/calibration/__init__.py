@@ -1,16 +1,13 @@
 """Calibration to a quality budget: what to spend it on, found on one text, checked on another."""
 
-from qs_jax.calibration.bits import BitsPoint, amq_grid
 from qs_jax.calibration.climb import Point
 from qs_jax.calibration.observe import Observed, observe
 from qs_jax.calibration.search import Calibration, calibrate, search
 
 __all__ = [
-    "BitsPoint",
     "Calibration",
     "Observed",
     "Point",
-    "amq_grid",
     "calibrate",
     "observe",
     "search",

@@ -9,13 +9,12 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
-from qs_jax.calibration import Calibration, amq_grid, search
+from qs_jax.calibration import Calibration, search
 from qs_jax.calibration.families import halting_layers
 from qs_jax.commands.options import FileOptions, print_table
 from qs_jax.config import Config
 from qs_jax.engine.fit_maps import fit_kv_maps
 from qs_jax.errors import InputError
-from qs_jax.evaluation.journal import write_json
 from qs_jax.evaluation.perplexity import read_windows
 from qs_jax.mechanisms.kv_maps import FEATURES, PROMPT_FEATURES, KVMaps, feature_count
 from qs_jax.models import Params
@@ -73,8 +72,6 @@ class Calibrate(FileOptions):
     """Candidates measured for each KV policy."""
     candidates: int = 4
     """Candidates of the front to verify."""
-    amq_grid: bool = False
-    """Also score the paper's grid of entropy thresholds for bits (E.9), into OUT's .amq.json."""
     timed_runs: int = 3
     """Runs of the winner and of the dense model, in turn, for the measured time; 0 for none."""
 
@@ -111,8 +108,6 @@ class Calibrate(FileOptions):
             **{name: getattr(self, name) for name in names.split()},
         )
         files = [*found.save(self.out, cfg.model), *self._draw_front()]
-        if self.amq_grid:
-            files.append(self._amq_grid(params, cut.tokens_WT[: self.windows], cfg))
         self._print(found, files)
 
     def _check_counts(self) -> None:
@@ -131,12 +126,6 @@ class Calibrate(FileOptions):
         path = self.out.with_name(f"{self.out.stem}.front.png")
         pareto_front(front).savefig(path, dpi=150)
         return [path]
-
-    def _amq_grid(self, params: Params, tokens_WT: Any, cfg: Config) -> Path:
-        points = amq_grid(params, tokens_WT, cfg, batch_size=self.batch_size, progress=True)
-        path = self.out.with_name(f"{self.out.stem}.amq.json")
-        write_json(path, {"points": [dataclasses.asdict(point) for point in points]})
-        return path
 
     def _with_maps(self, fitting_WT: Any, cfg: Config, data: str, tokenizer: Any) -> Params:
         """The parameters, with maps read from a file or fitted on windows of --data and more."""
