@@ -1,7 +1,7 @@
 """Energy and emissions per token, dense against presets (paper F).
 
 `python -m benchmarks.carbon --ckpt DIR` runs the dense model and each preset in turn (A B A C A)
-and rewrites the table in docs/profiling.md. It needs the extra `carbon`.
+under CodeCarbon (extra `carbon`) and rewrites the table in docs/profiling.md.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import qs_jax
 from benchmarks import environment
 from benchmarks.tables import markdown, origin, percent, replace_tables
 from benchmarks.timing import Measure, ratios, run_in_turn
-from qs_jax.accounting.carbon import Meter
 from qs_jax.checkpoint import read_manifest
+from qs_jax.errors import InputError
 
 PAGE = Path("docs/profiling.md")
 ROWS = 4
@@ -48,9 +48,48 @@ class Arguments:
     """JSON file."""
 
 
+def make_tracker(country: str, cpu_watts: int | None) -> Any:
+    """CodeCarbon's offline tracker; it writes and sends nothing."""
+    try:
+        from codecarbon import OfflineEmissionsTracker
+        from codecarbon.input import DataSource
+    except ImportError as error:
+        raise InputError("energy is measured with CodeCarbon: install qs-jax[carbon].") from error
+    if country not in DataSource().get_global_energy_mix_data():
+        raise InputError(f"CodeCarbon knows no country {country!r}: give a code like USA.")
+    return OfflineEmissionsTracker(
+        country_iso_code=country,
+        tracking_mode="process",  # where there is no counter: others may be at work
+        force_cpu_power=cpu_watts,
+        force_mode_cpu_load=cpu_watts is not None,
+        output_methods=[],
+        allow_multiple_runs=True,
+        log_level="error",
+    )
+
+
+def read_energy(task: Any) -> dict[str, float]:
+    """What `stop_task` returns, in seconds, joules and grams of CO2 equivalent."""
+    parts = {f"{part}_joules": getattr(task, f"{part}_energy") for part in ("cpu", "gpu", "ram")}
+    parts["joules"] = task.energy_consumed
+    joules = {name: 3.6e6 * kwh for name, kwh in parts.items()}
+    return joules | {"seconds": task.duration, "grams_co2": 1e3 * task.emissions}
+
+
+def describe_sources(tracker: Any) -> dict[str, str]:
+    """How CodeCarbon knows each part's energy; docs/profiling.md explains its words."""
+    hardware, found = tracker.get_detected_hardware(), {"ram": "by its size"}
+    for part in tracker._hardware:  # the tracker says it nowhere else
+        if type(part).__name__ == "CPU":
+            found["cpu"] = f"by {part._mode}, {part._tdp} W ({hardware['cpu_model']})"
+        elif type(part).__name__ == "GPU":
+            found["gpu"] = f"by the counters of {hardware['gpu_model']}"
+    return found
+
+
 def measure(args: Arguments) -> None:
     """Write the file and the table."""
-    meter = Meter(args.country, cpu_watts=args.cpu_watts)
+    tracker = make_tracker(args.country, args.cpu_watts)
     params, model = qs_jax.load(args.ckpt)
     tokens = environment.random_tokens(model.vocab_size, ROWS, args.prompt)
 
@@ -60,35 +99,30 @@ def measure(args: Arguments) -> None:
         cfg = qs_jax.Config(model, quicksilver, max_new_tokens=args.new_tokens, eos_token_ids=())
         own = environment.attach_maps(params, cfg, args.ckpt, name)
         qs_jax.generate(own, tokens, cfg)  # compiles
-        calls = 0
 
-        def repeat() -> None:
-            nonlocal calls
+        def turn() -> dict[str, float]:
+            tracker.start_task()
             began, calls = time.perf_counter(), 0
             while calls == 0 or time.perf_counter() - began < args.seconds:
                 qs_jax.generate(own, tokens, cfg)
                 calls += 1
-
-        def turn() -> dict[str, float]:
-            energy = dataclasses.asdict(meter.measure(repeat))
+            energy = read_energy(tracker.stop_task())
             return {name: value / calls for name, value in energy.items()}
 
         return turn
 
-    turns = {name: turn_of(name) for name in ("dense", *args.presets)}
+    turns = {Path(name).name: turn_of(name) for name in ("dense", *args.presets)}
     rows = run_in_turn(turns, 5, sharing=1)
     new, every = ROWS * args.new_tokens, ROWS * (args.prompt + args.new_tokens)
     about = {"model": read_manifest(args.ckpt)["source"], "dtype": model.dtype, "batch_size": ROWS}
-    about |= {"prompt": args.prompt, "new_tokens": args.new_tokens, "seconds": args.seconds}
-    about |= {"country": args.country, "method": meter.method}
+    about |= {name: getattr(args, name) for name in ("prompt", "new_tokens", "seconds", "country")}
     for row in rows.values():
         over = ratios(row, "joules")
         row["joules_over_dense"] = median(over)
         row["joules_over_dense_range"] = [min(over), max(over)]
-        for name in ("joules", "grams_co2"):
-            row[f"{name}_per_token"] = row[name] / every
+        row |= {f"{name}_per_token": row[name] / every for name in ("joules", "grams_co2")}
         row["grams_co2_per_new_token"] = row["grams_co2"] / new
-    result = {"about": about, "rows": {Path(name).name: row for name, row in rows.items()}}
+    result = {"about": about | {"method": describe_sources(tracker)}, "rows": rows}
     environment.write("carbon", result, args.out)
     replace_tables(PAGE, {"carbon": table(json.loads(args.out.read_text()))})
 

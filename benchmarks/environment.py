@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import tyro
 from qs_jax.commands.maps import find_maps
 from qs_jax.config import Config
 from qs_jax.errors import QuickSilverError
+from qs_jax.evaluation.perplexity import git_hash
 from qs_jax.models import Params
 
 RESULTS = Path(__file__).with_name("results")
@@ -24,10 +24,8 @@ _PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "tensorstore", "safete
 
 
 def commit() -> str | None:
-    """Short hash of the working tree's commit."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or None
+    """Short hash of the library's commit."""
+    return (git_hash() or "")[:7] or None
 
 
 def processor() -> str:

@@ -1,15 +1,15 @@
 """Energy: CodeCarbon's own arithmetic at a given power, the message without it, and a short run."""
 
-import builtins
 import json
+import sys
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from benchmarks import carbon
 from convert.hf_to_flax import convert
-from qs_jax.accounting.carbon import Energy, Meter
 from qs_jax.errors import InputError
 from tests.convert.folders import llama_tensors, write_folder
 
@@ -19,59 +19,52 @@ WATTS = 100
 def test_a_given_power_times_the_share_the_process_kept_busy():
     """In joules; emissions follow the country's mean, which is about 0.04 to 0.06 kg/kWh there."""
     pytest.importorskip("codecarbon")
-    meter, spent = Meter("FRA", cpu_watts=WATTS), 0.0
-
-    def busy():
-        nonlocal spent
-        began, before = time.perf_counter(), time.process_time()
-        while time.perf_counter() - began < 1.5:
-            pass
-        spent = time.process_time() - before
-
-    found = meter.measure(busy)
-    assert found.cpu_joules == pytest.approx(WATTS * spent / psutil.cpu_count(), rel=0.3)
-    total = found.cpu_joules + found.ram_joules + found.gpu_joules
-    assert found.joules == pytest.approx(total)
-    assert found.seconds == pytest.approx(1.5, abs=0.5)
-    assert 0.02 < found.grams_co2 / found.joules * 3.6e3 < 0.1
-    assert "no counters" in meter.method["cpu"]
-    assert f"{WATTS} W (given)" in meter.method["cpu"]
-    idle = meter.measure(lambda: time.sleep(0.5))
-    assert idle.cpu_joules < 0.2 * found.cpu_joules
+    tracker = carbon.make_tracker("FRA", WATTS)
+    tracker.start_task()
+    began, before = time.perf_counter(), time.process_time()
+    while time.perf_counter() - began < 1.5:
+        pass
+    spent = time.process_time() - before
+    found = carbon.read_energy(tracker.stop_task())
+    assert found["cpu_joules"] == pytest.approx(WATTS * spent / psutil.cpu_count(), rel=0.3)
+    total = sum(found[f"{part}_joules"] for part in ("cpu", "ram", "gpu"))
+    assert found["joules"] == pytest.approx(total)
+    assert found["seconds"] == pytest.approx(1.5, abs=0.5)
+    assert 0.02 < found["grams_co2"] / found["joules"] * 3.6e3 < 0.1
+    assert f"by cpu_load, {WATTS} W" in carbon.describe_sources(tracker)["cpu"]
+    tracker.start_task()
+    time.sleep(0.5)
+    assert carbon.read_energy(tracker.stop_task())["cpu_joules"] < 0.2 * found["cpu_joules"]
 
 
 def test_a_country_that_is_none():
     pytest.importorskip("codecarbon")
     with pytest.raises(InputError, match="no country 'Atlantis'"):
-        Meter("Atlantis", cpu_watts=WATTS)
+        carbon.make_tracker("Atlantis", WATTS)
 
 
 def test_without_the_extra_one_line_says_what_to_install(monkeypatch):
-    real = builtins.__import__
-
-    def refuse(name, *args, **kwargs):
-        if name.startswith("codecarbon"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
+    monkeypatch.setitem(sys.modules, "codecarbon", None)
     message = r"error: energy is measured with CodeCarbon: install qs-jax\[carbon\]\."
     with pytest.raises(SystemExit, match=message):
         carbon.main(["--ckpt", "x"])
 
 
-class Meters:
-    """Gives every call its own joules; each turn costs a joule a call more."""
+class Tracker:
+    """Each task costs a joule more than the one before."""
 
-    method, country = {"cpu": "estimated"}, "FRA"
+    turns, _hardware = 0, ()
 
-    def __init__(self, *_, **__):
-        self.turns = 0
+    def get_detected_hardware(self):
+        return {}
 
-    def measure(self, call):
-        call()
+    def start_task(self):
         self.turns += 1
-        return Energy(2.0, 8.0 + self.turns, 7.0, 0.0, 1.0, 0.05)
+
+    def stop_task(self):
+        kwh = {"cpu_energy": 7 / 3.6e6, "gpu_energy": 0.0, "ram_energy": 1 / 3.6e6}
+        total = (8 + self.turns) / 3.6e6
+        return SimpleNamespace(energy_consumed=total, duration=2.0, emissions=5e-5, **kwh)
 
 
 @pytest.mark.slow
@@ -81,7 +74,7 @@ def test_a_short_run(tmp_path, monkeypatch, real):
     if real:
         pytest.importorskip("codecarbon")
     else:
-        monkeypatch.setattr(carbon, "Meter", Meters)
+        monkeypatch.setattr(carbon, "make_tracker", lambda *_: Tracker())
     convert(str(write_folder(tmp_path / "hf", llama_tensors()[0])), tmp_path / "ckpt")
     page = tmp_path / "page.md"
     page.write_text("# Energy\n<!-- table: carbon -->\n<!-- end -->\n")
@@ -101,4 +94,4 @@ def test_a_short_run(tmp_path, monkeypatch, real):
     assert 0.1 < over < 10
     assert content["rows"]["dense"]["joules_over_dense"] == 1
     assert "| balanced |" in page.read_text()
-    assert ("CodeCarbon" if real else "CPU estimated") in page.read_text()
+    assert ("CPU by cpu_load" if real else "RAM by its size") in page.read_text()
