@@ -35,8 +35,6 @@ class Report(TextOptions):
     """Results files of `evaluate`, to show as well, or instead of a text."""
     search: Path | None = None
     """FILE.search.json of `calibrate`: its Pareto front."""
-    ablation: Path | None = None
-    """Result of benchmarks.ablation: isolated and cumulative bars."""
     figures: Path | None = None
     """Folder for the same figures as PNG and SVG (extra "plots")."""
     title: str = "QuickSilver report"
@@ -45,15 +43,14 @@ class Report(TextOptions):
     def run(self) -> None:
         """Check, run, write."""
         self.check_out()
-        if not (self.text is not None or self.results or self.search or self.ablation):
-            raise InputError("give what to show: --text, --results, --search or --ablation.")
+        if not (self.text is not None or self.results or self.search):
+            raise InputError("give what to show: --text, --results or --search.")
         if self.figures is not None:
             figures.require_matplotlib()
         results = [reports.read_results(path) for path in self.results]
         front = reports.read_front(self.search) if self.search is not None else None
-        ablation = reports.read_ablation(self.ablation) if self.ablation is not None else None
         about, text = self._text() if self.text is not None else ({}, None)
-        report = reports.Report(self.title, about, text, results, front, ablation)
+        report = reports.Report(self.title, about, text, results, front)
         written = [reports.write(report, self.out)]
         if self.figures is not None:
             written += figures.save(report, self.figures)

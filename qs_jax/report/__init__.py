@@ -5,7 +5,7 @@
 """
 
 from qs_jax.report.content import PresetRuns, Report, TextRuns, to_json
-from qs_jax.report.files import read_ablation, read_front, read_results
+from qs_jax.report.files import read_front, read_results
 from qs_jax.report.page import render, write
 from qs_jax.report.tokens import labels
 from qs_jax.report.trace import Run, trace
@@ -16,7 +16,6 @@ __all__ = [
     "Run",
     "TextRuns",
     "labels",
-    "read_ablation",
     "read_front",
     "read_results",
     "render",

@@ -76,7 +76,6 @@ class Report:
       text: A text under presets, or None.
       results: Results files of `evaluate`, as `files.read_results` gives them.
       front: A search of `calibrate`, as `files.read_front` gives it, or None.
-      ablation: Rows, as `files.read_ablation` gives them, or None.
     """
 
     title: str
@@ -84,7 +83,6 @@ class Report:
     text: TextRuns | None = None
     results: Sequence[dict[str, Any]] = ()
     front: dict[str, Any] | None = None
-    ablation: dict[str, Any] | None = None
 
 
 def to_json(report: Report) -> dict[str, Any]:
@@ -97,7 +95,6 @@ def to_json(report: Report) -> dict[str, Any]:
         "text": text,
         "results": list(report.results),
         "front": report.front,
-        "ablation": report.ablation,
         "components": COMPONENTS,
         "arrays": pool.arrays,
     }

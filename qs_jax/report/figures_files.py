@@ -1,9 +1,7 @@
-"""Figures of what other commands measured: evaluations, a search, an ablation."""
+"""Figures of what other commands measured: evaluations, a search."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +9,6 @@ import numpy as np
 from qs_jax.report.content import Report
 from qs_jax.report.figures import (
     BLUE,
-    CYCLE,
     GREEN,
     PURPLE,
     RED,
@@ -34,8 +31,6 @@ def draw(report: Report) -> list[tuple[str, Figure]]:
         found += [(f"{name}.active_tokens", _decay(row)), (f"{name}.cost", _cost(row))]
     if report.front is not None:
         found.append(("pareto_front", pareto_front(report.front)))
-    if report.ablation is not None:
-        found += list(_ablations(report.ablation))
     return found
 
 
@@ -80,39 +75,3 @@ def pareto_front(front: dict[str, Any]) -> Figure:
 def _places(points: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
     saved = [100 * point["saving"] for point in points]
     return saved, [point["ppl_increase"] for point in points]
-
-
-def _ablations(ablation: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
-    for group in ablation["groups"]:
-        name = re.sub(r"[^\w.-]+", "-", group["name"]).strip("-")
-        for kind in ("isolated", "cumulative"):
-            rows = [row for row in group["rows"] if row["kind"] == kind]
-            if rows:
-                yield f"ablation.{name}.{kind}", ablation_bars(rows, f"{group['name']}, {kind}")
-
-
-def ablation_bars(rows: list[dict[str, Any]], title: str) -> Figure:
-    """Shares saved, and the perplexity they cost (paper figures 6 and 7)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.0, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    fields = {"exact_flops_saved": "FLOPs, simulated", "kv_bytes_saved": "KV bytes, simulated"}
-    fields["time_saved"] = "time, measured"
-    shown = {
-        field: name for field, name in fields.items() if any(row[field] is not None for row in rows)
-    }
-    places, width = np.arange(len(rows)), 0.8 / len(shown)
-    for index, (field, name) in enumerate(shown.items()):
-        heights = [np.nan if row[field] is None else 100 * row[field] for row in rows]
-        at = places + (index - (len(shown) - 1) / 2) * width
-        left.bar(at, heights, width, color=CYCLE[index], label=name)
-    left.set_ylabel("saved, %")
-    left.legend(fontsize=8)
-    right.bar(places, [row["ppl_increase"] for row in rows], color=RED)
-    right.set_ylabel("perplexity increase")
-    for axes in (left, right):
-        axes.axhline(0, color="black", linewidth=0.8)
-        axes.set_xticks(places, [row["name"] for row in rows], fontsize=8)
-    figure.suptitle(title, fontsize=10)
-    return figure

@@ -1,4 +1,4 @@
-"""Reads what other commands wrote: results of `evaluate`, searches of `calibrate`, ablations."""
+"""Reads what other commands wrote: results of `evaluate`, searches of `calibrate`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from qs_jax.errors import InputError
 from qs_jax.evaluation.perplexity import SAVED
 from qs_jax.report.measures import counted_costs, fit_decay
 
-_ROW = ("name", "mechanisms", "kind", "ppl", "ppl_increase", "exact_flops_saved")
-_OPTIONAL = ("paper_flops_saved", "kv_bytes_saved", "seconds", "time_saved")
 _CONFIG = ("preset", "protocol", "data", "seq_len", "dtype", "engine")
 _MEASURED = ("perplexity", "perplexity_interval", "windows", "tokens_scored", "simulated", "note")
 _PARTS = ("prefill", "decode")
@@ -106,30 +104,3 @@ def read_front(path: Path) -> dict[str, Any]:
             "data": provenance["calibrated_on"],
             "protocol": provenance["protocol"],
         }
-
-
-def read_ablation(path: Path) -> dict[str, Any]:
-    """Isolated and cumulative rows of `python -m benchmarks.ablation`.
-
-    Returns:
-      "groups": rows of the same settings, data and protocol together, in the order of the file.
-
-    Raises:
-      InputError: It is no such file, or has no such rows.
-    """
-    content = _json(path)
-    groups: dict[str, list[dict[str, Any]]] = {}
-    with _refusing(path, "a result of `python -m benchmarks.ablation`"):
-        for row in content["rows"]:
-            if row["kind"] not in ("isolated", "cumulative"):
-                continue
-            named = [row[name] for name in ("settings", "data", "protocol") if row.get(name)]
-            shown = {name: row[name] for name in ("kind", *_ROW)}
-            shown |= {name: row.get(name) for name in _OPTIONAL}
-            groups.setdefault(" · ".join(map(str, named)) or "all", []).append(shown)
-    if not groups:
-        raise InputError(f"{path} has no row of kind isolated or cumulative.")
-    return {
-        "file": path.name,
-        "groups": [{"name": name, "rows": rows} for name, rows in groups.items()],
-    }

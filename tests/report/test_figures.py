@@ -7,7 +7,7 @@ import pytest
 from qs_jax import report
 from qs_jax.errors import InputError
 from qs_jax.report import figures, measures
-from tests.report.test_files import ROW, SEARCH, written
+from tests.report.test_files import SEARCH, written
 
 TEXT = (
     "halting_timeline kv_writes fusion_flow bit_widths entropy_by_layer drift_curves active_tokens "
@@ -18,11 +18,9 @@ TEXT = (
 @pytest.fixture(scope="module")
 def saved(case, tmp_path_factory):
     folder = tmp_path_factory.mktemp("figures")
-    rows = [ROW, ROW | {"name": "H+K", "kind": "cumulative", "time_saved": 0.2}]
-    ablation = report.read_ablation(written(folder / "ablation.json", {"rows": rows}))
     front = report.read_front(written(folder / "a.search.json", SEARCH))
     labels = ["$x_1$ <b>", *report.labels(case.tokenizer, case.ids.tolist())[1:]]
-    whole = case.report(labels, front=front, ablation=ablation)
+    whole = case.report(labels, front=front)
     return figures.save(whole, folder / "out")
 
 
@@ -30,8 +28,6 @@ def test_every_figure_in_both_formats(saved):
     names = {path.name for path in saved}
     for figure in (*(f"tiny.{name}" for name in TEXT), "pareto_front"):
         assert {f"{figure}.png", f"{figure}.svg"} <= names
-    assert "ablation.paper-toy-continuation.isolated.png" in names
-    assert "ablation.paper-toy-continuation.cumulative.svg" in names
     for path in saved:
         head = path.read_bytes()[:200]
         assert head.startswith(b"\x89PNG") if path.suffix == ".png" else b"<?xml" in head

@@ -1,4 +1,4 @@
-"""Results, searches and ablations as they come from their commands; and files that are none."""
+"""Results and searches as they come from their commands; and files that are none."""
 
 import json
 
@@ -11,20 +11,6 @@ from qs_jax.errors import InputError
 from qs_jax.evaluation.perplexity import results
 from tests.report.support import Page
 
-ROW = {
-    "name": "H",
-    "mechanisms": "H",
-    "kind": "isolated",
-    "settings": "paper",
-    "data": "toy",
-    "protocol": "continuation",
-    "ppl": 20.0,
-    "ppl_increase": 0.5,
-    "exact_flops_saved": 0.1,
-    "paper_flops_saved": 0.1,
-    "kv_bytes_saved": 0.0,
-    "seconds": None,
-}
 SEARCH = {
     "preset": {
         "provenance": {
@@ -99,16 +85,11 @@ def test_under_continuation_the_layers_are_the_prompts(case, tmp_path):
     assert sum(found["costs"].values()) == pytest.approx(found["dense_flops"])
 
 
-def test_a_search_and_an_ablation(tmp_path):
+def test_a_search(tmp_path):
     front = report.read_front(written(tmp_path / "a.search.json", SEARCH))
     assert front["budget"] == 0.2
     assert front["points"][1] == {"family": "extrapolate", "saving": 0.2, "ppl_increase": 4.0}
     assert front["verified"][0]["saving"] == 0.09
-    rows = [ROW, ROW | {"kind": "cumulative"}, ROW | {"kind": "sweep"}, ROW | {"data": "other"}]
-    ablation = report.read_ablation(written(tmp_path / "ablation.json", {"rows": rows}))
-    names = [group["name"] for group in ablation["groups"]]
-    assert names == ["paper · toy · continuation", "paper · other · continuation"]
-    assert [row["kind"] for row in ablation["groups"][0]["rows"]] == ["isolated", "cumulative"]
 
 
 def test_a_page_of_files_only(evaluated, tmp_path):
@@ -125,7 +106,6 @@ def test_a_page_of_files_only(evaluated, tmp_path):
     [
         (report.read_results, "results file of `python -m qs_jax evaluate`"),
         (report.read_front, "search of `python -m qs_jax calibrate`"),
-        (report.read_ablation, "result of `python -m benchmarks.ablation`"),
     ],
 )
 def test_files_that_are_something_else(read, told, tmp_path):
@@ -135,9 +115,3 @@ def test_files_that_are_something_else(read, told, tmp_path):
         read(tmp_path / "nowhere.json")
     with pytest.raises(InputError, match="not an object"):
         read(written(tmp_path / "list.json", [1]))
-
-
-def test_an_ablation_without_bars(tmp_path):
-    path = written(tmp_path / "ablation.json", {"rows": [ROW | {"kind": "sweep"}]})
-    with pytest.raises(InputError, match="no row of kind"):
-        report.read_ablation(path)

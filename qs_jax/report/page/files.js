@@ -1,4 +1,4 @@
-// Charts of what other commands measured: evaluations, a search, an ablation.
+// Charts of what other commands measured: evaluations, a search.
 const SERIES = () => ["--a", "--b", "--third", "--fourth"].map(variable);
 
 function chartResults(holder) {
@@ -94,48 +94,9 @@ function chartFront(holder) {
     along.map((point) => [point.family, percent(point.saving), told(point.ppl_increase)]));
 }
 
-function chartAblation(holder) {
-  const select = element("select", { "aria-label": "Settings of the ablation" });
-  content.ablation.groups.forEach((group, i) => select.append(element("option", { value: i }, group.name)));
-  const inside = element("div");
-  const draw = () => {
-    inside.replaceChildren();
-    ablationGroup(inside, content.ablation.groups[+select.value]);
-  };
-  select.addEventListener("change", draw);
-  holder.append(element("label", {}, "settings ", select), inside);
-  draw();
-}
-
-function ablationGroup(holder, group) {
-  for (const kind of ["isolated", "cumulative"]) {
-    const rows = group.rows.filter((row) => row.kind === kind);
-    if (!rows.length) continue;
-    holder.append(element("h3", {}, kind === "isolated" ? "Each mechanism alone" : "Added one after the other"));
-    const pair = element("div", { class: "pair" });
-    holder.append(pair);
-    const draw = (series, yLabel, format) => {
-      const cell = element("figure");
-      pair.append(cell);
-      const groups = rows.map((row) => ({ name: row.name, values: series.map(([field]) => row[field]) }));
-      const styled = series.map(([, name, color]) => ({ name, color: variable(color) }));
-      bars(cell, groups, styled, { yLabel, format, label: `${kind}: ${yLabel}` });
-      if (series.length > 1) legend(cell, styled.map((each) => [each.name, each.color, "box"]));
-    };
-    const saved = [["exact_flops_saved", "FLOPs, exact count, simulated", "--a"]];
-    if (rows.some((row) => row.kv_bytes_saved !== null)) saved.push(["kv_bytes_saved", "KV bytes, simulated", "--third"]);
-    if (rows.some((row) => row.time_saved !== null)) saved.push(["time_saved", "time, measured", "--fourth"]);
-    draw(saved, "share saved", (value) => `${+(100 * value).toFixed(1)} %`);
-    draw([["ppl_increase", "perplexity increase", "--b"]], "perplexity increase", (value) => told(+value.toPrecision(3)));
-  }
-  numbersTable(holder, ["", "kind", "perplexity", "increase", "FLOPs saved", "KV bytes saved", "seconds"],
-    group.rows.map((row) => [row.name, row.kind, told(row.ppl, 4), told(row.ppl_increase),
-      percent(row.exact_flops_saved), percent(row.kv_bytes_saved), told(row.seconds)]));
-}
-
 const FILE_CHARTS = {
   results: chartResults, "results-decay": chartResultsDecay, "results-cost": chartResultsCost,
-  front: chartFront, ablation: chartAblation,
+  front: chartFront,
 };
 
 function drawFileCharts() {
