@@ -17,6 +17,8 @@ import numpy as np
 from convert.errors import ConversionError
 from convert.gguf_tokenizer import build_tokenizer
 from convert.mapping import Shape
+from qs_jax.config import RopeScaling
+from qs_jax.models.rope import stretch_llama3
 
 _TENSORS = {
     "token_embd": "model.embed_tokens",
@@ -52,16 +54,6 @@ _ROPE = {
 _HARMLESS = {"rope.scaling.finetuned"}
 # Metadata outside the architecture's own keys, and what it may start with.
 _GENERAL = ("GGUF.", "general.", "tokenizer.", "quantize.")
-# `rope_freqs.weight` holds the divisors of llama3 scaling; these are its published settings.
-_LLAMA3_SETTINGS = [
-    {
-        "factor": factor,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    for factor in (8.0, 32.0)
-]
 
 
 class GGUFFile:
@@ -144,23 +136,16 @@ class GGUFFile:
             return rope or None
         if rope:
             return {"rope_type": "rope_freqs.weight together with other scaling"}
-        from qs_jax.config import RopeScaling
-        from qs_jax.models.rope import stretch_llama3
-
         divisors = self._dequantize("rope_freqs.weight")
         theta = config.get("rope_theta", 10000.0)
         plain = theta ** -(np.arange(0, head_dim, 2) / head_dim)
-        for setting in _LLAMA3_SETTINGS:
-            scaling = RopeScaling(
-                "llama3",
-                setting["factor"],
-                setting["original_max_position_embeddings"],
-                setting["low_freq_factor"],
-                setting["high_freq_factor"],
-            )
+        shared: dict[str, Any] = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        for factor in (8.0, 32.0):  # the published settings of llama3 scaling
+            scaling = RopeScaling("llama3", factor, original_max_positions=8192, **shared)
             stretched = plain / stretch_llama3(plain, scaling)
             if divisors.shape == plain.shape and np.allclose(stretched, divisors, rtol=1e-4):
-                return {"rope_type": "llama3"} | setting
+                shared["original_max_position_embeddings"] = 8192
+                return {"rope_type": "llama3", "factor": factor} | shared
         return {"rope_type": "rope_freqs.weight"}  # unknown divisors: refused by this name
 
     def read(self, name: str) -> np.ndarray:

@@ -137,7 +137,13 @@ def search(
       ConfigError: A setting is out of range or does not fit the model or the maps.
       InputError: Too few windows, windows too short for the protocol, or rows of several lengths.
     """
-    _check(max_ppl_increase, objective, confidence, verify_share, max_evaluations, candidates)
+    _check_budget(max_ppl_increase, objective)
+    for name, value in (("confidence", confidence), ("verify_share", verify_share)):
+        if not 0 < value < 1:
+            raise ConfigError(f"{name} must be between 0 and 1, got {value}.")
+    for name, count in (("max_evaluations", max_evaluations), ("candidates", candidates)):
+        if count < 1:
+            raise ConfigError(f"{name} must be at least 1, got {count}.")
     check_params(params, cfg.model)
     cfg = cfg if cfg.protocol is not None else cfg.replace(protocol="continuation")
     cfg = cfg.replace(quicksilver=None, engine="masked")
@@ -174,33 +180,15 @@ def calibrate(
     max_ppl_increase: float,
     **settings: Any,
 ) -> QuickSilverConfig:
-    """The preset that saves most within a quality budget: `search(...).preset`.
+    """The preset that saves most within a quality budget: `search(...).preset`, arguments as there.
 
-    Args:
-      params: As `search`.
-      tokens: As `search`.
-      cfg: As `search`.
-      max_ppl_increase: As `search`.
-      **settings: As `search`.
-
-    Returns:
-      A preset whose provenance holds what was measured on windows it was not chosen on; `off` if
-      nothing fits the budget.
-
-    Raises:
-      ConfigError, InputError: As `search`.
+    Its provenance holds what was measured on windows it was not chosen on; it is `off` if nothing
+    fits the budget.
     """
     return search(params, tokens, cfg, max_ppl_increase=max_ppl_increase, **settings).preset
 
 
-def _check(
-    max_ppl_increase: float,
-    objective: str,
-    confidence: float,
-    verify_share: float,
-    max_evaluations: int,
-    candidates: int,
-) -> None:
+def _check_budget(max_ppl_increase: float, objective: str) -> None:
     if not (math.isfinite(max_ppl_increase) and max_ppl_increase > 0):
         raise ConfigError(
             f"max_ppl_increase must be positive, got {max_ppl_increase}: no mechanism is free, so "
@@ -208,12 +196,6 @@ def _check(
         )
     if objective not in paired.OBJECTIVES:
         raise ConfigError(f"objective must be one of {paired.OBJECTIVES}, got {objective!r}.")
-    for name, value in (("confidence", confidence), ("verify_share", verify_share)):
-        if not 0 < value < 1:
-            raise ConfigError(f"{name} must be between 0 and 1, got {value}.")
-    for name, count in (("max_evaluations", max_evaluations), ("candidates", candidates)):
-        if count < 1:
-            raise ConfigError(f"{name} must be at least 1, got {count}.")
 
 
 def split(

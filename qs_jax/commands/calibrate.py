@@ -19,7 +19,7 @@ from qs_jax.evaluation.perplexity import read_windows
 from qs_jax.mechanisms.kv_maps import FEATURES, PROMPT_FEATURES, KVMaps, feature_count
 from qs_jax.models import Params
 from qs_jax.report import read_front
-from qs_jax.report.figures_files import pareto_front
+from qs_jax.report.figures import pareto_front
 
 
 @dataclasses.dataclass(kw_only=True)

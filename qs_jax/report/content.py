@@ -11,10 +11,11 @@ from jaxtyping import Int
 
 from qs_jax import accounting
 from qs_jax.config import Config, ModelConfig, QuickSilverConfig
+from qs_jax.evaluation.perplexity import SAVED
 from qs_jax.mechanisms.kv_maps import MapSizes
 from qs_jax.mechanisms.signals import largest_entropy
-from qs_jax.report.combinations import PARTS, letters_of
-from qs_jax.report.measures import COMPONENTS, Decay, active_tokens, costs, fit_decay
+from qs_jax.report.combinations import letters_of
+from qs_jax.report.measures import COMPONENTS, active_tokens, costs, fit_decay
 from qs_jax.report.pack import Pool
 from qs_jax.report.trace import Run, signal_names
 
@@ -173,11 +174,7 @@ def _run(
             "halted": int((record.depth[0] < layers).sum()),
             "fused": int((record.fused[-1, 0] != own).sum()),
             "mean_depth": float(record.active.sum() / record.depth.shape[1]),
-            "layer_tokens_saved": saved["layer_tokens_saved"],
-            "exact_flops_saved": saved["exact_flops_saved"],
-            "paper_flops_saved": saved["paper_flops_saved"],
-            "kv_bytes_saved": saved["kv_bytes_saved"],
-            "added_flops_share": saved["added_flops_share"],
+            **{name: saved[name] for name in (*SAVED, "added_flops_share")},
         },
     }
 
@@ -248,6 +245,3 @@ def _bit_thresholds(qs: QuickSilverConfig, model: ModelConfig) -> list[float] | 
     if amq.normalization == "log_vocab":
         unit = largest_entropy(amq.entropy, model, qs.shortlist_size)
     return [amq.tau_low * unit, amq.tau_high * unit]
-
-
-__all__ = ["PARTS", "Decay", "PresetRuns", "Report", "TextRuns", "to_json"]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 BLUE, GREEN, ORANGE, RED = "#0072B2", "#009E73", "#E69F00", "#D55E00"
 PURPLE, SKY, GREY = "#CC79A7", "#56B4E9", "#E3E6EA"
 CYCLE = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY)
+_POLICIES = {"skip": (BLUE, "o"), "extrapolate": (RED, "s"), "propagate": (GREEN, "^")}
 _BIT_COLORS = {16: BLUE, 8: GREEN, 4: ORANGE, 2: RED}
 # Beyond this many tokens their names do not fit under a picture.
 _NAMED = 60
@@ -53,11 +54,13 @@ def save(report: Report, folder: Path) -> list[Path]:
     require_matplotlib()
     from matplotlib import rc_context
 
-    from qs_jax.report import figures_files
-
     folder.mkdir(parents=True, exist_ok=True)
     drawn = list(_of_text(report.text)) if report.text is not None else []
-    drawn += figures_files.draw(report)
+    for number, row in enumerate(report.results, start=1):
+        names = (f"results-{number}.active_tokens", f"results-{number}.cost")
+        drawn += zip(names, _of_results(row), strict=True)
+    if report.front is not None:
+        drawn.append(("pareto_front", pareto_front(report.front)))
     written = []
     # Text stays text in SVG; what a file holds does not depend on the day.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "qs-jax"}):
@@ -313,3 +316,41 @@ def draw_costs(axes: Axes, found: list[dict[str, float]], names: list[str], whol
     axes.set_xticks(range(len(parts)), labels, fontsize=8)
     axes.set_ylabel("% of dense FLOPs, exact count")
     axes.legend(fontsize=8)
+
+
+def _of_results(row: dict[str, Any]) -> tuple[Figure, Figure]:
+    """Active tokens and cost of an evaluation."""
+    how = "simulated" if row["simulated"] else "counted"
+    of = f"{row['preset']}, {row['data']} ({how})"
+    decay, axes = new_figure()
+    draw_decay(axes, np.array(row["per_layer"]["layer_tokens"]), BLUE, row["preset"])
+    axes.set_title(f"Active tokens, {of}")
+    costs, axes = new_figure(8.0)
+    draw_costs(axes, [row["costs"]], [row["preset"]], row["dense_flops"])
+    axes.set_title(f"Cost by component, {of}")
+    return decay, costs
+
+
+def pareto_front(front: dict[str, Any]) -> Figure:
+    """Candidates of a search, the front, and what was verified."""
+    figure, axes = new_figure()
+    for family in dict.fromkeys(point["family"] for point in front["points"]):
+        color, marker = _POLICIES.get(family, ("black", "x"))
+        own = [point for point in front["points"] if point["family"] == family]
+        saved, cost = _places(own)
+        axes.scatter(saved, cost, color=color, marker=marker, alpha=0.45, label=family)
+    along = sorted(front["front"], key=lambda point: point["saving"])
+    axes.plot(*_places(along), color="#555555", label="Pareto front")
+    if front["verified"]:
+        saved, cost = _places(front["verified"])
+        axes.scatter(saved, cost, color="black", marker="*", s=90, label="verification windows")
+    axes.axhline(front["budget"], color=PURPLE, linestyle="--", label="budget")
+    axes.set_xlabel(f"{front['objective'].replace('_', ' ')} saved, % (simulated)")
+    axes.set_ylabel("perplexity increase")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _places(points: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    saved = [100 * point["saving"] for point in points]
+    return saved, [point["ppl_increase"] for point in points]

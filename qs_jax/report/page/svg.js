@@ -41,24 +41,17 @@ function frame(holder, options) {
   const across = Math.max(3, Math.min(10, Math.floor((box.right - box.left) / 90)));
   for (const value of options.log ? logTicks(yLow, yHigh) : ticks(yLow, yHigh)) {
     root.append(svg("line", { class: "grid", x1: box.left, x2: box.right, y1: y(value), y2: y(value) }));
-    const label = svg("text", { x: box.left - 6, y: y(value) + 4, "text-anchor": "end" });
-    label.textContent = format(value);
-    root.append(label);
+    root.append(svg("text", { x: box.left - 6, y: y(value) + 4, "text-anchor": "end" }, format(value)));
   }
   for (const value of options.xTicks ?? ticks(xLow, xHigh, across)) {
-    const label = svg("text", { x: x(value), y: box.bottom + 17, "text-anchor": "middle" });
-    label.textContent = (options.xFormat ?? plain)(value);
-    root.append(label);
+    const label = (options.xFormat ?? plain)(value);
+    root.append(svg("text", { x: x(value), y: box.bottom + 17, "text-anchor": "middle" }, label));
   }
   root.append(svg("path", { class: "axis", d: `M${box.left},${box.top}V${box.bottom}H${box.right}` }));
-  const below = svg("text", { x: (box.left + box.right) / 2, y: height - 6, "text-anchor": "middle" });
-  below.textContent = options.xLabel;
-  const middle = (box.top + box.bottom) / 2;
-  const beside = svg("text", {
-    x: 14, y: middle, "text-anchor": "middle", transform: `rotate(-90 14 ${middle})`,
-  });
-  beside.textContent = options.yLabel;
-  root.append(below, beside);
+  const centre = (box.left + box.right) / 2, middle = (box.top + box.bottom) / 2;
+  const turned = `rotate(-90 14 ${middle})`;
+  root.append(svg("text", { x: centre, y: height - 6, "text-anchor": "middle" }, options.xLabel));
+  root.append(svg("text", { x: 14, y: middle, "text-anchor": "middle", transform: turned }, options.yLabel));
   holder.append(root);
   return { root, x, y, box };
 }
@@ -94,13 +87,12 @@ function rule(plot, value, color, name, vertical = true) {
     ? { x1: place, x2: place, y1: box.top, y2: box.bottom }
     : { x1: box.left, x2: box.right, y1: place, y2: place };
   root.append(svg("line", { ...ends, stroke: color, "stroke-width": 1.5, "stroke-dasharray": "5 4" }));
-  const label = svg("text", vertical
+  const where = vertical
     ? place > box.right - 60
       ? { x: place - 4, y: box.top + 10, "text-anchor": "end" }
       : { x: place + 4, y: box.top + 10 }
-    : { x: box.right - 4, y: place - 4, "text-anchor": "end" });
-  label.textContent = name;
-  root.append(label);
+    : { x: box.right - 4, y: place - 4, "text-anchor": "end" };
+  root.append(svg("text", where, name));
 }
 
 const MARKS = {
@@ -117,14 +109,10 @@ const MARKS = {
 };
 
 function mark(plot, px, py, shape, color, title, size = 4.5, opacity = 1) {
-  const made = svg("path", {
+  plot.root.append(svg("path", {
     d: MARKS[shape](size), fill: color, "fill-opacity": opacity, stroke: color,
     transform: `translate(${plot.x(px)} ${plot.y(py)})`,
-  });
-  const name = svg("title");
-  name.textContent = title;
-  made.append(name);
-  plot.root.append(made);
+  }, svg("title", {}, title)));
 }
 
 // entries: [name, color, dash or mark]
@@ -145,13 +133,17 @@ function legend(holder, entries) {
   holder.append(row);
 }
 
+// Head and body of a table; the first cell of a row names it.
+function tableParts(heads, rows) {
+  const cells = (row) => row.map((cell, i) => element(i ? "td" : "th", i ? {} : { scope: "row" }, cell));
+  return [
+    element("thead", {}, element("tr", {}, ...heads.map((head) => element("th", { scope: "col" }, head)))),
+    element("tbody", {}, ...rows.map((row) => element("tr", {}, ...cells(row)))),
+  ];
+}
+
 function numbersTable(holder, heads, rows, name = "The numbers") {
-  const table = element("table");
-  table.append(element("thead", {}, element("tr", {}, ...heads.map((head) => element("th", { scope: "col" }, head)))));
-  table.append(element("tbody", {}, ...rows.map((row) =>
-    element("tr", {}, ...row.map((cell, i) =>
-      element(i ? "td" : "th", i ? {} : { scope: "row" }, String(cell)))))));
-  const scroll = element("div", { class: "scroll" }, table);
+  const scroll = element("div", { class: "scroll" }, element("table", {}, ...tableParts(heads, rows)));
   if (name) holder.append(element("details", {}, element("summary", {}, name), scroll));
   else holder.append(scroll);
 }
@@ -171,30 +163,22 @@ function bars(holder, groups, series, options) {
     group.values.forEach((value, s) => {
       if (!Number.isFinite(value)) return;
       const left = plot.x(g) + step * 0.14 + s * width;
-      const bar = svg("rect", {
+      const title = `${group.name}, ${series[s].name}: ${options.format(value)}`;
+      plot.root.append(svg("rect", {
         x: left + 1, width: Math.max(width - 2, 1), fill: series[s].color,
         y: Math.min(plot.y(value), plot.y(0)), height: Math.max(Math.abs(plot.y(value) - plot.y(0)), 0.5),
-      });
-      const title = svg("title");
-      title.textContent = `${group.name}, ${series[s].name}: ${options.format(value)}`;
-      bar.append(title);
-      plot.root.append(bar);
+      }, svg("title", {}, title)));
       if (width > 34) {
-        const label = svg("text", {
-          x: left + width / 2, "text-anchor": "middle",
-          y: value < 0 ? plot.y(value) + 13 : plot.y(value) - 4,
-        });
-        label.textContent = options.format(value);
-        plot.root.append(label);
+        const y = value < 0 ? plot.y(value) + 13 : plot.y(value) - 4;
+        plot.root.append(svg("text", { x: left + width / 2, y, "text-anchor": "middle" }, options.format(value)));
       }
     });
     const centre = plot.x(g) + step / 2;
-    const name = svg("text", narrow
+    const where = narrow
       ? { x: centre, y: plot.box.bottom + 12, "text-anchor": "end",
           transform: `rotate(-28 ${centre} ${plot.box.bottom + 12})` }
-      : { x: centre, y: plot.box.bottom + 16, "text-anchor": "middle" });
-    name.textContent = group.name;
-    plot.root.append(name);
+      : { x: centre, y: plot.box.bottom + 16, "text-anchor": "middle" };
+    plot.root.append(svg("text", where, group.name));
   });
   plot.root.append(svg("path", { class: "axis", d: `M${plot.box.left},${plot.y(0)}H${plot.box.right}` }));
 }

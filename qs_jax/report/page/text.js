@@ -3,10 +3,7 @@ function buildText() {
   for (const side of ["a", "b"]) {
     const holder = byId("text-" + side);
     text.labels.forEach((label, i) => {
-      const made = element("span", { id: `${side}${i}`, role: "option" });
-      made.textContent = label;
-      made.dataset.token = i;
-      holder.append(made);
+      holder.append(element("span", { id: `${side}${i}`, role: "option", "data-token": i }, label));
     });
   }
 }
@@ -58,14 +55,9 @@ function describe(layer, token) {
 }
 
 function showDetail(runs) {
-  const table = element("table");
-  table.append(element("thead", {}, element("tr", {},
-    ...["", "run A", "run B"].map((head) => element("th", { scope: "col" }, head)))));
-  const body = element("tbody");
-  for (const [name, ...values] of tokenRows(runs, state.layer, state.token))
-    body.append(element("tr", {}, element("th", { scope: "row" }, name),
-      ...values.map((value) => element("td", {}, element("span", { dir: "auto" }, String(value))))));
-  table.append(body);
+  const rows = tokenRows(runs, state.layer, state.token).map(([name, ...values]) =>
+    [name, ...values.map((value) => element("span", { dir: "auto" }, value))]);
+  const table = element("table", {}, ...tableParts(["", "run A", "run B"], rows));
   byId("detail").replaceChildren(describe(state.layer, state.token), table);
 }
 
@@ -98,11 +90,7 @@ function compare(runs) {
     ["KV bytes saved, simulated", (s) => percent(s.kv_bytes_saved)],
     ["FLOPs of signals and tests, of dense", (s) => percent(s.added_flops_share)],
   ];
-  const table = byId("compare");
-  table.replaceChildren(
-    element("thead", {}, element("tr", {}, element("th"),
-      ...runs.map((run, i) => element("th", { scope: "col" }, `${"AB"[i]} · ${run.title}`)))),
-    element("tbody", {}, ...rows.map(([name, pick]) =>
-      element("tr", {}, element("th", { scope: "row" }, name),
-        ...runs.map((run) => element("td", {}, pick(run.summary)))))));
+  const heads = ["", ...runs.map((run, i) => `${"AB"[i]} · ${run.title}`)];
+  const cells = rows.map(([name, pick]) => [name, ...runs.map((run) => pick(run.summary))]);
+  byId("compare").replaceChildren(...tableParts(heads, cells));
 }
