@@ -22,6 +22,11 @@ from tests.convert.folders import (
 )
 
 
+def assert_first_model(folder):
+    """The folder holds the checkpoint of `source`."""
+    assert_same_tree(qs_jax.load(folder)[0], llama_tensors()[1])
+
+
 def test_an_existing_target_is_kept_unless_asked(source, tmp_path):
     convert(str(source), tmp_path / "out")
     with pytest.raises(ConversionError, match="exists; pass --overwrite"):
@@ -38,13 +43,27 @@ def test_an_existing_target_is_kept_unless_asked(source, tmp_path):
         convert(str(source), tmp_path / "file")
 
 
-def test_a_failed_overwrite_keeps_the_old_checkpoint(source, tmp_path):
+@pytest.mark.parametrize("fails_at", ["reading", "renaming"])
+def test_a_failed_overwrite_restores_the_old_checkpoint(source, tmp_path, monkeypatch, fails_at):
     convert(str(source), tmp_path / "out")
-    file = source / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ConversionError):
+    if fails_at == "reading":
+        file = source / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1])
+    else:
+        rename = Path.rename
+
+        def failing(self, target):
+            if "partial" in self.name:
+                raise OSError(5, "Input/output error")
+            return rename(self, target)
+
+        monkeypatch.setattr(Path, "rename", failing)
+    message = "truncated" if fails_at == "reading" else "nothing was kept"
+    with pytest.raises(ConversionError, match=message):
         convert(str(source), tmp_path / "out", overwrite=True)
-    assert_same_tree(qs_jax.load(tmp_path / "out")[0], llama_tensors()[1])
+    monkeypatch.undo()
+    assert_first_model(tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["hf", "out"]
 
 
 def test_too_little_space_is_noticed_before_writing(source, tmp_path, monkeypatch):
@@ -53,6 +72,7 @@ def test_too_little_space_is_noticed_before_writing(source, tmp_path, monkeypatc
     assert "GB free, the checkpoint may need" in refused(source, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_while_writing(source, tmp_path):
     """A real write failure: the kernel refuses files above a limit, in a process of its own."""
     script = textwrap.dedent(
@@ -75,8 +95,11 @@ def test_a_disk_that_fills_up_while_writing(source, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["hf"]
 
 
-def test_killed_half_way_leaves_nothing_that_loads(source, tmp_path):
-    """SIGKILL while tensors are being written; then a second run succeeds and cleans up."""
+@pytest.mark.parametrize(
+    "sent", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
+def test_stopped_half_way_leaves_nothing_that_loads(source, tmp_path, sent):
+    """While tensors are being written. After SIGKILL a second run succeeds and cleans up."""
     script = textwrap.dedent(
         """
         import sys, time
@@ -85,30 +108,36 @@ def test_killed_half_way_leaves_nothing_that_loads(source, tmp_path):
         def slow(self, name):
             if "layers.1.mlp" in name:
                 print("half-way", flush=True)
-                time.sleep(60)
+                time.sleep(20)
             return read(self, name)
         sources.HuggingFaceFolder.read = slow
-        hf_to_flax.main(sys.argv[1:])
+        sys.exit(hf_to_flax.main(sys.argv[1:]))
         """
     )
     out = tmp_path / "out"
     process = subprocess.Popen(
-        [sys.executable, "-c", script, "--source", str(source), "--out", str(out), "--quiet"],
+        [sys.executable, "-c", script, "--source", str(source), "--out", str(out)],
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
     assert process.stdout is not None
     assert process.stdout.readline().strip() == "half-way"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+    process.send_signal(sent)
+    _, error = process.communicate(timeout=120)
     left = [path for path in tmp_path.iterdir() if path.name != "hf"]
+    if sent == signal.SIGINT:
+        assert process.returncode == 130
+        assert error.splitlines()[-1] == "interrupted, nothing was kept"
+        assert "Traceback" not in error
+        assert left == []
+        return
     assert len(left) == 1, "the folder under construction"
     for folder in (out, *left):
         with pytest.raises(CheckpointError):
             qs_jax.load(folder)
     convert(str(source), out)
-    assert_same_tree(qs_jax.load(out)[0], llama_tensors()[1])
+    assert_first_model(out)
     assert sorted(os.listdir(tmp_path)) == ["hf", "out"]
 
 
@@ -126,25 +155,8 @@ def test_a_symbolic_link_as_target(source, tmp_path):
     convert(str(source), tmp_path / "link")
     convert(str(source), tmp_path / "link", overwrite=True)
     assert (tmp_path / "link").is_symlink()
-    assert_same_tree(qs_jax.load(tmp_path / "link")[0], llama_tensors()[1])
+    assert_first_model(tmp_path / "link")
     assert sorted(os.listdir(tmp_path)) == ["hf", "link", "real"]
-
-
-def test_an_overwrite_that_fails_at_the_last_step_restores_the_old(source, tmp_path, monkeypatch):
-    convert(str(source), tmp_path / "out")
-    rename = Path.rename
-
-    def failing(self, target):
-        if "partial" in self.name:
-            raise OSError(5, "Input/output error")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(ConversionError, match="nothing was kept"):
-        convert(str(source), tmp_path / "out", overwrite=True)
-    monkeypatch.undo()
-    assert_same_tree(qs_jax.load(tmp_path / "out")[0], llama_tensors()[1])
-    assert sorted(os.listdir(tmp_path)) == ["hf", "out"]
 
 
 def test_a_target_moved_aside_by_a_killed_overwrite_comes_back(source, tmp_path):
@@ -156,7 +168,7 @@ def test_a_target_moved_aside_by_a_killed_overwrite_comes_back(source, tmp_path)
         (source / name).unlink()
     with pytest.raises(ConversionError, match="has no tokenizer"):
         convert(str(source), tmp_path / "out")
-    assert_same_tree(qs_jax.load(tmp_path / "out")[0], llama_tensors()[1])
+    assert_first_model(tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["hf", "out"]
 
 
@@ -165,34 +177,3 @@ def test_parents_made_for_nothing_go_again(tmp_path, tensors):
     with pytest.raises(ConversionError, match="has no tokenizer"):
         convert(str(source), tmp_path / "n1" / "n2" / "out")
     assert os.listdir(tmp_path) == ["hf"]
-
-
-def test_ctrl_c_half_way_leaves_nothing(source, tmp_path):
-    script = textwrap.dedent(
-        """
-        import sys, time
-        from convert import hf_to_flax, sources
-        read = sources.HuggingFaceFolder.read
-        def slow(self, name):
-            if "layers.1.mlp" in name:
-                print("half-way", flush=True)
-                time.sleep(3)
-            return read(self, name)
-        sources.HuggingFaceFolder.read = slow
-        sys.exit(hf_to_flax.main(sys.argv[1:]))
-        """
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, "--source", str(source), "--out", str(tmp_path / "out")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline().strip() == "half-way"
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert error.splitlines()[-1] == "interrupted, nothing was kept"
-    assert "Traceback" not in error
-    assert sorted(os.listdir(tmp_path)) == ["hf"]

