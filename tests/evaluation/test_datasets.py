@@ -14,7 +14,6 @@ from qs_jax.errors import InputError
 from qs_jax.evaluation import perplexity
 from qs_jax.evaluation.datasets import read_text
 from qs_jax.evaluation.perplexity import cut_windows
-from tests.convert.folders import llama_tensors, write_folder
 
 DOCUMENTS = ["one document", "another, a little longer", "the third", "and the last of them"]
 
@@ -50,6 +49,8 @@ def test_wikitext_is_joined_as_the_hugging_face_recipe_does(hub):
 
 @pytest.mark.parametrize(("limit", "count"), [(1, 1), (12, 1), (13, 2), (1000, 4)])
 def test_c4_takes_as_many_documents_as_it_takes(hub, limit, count):
+    assert "--limit-windows" in refused("c4")
+    assert hub == []
     text = read_text("c4", limit)
     assert hub == [("allenai/c4", "en", "validation", True)]
     assert text.text == "\n\n".join(DOCUMENTS[:count])
@@ -69,25 +70,17 @@ def test_c4_is_taken_again_when_the_guess_was_too_short(hub, monkeypatch):
     assert windows.tokens_WT.shape == (2, 3)
 
 
-def test_c4_needs_a_limit(hub):
-    assert "--limit-windows" in refused("c4")
-    assert hub == []
-
-
-def test_without_the_extra_names_are_refused_and_everything_else_works(tmp_path):
+@pytest.mark.slow
+def test_without_the_extra_names_are_refused_and_everything_else_works(tiny_checkpoint, tmp_path):
     """In a process in which `datasets` cannot be imported."""
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog")
-    write_folder(tmp_path / "hf", llama_tensors()[0])
     script = f"""
 import sys
 sys.modules["datasets"] = None
-from pathlib import Path
-import qs_jax
-from convert.hf_to_flax import convert
+import qs_jax, convert.hf_to_flax
 from qs_jax.evaluation import evaluate, read_text, read_windows
-convert({str(tmp_path / "hf")!r}, Path({str(tmp_path / "ckpt")!r}))
-params, model = qs_jax.load({str(tmp_path / "ckpt")!r})
-tokenizer = qs_jax.load_tokenizer({str(tmp_path / "ckpt")!r})
+params, model = qs_jax.load({str(tiny_checkpoint)!r})
+tokenizer = qs_jax.load_tokenizer({str(tiny_checkpoint)!r})
 _, windows = read_windows({str(tmp_path / "text.txt")!r}, tokenizer, 16)
 assert evaluate(params, windows, qs_jax.Config(model)).results["windows"] == 2
 read_text("wikitext-103")
@@ -159,11 +152,8 @@ def test_bad_files(tmp_path, name):
     content, message = BAD_FILES[name]
     (tmp_path / name).write_bytes(content)
     assert message in refused(tmp_path / name)
-
-
-def test_names_of_nothing(tmp_path):
-    assert "known names are wikitext-103, c4" in refused("wikitext-2")
     assert "is a folder" in refused(tmp_path)
+    assert "known names are wikitext-103, c4" in refused("wikitext-2")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The harness itself, on task files written here: what it asks, and what `qs-jax` answers."""
 
+import functools
 import json
 import os
 import subprocess
@@ -11,11 +12,9 @@ import pytest
 import scipy.special
 
 import qs_jax
-from convert.hf_to_flax import convert
 from qs_jax import presets
-from qs_jax.config import HaltingConfig, KVSkipConfig, QuickSilverConfig
 from qs_jax.errors import InputError
-from tests.convert.folders import llama_tensors, write_folder
+from tests.evaluation.settings import dual, quota
 
 lm_eval = pytest.importorskip(
     "lm_eval", reason="lm-evaluation-harness is not installed: pip install 'qs-jax[lm-eval]'"
@@ -56,30 +55,13 @@ metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 }
 
 
-def quota(share, layer=1):
-    return QuickSilverConfig(
-        halting=HaltingConfig(rule="quota", layers=(layer,), quota=(share,), entropy=None),
-        kv_skip=KVSkipConfig("skip"),
-        sink_tokens=0,
-        recent_tokens=2,
-    )
-
-
-def dual(tau):
-    return QuickSilverConfig(
-        halting=HaltingConfig(entropy=None, tau_drift=tau, window=None),
-        kv_skip=KVSkipConfig("skip"),
-        recent_tokens=2,
-    )
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tiny_checkpoint, tmp_path_factory):
     """A checkpoint, presets, and a folder of tasks with their data."""
     folder = tmp_path_factory.mktemp("harness")
-    convert(str(write_folder(folder / "hf", llama_tensors()[0])), folder / "ckpt")
-    _, model = qs_jax.load(folder / "ckpt")
-    for name, quicksilver in {"half": quota(0.5), "all": quota(1.0), "dual": dual(3.5)}.items():
+    (folder / "ckpt").symlink_to(tiny_checkpoint)
+    _, model = qs_jax.load(tiny_checkpoint)
+    for name, quicksilver in {"half": quota(), "all": quota(1.0), "dual": dual()}.items():
         presets.save(folder / f"{name}.json", quicksilver, model)
     (folder / "tasks").mkdir()
     data = folder / "tasks" / "data.jsonl"
@@ -92,24 +74,15 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def adapter():
-    from qs_jax.evaluation import lm_eval_adapter
-
-    return lm_eval_adapter
-
-
-@pytest.fixture(scope="module")
-def model_of(adapter, folder):
+def model_of(folder):
     """A model of the adapter by its preset; each is made once."""
-    made = {}
+    from qs_jax.evaluation.lm_eval_adapter import QSJaxLM
 
+    @functools.cache
     def model_of(name, **options):
-        key = (name, *sorted(options.items()))
-        if key not in made:
-            preset = name if name == "off" else str(folder / f"{name}.json")
-            given = {"engine": "masked", "batch_size": 4, "rolling_block": 16} | options
-            made[key] = adapter.QSJaxLM(str(folder / "ckpt"), preset, **given)
-        return made[key]
+        preset = name if name == "off" else str(folder / f"{name}.json")
+        given = {"engine": "masked", "batch_size": 4, "rolling_block": 16} | options
+        return QSJaxLM(str(folder / "ckpt"), preset, **given)
 
     return model_of
 
@@ -176,27 +149,20 @@ def test_exits_act_in_the_scored_path(model_of, folder):
         assert np.abs(np.subtract(values[one], values[other])).max() > 1e-3
 
 
-def test_greedy_continuations_are_recognised(model_of):
-    lm = model_of("off")
-    context = lm.tok_encode("hello")
-    cfg = lm.cfg.replace(max_new_tokens=3, eos_token_ids=())
-    made = qs_jax.generate(lm.params, [context], cfg).tokens[0].tolist()
-    other = [*made[:2], (made[2] + 1) % 97]
-    found = lm._loglikelihood_tokens([(None, context, made), (None, context, other)], True)
-    assert [greedy for _, greedy in found] == [True, False]
-
-
-@pytest.mark.parametrize("name", ["off", "half", "dual"])
+@pytest.mark.parametrize("name", ["off", "half", pytest.param("dual", marks=pytest.mark.slow)])
 def test_words_of_one_token_share_a_row(model_of, name):
-    """Their context runs once; every value is that of a row of its own."""
+    """Their context runs once; every value is that of a row of its own, and greedy is told."""
     lm, asked = model_of(name), [([5, 6, 7, 8, 9], [word]) for word in (3, 4)]
     asked += [([5, 6, 7, 8, 9], [3, 4]), ([6, 7, 8, 9, 9], [3])]
+    best = logprobs_of(lm, [*asked[0][0], 3], 5)[1].tolist()
+    asked += [(asked[0][0], best)]
     lm.counts = None
     found = lm._loglikelihood_tokens([(None, *pair) for pair in asked], True)
     for (context, after), (value, greedy) in zip(asked, found, strict=True):
         expected, best = logprobs_of(lm, context + after, len(context))
         assert value == pytest.approx(expected.sum(), abs=1e-4)
         assert greedy == (best.tolist() == after)
+    assert found[-1][1], "the likeliest word is greedy"
     assert lm.counts["prefill"]["tokens"] == 15  # three rows of five
 
 
@@ -229,6 +195,12 @@ def test_windows_fit_the_model(model_of):
         lm._cut([1], list(range(24)))
     with pytest.raises(InputError, match="has no tokens"):
         lm._cut([1], [])
+    for options, message in (
+        ({"batch_size": "auto"}, "--batch_size must be a number"),
+        ({"rolling_block": 128}, "rolling_block must lie between 1 and 127"),
+    ):
+        with pytest.raises(InputError, match=message):
+            model_of("off", **options)
 
 
 def test_generation_settings(model_of):
@@ -239,15 +211,14 @@ def test_generation_settings(model_of):
     assert first != second, "rows of a batch draw apart"
     assert lm.generate_until(requests, disable_tqdm=True) == [first, second]
     whole = lm.generate_until([request("hello", {"max_gen_toks": 12})], disable_tqdm=True)[0]
-    stop = whole[5]
-    cut = lm.generate_until(
-        [request("hello", {"max_gen_toks": 12, "until": stop})], disable_tqdm=True
-    )
-    assert cut == [whole.split(stop)[0]]
-    with pytest.raises(InputError, match=r"that qs-jax does not have: .*num_beams"):
-        lm.generate_until([request("a", {"num_beams": 4})], disable_tqdm=True)
-    with pytest.raises(InputError, match="max_gen_toks must lie between"):
-        lm.generate_until([request("a", {"max_gen_toks": 128})], disable_tqdm=True)
+    until = request("hello", {"max_gen_toks": 12, "until": whole[5]})
+    assert lm.generate_until([until], disable_tqdm=True) == [whole.split(whole[5])[0]]
+    for settings, message in (
+        ({"num_beams": 4}, r"that qs-jax does not have: .*num_beams"),
+        ({"max_gen_toks": 128}, "max_gen_toks must lie between"),
+    ):
+        with pytest.raises(InputError, match=message):
+            lm.generate_until([request("a", settings)], disable_tqdm=True)
 
 
 def test_chat_templates_and_special_tokens(model_of):
@@ -259,16 +230,6 @@ def test_chat_templates_and_special_tokens(model_of):
     lm.tokenizer.chat_template = None
     assert lm.prefix_token_id == 0
     assert lm.tok_encode("<s>a") == [0, *lm.tok_encode("a")]
-
-
-def test_arguments_that_cannot_be_used(adapter, folder):
-    ckpt = str(folder / "ckpt")
-    for options, message in (
-        ({"batch_size": "auto"}, "--batch_size must be a number"),
-        ({"rolling_block": 128}, "rolling_block must lie between 1 and 127"),
-    ):
-        with pytest.raises(InputError, match=message):
-            adapter.QSJaxLM(ckpt, **options)
 
 
 def test_without_the_harness(monkeypatch, capsys):

@@ -90,8 +90,6 @@ def test_bad_places(tmp_path):
     write(tmp_path / "rte.dev.jsonl", RTE)
     with pytest.raises(InputError, match=r"it has rte\.jsonl, rte\.dev\.jsonl"):
         read_examples(TASKS["rte"], str(tmp_path))
-    with pytest.raises(InputError, match="--limit must be at least 1"):
-        read_examples(TASKS["rte"], str(tmp_path / "rte.jsonl"), limit=0)
 
 
 def test_a_limit_draws_rows(tmp_path):
@@ -105,6 +103,8 @@ def test_a_limit_draws_rows(tmp_path):
     assert drawn[0].rows == 40
     assert drawn[0].sha256 == drawn[1].sha256 != whole.sha256
     assert read_examples(TOY, path, limit=99) == whole
+    with pytest.raises(InputError, match="--limit must be at least 1"):
+        read_examples(TOY, path, limit=0)
 
 
 def test_rows_of_the_hub_go_through_datasets(tmp_path, monkeypatch):
@@ -168,19 +168,14 @@ def test_the_end_of_a_long_passage_is_cut(tmp_path):
     assert [len(row) for row in cut_rows] == [6, 8]
 
 
-def test_matthews_by_hand():
+def test_metrics_by_hand():
     y, p = np.array([1, 1, 1, 0, 0, 0, 0, 1]), np.array([1, 1, 0, 0, 0, 0, 1, 1])
     # TP 3, TN 3, FP 1, FN 1.
     assert significance.matthews(y, p) == pytest.approx((9 - 1) / math.sqrt(4**4))
     assert significance.matthews(y, np.ones(8, int)) == 0
     assert significance.measured("matthews", y, np.ones(8, int))["interval"] == [0, 0]
-
-
-def test_accuracy_has_wilsons_interval():
-    y = np.zeros(50, int)
-    p = np.r_[np.zeros(40, int), np.ones(10, int)]
-    found = significance.measured("accuracy", y, p)
-    z, n, share = 1.959964, 50, 0.8
+    found = significance.measured("accuracy", np.zeros(50, int), np.repeat([0, 1], [40, 10]))
+    z, n, share = 1.959964, 50, 0.8  # Wilson's interval
     middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     assert found["value"] == pytest.approx(share)

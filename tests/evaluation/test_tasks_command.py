@@ -4,38 +4,26 @@ import dataclasses
 import json
 import re
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from rich import console
 
 import qs_jax
-from benchmarks import tasks as benchmark
 from qs_jax import presets
 from qs_jax.checkpoint import read_manifest
 from qs_jax.commands.tasks import Tasks
-from qs_jax.config import HaltingConfig, KVSkipConfig, QuickSilverConfig
 from qs_jax.errors import ConfigError, InputError
 from qs_jax.evaluation import tasks
 from qs_jax.evaluation.heads import Head
+from tests.evaluation.settings import quota
 from tests.evaluation.test_tasks import RTE, TOY, toy_rows, write
 
-SETTINGS = QuickSilverConfig(
-    halting=HaltingConfig(rule="quota", layers=(1,), quota=(0.5,), entropy=None),
-    kv_skip=KVSkipConfig("skip"),
-    sink_tokens=0,
-    recent_tokens=2,
-)
+SETTINGS = quota()
 
 
 @pytest.fixture
-def ckpt(tiny_checkpoint):
-    return tiny_checkpoint
-
-
-@pytest.fixture
-def run(ckpt, tmp_path, monkeypatch):
+def run(tiny_checkpoint, tmp_path, monkeypatch):
     """Runs the command on 24 rows of a toy task; returns the results."""
     monkeypatch.setattr(console, "detect_legacy_windows", lambda: False)
     monkeypatch.setitem(tasks.TASKS, "toy", TOY)
@@ -46,7 +34,7 @@ def run(ckpt, tmp_path, monkeypatch):
     def run(**options):
         given = {"tasks": ("toy",), "data": str(tmp_path), "preset": mine, "batch_size": 8}
         given |= {"head": "linear"} | options
-        Tasks(ckpt=ckpt, out=tmp_path / "out.json", **given).run()
+        Tasks(ckpt=tiny_checkpoint, out=tmp_path / "out.json", **given).run()
         return json.loads((tmp_path / "out.json").read_text())
 
     return run
@@ -55,7 +43,7 @@ def run(ckpt, tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_without_training_through_the_harness(run, ckpt, capsys):
+def test_without_training_through_the_harness(run, tiny_checkpoint, capsys):
     """Its prompt and its words, on our rows; the values are those of the logits."""
     pytest.importorskip("lm_eval", reason="comes with the extra lm-eval")
     results = run(tasks=("rte",), head="none")
@@ -65,7 +53,8 @@ def test_without_training_through_the_harness(run, ckpt, capsys):
     assert config["quicksilver"] == SETTINGS.to_dict()
     assert results["simulated"] is True
     assert task["dense"]["value"] == pytest.approx(task["metrics"]["acc,none"])
-    tokenizer, (params, model) = qs_jax.load_tokenizer(ckpt), qs_jax.load(ckpt, dtype="auto")
+    tokenizer = qs_jax.load_tokenizer(tiny_checkpoint)
+    params, model = qs_jax.load(tiny_checkpoint, dtype="auto")
     pair = RTE[0]["premise"], RTE[0]["hypothesis"]
     prompt = tokenizer("{}\nQuestion: {} True or False?\nAnswer:".format(*pair)).input_ids
     for word, value in zip((" True", " False"), task["per_example"]["dense"][0], strict=True):
@@ -86,14 +75,6 @@ def test_without_the_harness(run, monkeypatch):
         run(head="none")
 
 
-def test_the_dense_model_alone(run, capsys):
-    results = run(preset="off", limit=20)
-    assert results["simulated"] is False
-    assert results["tasks"]["toy"]["data"]["used"] < 20
-    assert "quicksilver" not in results["tasks"]["toy"]
-    assert "McNemar" not in capsys.readouterr().out
-
-
 def test_a_fitted_head(run, capsys):
     results = run(l2=0.01)
     task = results["tasks"]["toy"]
@@ -104,26 +85,37 @@ def test_a_fitted_head(run, capsys):
     assert "toy, preset" in told
     with pytest.raises(InputError, match="--overwrite"):
         run()
-    again = run(l2=0.01, devices="3", overwrite=True)["tasks"]["toy"]
-    for name, scores in task["per_example"].items():
-        np.testing.assert_allclose(again["per_example"][name], scores, atol=1e-3)
     other = run(l2=0.01, fit_on="preset", overwrite=True)["tasks"]["toy"]
     assert other["train"] == task["train"]
     assert other["per_example"]["dense"] != task["per_example"]["dense"]
 
 
-def test_a_stored_head(run, ckpt, tmp_path):
-    backbone = read_manifest(ckpt)["params"]
+@pytest.mark.slow
+def test_scores_do_not_depend_on_the_devices(run):
+    one, three = (run(l2=0.01, devices=n, overwrite=True)["tasks"]["toy"] for n in ("1", "3"))
+    for name, scores in one["per_example"].items():
+        np.testing.assert_allclose(three["per_example"][name], scores, atol=1e-3)
+
+
+def test_a_stored_head(run, tiny_checkpoint, tmp_path, capsys):
+    backbone = read_manifest(tiny_checkpoint)["params"]
     weight = np.random.default_rng(0).normal(size=(2, 32)).astype(np.float32)
     head = Head(weight, np.zeros(2, np.float32), ("true", "false"), backbone)
     (tmp_path / "head").mkdir()
     head.save(tmp_path / "head")
     task = run(head=str(tmp_path / "head"))["tasks"]["toy"]
-    tokenizer, (params, model) = qs_jax.load_tokenizer(ckpt), qs_jax.load(ckpt)
+    tokenizer = qs_jax.load_tokenizer(tiny_checkpoint)
+    params, model = qs_jax.load(tiny_checkpoint)
     for row, found in zip(toy_rows(24)[:2], task["per_example"]["dense"], strict=False):
         ids = tokenizer(row["text"], row["question"]).input_ids
         out = qs_jax.score(params, [ids], qs_jax.Config(model), return_states=True)
         np.testing.assert_allclose(found, (weight @ out.states[0, -1])[::-1], atol=1e-4)
+    capsys.readouterr()
+    dense = run(head=str(tmp_path / "head"), preset="off", limit=20, overwrite=True)
+    assert dense["simulated"] is False
+    assert dense["tasks"]["toy"]["data"]["used"] == 20
+    assert "quicksilver" not in dense["tasks"]["toy"]
+    assert "McNemar" not in capsys.readouterr().out
     dataclasses.replace(head, backbone={"crc32": 1}).save(tmp_path / "head")
     with pytest.raises(InputError, match="was trained with another model"):
         run(head=str(tmp_path / "head"), overwrite=True)
@@ -146,17 +138,3 @@ def test_mistakes(run, tmp_path, options, message):
     with pytest.raises((InputError, ConfigError), match=message):
         run(**options)
     assert not (tmp_path / "out.json").exists()
-
-
-def test_the_tables_of_the_docs(run, tmp_path, monkeypatch):
-    measured = run()
-    content = dict.fromkeys(benchmark.HEADS.values(), measured)
-    (tmp_path / "tables.json").write_text(json.dumps(content))
-    page = tmp_path / "page.md"
-    page.write_text((Path(benchmark.__file__).parents[1] / "docs" / "tasks.md").read_text())
-    monkeypatch.setattr(benchmark, "_PAGE", page)
-    benchmark.main(["--tables-only", "--out", str(tmp_path / "tables.json")])
-    text, task = page.read_text(), measured["tasks"]["toy"]
-    assert text.count("| toy ") == 2
-    low, high = task["dense"]["interval"]
-    assert f" {task['dense']['value']:.3f} ({low:.3f} to {high:.3f}) " in text
