@@ -8,10 +8,8 @@ import pytest
 import qs_jax
 from benchmarks import environment, latency, latency_figures, latency_rows
 from benchmarks.latency_rows import READ_ROW, Group, OurCall, active, decisions_only, half_depth
-from convert.hf_to_flax import convert
-from qs_jax.presets import NAMES
+from qs_jax.presets import aggressive
 from qs_jax.testing import tiny_model, tiny_params
-from tests.convert.folders import llama_tensors, write_folder
 from tests.support import random_tokens
 
 # Of the JSON file: programs that read it rely on these names.
@@ -101,14 +99,10 @@ def test_the_page_and_the_headline_are_those_of_the_result_file():
         assert f"<!-- table: {name} -->\n{table}\n<!-- end -->" in page
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["balanced", *(pytest.param(n, marks=pytest.mark.slow) for n in ("paper", "aggressive"))],
-)
-def test_decisions_only_stop_nothing(name):
+def test_decisions_only_stop_nothing():
     model = tiny_model(num_layers=6)
     params, rows = tiny_params(model), random_tokens(model, width=60)
-    qs = decisions_only(NAMES[name](model))
+    qs = decisions_only(aggressive(model))
     cfg = qs_jax.Config(model, qs, protocol="continuation", continuation_tokens=4)
     record = qs_jax.score(params, rows, cfg.replace(engine="masked")).record
     assert record.layer_tokens_saved == 0
@@ -141,9 +135,8 @@ def test_a_decode_is_what_follows_the_program_of_the_first_token():
 
 @pytest.mark.slow
 @pytest.mark.hf
-def test_a_quick_run_writes_the_same_keys(tmp_path, monkeypatch):
+def test_a_quick_run_writes_the_same_keys(tiny_checkpoint, tmp_path, monkeypatch):
     """The whole command on small groups, Hugging Face and profiles included."""
-    convert(str(write_folder(tmp_path / "hf", llama_tensors()[0])), tmp_path / "ckpt")
     monkeypatch.setattr(environment, "commit", lambda: "abc1234")
 
     def small(model, names, new):
@@ -156,7 +149,7 @@ def test_a_quick_run_writes_the_same_keys(tmp_path, monkeypatch):
 
     monkeypatch.setattr(latency_rows, "quick_grid", small)
     out = tmp_path / "quick.json"
-    options = ["--ckpt", str(tmp_path / "ckpt"), "--quick", "--out", str(out)]
+    options = ["--ckpt", str(tiny_checkpoint), "--quick", "--out", str(out)]
     options += ["--new-tokens", "4", "--presets", "balanced"]
     latency.main(options)
     content = json.loads(out.read_text())

@@ -9,16 +9,11 @@ import pytest
 
 from benchmarks import trace
 from benchmarks.trace import Interval, Program
-from convert.hf_to_flax import convert
 from qs_jax import presets
 from qs_jax.config import AMQConfig, FusionConfig, HaltingConfig, QuickSilverConfig
-from tests.convert.folders import llama_tensors, write_folder
 
 # The scopes that the contract names.
 ALL = ("attn", "mlp", "kv_write", "signals", "halt", "fuse", "amq")
-CHEAP = QuickSilverConfig(
-    halting=HaltingConfig(drift="relative", tau_drift=0.5, entropy=None, layers=(1,))
-)
 EVERYTHING = QuickSilverConfig(
     halting=HaltingConfig(drift="relative", tau_drift=0.5, tau_halt=1.0),
     fusion=FusionConfig(tau_fuse=0.5, distance="relative"),
@@ -52,30 +47,21 @@ def test_the_scope_of_an_operation(path, component):
     assert trace.scope_of(path) == component
 
 
-def test_loops_are_no_operations_of_their_own():
-    text = """
-  %while.3 = (f32[2]{0}, s32[]) while(%tuple.1), metadata={op_name="jit(f)/mlp/while"}
-  ROOT %dot.40 = f32[224,256]{1,0} dot(%a, %b), metadata={op_name="jit(f)/mlp/dot_general"}
-  %copy.2 = f32[2]{0} copy(%x)
-"""
-    assert trace.parse_program(text).components == {
-        "while.3": None,
-        "dot.40": "mlp",
-        "copy.2": "other",
-    }
-
-
 PROGRAM = """HloModule jit_f
 %body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
   %make.1 = f32[4]{0} fusion(%p), kind=kLoop, calls=%inner, metadata={op_name="jit(f)/attn/exp"}
   %bitcast.2 = f32[2,2]{1,0} bitcast(%make.1)
-  %product = f32[2,2]{1,0} dot(%bitcast.2, %w), metadata={op_name="jit(f)/mlp/dot_general"}
+  %while.3 = (f32[2]{0}, s32[]) while(%tuple.1), metadata={op_name="jit(f)/mlp/while"}
+  ROOT %product = f32[2,2]{1,0} dot(%bitcast.2, %w), metadata={op_name="jit(f)/mlp/dot_general"}
 }
 """
 
 
-def test_readers_are_found_through_other_names():
-    assert trace.parse_program(PROGRAM).readers["make.1"] == {"product"}
+def test_loops_are_no_operations_and_readers_are_found_through_other_names():
+    program = trace.parse_program(PROGRAM)
+    expected = {"make.1": "attn", "bitcast.2": "other", "while.3": None, "product": "mlp"}
+    assert program.components == expected
+    assert program.readers["make.1"] == {"product"}
 
 
 @pytest.mark.parametrize(
@@ -116,55 +102,31 @@ def test_instructions_are_told_apart_by_their_program():
     assert [(part.component, part.start) for part in found] == [("mlp", 0), ("attn", 5)]
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """Runs the command on a model of three layers; its folder."""
-    folder = tmp_path_factory.mktemp("trace")
-    convert(str(write_folder(folder / "hf", llama_tensors()[0])), folder / "ckpt")
-
-    def run(name, qs):
-        preset = presets.save(folder / f"{name}.json", qs)
-        command = ["--ckpt", str(folder / "ckpt"), "--out", str(folder / name), "--preset"]
-        trace.main([*command, str(preset), "--prompt", "16", "--new-tokens", "5"])
-        return folder / name
-
-    return run
-
-
-def test_the_command_finds_the_scopes_and_viewers_can_read_its_files(run, capsys):
-    out = run("cheap", CHEAP)
+@pytest.mark.slow
+def test_the_command_finds_the_scopes_and_viewers_can_read_its_files(
+    tiny_checkpoint, tmp_path, capsys
+):
+    preset, out = presets.save(tmp_path / "everything.json", EVERYTHING), tmp_path / "out"
+    command = ["--ckpt", str(tiny_checkpoint), "--out", str(out), "--preset", str(preset)]
+    trace.main([*command, "--prompt", "16", "--new-tokens", "5"])
     printed = capsys.readouterr().out
     content = json.loads((out / "scopes.json").read_text())
     assert content["settings"]["decode_steps"] == 3
     for phase, seconds in content["seconds"].items():
         assert set(seconds) <= set(trace.COMPONENTS)
-        assert all(seconds[scope] > 0 for scope in ("attn", "mlp", "kv_write", "signals", "halt"))
-        assert not {"fuse", "amq"} & set(seconds), "these mechanisms are off"
+        assert all(seconds[scope] > 0 for scope in ALL)
         (plane,) = (out / phase).rglob("*.xplane.pb")
         (events,) = (out / phase).rglob("*.trace.json.gz")
         assert str(events) in printed
-        data = jax.profiler.ProfileData.from_file(str(plane))
-        operations = [
-            stats["hlo_op"]
-            for profile_plane in data.planes
-            for line in profile_plane.lines
-            for event in line.events
-            if "hlo_op" in (stats := dict(event.stats))
-        ]
-        content_of_plane = plane.read_bytes()  # xprof reads the scopes from the program in it
-        assert all(f"/{scope}/".encode() in content_of_plane for scope in ("attn", "halt"))
+        # xprof reads the scopes from the program in the file.
+        assert all(f"/{scope}/".encode() in plane.read_bytes() for scope in ("attn", "halt"))
         with gzip.open(events) as file:
-            shown = json.load(file)["traceEvents"]
-        assert {event.get("name") for event in shown} >= set(operations[:50])
-        steps = [event for event in shown if event.get("name") == "decode"]
-        assert len(steps) == (3 if phase == "decode" else 0)
-
-
-@pytest.mark.slow
-def test_every_scope_is_in_both_phases(run):
-    seconds = json.loads((run("everything", EVERYTHING) / "scopes.json").read_text())["seconds"]
-    for phase in ("prefill", "decode"):
-        assert all(seconds[phase][scope] > 0 for scope in ALL)
+            shown = [event.get("name") for event in json.load(file)["traceEvents"]]
+        assert shown.count("decode") == (3 if phase == "decode" else 0)
+        data = jax.profiler.ProfileData.from_file(str(plane))
+        events = (event for plane in data.planes for line in plane.lines for event in line.events)
+        operations = [stats["hlo_op"] for e in events if "hlo_op" in (stats := dict(e.stats))]
+        assert set(shown) >= set(operations[:50])
 
 
 def test_mistakes_are_one_line():

@@ -2,10 +2,8 @@
 
 import numpy as np
 import pytest
-import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from benchmarks.linguistics.align import NO_WORD, SEVERAL, Aligned, Touched, align, touched_words
@@ -14,6 +12,8 @@ from benchmarks.linguistics.treebank import read_treebank
 from qs_jax.errors import InputError
 from qs_jax.testing import toy_tokenizer
 from tests.benchmarks.linguistics.miniature import WORDS, write_treebank
+from tests.convert.gguf_files import byte_level_tokenizer
+from tests.test_text import tokenizer_of
 
 PLAIN = st.text(
     st.characters(blacklist_categories=["Z", "C"], blacklist_characters="\\`'.-"), min_size=1
@@ -29,27 +29,9 @@ def as_text(words):
     return TaggedText("given", text, tuple(spans), ("NN",) * len(words))
 
 
-CORPUS = [
-    "the old dog doesn't bark at me. " * 3,
-    "it isn't in the U.S. (1/2 mile)",
-    "in the in the",
-]
-
-
-@pytest.fixture(scope="module", params=[True, False], ids=["words", "across words"])
-def byte_level(request):
-    """A byte-level BPE; its merges stop at spaces, or do not."""
-    model = tokenizers.Tokenizer(tokenizers.models.BPE())
-    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
-        add_prefix_space=False, use_regex=request.param
-    )
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=330,
-        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    model.train_from_iterator(CORPUS, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=model)
+@pytest.fixture(scope="module")
+def byte_level():
+    return tokenizer_of(byte_level_tokenizer())
 
 
 def bytes_touched(text, pieces):

@@ -7,7 +7,6 @@ from benchmarks.linguistics.align import Aligned, Touched
 from benchmarks.linguistics.classes import CATEGORIES, CONTENT, FUNCTION, OTHER
 from benchmarks.linguistics.constituents import held_by_phrases
 from benchmarks.linguistics.measures import (
-    fused_pairs,
     fusion_by_layer,
     halting_by_class,
     mean_change,
@@ -88,13 +87,6 @@ def test_halting_by_hand(treebank):
     assert paper[DT]["mean_depth"] is None
     sides = {name: row["halted"]["count"] for name, row in got["side"].items()}
     assert sides == {FUNCTION: 3, CONTENT: 4, OTHER: 1, "several classes": 0}
-
-
-def test_fused_pairs_are_neighbours_in_a_super_token():
-    fused = np.array([[0, 3, 3, 3, 4, 5], [2, 3, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]])
-    window, earlier, later = fused_pairs(fused)
-    pairs = sorted(zip(window, earlier, later, strict=True))
-    assert pairs == [(0, 1, 2), (0, 2, 3), (1, 0, 2), (1, 1, 3)]
 
 
 # Pairs of neighbouring words of the first sentence, by hand from its tree.
