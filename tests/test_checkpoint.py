@@ -1,12 +1,12 @@
 """Loading: damage is noticed, dtypes convert, and parameters land on the devices asked for."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 import qs_jax
 from convert.hf_to_flax import convert
@@ -19,24 +19,17 @@ from tests.support import random_tokens
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tiny_checkpoint, tmp_path):
+    """A copy: tests damage it."""
+    return shutil.copytree(tiny_checkpoint, tmp_path / "ckpt")
+
+
+def test_a_hugging_face_folder_is_told_apart(tmp_path):
     source = write_folder(tmp_path / "hf", llama_tensors()[0])
-    convert(str(source), tmp_path / "ckpt")
-    return tmp_path / "ckpt"
-
-
-def test_a_hugging_face_folder_is_told_apart(folder):
     with pytest.raises(CheckpointError, match=r"python -m convert.hf_to_flax --source .*hf --out"):
-        qs_jax.load(folder.parent / "hf")
+        qs_jax.load(source)
     with pytest.raises(CheckpointError, match="is not a folder"):
-        qs_jax.load(folder / "nowhere")
-
-
-def test_lost_files_are_noticed(folder):
-    chunk = next(path for path in (folder / "params").rglob("*") if path.name == "0.0.0")
-    chunk.unlink()
-    with pytest.raises(CheckpointError, match="files were lost or changed"):
-        qs_jax.load(folder)
+        qs_jax.load(tmp_path / "nowhere")
 
 
 def test_maps_beside_the_weights_come_along(folder):
@@ -48,15 +41,14 @@ def test_maps_beside_the_weights_come_along(folder):
     assert params["kv_maps"].layers == (1,)
 
 
-@pytest.mark.parametrize("damage", ["zeros", "one bit"])
+@pytest.mark.parametrize("damage", ["lost", "zeros", "one bit"])
 def test_damaged_files_are_noticed(folder, damage):
     chunk = next(path for path in (folder / "params").rglob("*") if path.name == "0.0.0")
     content = bytearray(chunk.read_bytes())
-    if damage == "zeros":
-        content = bytearray(len(content))
-    else:
-        content[len(content) // 2] ^= 1
-    chunk.write_bytes(content)
+    content[len(content) // 2] ^= 1
+    chunk.unlink()
+    if damage != "lost":
+        chunk.write_bytes(bytes(len(content)) if damage == "zeros" else content)
     with pytest.raises(CheckpointError, match="files were lost or changed"):
         qs_jax.load(folder)
 
@@ -84,27 +76,26 @@ def test_manifests_that_cannot_be_used(folder, change, message):
         qs_jax.load(folder)
 
 
-def test_weights_that_are_not_finite(folder, monkeypatch):
+def test_weights_that_are_not_finite(tmp_path, monkeypatch):
     from convert import hf_to_flax
 
     monkeypatch.setattr(hf_to_flax.np, "isfinite", lambda array: np.ones(array.shape, bool))
-    tensors = load_file(folder.parent / "hf" / "model.safetensors")
+    tensors = llama_tensors()[0]
     tensors["model.layers.1.mlp.up_proj.weight"][2, 2] = np.inf
-    source = write_folder(folder.parent / "broken", tensors)
-    convert(str(source), folder.parent / "second")
+    convert(str(write_folder(tmp_path / "hf", tensors)), tmp_path / "ckpt")
     with pytest.raises(NonFiniteError, match="gate_up"):
-        qs_jax.load(folder.parent / "second")
-    qs_jax.load(folder.parent / "second", verify=False)
+        qs_jax.load(tmp_path / "ckpt")
+    qs_jax.load(tmp_path / "ckpt", verify=False)
 
 
-def test_dtype_on_the_way_in(folder):
-    exact, model = qs_jax.load(folder)
-    half, half_model = qs_jax.load(folder, dtype="bfloat16")
+def test_dtype_on_the_way_in(tiny_checkpoint):
+    exact, model = qs_jax.load(tiny_checkpoint)
+    half, half_model = qs_jax.load(tiny_checkpoint, dtype="bfloat16")
     assert (model.dtype, half_model.dtype) == ("float32", "bfloat16")
     for ours, theirs in zip(jax.tree.leaves(half), jax.tree.leaves(exact), strict=True):
         np.testing.assert_array_equal(ours, theirs.astype("bfloat16"))
     with pytest.raises(ConfigError, match="dtype 'float8' is not supported: float32 or bfloat16"):
-        qs_jax.load(folder, dtype="float8")
+        qs_jax.load(tiny_checkpoint, dtype="float8")
 
 
 @pytest.mark.parametrize(
@@ -135,11 +126,9 @@ def test_the_default_dtype_of_a_processor(tmp_path, monkeypatch, flags, expected
         ("tpu", None, "bfloat16"),
     ],
 )
-def test_the_default_dtype_is_the_faster_of_the_device(folder, platform, capability, expected):
-    found = {"platform": platform} | (
-        {} if capability is None else {"compute_capability": capability}
-    )
-    device = SimpleNamespace(**found)
+def test_the_default_dtype_is_the_faster_of_the_device(platform, capability, expected):
+    found = {} if capability is None else {"compute_capability": capability}
+    device = SimpleNamespace(platform=platform, **found)
     assert fastest_dtype(device) == expected
     stored = tiny_model(dtype="bfloat16")
     assert choose_dtype("auto", stored, device) == expected
@@ -147,14 +136,12 @@ def test_the_default_dtype_is_the_faster_of_the_device(folder, platform, capabil
     assert choose_dtype("float32", stored, device) == "float32"
 
 
-@pytest.mark.parametrize(
-    "count", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)]
-)
-def test_parameters_are_sharded_over_devices(folder, count):
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_parameters_are_sharded_over_devices(tiny_checkpoint, count):
     """Matrices are cut, nothing is lost, and the model computes the same."""
     devices = jax.devices()[:count]
-    params, model = qs_jax.load(folder, devices=devices)
-    whole, _ = qs_jax.load(folder)
+    params, model = qs_jax.load(tiny_checkpoint, devices=devices)
+    whole, _ = qs_jax.load(tiny_checkpoint)
     jax.tree.map(np.testing.assert_array_equal, params, whole)
     kernel = params["layers"]["gate_up"]["kernel"]
     assert {shard.device for shard in kernel.addressable_shards} == set(devices)

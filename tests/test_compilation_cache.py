@@ -11,6 +11,7 @@ import pytest
 from qs_jax.compilation_cache import enable_compilation_cache
 
 
+@pytest.mark.slow
 def test_the_second_start_compiles_nothing(tiny_checkpoint, tmp_path):
     command = [sys.executable, "-m", "qs_jax", "generate", "--ckpt", str(tiny_checkpoint)]
     command += ["--preset", "balanced", "--prompt", "hello there", "--max-new-tokens", "2"]

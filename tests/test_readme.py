@@ -11,6 +11,7 @@ pytestmark = pytest.mark.xdist_group("embedded")
 README = Path(__file__).parents[1] / "README.md"
 
 
+@pytest.mark.slow
 def test_the_python_examples_run(embedded_checkpoint, capsys):
     """One after the other, as a reader would type them."""
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
@@ -25,6 +26,7 @@ def test_the_python_examples_run(embedded_checkpoint, capsys):
     assert "\nOnce upon a time" in printed
 
 
+@pytest.mark.slow
 def test_the_demo_runs(embedded_checkpoint, capsys, monkeypatch):
     monkeypatch.setattr(demo, "ROUNDS", 1)
     monkeypatch.setattr(demo, "STEPS", 4)

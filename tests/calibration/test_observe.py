@@ -66,11 +66,3 @@ def test_attention_to_halted_tokens_is_that_of_torch(observed):
     assert alone.tau_kv_gaussian == pytest.approx(gaussian)
     np.testing.assert_allclose(alone.received_LQ[:-1, 0], expected, rtol=1e-6)
     assert np.isnan(alone.received_LQ[-1]).all()
-
-
-def test_the_sample_is_of_the_same_distribution(observed, tmp_path):
-    ours, _, _ = observed
-    assert (np.diff(ours.entropy_LQ, axis=1) >= 0).all()
-    assert ours.at("entropy", 25) == tuple(ours.entropy_LQ[:, PERCENTS.index(25)])
-    assert (ours.entropy_LQ >= 0).all()
-    assert (ours.entropy_LQ <= np.log(97) + 1e-4).all()

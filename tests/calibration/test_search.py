@@ -71,31 +71,8 @@ def test_the_bound_covers_as_often_as_it_says():
     assert 0.885 < hits / 4000 < 0.915
 
 
-def space_of(model, observed=None, **changes):
-    fields = {
-        "name": "skip",
-        "policy": "skip",
-        "rule": "quota",
-        "layers": (2, 3, 4),
-        "observed": observed,
-        "model": model,
-        "fuses": False,
-    }
-    return families.Space(**fields | changes)
-
-
-def test_steps_keep_shares_rising(model):
-    space = space_of(model)
-    assert dict(space.steps((0, 1, 2, 0, 0))) == {
-        0: (1, 1, 2, 0, 0),
-        1: (0, 2, 2, 0, 0),
-        2: (0, 1, 3, 0, 0),
-    }
-    assert dict(space.steps((4, 4, 4, 0, 0))) == {}
-    halting = space.preset((0, 1, 1, 0, 0), lean=True).halting
-    assert (halting.layers, halting.quota) == ((3,), (0.25,))
-    assert space.preset((0, 1, 1, 0, 0)).halting.quota == (0.0, 0.25, 0.25)
-    assert space.preset(space.start, lean=True).is_off
+def space_of(model):
+    return families.Space("skip", "skip", "quota", (2, 3, 4), None, model, fuses=False)
 
 
 # Saving and price of a share halted by the first, second and third layer: closed forms.
@@ -119,31 +96,24 @@ def test_the_climb_finds_the_front_and_measures_little(model, monkeypatch):
     monkeypatch.setattr(climb, "_point", stand_in)
     space, task = space_of(model), task_of(0.3)
     found = climb.climb(task, space, 35)
-    every = [
-        stand_in(task, space, (*levels, 0, 0))
-        for levels in itertools.product(range(5), repeat=3)
-        if list(levels) == sorted(levels)
-    ]
+    rising = itertools.combinations_with_replacement(range(5), 3)
+    every = [stand_in(task, space, (*levels, 0, 0)) for levels in rising]
     assert len(every) == 35
-    best = max(point.saving for point in every if point.ppl_increase <= 0.3)
-    mine = max(point.saving for point in found if point.ppl_increase <= 0.3)
+    best, mine = (
+        max(point.saving for point in points if point.ppl_increase <= 0.3)
+        for points in (every, found)
+    )
     assert mine >= 0.95 * best
     assert len(found) < 25
     front = climb.pareto(every)
     for point in front:
-        assert not any(
-            other.saving >= point.saving and other.ppl_increase < point.ppl_increase
-            for other in every
-        )
+        better = (p for p in every if p.saving >= point.saving)
+        assert all(p.ppl_increase >= point.ppl_increase for p in better)
     assert [p.saving for p in front] == sorted(p.saving for p in front)
+    assert len(climb.climb(task_of(10.0), space, 5)) == 5, "it may measure no more"
 
 
-def test_the_climb_stops_when_it_may_measure_no_more(model, monkeypatch):
-    monkeypatch.setattr(climb, "_point", stand_in)
-    assert len(climb.climb(task_of(10.0), space_of(model), 5)) == 5
-
-
-def test_the_walk_ends_at_the_first_candidate_out_of_budget(monkeypatch):
+def test_the_walk_ends_at_the_first_candidate_out_of_budget(model, monkeypatch):
     """A later one that would pass by luck is not looked at."""
     increases = iter([0.05, 0.3, 0.05])
     dense = scores([1.0, 1.0])
@@ -156,31 +126,38 @@ def test_the_walk_ends_at_the_first_candidate_out_of_budget(monkeypatch):
 
     monkeypatch.setattr(climb, "measure", measured)
     task = task_of(0.1)._replace(dense=dense)
-    points = [climb.Point("skip", (level, 0, 0), 0.0, {}, 0.1) for level in (1, 2, 3)]
-    space = space_of(tiny_model(), layers=(2,))
-    best, told = climb.verify(task, points, {"skip": space}, 0.95)
+    points = [climb.Point("skip", (level, level, level, 0, 0), 0.0, {}, 0.1) for level in (1, 2, 3)]
+    spaces = {"skip": space_of(model)}
+    best, told = climb.verify(task, points, spaces, 0.95)
     assert best == points[0]
     assert [entry["within_budget"] for entry in told] == [True, False]
 
     increases = iter([0.05, 0.05, 0.05, 0.2, 0.05, 0.05])  # ours and the other text's, in turn
-    best, told = climb.verify(task, points, {"skip": space}, 0.95, also={"web": task})
+    best, told = climb.verify(task, points, spaces, 0.95, also={"web": task})
     assert best == points[0], "the second leaves the budget on the other text only"
     assert [entry["also"]["web"]["within_budget"] for entry in told] == [True, False]
     assert told[1]["upper_bound"] <= 0.1
 
 
-@pytest.fixture(scope="module")
-def generous(params, text, cfg):
-    """A search with a budget of a tenth of the perplexity."""
+@pytest.fixture(
+    scope="module",
+    params=[
+        {"fusion": False, "timed_runs": 0},
+        pytest.param({"timed_runs": 1}, marks=pytest.mark.slow),
+    ],
+)
+def generous(request, params, text, cfg):
+    """A search with a budget of a tenth of the perplexity; programs compiled; its options."""
     dense = qs_jax.score(params, text, cfg.replace(protocol="continuation")).perplexity
     before = scoring.jit_score_masked._cache_size()
-    found = search(params, text, cfg, max_ppl_increase=dense / 10, max_evaluations=25, timed_runs=1)
-    return found, dense, scoring.jit_score_masked._cache_size() - before
+    options = {"max_evaluations": 25} | request.param
+    found = search(params, text, cfg, max_ppl_increase=dense / 10, **options)
+    return found, dense, scoring.jit_score_masked._cache_size() - before, options
 
 
 def test_a_calibrated_preset_keeps_its_budget_on_windows_it_never_saw(generous, params, text, cfg):
     """Scored again through the public call, by the engine that really leaves work out."""
-    found, dense, _ = generous
+    found, dense, _, options = generous
     verified = found.preset.provenance["verified"]
     assert not found.preset.is_off
     assert verified["upper_bound"] <= dense / 10
@@ -195,19 +172,16 @@ def test_a_calibrated_preset_keeps_its_budget_on_windows_it_never_saw(generous, 
         verified["layer_tokens_saved"], abs=1e-6
     )
     assert verified["exact_flops_saved"] > 0
-    assert verified["measured_time_saved"] is not None
+    assert (verified["measured_time_saved"] is not None) == (options["timed_runs"] > 0)
     assert verified["windows"] == WINDOWS // 2
 
 
-def test_a_sweep_compiles_once_for_each_program(generous):
+def test_a_search_compiles_once_for_each_program_and_its_front_rises(generous):
     """Quotas and thresholds are numbers: with fusion and without, at whole and last batches."""
-    found, _, compiled = generous
-    assert len(found.points) > 15
-    assert compiled <= 2 * 2
-
-
-def test_the_front_costs_and_saves_more_and_more(generous):
-    found, _, _ = generous
+    found, _, compiled, options = generous
+    fuses = options.get("fusion", True)
+    assert len(found.points) > (15 if fuses else 10)
+    assert compiled <= 2 * (2 if fuses else 1)
     savings = [point.saving for point in found.front]
     prices = [point.ppl_increase for point in found.front]
     assert savings == sorted(savings)
@@ -215,6 +189,7 @@ def test_the_front_costs_and_saves_more_and_more(generous):
     json.dumps(found.to_dict(), allow_nan=False)
 
 
+@pytest.mark.slow
 def test_a_budget_that_nothing_meets_gives_off(params, text, cfg):
     preset = qs_jax.calibrate(
         params, text, cfg, max_ppl_increase=1e-9, max_evaluations=4, fusion=False
@@ -223,18 +198,11 @@ def test_a_budget_that_nothing_meets_gives_off(params, text, cfg):
     assert "off" in preset.provenance["verified"]["reason"]
 
 
+@pytest.mark.slow
 def test_teacher_forced_thresholds_come_from_percentiles(params, text, cfg):
-    found = search(
-        params,
-        text,
-        cfg.replace(protocol="teacher-forced"),
-        max_ppl_increase=1e6,
-        objective="layer_tokens",
-        layers=(3, 5),
-        max_evaluations=8,
-        fusion=False,
-        timed_runs=0,
-    )
+    plain = {"fusion": False, "timed_runs": 0, "layers": (3, 5), "objective": "layer_tokens"}
+    forced = cfg.replace(protocol="teacher-forced")
+    found = search(params, text, forced, max_ppl_increase=1e6, max_evaluations=8, **plain)
     halting = found.preset.halting
     assert halting.rule == "dual"
     layer = halting.layers[0]
@@ -273,11 +241,6 @@ def test_windows_must_fit(params, text, cfg):
         observe(params, text[:, :2], cfg.model)
 
 
-@pytest.fixture
-def ckpt(tiny_checkpoint):
-    return tiny_checkpoint
-
-
 def command(ckpt, folder, characters, *flags):
     (folder / "text.txt").write_text(("the quick brown fox jumps over the dog; " * 99)[:characters])
     command = ["calibrate", "--ckpt", str(ckpt), "--data", str(folder / "text.txt")]
@@ -286,9 +249,10 @@ def command(ckpt, folder, characters, *flags):
     return cli.main([*command, *flags])
 
 
-def test_it_writes_a_preset_that_evaluate_takes(ckpt, tmp_path, capsys):
+@pytest.mark.slow
+def test_it_writes_a_preset_that_evaluate_takes(tiny_checkpoint, tmp_path, capsys):
     flags = ["--max-ppl-increase", "1e6", "--fit-windows", "16", "--max-evaluations", "6"]
-    assert command(ckpt, tmp_path, 3000, *flags, "--timed-runs", "0") == 0
+    assert command(tiny_checkpoint, tmp_path, 3000, *flags, "--timed-runs", "0") == 0
     told = capsys.readouterr().out
     content = json.loads((tmp_path / "preset.json").read_text())
     verified = content["provenance"]["verified"]
@@ -297,12 +261,12 @@ def test_it_writes_a_preset_that_evaluate_takes(ckpt, tmp_path, capsys):
     assert "preset.json" in told
     searched = json.loads((tmp_path / "preset.search.json").read_text())
     assert {point["family"] for point in searched["points"]} == {"skip", "extrapolate"}
-    evaluate = ["evaluate", "--ckpt", str(ckpt), "--data", str(tmp_path / "text.txt")]
+    evaluate = ["evaluate", "--ckpt", str(tiny_checkpoint), "--data", str(tmp_path / "text.txt")]
     evaluate += ["--preset", str(tmp_path / "preset.json"), "--out", str(tmp_path / "out.json")]
     evaluate += ["--seq-len", "48", "--continuation-tokens", "8", "--limit-windows", "8"]
     assert cli.main(evaluate) == 0
     assert presets.maps_path(tmp_path / "preset.json").name == "preset.kv_maps.safetensors"
-    _, model = qs_jax.load(ckpt)
+    _, model = qs_jax.load(tiny_checkpoint)
     assert presets.load(tmp_path / "preset.json", model).halting is not None
     for field, value in (("num_layers", 2), ("hidden_size", 64), ("vocab_size", 50)):
         with pytest.raises(qs_jax.ConfigError, match=f"made for a model with {field}"):
@@ -318,8 +282,8 @@ def test_it_writes_a_preset_that_evaluate_takes(ckpt, tmp_path, capsys):
         (3000, ["--fit-windows", "-1"], "--fit-windows must be at least 0"),
     ],
 )
-def test_mistakes(ckpt, tmp_path, capsys, characters, flags, told):
+def test_mistakes(tiny_checkpoint, tmp_path, capsys, characters, flags, told):
     flags = ["--max-ppl-increase", "0.2", *flags]
-    assert command(ckpt, tmp_path, characters, *flags) == 1
+    assert command(tiny_checkpoint, tmp_path, characters, *flags) == 1
     assert told in capsys.readouterr().err
     assert not (tmp_path / "preset.json").exists()

@@ -5,21 +5,6 @@ from typing import Any
 
 import numpy as np
 
-NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
 
 def interleave(rows: np.ndarray, heads: int) -> np.ndarray:
     """Row by row, from the definition: new row 2i + s of a head is old row s * H/2 + i."""
@@ -41,16 +26,10 @@ def write_gguf(
     tokenizer: dict[str, Any] | None = None,
     extra: dict[str, Any] | None = None,
 ) -> Path:
-    """Write tensors under Hugging Face names as a GGUF file.
+    """Write tensors under Hugging Face names as a GGUF file; norms stay F32.
 
-    Args:
-      path: File to write.
-      tensors: Hugging Face names and layout.
-      config: Hugging Face config with the sizes.
-      quantization: For matrices; norms stay F32.
-      permute: Interleave q and k rows (not if they are interleaved already).
-      tokenizer: Metadata below `tokenizer.ggml.`: str, bool, int or list values.
-      extra: Further metadata, by full name.
+    `permute` interleaves q and k rows, `tokenizer` is metadata below `tokenizer.ggml.`, `extra` is
+    metadata by full name.
     """
     import gguf
 
@@ -66,16 +45,15 @@ def write_gguf(
     writer.add_rope_dimension_count(config["hidden_size"] // config["num_attention_heads"])
     prefixed = {f"tokenizer.ggml.{key}": value for key, value in (tokenizer or {}).items()}
     for key, value in (prefixed | (extra or {})).items():
-        _add(writer, key, value)
+        writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
     kind = gguf.GGMLQuantizationType[quantization]
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
     for name, tensor in tensors.items():
         if permute and "q_proj" in name:
             tensor = interleave(tensor, config["num_attention_heads"])
         elif permute and "k_proj" in name:
             tensor = interleave(tensor, config["num_key_value_heads"])
-        gguf_name = name.replace("model.layers.", "blk.")
-        for theirs, ours in NAMES.items():
-            gguf_name = gguf_name.replace(f"{theirs}.", f"{ours}.")
+        gguf_name = names.get_name(name, try_suffixes=(".weight",)) or name
         if tensor.ndim == 1 or quantization == "F32":
             writer.add_tensor(gguf_name, np.ascontiguousarray(tensor, np.float32))
         else:
@@ -86,19 +64,6 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
-
-
-def _add(writer: Any, key: str, value: Any) -> None:
-    if isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, int):
-        writer.add_uint32(key, value)
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
-    elif isinstance(value, str):
-        writer.add_string(key, value)
-    else:
-        writer.add_array(key, value)
 
 
 def byte_level_tokenizer(**changes: Any) -> dict[str, Any]:

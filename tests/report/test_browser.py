@@ -109,6 +109,7 @@ def pixels(driver, canvas):
     return driver.execute_script("return arguments[0].toDataURL()", find(driver, canvas))
 
 
+@pytest.mark.slow
 def test_the_slider_moves_and_shows_the_numbers_of_the_record(opened, case):
     run, dense = case.run("HKFQ"), case.run("")
     before = pixels(opened, "#timeline-a")
@@ -135,6 +136,7 @@ def test_the_slider_moves_and_shows_the_numbers_of_the_record(opened, case):
     assert pixels(opened, "#timeline-a") != before
 
 
+@pytest.mark.slow
 def test_keys_move_over_tokens_and_layers(opened, case):
     from selenium.webdriver.common.keys import Keys
 
@@ -151,6 +153,7 @@ def test_keys_move_over_tokens_and_layers(opened, case):
     wait(opened, f"document.querySelector('#layer').value === '{LAYERS - 2}'")
 
 
+@pytest.mark.slow
 def test_play_walks_through_the_layers_and_stops(opened):
     set_layer(opened, 2)
     find(opened, "#play").click()
@@ -164,6 +167,7 @@ def test_play_walks_through_the_layers_and_stops(opened):
     assert int(find(opened, "#layer").get_attribute("value")) < LAYERS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["timeline", "kv", "bits", "fusion"])
 def test_hovering_shows_the_cell_under_the_pointer(opened, case, name):
     from selenium.webdriver import ActionChains
@@ -188,6 +192,7 @@ def test_hovering_shows_the_cell_under_the_pointer(opened, case, name):
     wait(opened, "document.querySelector('#tip').hidden")
 
 
+@pytest.mark.slow
 def test_switches_change_what_is_compared(opened, case):
     def column(side):
         return [
@@ -215,6 +220,7 @@ def test_switches_change_what_is_compared(opened, case):
     assert not find(opened, "#K-b").is_selected()
 
 
+@pytest.mark.slow
 def test_both_colour_schemes_and_a_narrow_window(opened):
     def look():
         return opened.execute_script(
@@ -241,6 +247,7 @@ def test_both_colour_schemes_and_a_narrow_window(opened):
     assert wide <= 420, "the page must not scroll sideways"
 
 
+@pytest.mark.slow
 def test_odd_text_is_shown_as_it_is(driver, case, tmp_path):
     labels = (ODD * len(case.ids))[: len(case.ids)]
     path = report.write(case.report(labels), tmp_path / "odd.html")

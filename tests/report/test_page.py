@@ -102,6 +102,8 @@ def test_odd_text_is_data_and_nothing_else(case):
     inside = page.embedded({"labels": ODD})
     assert not set(inside) & set("<>&\u2028\u2029")
     assert json.loads(inside) == {"labels": ODD}
+    with pytest.raises(ValueError, match="JSON"):
+        page.embedded({"value": float("nan")})
 
 
 def test_nothing_comes_from_elsewhere(case):
@@ -109,11 +111,6 @@ def test_nothing_comes_from_elsewhere(case):
     assert "default-src 'none'" in text
     for word in ("http://", "https://", "src=", "@import", "url("):
         assert word not in text.replace("http://www.w3.org/2000/svg", ""), word
-
-
-def test_numbers_that_json_lacks_are_refused():
-    with pytest.raises(ValueError, match="JSON"):
-        page.embedded({"value": float("nan")})
 
 
 def test_a_long_report_stays_small():
@@ -134,12 +131,3 @@ def test_beyond_a_bound_only_the_ends_keep_their_signals(case, monkeypatch):
     runs = content.to_json(case.report())["text"]["presets"][0]["runs"]
     kept = [letters for letters, run in runs.items() if "drift" in run["arrays"]]
     assert kept == ["", "HKFQ"]
-
-
-def test_equal_arrays_are_stored_once():
-    pool = content.Pool()
-    first = pool.add(np.arange(6, dtype=np.int32))
-    assert pool.add(np.arange(6, dtype=np.int32)) == first
-    assert pool.add(np.arange(6, dtype=np.int32).reshape(2, 3)) != first
-    assert pool.add(np.arange(6, dtype=np.uint16)) != first
-    assert len(pool.arrays) == 3

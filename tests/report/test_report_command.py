@@ -22,24 +22,19 @@ PRESET = QuickSilverConfig(
 
 
 @pytest.fixture
-def ckpt(tiny_checkpoint):
-    return tiny_checkpoint
-
-
-@pytest.fixture
-def command(ckpt, tmp_path):
+def command(tiny_checkpoint, tmp_path):
     preset = presets.save(tmp_path / "half.json", PRESET)
-    return Report(out=tmp_path / "out.html", ckpt=ckpt, text=TEXT, preset=(str(preset),))
+    return Report(out=tmp_path / "out.html", ckpt=tiny_checkpoint, text=TEXT, preset=(str(preset),))
 
 
-def test_the_page_holds_what_score_finds(command, ckpt, tmp_path, capsys):
+def test_the_page_holds_what_score_finds(command, tmp_path, capsys):
     file = tmp_path / "text.txt"
     file.write_text(TEXT)
     dataclasses.replace(command, text=str(file)).run()
     assert "wrote" in capsys.readouterr().out
     page = Page(command.out.read_text(encoding="utf-8"))
-    params, model = qs_jax.load(ckpt)
-    ids = qs_jax.load_tokenizer(ckpt)(TEXT).input_ids
+    params, model = qs_jax.load(command.ckpt)
+    ids = qs_jax.load_tokenizer(command.ckpt)(TEXT).input_ids
     text = page.data["text"]
     np.testing.assert_array_equal(page.array(text["ids"]), ids)
     assert "".join(text["labels"]) == TEXT

@@ -2,14 +2,14 @@
 
 import dataclasses
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
+import scipy.stats
 
 import qs_jax
 from qs_jax import accounting
 from qs_jax.config import FusionConfig, HaltingConfig, KVSkipConfig, QuickSilverConfig
-from qs_jax.engine import dense
 from qs_jax.errors import InputError
 from qs_jax.report import trace
 from qs_jax.report.combinations import combinations, reduced
@@ -68,38 +68,11 @@ def _same(record, expected):
             np.testing.assert_array_equal(there, wanted, err_msg=field.name)
 
 
-def test_signals_of_the_dense_run_in_numpy(case):
-    """Drift, logit lens and latent entropy from the states of the plain model."""
-
-    def look(before, after, _):
-        return before, after
-
-    tokens = jnp.asarray(case.ids)[None]
-    states = dense.look_at_layers(
-        case.params,
-        tokens,
-        case.model,
-        look,
-        lambda q, k, v: (dense.causal_attention(q, k, v), None),
-    )
-    before, after = (np.asarray(x, np.float64)[:, 0] for x in states)
-    signals = case.run("").signals
-    norm = np.linalg.norm
-    moved = norm(after - before, axis=-1) / norm(after, axis=-1)
-    np.testing.assert_allclose(signals["drift"], moved, rtol=1e-4)
-    rms = np.sqrt((after**2).mean(-1, keepdims=True) + case.model.norm_eps)
-    scale = np.asarray(case.params["final_norm"]["norm"]["scale"], np.float64)
-    head = np.asarray(next(iter(case.params["head"].values())), np.float64)
-    head = head if head.shape[0] == case.model.hidden_size else head.T
-    np.testing.assert_allclose(signals["entropy"], _entropy(after / rms * scale @ head), rtol=1e-3)
-    latent = after / np.sqrt((after**2).mean(-1, keepdims=True))
-    np.testing.assert_allclose(signals["bits_entropy"], _entropy(latent), rtol=1e-4)
-
-
-def _entropy(logits):
-    p = np.exp(logits - logits.max(-1, keepdims=True))
-    p /= p.sum(-1, keepdims=True)
-    return -(p * np.log(np.maximum(p, 1e-300))).sum(-1)
+def test_the_last_entropy_of_the_dense_run_is_that_of_the_logits(case):
+    dense = case.cfg.replace(quicksilver=None)
+    logits = qs_jax.score(case.params, case.ids, dense, return_logits=True).logits[0]
+    expected = scipy.stats.entropy(scipy.special.softmax(np.float64(logits), axis=-1), axis=-1)
+    np.testing.assert_allclose(case.run("").signals["entropy"][-1], expected, rtol=1e-3)
 
 
 def test_signals_are_those_of_tokens_that_run(case):
@@ -110,6 +83,8 @@ def test_signals_are_those_of_tokens_that_run(case):
     read = ~np.isnan(record.entropy[:, 0])
     assert read.any()
     np.testing.assert_allclose(signals["entropy"][read], record.entropy[:, 0][read], rtol=1e-6)
+    read = ~np.isnan(record.drift[:, 0])
+    np.testing.assert_allclose(signals["drift"][read], record.drift[:, 0][read], rtol=1e-6)
 
 
 def test_presets_that_run_token_by_token_are_refused(case):
