@@ -8,12 +8,11 @@ import pytest
 from transformers import AutoTokenizer
 
 import qs_jax
-from benchmarks import ablation, mechanism_rows, mechanisms
+from benchmarks import ablation, mechanisms
 from qs_jax import presets
 from qs_jax.config import KVSkipConfig
 from qs_jax.testing import tiny_model, tiny_params
 from tests.convert.folders import toy_tokenizer
-from tests.support import random_tokens
 
 LAYERS, WIDTH = 6, 192
 # One worker: its tests share what they measure.
@@ -45,17 +44,6 @@ def test_settings_are_taken_apart_into_what_they_have():
         qs_jax.Config(model, row.quicksilver)  # all of them can run
     mapped = dataclasses.replace(presets.balanced(model), kv_skip=KVSkipConfig("extrapolate"))
     assert list(ablation.take_apart("mine", mapped)) == ["H", "H+K"]  # maps alone do nothing
-
-
-@pytest.mark.slow
-def test_percentile_rules_take_their_thresholds_at_three_depths():
-    model = tiny_model(num_layers=10)
-    fitted = mechanism_rows.percentiles(tiny_params(model), random_tokens(model, 2, 40), model)
-    assert fitted["layers"] == (4, 6, 8)
-    qs = mechanism_rows.by_percentiles(model, fitted)
-    assert qs.halting.layers == (4, 6, 8)
-    assert qs.halting.tau_drift[5] == fitted["tau_drift"][1]
-    assert qs.fusion.tau_fuse == fitted["tau_fuse"] > 0
 
 
 @pytest.fixture
@@ -102,16 +90,3 @@ def test_a_stopped_run_goes_on_to_the_same_rows(args, monkeypatch):
     assert len(content["walkthrough"]["tokens"]) > 10
     with pytest.raises(SystemExit, match="holds other measurements"):
         ablation.measure(dataclasses.replace(args, batch_size=1))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--windows", "900"], "901 windows of 192 are needed"),
-        (["--data", "no.txt"], "unknown data"),
-    ],
-)
-def test_options_that_do_not_fit_are_refused(args, options, message):
-    given = ["--ckpt", str(args.ckpt), "--data", args.data, "--fit-windows", "1"]
-    with pytest.raises(SystemExit, match=message):
-        ablation.main([*given, "--seq-len", "192", *options])

@@ -7,7 +7,7 @@ import pytest
 
 import qs_jax
 from benchmarks import environment, latency, latency_figures, latency_rows
-from benchmarks.latency_rows import READ_ROW, Group, OurCall, active, decisions_only, half_depth
+from benchmarks.latency_rows import READ_ROW, Group, OurCall, decisions_only, half_depth
 from qs_jax.presets import aggressive
 from qs_jax.testing import tiny_model, tiny_params
 from tests.support import random_tokens
@@ -108,15 +108,6 @@ def test_decisions_only_stop_nothing():
     assert record.layer_tokens_saved == 0
     assert record.kv_held.sum() == 6 * rows.size
     assert (record.representative == np.arange(60)).all()
-
-
-def test_a_forced_share_is_what_it_says():
-    model = tiny_model(num_layers=6)
-    params, rows = tiny_params(model), random_tokens(model, width=81)
-    one = {"max_new_tokens": 1, "eos_token_ids": (), "engine": "masked"}
-    quarter = qs_jax.Config(model, active(model, 0.25), **one)
-    record = qs_jax.generate(params, rows, quarter).record
-    np.testing.assert_array_equal(record.active_counts[:, 0], [81] * 2 + [21] * 4)
 
 
 def test_a_decode_is_what_follows_the_program_of_the_first_token():

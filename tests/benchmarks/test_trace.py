@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from benchmarks import trace
-from benchmarks.trace import Interval, Program
+from benchmarks.trace import Interval
 from qs_jax import presets
 from qs_jax.config import AMQConfig, FusionConfig, HaltingConfig, QuickSilverConfig
 
@@ -90,16 +90,6 @@ def test_an_operation_is_over_when_a_reader_begins(end_of_make, expected):
 def _event(name: str, start: float, duration: float, **stats):
     stats |= {"hlo_module": "jit_f", "hlo_op": name}
     return types.SimpleNamespace(name=name, start_ns=start, duration_ns=duration, stats=stats)
-
-
-def test_instructions_are_told_apart_by_their_program():
-    events = [_event("dot.1", start, 2) for start in (0, 5, 9)]
-    for event, module in zip(events, ("jit_a", "jit_b", "jit_c"), strict=True):
-        event.stats["hlo_module"] = module
-    programs = {"jit_a": Program({"dot.1": "mlp"}, {}), "jit_b": Program({"dot.1": "attn"}, {})}
-    planes = [types.SimpleNamespace(lines=[types.SimpleNamespace(events=events)])]
-    found = trace.read_intervals(planes, programs)
-    assert [(part.component, part.start) for part in found] == [("mlp", 0), ("attn", 5)]
 
 
 @pytest.mark.slow

@@ -22,14 +22,12 @@ def write_gguf(
     config: dict[str, Any],
     *,
     quantization: str = "F32",
-    permute: bool = True,
     tokenizer: dict[str, Any] | None = None,
     extra: dict[str, Any] | None = None,
 ) -> Path:
     """Write tensors under Hugging Face names as a GGUF file; norms stay F32.
 
-    `permute` interleaves q and k rows, `tokenizer` is metadata below `tokenizer.ggml.`, `extra` is
-    metadata by full name.
+    `tokenizer` is metadata below `tokenizer.ggml.`, `extra` is metadata by full name.
     """
     import gguf
 
@@ -49,9 +47,9 @@ def write_gguf(
     kind = gguf.GGMLQuantizationType[quantization]
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
     for name, tensor in tensors.items():
-        if permute and "q_proj" in name:
+        if "q_proj" in name:
             tensor = interleave(tensor, config["num_attention_heads"])
-        elif permute and "k_proj" in name:
+        elif "k_proj" in name:
             tensor = interleave(tensor, config["num_key_value_heads"])
         gguf_name = names.get_name(name, try_suffixes=(".weight",)) or name
         if tensor.ndim == 1 or quantization == "F32":

@@ -88,24 +88,17 @@ def test_sentencepiece_tokenizer_adds_its_bos(tmp_path, tensors):
 
 
 def test_llama3_frequency_factors_are_recognised(tmp_path, tensors):
-    """`rope_freqs.weight` as llama.cpp computes it, from the formula of the Llama 3.1 card."""
+    """`rope_freqs.weight` by the formula of the Llama 3.1 card, for the lengths 8192, 8192 / 4."""
     wavelengths = 2 * np.pi * 10000.0 ** (np.arange(0, 8, 2) / 8)
-    factors = []
-    for wavelength in wavelengths:
-        if wavelength < 8192 / 4:
-            factors.append(1.0)
-        elif wavelength > 8192 / 1:
-            factors.append(8.0)
-        else:
-            smooth = (8192 / wavelength - 1) / (4 - 1)
-            factors.append(1 / ((1 - smooth) / 8 + smooth))
+    smooth = np.clip((8192 / wavelengths - 1) / (4 - 1), 0, 1)
+    factors = 1 / ((1 - smooth) / 8 + smooth)
     assert len(set(factors)) > 1
-    freqs = {"rope_freqs.weight": np.array(factors, np.float32)}
+    freqs = {"rope_freqs.weight": factors.astype(np.float32)}
     path = write_gguf(tmp_path / "m.gguf", tensors | freqs, LLAMA_CONFIG)
     model, _ = convert(str(path), tmp_path / "out", tokenizer=False)
     assert model.rope_scaling is not None
     assert model.rope_scaling.rope_type == "llama3"
-    expected = 2 * np.pi / wavelengths / np.array(factors)
+    expected = 2 * np.pi / wavelengths / factors
     np.testing.assert_allclose(inverse_frequencies(model)[0], expected, rtol=1e-5)
     odd = {"rope_freqs.weight": np.array([1, 2, 3, 4], np.float32)}
     path = write_gguf(tmp_path / "odd.gguf", tensors | odd, LLAMA_CONFIG)

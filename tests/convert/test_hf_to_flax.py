@@ -20,6 +20,8 @@ from tests.convert.folders import (
     write_folder,
 )
 
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+
 
 def test_a_folder_becomes_a_checkpoint(source, tmp_path):
     _, expected, model = llama_tensors()
@@ -138,14 +140,11 @@ def test_harmless_leftovers_are_ignored(tmp_path, tensors):
         ({"rope_scaling": {"factor": 4.0}}, "factor = 4.0 is not known without a rope_type"),
         ({"rope_scaling": {"type": "linear", "factor": "4"}}, "factor = '4' must be a number"),
         (
-            {
-                "rope_scaling": {"type": "linear", "factor": 4.0},
-                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-            },
+            {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_parameters": PLAIN_ROPE},
             "rope_parameters and rope_scaling disagree",
         ),
         (
-            {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+            {"rope_parameters": PLAIN_ROPE | {"rope_theta": 5e5}},
             "rope_theta is given as 500000.0 and 10000.0",
         ),
         ({"rope_theta": 0}, "needs a positive rope_theta"),
@@ -270,12 +269,12 @@ def test_sources_that_are_nothing(tmp_path):
     assert "no such file or folder" in refused("./nowhere", tmp_path)
     (tmp_path / "weights.bin").write_bytes(b"")
     assert "not a .gguf" in refused(tmp_path / "weights.bin", tmp_path)
-    (tmp_path / "empty").mkdir()
-    assert "has no config.json" in refused(tmp_path / "empty", tmp_path)
-    (tmp_path / "empty" / "config.json").write_text("[1]")
-    assert "must hold a JSON object" in refused(tmp_path / "empty", tmp_path)
-    (tmp_path / "empty" / "config.json").write_text("{}")
-    assert "has no weights" in refused(tmp_path / "empty", tmp_path)
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    assert "has no config.json" in refused(folder, tmp_path)
+    for config, message in (("[1]", "must hold a JSON object"), ("{}", "has no weights")):
+        (folder / "config.json").write_text(config)
+        assert message in refused(folder, tmp_path)
 
 
 def test_the_command_line(source, tmp_path, capsys):

@@ -1,7 +1,5 @@
 """Classification by heads: numbers against NumPy, torch and SciPy."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import scipy.optimize
@@ -13,9 +11,8 @@ from convert.errors import ConversionError
 from qs_jax import accounting
 from qs_jax.config import Config
 from qs_jax.errors import CheckpointError, InputError
-from qs_jax.evaluation.classification import Outcome, last_states, task_results, with_head
+from qs_jax.evaluation.classification import last_states, with_head
 from qs_jax.evaluation.heads import Head, fit_head
-from qs_jax.evaluation.significance import matthews
 from qs_jax.testing import tiny_model, tiny_params
 from tests.evaluation.settings import dual, quota
 from tests.evaluation.test_tasks import TOY
@@ -66,43 +63,14 @@ def test_states_are_those_of_each_row_alone(params, model, prompts, name):
     assert counts["decode"]["tokens"] == 0
 
 
-def test_results_of_a_task(params, model, prompts):
-    labels = np.array([0, 1, 1, 0, 1, 1, 0])
-    task = dataclasses.replace(TOY, metric="matthews")
-    _, counts = states_of(params, model, prompts, "quota")
-    rng = np.random.default_rng(0)
-    dense, other = (Outcome(rng.normal(size=(7, 2)), counts) for _ in range(2))
-    results = task_results(task, labels, dense, other)
-    assert results["class_shares"] == {"false": 3 / 7, "true": 4 / 7}
-    for name, outcome in (("dense", dense), ("quicksilver", other)):
-        value = matthews(labels, outcome.scores_EC.argmax(-1))
-        assert results[name]["value"] == pytest.approx(value)
-        np.testing.assert_allclose(results["per_example"][name], outcome.scores_EC, atol=1e-6)
-    change = results["quicksilver"]["value"] - results["dense"]["value"]
-    assert results["difference"]["value"] == pytest.approx(change)
-    changed = dense.scores_EC.argmax(-1) != other.scores_EC.argmax(-1)
-    assert results["difference"]["changed"] == changed.sum()
-    assert 0 < results["quicksilver"]["saved"]["exact_flops_saved"] < 1
-    alone = task_results(task, labels, dense, None)
-    assert "quicksilver" not in alone
-    assert "difference" not in alone
-
-
 def hf_classifier(kind, folder, **changes):
     import torch
-    from transformers import (
-        GPT2Config,
-        GPT2ForSequenceClassification,
-        LlamaConfig,
-        LlamaForSequenceClassification,
-    )
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
     torch.manual_seed(0)
-    changes = {"num_labels": 3, "pad_token_id": 0} | changes
-    if kind == "gpt2":
-        hf = GPT2ForSequenceClassification(GPT2Config(**(GPT2 | changes)))
-    else:
-        hf = LlamaForSequenceClassification(LlamaConfig(**(LLAMA | changes)))
+    sizes = (GPT2 if kind == "gpt2" else LLAMA) | {"num_labels": 3, "pad_token_id": 0} | changes
+    config = AutoConfig.for_model(kind, **sizes)
+    hf = AutoModelForSequenceClassification.from_config(config)
     with torch.no_grad():
         for tensor in hf.parameters():
             tensor.add_(0.2 * torch.randn_like(tensor))

@@ -171,17 +171,3 @@ def test_windows(count, seq_len, limit, shape, left_over):
     assert windows.tokens_WT.shape == shape
     assert windows.tokens_WT.ravel().tolist() == list(range(shape[0] * shape[1]))
     assert (windows.tokens_in_text, windows.left_over) == (count, left_over)
-
-
-@pytest.mark.parametrize(
-    ("count", "seq_len", "limit", "message"),
-    [
-        (1, 10, None, "the text has 1 token;"),
-        (0, 10, None, "the text has 0 tokens;"),
-        (9, 1, None, "--seq-len must be at least 2"),
-        (9, 3, 0, "--limit-windows must be at least 1"),
-    ],
-)
-def test_windows_that_cannot_be(count, seq_len, limit, message):
-    with pytest.raises(InputError, match=message):
-        cut_windows(range(count), seq_len, limit)

@@ -53,20 +53,8 @@ def content(folder, out):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_result_of_one(folder):
+def test_a_killed_worker_is_told_and_a_resumed_run_is_that_of_one_process(folder):
     """37 batches: the second process has one fewer."""
-    port = free_port()
-    alone = start(folder, "alone.json")
-    both = [start(folder, "both.json", port, index) for index in (0, 1)]
-    ends = finish(alone, *both)
-    assert content(folder, "both.json") == content(folder, "alone.json")
-    assert "perplexity" in ends[1][0]
-    assert "perplexity" not in ends[2][0]
-    assert not list(folder.glob("both.json*partial"))
-
-
-@pytest.mark.slow
-def test_a_killed_worker_is_told_and_a_resumed_run_is_the_same(folder):
     alone = start(folder, "whole.json")
     port = free_port()
     first, second = [start(folder, "killed.json", port, index) for index in (0, 1)]
@@ -86,8 +74,11 @@ def test_a_killed_worker_is_told_and_a_resumed_run_is_the_same(folder):
     assert "--resume" in error
     assert not (folder / "killed.json").exists()
     port = free_port()
-    finish(alone, *(start(folder, "killed.json", port, index, "--resume") for index in (0, 1)))
+    both = [start(folder, "killed.json", port, index, "--resume") for index in (0, 1)]
+    ends = finish(alone, *both)
     assert content(folder, "killed.json") == content(folder, "whole.json")
+    assert ["perplexity" in out for out, _ in ends] == [True, True, False]
+    assert not list(folder.glob("killed.json*partial"))
 
 
 def test_shares_hold_every_batch_once():

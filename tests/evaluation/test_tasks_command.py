@@ -53,6 +53,11 @@ def test_without_training_through_the_harness(run, tiny_checkpoint, capsys):
     assert config["quicksilver"] == SETTINGS.to_dict()
     assert results["simulated"] is True
     assert task["dense"]["value"] == pytest.approx(task["metrics"]["acc,none"])
+    change = task["quicksilver"]["value"] - task["dense"]["value"]
+    assert task["difference"]["value"] == pytest.approx(change)
+    assert task["class_shares"] == {"not_entailment": 0.5, "entailment": 0.5}
+    answers = [np.argmax(task["per_example"][name], -1) for name in ("dense", "quicksilver")]
+    assert task["difference"]["changed"] == (answers[0] != answers[1]).sum()
     tokenizer = qs_jax.load_tokenizer(tiny_checkpoint)
     params, model = qs_jax.load(tiny_checkpoint, dtype="auto")
     pair = RTE[0]["premise"], RTE[0]["hypothesis"]

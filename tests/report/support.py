@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from qs_jax import Config, report, testing
+from qs_jax import Config, accounting, report, testing
 from qs_jax.config import (
     AMQConfig,
     FusionConfig,
@@ -101,32 +101,26 @@ def scripts_of(page: str) -> list[str]:
     return re.findall(r"<script\b", page)
 
 
-def random_record(layers: int, tokens: int, seed: int) -> Record:
+def random_record(model: ModelConfig, tokens: int, seed: int) -> Record:
     """A record of no model, in which much happens everywhere."""
-    draw = np.random.default_rng(seed)
-    shape = (layers, 1, tokens)
+    draw, layers = np.random.default_rng(seed), model.num_layers
     depth = draw.integers(layers // 3, layers + 1, (1, tokens))
     active = np.arange(1, layers + 1)[:, None, None] <= depth
-    own = np.arange(tokens)
-    partner = np.where(draw.random(tokens) < 0.2, np.minimum(own + 1, tokens - 1), own)
-    while (partner[partner] != partner).any():
-        partner = partner[partner]
-    fused = np.where((np.arange(layers) > layers // 2)[:, None, None], partner, own)
-    bits = np.where(active, draw.choice([2, 4, 8], (1, 1, tokens)), 16)
-    return Record(
+    own, last = np.arange(tokens), layers // 2
+    # Some even tokens are fused into the next one.
+    partner = own + ((own % 2 == 0) & (own < tokens - 1) & (draw.random(tokens) < 0.4))
+    seen = np.maximum(own - draw.integers(0, 9, active.shape), 0) + 1
+    return dataclasses.replace(
+        accounting.dense_record(np.array([tokens]), np.array([0]), model),
         active=active,
         kv_written=active,
-        kv_held=active & (draw.random(shape) < 0.9),
-        visible_keys=np.where(active, np.maximum(own - draw.integers(0, 9, shape), 0) + 1, 0),
-        bits=bits,
-        fused=np.broadcast_to(fused, shape),
-        drift=np.full(shape, np.nan),
-        entropy=np.full(shape, np.nan),
-        weighed=draw.random(shape) < 0.02,
+        kv_held=active & (draw.random(active.shape) < 0.9),
+        visible_keys=np.where(active, seen, 0),
+        bits=np.where(active, draw.choice([2, 4, 8], (1, 1, tokens)), 16),
+        fused=np.where((np.arange(layers) > last)[:, None, None], partner, own),
+        weighed=draw.random(active.shape) < 0.02,
         depth=depth,
         representative=partner[None],
-        lengths=np.array([tokens]),
-        prompt_lengths=np.array([0]),
     )
 
 
@@ -145,7 +139,7 @@ def large_report(tokens: int = 4096, layers: int = 30, combinations: int = 12) -
     runs = []
     for seed, letters in enumerate(all_of(quicksilver)[-combinations:]):
         draw = np.random.default_rng(seed)
-        record = random_record(layers, tokens, seed)
+        record = random_record(model, tokens, seed)
         signals = {
             name: np.exp(draw.normal(size=(layers, tokens))).astype(np.float32)
             for name in ("drift", "entropy", "bits_entropy")

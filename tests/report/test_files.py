@@ -36,20 +36,23 @@ def written(path, content):
     return path
 
 
+def results_file(path, entry, model, **config):
+    """What `evaluate` writes, from one scored batch."""
+    told = results([entry], engine=None if config["preset"] == "off" else "masked")
+    config |= {"data": "toy", "dtype": "float32", "engine": "masked"}
+    return written(path, told | {"config": config, "model": {"config": model.to_dict()}})
+
+
 @pytest.fixture(scope="module")
 def evaluated(case, tmp_path_factory):
-    """What `evaluate` writes, from one scored window."""
-    run = case.run("HKFQ")
+    run, path = case.run("HKFQ"), tmp_path_factory.mktemp("evaluated") / "results.json"
     entry = {
         "nll": [-float(run.logprobs.sum())],
         "tokens": [int(run.mask.sum())],
         "counts": accounting.tally(run.record, case.model, run.quicksilver),
     }
-    config = {"preset": "tiny", "protocol": "teacher-forced", "data": "toy", "seq_len": 39}
-    config |= {"dtype": "float32", "engine": "masked"}
-    told = results([entry], engine="masked")
-    content = told | {"config": config, "model": {"config": case.model.to_dict()}}
-    return written(tmp_path_factory.mktemp("evaluated") / "results.json", content)
+    config = {"preset": "tiny", "protocol": "teacher-forced", "seq_len": 39}
+    return results_file(path, entry, case.model, **config)
 
 
 def test_results_of_evaluate(case, evaluated):
@@ -72,13 +75,8 @@ def test_under_continuation_the_layers_are_the_prompts(case, tmp_path):
     scored = qs_jax.score(testing.tiny_params(model), np.full((2, 20), 5, np.int32), cfg)
     counts = accounting.dense_tally(lengths, lengths - 8, model)
     entry = {"nll": (-scored.logprobs.sum(1)).tolist(), "tokens": [8, 8], "counts": counts}
-    config = {"preset": "off", "protocol": "continuation", "data": "toy", "seq_len": 20}
-    config |= {"dtype": "float32", "engine": "masked"}
-    content = results([entry], engine=None) | {
-        "config": config,
-        "model": {"config": model.to_dict()},
-    }
-    found = report.read_results(written(tmp_path / "dense.json", content))
+    config = {"preset": "off", "protocol": "continuation", "seq_len": 20}
+    found = report.read_results(results_file(tmp_path / "dense.json", entry, model, **config))
     assert found["tokens"] == 24
     assert found["per_layer"]["layer_tokens"] == [24, 24, 24]
     assert found["decay"] == {"start": 24.0, "rate": 0.0, "r_squared": None}

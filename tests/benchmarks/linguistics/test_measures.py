@@ -5,12 +5,10 @@ import pytest
 
 from benchmarks.linguistics.align import Aligned, Touched
 from benchmarks.linguistics.classes import CATEGORIES, CONTENT, FUNCTION, OTHER
-from benchmarks.linguistics.constituents import held_by_phrases
 from benchmarks.linguistics.measures import (
     fusion_by_layer,
     halting_by_class,
     mean_change,
-    prediction_change,
 )
 from benchmarks.linguistics.observe import Observed
 from benchmarks.linguistics.treebank import read_treebank
@@ -89,27 +87,6 @@ def test_halting_by_hand(treebank):
     assert sides == {FUNCTION: 3, CONTENT: 4, OTHER: 1, "several classes": 0}
 
 
-# Pairs of neighbouring words of the first sentence, by hand from its tree.
-#            The-old old-dog dog-does does-n't n't-bark bark-at at-me me-.
-IN_PHRASE = [True, True, False, True, True, True, True, False]
-IN_BASE = [True, True, False, True, False, False, False, False]
-
-
-def held(text, low, high):
-    found = held_by_phrases(text.phrases, len(text.tags), np.array(low), np.array(high))
-    return {name: hit.tolist() for name, hit in found.items()}
-
-
-def test_constituents_by_hand(treebank):
-    assert held(treebank, range(8), range(1, 9)) == {"phrase": IN_PHRASE, "base": IN_BASE}
-    # Further apart: all of the noun phrase; "does" to "me"; over the end of the verb phrase.
-    got = held(treebank, [0, 3, 3, 0], [2, 7, 8, 3])
-    assert got["phrase"] == [True, True, False, False]
-    assert got["base"] == [True, False, False, False]
-    # In the second sentence: the comma and the quotation mark, both right under a clause.
-    assert held(treebank, [11], [12]) == {"phrase": [False], "base": [False]}
-
-
 def test_precision_and_baseline_by_hand(treebank):
     """Pairs of tokens 0-1, 1-2, ... of FIRST; the last two cross "me ." and a space."""
     aligned = aligned_as(treebank, FIRST, LAST)
@@ -137,30 +114,3 @@ def test_precision_and_baseline_by_hand(treebank):
     may = np.array([[False, True, True, True, True, False, True, True, True, True]])
     got = fusion_by_layer(aligned, observed_as((1, 10), open_WT=may), ())
     assert got["baseline"]["pairs"] == 6
-
-
-def test_changes_of_predictions_by_hand(treebank):
-    """Two windows of the first five tokens: The old do-g does."""
-    aligned = aligned_as(treebank, [FIRST[0][:5]] * 2, [LAST[0][:5]] * 2)
-    scored = np.array([[False, True, True, True, True]] * 2)
-    right = np.array([[0, 1, 1, 0, 1], [0, 0, 1, 1, 1]], bool)
-    after = np.array([[0, 1, 0, 0, 0], [0, 1, 1, 0, 1]], bool)
-    nll = np.array([[0, 1, 2, 3, 4], [0, 1, 1, 1, 1]], np.float32)
-    depth = np.array([[2, 6, 6, 6, 6], [6, 6, 2, 2, 6]])
-    dense = observed_as((2, 5), scored_WT=scored, right_WT=right, nll_WT=0 * nll)
-    halted = observed_as((2, 5), scored_WT=scored, right_WT=after, nll_WT=nll, depth_WT=depth)
-    got = prediction_change(aligned, dense, halted)
-    # Predicted: content words old, do, g; of the function words only "does" ("The" is not scored).
-    row = got["predicted"]["side"][CONTENT]
-    assert (row["tokens"], row["dense_accuracy"], row["accuracy"]) == (6, 4 / 6, 3 / 6)
-    assert row["accuracy_change"] == pytest.approx(-1 / 6)
-    assert row["nll_change"] == pytest.approx((1 + 2 + 3 + 1 + 1 + 1) / 6)
-    row = got["predicted"]["side"][FUNCTION]
-    assert (row["tokens"], row["accuracy_change"], row["nll_change"]) == (2, -0.5, 2.5)
-    # Read: "The" predicts "old"; old, do and g predict do, g and "does"; by the first one's depth.
-    row = got["read"]["side"][FUNCTION]
-    by_depth = {d: (e["tokens"], e["accuracy_change"]) for d, e in row["depth"].items()}
-    assert by_depth == {2: (1, 0.0), 6: (1, 1.0)}
-    row = got["read"]["side"][CONTENT]
-    by_depth = {d: (e["tokens"], e["nll_change"]) for d, e in row["depth"].items()}
-    assert by_depth == {2: (2, 1.0), 6: (4, (2 + 3 + 4 + 1) / 4)}
