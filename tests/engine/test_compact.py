@@ -154,20 +154,6 @@ def test_planned_capacity_halts_the_lowest_scores(name):
             assert gone.max() <= stays.min()
 
 
-@pytest.mark.slow
-def test_generation_goes_on_from_planned_prompts():
-    """The masked engine plans its prompts too: the same tokens follow."""
-    model = model_of("llama")
-    fields = {"capacity": "planned", "retention": ((3, 0.6),), "protocol": "continuation"}
-    cfg = Config(model, UNMET, max_new_tokens=6, eos_token_ids=(), **fields)
-    params, rows = params_of(model), rows_of(model)
-    ours = qs_jax.generate(params, rows, cfg)
-    masked = qs_jax.generate(params, rows, cfg.replace(engine="masked"))
-    np.testing.assert_array_equal(ours.tokens, masked.tokens)
-    np.testing.assert_array_equal(ours.record.depth, masked.record.depth)
-    assert (ours.record.depth == 3).any()
-
-
 def test_planned_capacities_refuse_what_they_cannot_hold():
     model = model_of("llama")
     with pytest.raises(InputError, match=r"keeps 1 of the 9 prompt tokens of row 1 .* 4 are exemp"):

@@ -15,7 +15,6 @@ import qs_jax
 from qs_jax.config import (
     AMQConfig,
     Config,
-    FusionConfig,
     HaltingConfig,
     KVSkipConfig,
     QuickSilverConfig,
@@ -162,59 +161,17 @@ def test_bytes_fall_as_a_quota_stops_a_prompt(stop):
     """A round prompt, a round share of it and the last token, which always runs."""
     quota = HaltingConfig(rule="quota", layers=(2,), quota=(stop,), score="random", entropy=None)
     qs = QuickSilverConfig(
-        halting=quota, kv_skip=SKIP, protect_special=False, sink_tokens=0, recent_tokens=1
+        halting=quota,
+        kv_skip=KVSkipConfig("skip"),
+        protect_special=False,
+        sink_tokens=0,
+        recent_tokens=1,
     )
     given = {"max_new_tokens": 16, "eos_token_ids": (), "decode_weights": "stacked"}
     cfg = Config(model_of("llama", max_positions=512), qs, **given)
     dense, own, skipped = kv_bytes_and_skip_rate(cfg, random_tokens(cfg.model, 2, 256))
     assert skipped > 0.6 * stop
     assert 1 - own / dense >= 0.9 * skipped
-
-
-FUSES = FusionConfig(tau_fuse=0.5, first_layer=4)
-FORCES = HaltingConfig(layers=(5,), forced_ids=(7,), forced_layer=4)
-SKIP = KVSkipConfig("skip")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("qs", "forced", "expected"),
-    [
-        (None, None, 6),
-        (leaving(), None, 3),
-        (leaving(), 2, 2),
-        (QuickSilverConfig(fusion=FUSES), None, 4),
-        (settings(fusion=FUSES, halting=HaltingConfig(window=(3, 5)), kv_skip=SKIP), None, 3),
-        (settings(halting=HaltingConfig(min_layer=2), kv_skip=SKIP), None, 2),
-        (settings(halting=FORCES, kv_skip=SKIP), None, 4),
-        # All keys are made: none is gone.
-        (settings(halting=HaltingConfig(min_layer=2)), None, 6),
-    ],
-)
-def test_layers_before_the_first_that_a_token_may_leave_are_complete(qs, forced, expected):
-    """Their slots are positions, in as many segments as it takes, and they are the only ones."""
-    model = model_of("llama")
-    cfg = Config(model, qs, max_new_tokens=4, eos_token_ids=())
-    params, rows = params_of(model), random_tokens(model, 2, 9)
-    overrides = None
-    if forced is not None:
-        at = np.zeros(rows.shape, int)
-        at[1, 3] = forced
-        overrides = qs_jax.TokenOverrides(forced_halt=at)
-    for kind in ("separate", "stacked"):
-        _, padded, numbers, plan = engine._prepare(
-            params, rows, cfg.replace(decode_weights=kind), None, None, overrides
-        )
-        state = token_loop.jit_start(params, *padded, numbers, model=model, plan=plan)
-        decoder = decode.Decoder(params, numbers, cfg, plan, len(rows))
-        caches = decode.slot_caches(decoder.room(state))
-        complete = [cache.layers for cache in caches if cache.pos_lBC is None]
-        if forced is None or kind == "separate":
-            assert sum(complete) == expected
-        else:  # segments are cut where the configuration says
-            assert sum(complete) <= expected
-        assert all(cache.pos_lBC is None for cache in caches[: len(complete)])
-        assert all(cache.pos_lBC.dtype == np.uint16 for cache in caches[len(complete) :])
 
 
 @pytest.mark.slow
