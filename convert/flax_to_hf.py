@@ -12,11 +12,11 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 import tyro
+from flax.traverse_util import flatten_dict
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.numpy import save_file
 
@@ -51,13 +51,10 @@ def hf_tensors(params: Params, model: ModelConfig) -> dict[str, np.ndarray]:
     Returns:
       NumPy arrays in the dtype of the tree, contiguous, in the layout Hugging Face has them.
     """
-    table = mapping.table_of(model)
+    table, leaves = mapping.table_of(model), flatten_dict(params)
     tensors = {}
     for rule in table.rules:
-        leaf: Any = params
-        for part in rule.target:
-            leaf = leaf[part]
-        leaf = np.asarray(jax.device_get(leaf))
+        leaf = np.asarray(jax.device_get(leaves[rule.target]))
         for layer, name in enumerate(table.names(rule, model.num_layers)):
             one = leaf[layer] if rule.per_layer else leaf
             tensors[table.full_name(name)] = np.ascontiguousarray(rule.to_hf(one))

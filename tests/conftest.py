@@ -83,12 +83,12 @@ def research_data() -> Path:
 @pytest.fixture(scope="session")
 def embedded_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded real model, converted once a session."""
-    from convert import embedded
     from convert.errors import ConversionError
+    from convert.gguf_source import embedded_path
     from convert.hf_to_flax import convert
 
     try:
-        embedded.gguf_path()
+        embedded_path()
     except ConversionError as error:
         pytest.skip(str(error))
     folder = tmp_path_factory.mktemp("embedded") / "smollm2-135m"

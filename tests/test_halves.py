@@ -11,7 +11,7 @@ import pytest
 import qs_jax
 from qs_jax import halves
 from qs_jax.config import Config
-from qs_jax.diagnostics.states import dense_states, masked_states
+from qs_jax.diagnostics.diagnosis import dense_states, masked_states
 from qs_jax.engine import fit_maps, generate, token_loop, tokenwise
 from qs_jax.mechanisms import execution
 from qs_jax.mechanisms.plan import bind

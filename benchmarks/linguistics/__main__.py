@@ -31,10 +31,10 @@ from benchmarks.mechanism_rows import CONTINUATION, TEACHER, Row
 from benchmarks.tables import markdown, replace_tables
 from qs_jax import presets
 from qs_jax.checkpoint import read_manifest
-from qs_jax.commands.maps import find_maps
 from qs_jax.config import Config, ModelConfig, QuickSilverConfig
 from qs_jax.errors import InputError
 from qs_jax.models import Params
+from qs_jax.presets import find_maps
 
 _SINKS = 4  # the first positions of a window, which no preset lets fuse
 _PAGE = Path("docs/linguistics.md")

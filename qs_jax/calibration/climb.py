@@ -1,4 +1,4 @@
-"""The search itself: candidates measured one by one on the calibration windows."""
+"""The search itself: candidates measured one by one, and how much worse they are than dense."""
 
 from __future__ import annotations
 
@@ -9,19 +9,104 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from tqdm import tqdm
 
-from qs_jax.calibration import paired
+from qs_jax import accounting
 from qs_jax.calibration.families import Levels, Space
 from qs_jax.config import Config, QuickSilverConfig
-from qs_jax.evaluation.perplexity import SAVED
+from qs_jax.evaluation.perplexity import (
+    SAVED,
+    cut_windows,
+    exp,
+    per_window_nll,
+    score_windows,
+    total_counts,
+)
 from qs_jax.mechanisms.kv_maps import select
 from qs_jax.models import Params
 
+OBJECTIVES = ("exact_flops", "paper_flops", "layer_tokens")
 # Steps are tried up to this multiple of the budget: the front shows what a little more would buy.
 _BEYOND = 1.5
 _TINY = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """One configuration on some windows.
+
+    Attributes:
+      nll_W: Mean negative log-likelihood of each window's scored tokens, in nats.
+      tokens_W: How many those are.
+      saved: Shares saved, from `qs_jax.accounting.summary`.
+    """
+
+    nll_W: Float[np.ndarray, "W"]
+    tokens_W: Int[np.ndarray, "W"]
+    saved: dict[str, Any]
+
+    @property
+    def nll(self) -> float:
+        """Of all tokens together."""
+        return float((self.nll_W * self.tokens_W).sum() / self.tokens_W.sum())
+
+    @property
+    def perplexity(self) -> float:
+        """Exp of `nll`; infinite beyond float64."""
+        return exp(self.nll) or math.inf
+
+    def saving(self, objective: str) -> float:
+        """Share of the dense work saved, by one of `OBJECTIVES`."""
+        return float(self.saved[f"{objective}_saved"])
+
+
+def score_tokens(
+    params: Params, tokens_WT: Int[np.ndarray, "W T"], cfg: Config, batch_size: int
+) -> Scores:
+    """Score windows under a configuration.
+
+    Args:
+      params: From `qs_jax.load`.
+      tokens_WT: Windows.
+      cfg: Mechanisms, protocol and engine.
+      batch_size: Windows at a time.
+    """
+    windows = cut_windows(tokens_WT.reshape(-1).tolist(), tokens_WT.shape[1])
+    entries = list(score_windows(params, windows, cfg, batch_size=batch_size))
+    return Scores(*per_window_nll(entries), accounting.summary(total_counts(entries)))
+
+
+def ppl_increase(scores: Scores, dense: Scores) -> float:
+    """Perplexity less that of the dense model."""
+    return scores.perplexity - dense.perplexity
+
+
+def upper_bound(scores: Scores, dense: Scores, confidence: float) -> float:
+    """One-sided confidence bound on the perplexity increase, windows being the sample.
+
+    The differences in mean negative log-likelihood, window by window, are taken as a sample of a
+    Student-t mean: what makes a window hard for both plays no part. The dense perplexity that turns
+    the bound into perplexity is that of these windows.
+
+    Args:
+      scores: Of the mechanisms.
+      dense: Of the same windows.
+      confidence: Between 0 and 1.
+
+    Returns:
+      The bound; infinite for a single window.
+    """
+    from scipy.stats import t
+
+    change_W = (scores.nll_W - dense.nll_W) * dense.tokens_W / dense.tokens_W.mean()
+    count = len(change_W)
+    if count < 2:
+        return math.inf
+    error = change_W.std(ddof=1) / math.sqrt(count)
+    highest = change_W.mean() + float(t.ppf(confidence, count - 1)) * error
+    grown = exp(float(highest)) or math.inf
+    return dense.perplexity * (grown - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,14 +137,14 @@ class Task(NamedTuple):
       tokens_WT: Windows scored.
       dense: The dense model on them.
       max_ppl_increase: The budget.
-      objective: One of `paired.OBJECTIVES`.
+      objective: One of `OBJECTIVES`.
       batch_size: Windows at a time.
     """
 
     params: Params
     cfg: Config
     tokens_WT: Int[np.ndarray, "W T"]
-    dense: paired.Scores
+    dense: Scores
     max_ppl_increase: float
     objective: str
     batch_size: int
@@ -76,16 +161,16 @@ def params_for(task: Task, qs: QuickSilverConfig) -> Params:
     return {**kept, "kv_maps": select(maps, qs.halting.layers)}
 
 
-def measure(task: Task, qs: QuickSilverConfig) -> paired.Scores:
+def measure(task: Task, qs: QuickSilverConfig) -> Scores:
     """Score the task's windows under some mechanisms."""
     cfg = task.cfg.replace(quicksilver=qs)
-    return paired.score_tokens(params_for(task, qs), task.tokens_WT, cfg, task.batch_size)
+    return score_tokens(params_for(task, qs), task.tokens_WT, cfg, task.batch_size)
 
 
 def _point(task: Task, space: Space, levels: Levels) -> Point:
     scores = measure(task, space.preset(levels))
     saved = {name: value for name, value in scores.saved.items() if isinstance(value, float)}
-    increase = paired.ppl_increase(scores, task.dense)
+    increase = ppl_increase(scores, task.dense)
     return Point(space.name, levels, increase, saved, scores.saving(task.objective))
 
 
@@ -219,14 +304,12 @@ def verify(
     return best, told
 
 
-def _judge(
-    task: Task, qs: QuickSilverConfig, confidence: float
-) -> tuple[paired.Scores, dict[str, Any]]:
+def _judge(task: Task, qs: QuickSilverConfig, confidence: float) -> tuple[Scores, dict[str, Any]]:
     """Score a candidate on a task's windows, and hold its bound against the budget."""
     scores = measure(task, qs)
-    bound = paired.upper_bound(scores, task.dense, confidence)
+    bound = upper_bound(scores, task.dense, confidence)
     return scores, {
-        "ppl_increase": paired.ppl_increase(scores, task.dense),
+        "ppl_increase": ppl_increase(scores, task.dense),
         "upper_bound": bound if math.isfinite(bound) else None,
         "within_budget": bool(bound <= task.max_ppl_increase),
         "windows": len(scores.nll_W),

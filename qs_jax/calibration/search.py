@@ -15,21 +15,35 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Int
 
 from qs_jax import presets
-from qs_jax.calibration import paired, timing
-from qs_jax.calibration.climb import Point, Task, climb, params_for, pareto, spread, verify
+from qs_jax.calibration.climb import (
+    OBJECTIVES,
+    Point,
+    Task,
+    climb,
+    params_for,
+    pareto,
+    score_tokens,
+    spread,
+    verify,
+)
 from qs_jax.calibration.families import Space, halting_layers
 from qs_jax.calibration.observe import Observed, observe
 from qs_jax.config import Config, ModelConfig, QuickSilverConfig
 from qs_jax.engine import batching
 from qs_jax.engine.checks import check_params
+from qs_jax.engine.generate import generate
+from qs_jax.engine.scoring import score
 from qs_jax.errors import ConfigError, InputError
 from qs_jax.evaluation.journal import write_json
 from qs_jax.mechanisms.kv_maps import KVMaps
@@ -149,7 +163,7 @@ def search(
     cfg = cfg.replace(quicksilver=None, engine="masked")
     calibrating_WT, verifying_WT = split(tokens, cfg, verify_share)
     observed = observe(params, calibrating_WT, cfg.model, batch_size=batch_size, progress=progress)
-    dense = paired.score_tokens(params, calibrating_WT, cfg, batch_size)
+    dense = score_tokens(params, calibrating_WT, cfg, batch_size)
     task = Task(params, cfg, calibrating_WT, dense, float(max_ppl_increase), objective, batch_size)
     points: list[Point] = []
     spaces = {}
@@ -161,12 +175,12 @@ def search(
     walk = spread(front, task, candidates)
     verifier = task._replace(
         tokens_WT=verifying_WT,
-        dense=paired.score_tokens(params, verifying_WT, cfg, batch_size),
+        dense=score_tokens(params, verifying_WT, cfg, batch_size),
     )
     others = {}
     for name, more in (also or {}).items():
         windows_WT = np.concatenate(split(more, cfg, 0.5))  # all of them verify
-        scored = paired.score_tokens(params, windows_WT, cfg, batch_size)
+        scored = score_tokens(params, windows_WT, cfg, batch_size)
         others[name] = task._replace(tokens_WT=windows_WT, dense=scored)
     best, told = verify(verifier, walk, spaces, confidence, also=others, progress=progress)
     return _result(verifier, best, told, spaces, points, front, observed, data, timed_runs)
@@ -194,8 +208,8 @@ def _check_budget(max_ppl_increase: float, objective: str) -> None:
             f"max_ppl_increase must be positive, got {max_ppl_increase}: no mechanism is free, so "
             "a budget of 0 leaves the dense model."
         )
-    if objective not in paired.OBJECTIVES:
-        raise ConfigError(f"objective must be one of {paired.OBJECTIVES}, got {objective!r}.")
+    if objective not in OBJECTIVES:
+        raise ConfigError(f"objective must be one of {OBJECTIVES}, got {objective!r}.")
 
 
 def split(
@@ -285,7 +299,7 @@ def _result(
         verified["measured_time_saved"] = None
     params = params_for(task, qs)
     if best is not None and timed_runs:
-        verified["measured_time_saved"] = timing.time_saved(
+        verified["measured_time_saved"] = time_saved(
             params, task.tokens_WT[: task.batch_size], task.cfg.replace(quicksilver=qs), timed_runs
         )
     provenance = {
@@ -321,3 +335,36 @@ def _why_off(front: Sequence[Point], told: list[dict[str, Any]], budget: float) 
         least = min(point.ppl_increase for point in front)
         return f"the gentlest candidate costs +{least:.3g}, above the budget of {budget:g}: off."
     return "no candidate saves anything: off."
+
+
+def time_saved(
+    params: Params, tokens_WT: Int[np.ndarray, "W T"], cfg: Config, runs: int = 3
+) -> float:
+    """Share of the dense time that the compact engine saves on the work that was scored.
+
+    Under "continuation" that is the prefill of the prompts, else the scoring of whole windows.
+    Both are called in turn (A B A B) after a warm-up each; the share is 1 less the median of the
+    ratios of neighbours. Of calls as a user makes them: checks and records included.
+
+    Args:
+      params: With the maps that the mechanisms read.
+      tokens_WT: Windows of one batch.
+      cfg: Mechanisms and protocol.
+      runs: Of each.
+    """
+    continued = cfg.effective_protocol == "continuation"
+    rows_WT = (
+        tokens_WT[:, : tokens_WT.shape[1] - cfg.continuation_tokens] if continued else tokens_WT
+    )
+    fast = cfg.replace(engine="compact", max_new_tokens=1, eos_token_ids=())
+    dense = fast.replace(quicksilver=None)
+
+    def seconds(one: Config) -> float:
+        began = time.perf_counter()
+        jax.block_until_ready((generate if continued else score)(params, rows_WT, one).logprobs)
+        return time.perf_counter() - began
+
+    for one in (dense, fast):
+        seconds(one)
+    pairs = [(seconds(dense), seconds(fast)) for _ in range(runs)]
+    return 1 - median(after / before for before, after in pairs)

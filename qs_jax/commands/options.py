@@ -15,7 +15,6 @@ from rich.text import Text
 
 from qs_jax import presets
 from qs_jax.checkpoint import choose_dtype, load, load_tokenizer, read_manifest
-from qs_jax.commands.maps import find_maps
 from qs_jax.config import Config, ModelConfig
 from qs_jax.engine.devices import local_devices
 from qs_jax.errors import InputError
@@ -54,7 +53,7 @@ class RunOptions:
 
     def find_maps(self, cfg: Config, preset: str | None = None) -> tuple[KVMaps | None, str | None]:
         """Maps of a preset and their file's SHA-256; None twice where it reads none."""
-        return find_maps(cfg, self.ckpt, self.kv_maps, preset or self.preset)
+        return presets.find_maps(cfg, self.ckpt, self.kv_maps, preset or self.preset)
 
     def load(self, maps: KVMaps | None = None) -> Params:
         """The parameters, with the maps that a call reads."""

@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from qs_jax import accounting, presets
 from qs_jax.checkpoint import load, load_tokenizer
-from qs_jax.commands.maps import find_maps
 from qs_jax.config import Config
 from qs_jax.engine.batching import bucket_size
 from qs_jax.engine.devices import local_devices, replicate
@@ -99,7 +98,9 @@ class QSJaxLM(TemplateLM):
         self.tokenizer: Any = load_tokenizer(self.folder)
         params, model = load(self.folder, dtype=dtype)
         self.cfg = Config(model, presets.by_name(preset, model), protocol=protocol, engine=engine)
-        maps, _ = find_maps(self.cfg, self.folder, Path(kv_maps) if kv_maps else None, preset)
+        maps, _ = presets.find_maps(
+            self.cfg, self.folder, Path(kv_maps) if kv_maps else None, preset
+        )
         if maps is not None:
             params["kv_maps"] = maps
         found = local_devices(str(devices))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import hashlib
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,10 +17,8 @@ from qs_jax.config import Config, ModelConfig, QuickSilverConfig
 from qs_jax.evaluation.perplexity import SAVED
 from qs_jax.mechanisms.kv_maps import MapSizes
 from qs_jax.mechanisms.signals import largest_entropy
-from qs_jax.report.combinations import letters_of
 from qs_jax.report.measures import COMPONENTS, active_tokens, costs, fit_decay
-from qs_jax.report.pack import Pool
-from qs_jax.report.trace import Run, signal_names
+from qs_jax.report.trace import Run, letters_of, signal_names
 
 # Signals of a page, in numbers: up to the first in float32, beyond in float16; beyond the second,
 # only the dense model and the whole preset have them.
@@ -87,7 +88,7 @@ class Report:
 
 
 def to_json(report: Report) -> dict[str, Any]:
-    """The report as plain JSON types; arrays are entries of "arrays" (`pack.unpack`)."""
+    """The report as plain JSON types; arrays are entries of "arrays" (see `Pool`)."""
     pool = Pool()
     text = None if report.text is None else _text(report.text, pool)
     return {
@@ -245,3 +246,31 @@ def _bit_thresholds(qs: QuickSilverConfig, model: ModelConfig) -> list[float] | 
     if amq.normalization == "log_vocab":
         unit = largest_entropy(amq.entropy, model, qs.shortlist_size)
     return [amq.tau_low * unit, amq.tau_high * unit]
+
+
+_KINDS = {"uint8": "u1", "uint16": "u2", "int32": "i4", "float16": "f2", "float32": "f4"}
+
+
+class Pool:
+    """Arrays of a report: little-endian numbers, deflated, in base 64; equal ones are stored once.
+
+    Attributes:
+      arrays: What goes into the page: {"kind", "shape", "data"}.
+    """
+
+    def __init__(self) -> None:
+        self.arrays: list[dict[str, Any]] = []
+        self._places: dict[str, int] = {}
+
+    def add(self, array: np.ndarray) -> int:
+        """Store an array of one of the known dtypes; returns its place in `arrays`."""
+        kind = _KINDS[array.dtype.name]
+        raw = np.ascontiguousarray(array, dtype="<" + kind).tobytes()
+        key = hashlib.sha256(f"{kind}{array.shape}".encode() + raw).hexdigest()
+        if key not in self._places:
+            # Bytes of one significance next to each other compress better.
+            planes = np.frombuffer(raw, np.uint8).reshape(-1, array.dtype.itemsize).T.tobytes()
+            data = base64.b64encode(zlib.compress(planes, 6)).decode("ascii")
+            self._places[key] = len(self.arrays)
+            self.arrays.append({"kind": kind, "shape": list(array.shape), "data": data})
+        return self._places[key]

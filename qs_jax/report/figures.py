@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qs_jax.errors import InputError
+from qs_jax.report import measures
 from qs_jax.report.content import BITS, PresetRuns, Report, TextRuns, fused_changes, thresholds
-from qs_jax.report.measures import COMPONENTS, active_tokens, costs, fit_decay
+from qs_jax.report.measures import COMPONENTS, costs, fit_decay
 from qs_jax.report.trace import Run, signal_names
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ BLUE, GREEN, ORANGE, RED = "#0072B2", "#009E73", "#E69F00", "#D55E00"
 PURPLE, SKY, GREY = "#CC79A7", "#56B4E9", "#E3E6EA"
 CYCLE = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY)
 _POLICIES = {"skip": (BLUE, "o"), "extrapolate": (RED, "s"), "propagate": (GREEN, "^")}
-_BIT_COLORS = {16: BLUE, 8: GREEN, 4: ORANGE, 2: RED}
+_BIT_NAMES = ("not quantised", "8 bits", "4 bits", "2 bits")  # in the order of BITS
 # Beyond this many tokens their names do not fit under a picture.
 _NAMED = 60
 _FORMATS = ("png", "svg")
@@ -81,20 +82,11 @@ def new_figure(width: float = 7.0, height: float = 3.6) -> tuple[Figure, Axes]:
 
 
 def _of_text(text: TextRuns) -> Iterator[tuple[str, Figure]]:
-    draw: dict[str, Callable[[TextRuns, PresetRuns, Run], Figure]] = {
-        "halting_timeline": halting_timeline,
-        "kv_writes": kv_writes,
-        "fusion_flow": fusion_flow,
-        "bit_widths": bit_widths,
-        "entropy_by_layer": entropy_by_layer,
-        "drift_curves": drift_curves,
-        "active_tokens": active_decay,
-        "cost": cost,
-    }
+    maps = (halting_timeline, kv_writes, fusion_flow, bit_widths)
+    curves = (entropy_by_layer, drift_curves, active_tokens, cost)
     for preset in text.presets:
-        run = preset.runs[-1]
-        for name, function in draw.items():
-            yield f"{preset.name}.{name}", function(text, preset, run)
+        for draw in (*maps, *curves):
+            yield f"{preset.name}.{draw.__name__}", draw(text, preset, preset.runs[-1])
 
 
 def _map(text: TextRuns, title: str) -> tuple[Figure, Axes, dict[str, Any]]:
@@ -116,11 +108,17 @@ def _title(what: str, preset: PresetRuns) -> str:
     return f"{what}, {preset.name} (simulated)"
 
 
-def _key(axes: Axes, colors: dict[str, str]) -> None:
+def _categories(text: TextRuns, title: str, place_LT: np.ndarray, colors: dict[str, str]) -> Figure:
+    """A map whose cells are places in `colors`, which also names them."""
+    from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
+    figure, axes, options = _map(text, title)
+    options |= {"cmap": ListedColormap(list(colors.values())), "interpolation": "nearest"}
+    axes.imshow(place_LT, vmin=0, vmax=len(colors) - 1, **options)
     handles = [Patch(color=color, label=name) for name, color in colors.items()]
     axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
+    return figure
 
 
 def halting_timeline(text: TextRuns, preset: PresetRuns, run: Run) -> Figure:
@@ -157,9 +155,6 @@ def score_of(preset: PresetRuns, run: Run) -> tuple[str, np.ndarray]:
 
 def kv_writes(text: TextRuns, preset: PresetRuns, run: Run) -> Figure:
     """Which keys and values are written (paper figure 10)."""
-    from matplotlib.colors import ListedColormap
-
-    figure, axes, options = _map(text, _title("KV writes", preset))
     record = run.record
     written, held, ran = (
         array[:, 0] for array in (record.kv_written, record.kv_held, record.active)
@@ -171,23 +166,14 @@ def kv_writes(text: TextRuns, preset: PresetRuns, run: Run) -> Figure:
         "written, not needed\nafter the last token": ORANGE,
         "not written": GREY,
     }
-    cmap = ListedColormap(list(colors.values()))
-    axes.imshow(code, cmap=cmap, vmin=0, vmax=3, interpolation="nearest", **options)
-    _key(axes, colors)
-    return figure
+    return _categories(text, _title("KV writes", preset), code, colors)
 
 
 def bit_widths(text: TextRuns, preset: PresetRuns, run: Run) -> Figure:
     """Bits of each token at each layer (paper figures 13, 19 right)."""
-    from matplotlib.colors import ListedColormap
-
-    figure, axes, options = _map(text, _title("Bit widths", preset))
     place = np.select([run.record.bits[:, 0] == bits for bits in BITS], range(len(BITS)))
-    cmap = ListedColormap([_BIT_COLORS[bits] for bits in BITS])
-    axes.imshow(place, cmap=cmap, vmin=0, vmax=len(BITS) - 1, interpolation="nearest", **options)
-    names = {16: "not quantised", 8: "8 bits", 4: "4 bits", 2: "2 bits"}
-    _key(axes, {names[bits]: _BIT_COLORS[bits] for bits in BITS})
-    return figure
+    colors: dict[str, str] = dict(zip(_BIT_NAMES, (BLUE, GREEN, ORANGE, RED), strict=True))
+    return _categories(text, _title("Bit widths", preset), place, colors)
 
 
 def fusion_flow(text: TextRuns, preset: PresetRuns, run: Run) -> Figure:
@@ -268,10 +254,10 @@ def drift_curves(text: TextRuns, preset: PresetRuns, run: Run) -> Figure:
     return figure
 
 
-def active_decay(text: TextRuns, preset: PresetRuns, run: Run) -> Figure:
+def active_tokens(text: TextRuns, preset: PresetRuns, run: Run) -> Figure:
     """Active tokens by layer with the fitted exponential (paper J, K)."""
     figure, axes = new_figure()
-    draw_decay(axes, active_tokens(run.record), BLUE, preset.name)
+    draw_decay(axes, measures.active_tokens(run.record), BLUE, preset.name)
     axes.set_title(_title("Active tokens", preset))
     return figure
 

@@ -10,7 +10,7 @@ import pytest
 
 import qs_jax
 from qs_jax import cli, presets
-from qs_jax.calibration import climb, families, paired, search
+from qs_jax.calibration import climb, families, search
 from qs_jax.calibration.observe import observe
 from qs_jax.engine import scoring
 from qs_jax.testing import tiny_model, tiny_params
@@ -47,16 +47,16 @@ def cfg(model):
 
 def scores(nll, tokens=10):
     nll = np.asarray(nll, float)
-    return paired.Scores(nll, np.full(len(nll), tokens), {})
+    return climb.Scores(nll, np.full(len(nll), tokens), {})
 
 
 def test_the_bound_of_a_constant_difference_is_that_difference():
     dense = scores([1.0, 2.0, 3.0])
     worse = scores([1.1, 2.1, 3.1])
     expected = math.exp(2.1) - math.exp(2.0)
-    assert paired.ppl_increase(worse, dense) == pytest.approx(expected)
-    assert paired.upper_bound(worse, dense, 0.95) == pytest.approx(expected)
-    assert paired.upper_bound(scores([1.1]), scores([1.0]), 0.95) == math.inf
+    assert climb.ppl_increase(worse, dense) == pytest.approx(expected)
+    assert climb.upper_bound(worse, dense, 0.95) == pytest.approx(expected)
+    assert climb.upper_bound(scores([1.1]), scores([1.0]), 0.95) == math.inf
 
 
 def test_the_bound_covers_as_often_as_it_says():
@@ -67,7 +67,7 @@ def test_the_bound_covers_as_often_as_it_says():
     for _ in range(4000):
         dense_W = rng.normal(2.0, 1.0, 8)
         dense, worse = scores(dense_W), scores(dense_W + rng.normal(true, 0.2, 8))
-        hits += paired.upper_bound(worse, dense, 0.9) >= dense.perplexity * math.expm1(true)
+        hits += climb.upper_bound(worse, dense, 0.9) >= dense.perplexity * math.expm1(true)
     assert 0.885 < hits / 4000 < 0.915
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qs_jax.errors import InputError
-from qs_jax.evaluation import significance
+from qs_jax.evaluation import classification
 from qs_jax.evaluation.classification import encode_examples, encoder_of
 from qs_jax.evaluation.tasks import TASKS, Task, read_examples, split_examples
 from qs_jax.testing import toy_tokenizer
@@ -171,10 +171,10 @@ def test_the_end_of_a_long_passage_is_cut(tmp_path):
 def test_metrics_by_hand():
     y, p = np.array([1, 1, 1, 0, 0, 0, 0, 1]), np.array([1, 1, 0, 0, 0, 0, 1, 1])
     # TP 3, TN 3, FP 1, FN 1.
-    assert significance.matthews(y, p) == pytest.approx((9 - 1) / math.sqrt(4**4))
-    assert significance.matthews(y, np.ones(8, int)) == 0
-    assert significance.measured("matthews", y, np.ones(8, int))["interval"] == [0, 0]
-    found = significance.measured("accuracy", np.zeros(50, int), np.repeat([0, 1], [40, 10]))
+    assert classification.matthews(y, p) == pytest.approx((9 - 1) / math.sqrt(4**4))
+    assert classification.matthews(y, np.ones(8, int)) == 0
+    assert classification.measured("matthews", y, np.ones(8, int))["interval"] == [0, 0]
+    found = classification.measured("accuracy", np.zeros(50, int), np.repeat([0, 1], [40, 10]))
     z, n, share = 1.959964, 50, 0.8  # Wilson's interval
     middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
@@ -187,7 +187,7 @@ def test_a_paired_difference():
     y = np.zeros(2000, int)
     dense = (rng.random(2000) < 0.3).astype(int)
     other = np.where(rng.random(2000) < 0.1, 1 - dense, dense)
-    found = significance.compared("accuracy", y, dense, other)
+    found = classification.compared("accuracy", y, dense, other)
     change = (other == y).astype(float) - (dense == y)
     half = 1.96 * change.std() / math.sqrt(2000)
     assert found["value"] == pytest.approx(change.mean())
@@ -198,9 +198,9 @@ def test_a_paired_difference():
     assert (found["only_dense_right"], found["only_other_right"]) == (b, c)
     exact = sum(math.comb(int(b + c), k) for k in range(min(b, c) + 1)) / 2 ** int(b + c)
     assert found["mcnemar_p"] == pytest.approx(min(1, 2 * exact))
-    same = significance.compared("accuracy", y, dense, dense)
+    same = classification.compared("accuracy", y, dense, dense)
     assert (same["value"], same["interval"], same["mcnemar_p"]) == (0, [0, 0], 1)
-    assert significance.compared("accuracy", y[:1], dense[:1], other[:1])["interval"] is None
+    assert classification.compared("accuracy", y[:1], dense[:1], other[:1])["interval"] is None
 
 
 def test_the_research_data(research_data):

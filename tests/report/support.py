@@ -126,7 +126,7 @@ def random_record(model: ModelConfig, tokens: int, seed: int) -> Record:
 
 def large_report(tokens: int = 4096, layers: int = 30, combinations: int = 12) -> report.Report:
     """As large as a report of one preset gets, with signals that do not compress."""
-    from qs_jax.report.combinations import combinations as all_of
+    from qs_jax.report.trace import combinations as all_of
 
     model = testing.tiny_model(num_layers=layers, max_positions=tokens)
     quicksilver = QuickSilverConfig(

@@ -12,7 +12,7 @@ from qs_jax import accounting
 from qs_jax.config import FusionConfig, HaltingConfig, KVSkipConfig, QuickSilverConfig
 from qs_jax.errors import InputError
 from qs_jax.report import trace
-from qs_jax.report.combinations import combinations, reduced
+from qs_jax.report.trace import combinations, reduced
 from tests.report.support import LAYERS
 
 ALL = "H F Q HK HF HQ FQ HKF HKQ HFQ HKFQ".split()
