@@ -9,6 +9,8 @@ import pytest
 import qs_jax
 from qs_jax import cli
 
+pytestmark = pytest.mark.xdist_group("cli")
+
 
 @pytest.fixture
 def ckpt(tiny_checkpoint):

@@ -6,8 +6,10 @@ import pytest
 from qs_jax.calibration.observe import PERCENTS, observe, summarise
 from tests.support import make_pair, random_tokens
 
+pytestmark = pytest.mark.xdist_group("observe")
 
-@pytest.fixture(scope="module", params=["gpt2", "llama-gqa"])
+
+@pytest.fixture(scope="module", params=["llama-gqa", pytest.param("gpt2", marks=pytest.mark.slow)])
 def observed(request, tmp_path_factory):
     """Ours at every position but the first and the last, and what torch says there."""
     import torch

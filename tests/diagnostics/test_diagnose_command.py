@@ -13,6 +13,7 @@ from qs_jax.commands.diagnose import Diagnose
 from qs_jax.config import HaltingConfig, KVSkipConfig, QuickSilverConfig
 from qs_jax.errors import InputError
 
+pytestmark = pytest.mark.xdist_group("diagnosis")
 TEXT = "I do not like the movie. 1 > 0"
 PRESET = QuickSilverConfig(
     halting=HaltingConfig(tau_drift=1e9, entropy=None, forced_ids=(), layers=(1,)),

@@ -12,6 +12,8 @@ from tests.diagnostics import negation
 from tests.engine.contract import BITS, FUSE, HALT, settings
 from tests.support import random_tokens
 
+pytestmark = pytest.mark.xdist_group("diagnosis")
+
 
 @pytest.fixture(scope="module")
 def negated():

@@ -18,6 +18,7 @@ from tests.evaluation.settings import dual, quota
 from tests.evaluation.test_tasks import TOY
 from tests.support import GPT2, LLAMA
 
+pytestmark = pytest.mark.xdist_group("classification")
 # In one bucket of the engine: each program is made once. Seven rows are no full batches.
 LENGTHS = (17, 16, 17, 16, 16, 17, 16)
 QUOTA = quota()

@@ -14,6 +14,7 @@ from qs_jax.config import HaltingConfig, KVSkipConfig, QuickSilverConfig
 from qs_jax.evaluation import journal, perplexity
 from qs_jax.mechanisms.kv_maps import KVMaps
 
+pytestmark = pytest.mark.xdist_group("evaluate")
 # Nine windows of 24 and 5 tokens over; batches of 4, 4 and 1.
 TEXT = ("the quick brown fox jumps over the lazy dog; " * 5)[:221]
 WIDTH, WINDOWS, CONTINUED = 24, 9, 8

@@ -19,6 +19,7 @@ from qs_jax.evaluation.heads import Head
 from tests.evaluation.settings import quota
 from tests.evaluation.test_tasks import RTE, TOY, toy_rows, write
 
+pytestmark = pytest.mark.xdist_group("tasks")
 SETTINGS = quota()
 
 

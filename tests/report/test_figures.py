@@ -9,6 +9,7 @@ from qs_jax.errors import InputError
 from qs_jax.report import figures, measures
 from tests.report.test_files import SEARCH, written
 
+pytestmark = pytest.mark.xdist_group("report")
 TEXT = (
     "halting_timeline kv_writes fusion_flow bit_widths entropy_by_layer drift_curves active_tokens "
     "cost"

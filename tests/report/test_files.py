@@ -11,6 +11,7 @@ from qs_jax.errors import InputError
 from qs_jax.evaluation.perplexity import results
 from tests.report.support import Page
 
+pytestmark = pytest.mark.xdist_group("report")
 SEARCH = {
     "preset": {
         "provenance": {

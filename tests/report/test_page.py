@@ -10,6 +10,7 @@ from qs_jax import accounting, report
 from qs_jax.report import content, measures, page
 from tests.report.support import LAYERS, Page, large_report, scripts_of
 
+pytestmark = pytest.mark.xdist_group("report")
 ODD = [
     "</script><script>alert(1)</script>",
     "<!-- ",

@@ -15,6 +15,7 @@ from qs_jax.report import trace
 from qs_jax.report.trace import combinations, reduced
 from tests.report.support import LAYERS
 
+pytestmark = pytest.mark.xdist_group("report")
 ALL = "H F Q HK HF HQ FQ HKF HKQ HFQ HKFQ".split()
 
 
