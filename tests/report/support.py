@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from qs_jax import Config, accounting, report, testing
+from qs_jax import Config, report, testing
 from qs_jax.config import (
     AMQConfig,
     FusionConfig,
@@ -19,7 +19,6 @@ from qs_jax.config import (
     ModelConfig,
     QuickSilverConfig,
 )
-from qs_jax.record import Record
 from qs_jax.report.trace import Run
 
 LAYERS = 6
@@ -99,54 +98,3 @@ class Page(HTMLParser):
 
 def scripts_of(page: str) -> list[str]:
     return re.findall(r"<script\b", page)
-
-
-def random_record(model: ModelConfig, tokens: int, seed: int) -> Record:
-    """A record of no model, in which much happens everywhere."""
-    draw, layers = np.random.default_rng(seed), model.num_layers
-    depth = draw.integers(layers // 3, layers + 1, (1, tokens))
-    active = np.arange(1, layers + 1)[:, None, None] <= depth
-    own, last = np.arange(tokens), layers // 2
-    # Some even tokens are fused into the next one.
-    partner = own + ((own % 2 == 0) & (own < tokens - 1) & (draw.random(tokens) < 0.4))
-    seen = np.maximum(own - draw.integers(0, 9, active.shape), 0) + 1
-    return dataclasses.replace(
-        accounting.dense_record(np.array([tokens]), np.array([0]), model),
-        active=active,
-        kv_written=active,
-        kv_held=active & (draw.random(active.shape) < 0.9),
-        visible_keys=np.where(active, seen, 0),
-        bits=np.where(active, draw.choice([2, 4, 8], (1, 1, tokens)), 16),
-        fused=np.where((np.arange(layers) > last)[:, None, None], partner, own),
-        weighed=draw.random(active.shape) < 0.02,
-        depth=depth,
-        representative=partner[None],
-    )
-
-
-def large_report(tokens: int = 4096, layers: int = 30, combinations: int = 12) -> report.Report:
-    """As large as a report of one preset gets, with signals that do not compress."""
-    from qs_jax.report.trace import combinations as all_of
-
-    model = testing.tiny_model(num_layers=layers, max_positions=tokens)
-    quicksilver = QuickSilverConfig(
-        halting=HaltingConfig(),
-        kv_skip=KVSkipConfig(),
-        fusion=FusionConfig(),
-        amq=AMQConfig(layer=layers // 2, entropy="latent", group=8),
-    )
-    cfg = Config(model=model, quicksilver=quicksilver, engine="masked", protocol="teacher-forced")
-    runs = []
-    for seed, letters in enumerate(all_of(quicksilver)[-combinations:]):
-        draw = np.random.default_rng(seed)
-        record = random_record(model, tokens, seed)
-        signals = {
-            name: np.exp(draw.normal(size=(layers, tokens))).astype(np.float32)
-            for name in ("drift", "entropy", "bits_entropy")
-        }
-        logprobs = -draw.exponential(3.0, tokens).astype(np.float32)
-        runs.append(Run(letters, quicksilver, record, signals, logprobs, np.arange(tokens) > 0))
-    ids = np.random.default_rng(0).integers(0, 97, tokens).astype(np.int32)
-    labels = [f" word{token}" for token in ids]
-    presets = [report.PresetRuns("large", cfg, runs)]
-    return report.Report("Large", {}, report.TextRuns(ids, labels, 0, presets))
