@@ -1,9 +1,9 @@
 """Records and log-probabilities written down once: a change of the code must not move them.
 
-`python -m tests.goldens CHECKPOINT [NAME ...]` writes `tests/goldens.npz` anew, or some of its
-cases: only where behaviour is meant to change. Tiny models run in float64, where no order of sums
-decides a comparison; the embedded model in float32, but in float64 where a preset quantises: a
-state near the edge between two codes falls either side with the order of sums.
+`python -m tests.goldens CHECKPOINT` writes `tests/goldens.npz` anew: only where behaviour is meant
+to change. Tiny models run in float64, where no order of sums decides a comparison; the embedded
+model in float32, but in float64 where a preset quantises: a state near the edge between two codes
+falls either side with the order of sums.
 """
 
 import json
@@ -139,15 +139,10 @@ def _all(checkpoint: Path) -> Iterator[tuple[str, Callable[[], Golden]]]:
         yield f"embedded-{name}", lambda name=name: embedded(params, model, tokens_BT, name)
 
 
-def main(checkpoint: str, *names: str) -> None:
-    """Write the fixture anew, with the embedded model in this checkpoint; some cases, or all."""
+def main(checkpoint: str) -> None:
+    """Write the fixture anew, with the embedded model in this checkpoint."""
     content: Golden = {}
-    if names:
-        with np.load(FILE) as before:
-            content = {key: before[key] for key in before if key != "about"}
     for name, measure in _all(Path(checkpoint)):
-        if names and name not in names:
-            continue
         content |= {f"{name}/{part}": _small(array) for part, array in measure().items()}
         print(name, flush=True)
     about = json.dumps({"jax": jax.__version__, "numpy": np.__version__})
@@ -156,4 +151,4 @@ def main(checkpoint: str, *names: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])

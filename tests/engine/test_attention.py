@@ -48,17 +48,6 @@ def test_a_query_that_sees_nothing_is_finite_and_touches_no_other():
     np.testing.assert_array_equal(found[:, others], whole[:, others])
 
 
-@pytest.mark.slow
-def test_long_rows_have_few_blocks(monkeypatch):
-    """Each block is compiled on its own: their number must not grow with the row."""
-    monkeypatch.setattr(attention, "QUERY_BLOCK", 1)
-    calls, plain = [], attention._attend_block
-    monkeypatch.setattr(attention, "_attend_block", lambda *a: calls.append(a) or plain(*a))
-    q, k, v, *_ = made(0, width=40)
-    attention.blocked_attention(q, k, v)
-    assert len(calls) == 14  # of 3 queries: 16 at most
-
-
 @pytest.mark.parametrize("most", [0, 40_000])  # heads apart; rows apart
 @pytest.mark.parametrize("by", ["mask", "places", None])
 def test_rows_and_heads_one_after_the_other_are_the_same_attention(monkeypatch, most, by):

@@ -112,24 +112,6 @@ def test_the_masked_engine_and_this_one_agree(name, kind):
         assert ours.kv_bytes <= masked.kv_bytes * 1.25
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["skip", "dense"])
-def test_growing_loses_nothing_and_compiles_boundedly(name, monkeypatch):
-    """Room for 4 tokens at a time, 12 new ones: the first token is the prefill's."""
-    cfg = config(name, max_new_tokens=12)
-    params, rows = params_of(cfg.model), rows_of(cfg.model)
-    roomy = qs_jax.generate(params, rows, cfg)
-    monkeypatch.setattr(pack, "GROWTH", 4)
-    chex.clear_trace_counter()
-    counted = chex.assert_max_traces(decode.run_until, n=1 + -(-12 // 4))
-    program = jax.jit(counted, static_argnames=decode._STATIC, donate_argnames=("state",))
-    monkeypatch.setattr(decode, "jit_run_until", program)
-    for _ in range(2):
-        assert_same(qs_jax.generate(params, rows, cfg), roomy)
-    steps = list(qs_jax.stream(params, rows, cfg))
-    np.testing.assert_array_equal(np.stack([s.tokens for s in steps], 1), roomy.tokens)
-
-
 def kv_bytes_and_skip_rate(cfg: Config, rows) -> tuple[int, int, float]:
     """Bytes allocated by the dense model and by ours, and the share of keys that ours skips."""
     params = params_of(cfg.model)

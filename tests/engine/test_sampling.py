@@ -99,21 +99,14 @@ def test_seeds_rows_and_steps_draw_differently():
     assert len(set(first[0])) > 6
 
 
-@pytest.mark.parametrize("temperature", [1e-6, pytest.param(1e-20, marks=pytest.mark.slow), 1e-38])
-def test_a_tiny_temperature_is_greedy(temperature):
-    params = tiny_params(MODEL)
-    greedy = Config(MODEL, max_new_tokens=12)
-    sampled = greedy.replace(temperature=temperature)
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 1e-6}, {"temperature": 1e-38}, {"temperature": 1.0, "top_p": 1e-6}]
+)
+def test_a_tiny_temperature_or_nucleus_is_greedy(settings):
+    params, greedy = tiny_params(MODEL), Config(MODEL, max_new_tokens=12)
     expected = qs_jax.generate(params, [[4, 5]], greedy).tokens
-    np.testing.assert_array_equal(qs_jax.generate(params, [[4, 5]], sampled).tokens, expected)
-
-
-def test_a_tiny_nucleus_is_greedy():
-    params = tiny_params(MODEL)
-    greedy = Config(MODEL, max_new_tokens=12)
-    sampled = greedy.replace(temperature=1.0, top_p=1e-6)
-    expected = qs_jax.generate(params, [[4, 5]], greedy).tokens
-    np.testing.assert_array_equal(qs_jax.generate(params, [[4, 5]], sampled).tokens, expected)
+    sampled = qs_jax.generate(params, [[4, 5]], greedy.replace(**settings))
+    np.testing.assert_array_equal(sampled.tokens, expected)
 
 
 def test_shortlists_are_bucketed_so_that_a_sweep_compiles_rarely():

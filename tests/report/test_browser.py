@@ -29,27 +29,11 @@ def driver(tmp_path_factory):
     options.add_argument("--window-size=1300,1000")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     options.binary_location = chromium
-    running = started(webdriver, options, driver, tmp_path_factory.mktemp("browser") / "driver.log")
+    log = str(tmp_path_factory.mktemp("browser") / "driver.log")
+    service = webdriver.ChromeService(executable_path=driver, log_output=log)
+    running = webdriver.Chrome(options=options, service=service)
     yield running
     running.quit()
-
-
-def started(webdriver, options, driver, log, tries=3):
-    """A running browser, or a skip that says why there is none.
-
-    A driver gets a port that was free a moment ago, and leaves if another process has taken it.
-    """
-    from selenium.common.exceptions import WebDriverException
-
-    for _ in range(tries):
-        with log.open("w") as said:
-            service = webdriver.ChromeService(executable_path=driver, log_output=said)
-            try:
-                return webdriver.Chrome(options=options, service=service)
-            except WebDriverException as error:
-                service.stop()
-                reason = error.msg
-    pytest.skip(f"the browser does not start here: {reason}; its driver said: {log.read_text()}")
 
 
 def scheme(driver, name):
