@@ -32,7 +32,7 @@ from benchmarks.latency_rows import READ_ROW, Group, OurCall, hugging_face, read
 from benchmarks.tables import replace_tables
 from benchmarks.timing import run_in_turn
 from convert import flax_to_hf
-from qs_jax.accounting import memory
+from qs_jax.accounting import entry_bytes
 from qs_jax.checkpoint import read_manifest
 from qs_jax.config import ModelConfig
 from qs_jax.models import param_bytes
@@ -191,7 +191,7 @@ def about(args: Arguments, model: ModelConfig, packages: tuple[str, ...]) -> dic
         "new_tokens": args.new_tokens,
         # A decoding step reads a row or so of an untied embedding.
         "weight_bytes": param_bytes(model) - (0 if model.tie_embeddings else embedding),
-        "kv_bytes_per_token": model.num_layers * float(memory.entry_bytes(model)[16]),
+        "kv_bytes_per_token": model.num_layers * float(entry_bytes(model)[16]),
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
 

@@ -78,7 +78,9 @@ class Table:
 
 def table_of(model: ModelConfig) -> Table:
     """The table of `model`; rules for biases and heads it does not have are left out."""
-    return _gpt2(model) if model.model_type == "gpt2" else _llama(model)
+    table = _gpt2(model) if model.model_type == "gpt2" else _llama(model)
+    head = Rule("lm_head.weight", ("head", "tokens"), (model.vocab_size, model.hidden_size))
+    return table if model.tie_embeddings else dataclasses.replace(table, rules=(*table.rules, head))
 
 
 def _gpt2(m: ModelConfig) -> Table:
@@ -94,8 +96,6 @@ def _gpt2(m: ModelConfig) -> Table:
         *_dense(layer + "mlp.c_proj", ("layers", "down"), (f, d), bias=True),
         *_norm("ln_f", ("final_norm", "norm"), d),
     ]
-    if not m.tie_embeddings:
-        rules.append(Rule("lm_head.weight", ("head", "tokens"), (m.vocab_size, d)))
     return Table("transformer.", tuple(rules), (r"h\.\d+\.attn\.(masked_)?bias",))
 
 
@@ -121,8 +121,6 @@ def _llama(m: ModelConfig) -> Table:
         *linear(mlp + "down_proj", ("layers", "down"), (d, f)),
         *_norm("norm", ("final_norm", "norm"), d, bias=False),
     ]
-    if not m.tie_embeddings:
-        rules.append(Rule("lm_head.weight", ("head", "tokens"), (m.vocab_size, d)))
     return Table("model.", tuple(rules), (r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",))
 
 

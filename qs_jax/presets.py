@@ -180,10 +180,6 @@ _SHIPPED: Mapping[str, Any] = {
 }
 
 
-def _variant(**changes: Any) -> Callable[[ModelConfig], QuickSilverConfig]:
-    return lambda model: paper(model, **changes)
-
-
 _LENS: dict[str, Any] = {"entropy": "vocab", "execution": "fake"}
 
 # Every preset by name; the paper's other values are its variants, with the logit lens for the bits.
@@ -192,16 +188,16 @@ NAMES: dict[str, Callable[[ModelConfig], QuickSilverConfig]] = {
     "paper": paper,
     "balanced": balanced,
     "aggressive": aggressive,
-    "paper-drift-0.045": _variant(tau_drift=0.045, **_LENS),  # B.2
-    "paper-drift-0.001": _variant(tau_drift=1e-3, **_LENS),  # G.2
-    "paper-drift-0.9": _variant(tau_drift=0.9, **_LENS),  # FAQ
-    "paper-drift-1.1": _variant(tau_drift=1.1, **_LENS),  # FAQ
-    "paper-bits-minmax": _variant(  # E.2
-        normalization="minmax", tau_low=0.3, tau_high=0.6, **_LENS
+    "paper-drift-0.045": functools.partial(paper, tau_drift=0.045, **_LENS),  # B.2
+    "paper-drift-0.001": functools.partial(paper, tau_drift=1e-3, **_LENS),  # G.2
+    "paper-drift-0.9": functools.partial(paper, tau_drift=0.9, **_LENS),  # FAQ
+    "paper-drift-1.1": functools.partial(paper, tau_drift=1.1, **_LENS),  # FAQ
+    "paper-bits-minmax": functools.partial(  # E.2
+        paper, normalization="minmax", tau_low=0.3, tau_high=0.6, **_LENS
     ),
-    "paper-bits-vocab": _variant(**_LENS),  # B.1
-    "paper-bits-log-vocab": _variant(  # O
-        normalization="log_vocab", tau_low=0.25, tau_high=0.65, **_LENS
+    "paper-bits-vocab": functools.partial(paper, **_LENS),  # B.1
+    "paper-bits-log-vocab": functools.partial(  # O
+        paper, normalization="log_vocab", tau_low=0.25, tau_high=0.65, **_LENS
     ),
 }
 

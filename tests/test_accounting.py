@@ -9,7 +9,7 @@ import pytest
 
 import qs_jax
 from qs_jax import accounting
-from qs_jax.accounting import flops, memory
+from qs_jax.accounting import entry_bytes, flops
 from qs_jax.config import AMQConfig, Config, HaltingConfig, KVSkipConfig, QuickSilverConfig
 from qs_jax.models import family_of, head, layers
 from qs_jax.testing import tiny_model, tiny_params
@@ -56,10 +56,10 @@ def test_the_formulas_by_hand():
     assert flops.linear_flops(model) == 2 * (32 * (32 + 2 * 16) + 32 * 32 + 3 * 32 * 48)
     assert flops.key_flops(model) == 2 * 2 * 32
     assert flops.head_flops(model) == 2 * 32 * 97
-    assert memory.entry_bytes(model)[16] == 2 * 16 * 4
-    assert memory.entry_bytes(model.replace(dtype="bfloat16"))[16] == 2 * 16 * 2
+    assert entry_bytes(model)[16] == 2 * 16 * 4
+    assert entry_bytes(model.replace(dtype="bfloat16"))[16] == 2 * 16 * 2
     amq = AMQConfig.uniform(4, 1, targets=("kv",), group=8)
-    assert memory.entry_bytes(model, amq)[4] == 32 * 4 / 8 + (32 / 8) * 4
+    assert entry_bytes(model, amq)[4] == 32 * 4 / 8 + (32 / 8) * 4
     gpt2 = tiny_model("gpt2")
     assert flops.linear_flops(gpt2) == 2 * (32 * 96 + 32 * 32 + 2 * 32 * 48)
     expected = 4 * 32**2 + 2 * 4 * (32 + 4 * np.log(10)) + 8 * 32**2

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convert.gguf_tokenizer import build_tokenizer
+from convert.gguf_source import build_tokenizer
 from qs_jax.text import Detokenizer
 from tests.convert.gguf_files import byte_level_tokenizer, sentencepiece_tokenizer
 

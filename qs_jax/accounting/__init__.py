@@ -10,11 +10,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
 
-from qs_jax.accounting import flops, memory
-from qs_jax.config import ModelConfig, QuickSilverConfig
+from qs_jax.accounting import flops
+from qs_jax.config import AMQConfig, ModelConfig, QuickSilverConfig
 from qs_jax.errors import ConfigError
+from qs_jax.halves import exact_dtype
 from qs_jax.mechanisms.kv_maps import MapSizes
 from qs_jax.record import Record
 
@@ -59,15 +62,15 @@ def tally(
         "added_flops": added,
         "paper_flops": flops.paper_flops(record, model, "8bit"),
         "paper_flops_16bit": flops.paper_flops(record, model, "16bit"),
-        "kv_bytes_written": memory.kv_bytes(record.kv_written, record, model, qs.amq),
-        "kv_bytes_held": memory.kv_bytes(record.kv_held, record, model, qs.amq),
+        "kv_bytes_written": kv_bytes(record.kv_written, record, model, qs.amq),
+        "kv_bytes_held": kv_bytes(record.kv_held, record, model, qs.amq),
         "visible_keys": record.visible_keys,
         "kv_written": record.kv_written,
         "halted": (np.arange(1, len(record.active) + 1)[:, None, None] > record.depth)
         & record.real,
         "fused": (record.fused != np.arange(record.fused.shape[-1])) & record.real,
         "entropy_read": ~np.isnan(record.entropy),
-        "paper_kv_values_saved": memory.paper_saved_values(record, model),
+        "paper_kv_values_saved": paper_saved_values(record, model),
         **{f"bits_{b}": (record.bits == b) & record.real for b in (2, 4, 8, 16)},
     }
     return _split(
@@ -141,7 +144,7 @@ def _split(
             "layer_tokens_dense": tokens * layers,
             "exact_flops_dense": exact + readouts * head,
             "paper_flops_dense": sum((paper_dense * mask).sum((1, 2)).tolist()),
-            "kv_bytes_dense": float(tokens * layers * memory.entry_bytes(model)[16]),
+            "kv_bytes_dense": float(tokens * layers * entry_bytes(model)[16]),
             "per_layer": per_layer,
         }
     return out
@@ -179,3 +182,37 @@ def _shares(part: dict[str, Any]) -> dict[str, float] | None:
         return None
     shares = {name: 1 - part[now] / part[dense] for name, (now, dense) in _SAVED.items()}
     return shares | {"added_flops_share": part["added_flops"] / part["exact_flops_dense"]}
+
+
+def entry_bytes(model: ModelConfig, amq: AMQConfig | None = None) -> Float[np.ndarray, "17"]:
+    """Bytes of one token's keys and values at one layer, by its bits; 16 is the model's dtype.
+
+    Simulated codes are packed, with two float16 numbers (low and range) for each group, or one
+    where it is symmetric. An int8 cache spends a byte on a code of any width, and one exact scale
+    on a head.
+    """
+    values = 2 * model.kv_size
+    table = np.full(17, values * jnp.dtype(model.dtype).itemsize, float)
+    if amq is not None and "kv" in amq.targets:
+        scale = jnp.dtype(exact_dtype(model.dtype)).itemsize
+        for bits in (2, 4, 8):
+            if amq.execution == "fake":
+                numbers = 2 if amq.symmetric else 4
+                table[bits] = values * bits / 8 + values / amq.group * numbers
+            else:
+                table[bits] = values + 2 * model.num_kv_heads * scale
+    return table
+
+
+def kv_bytes(
+    entries: np.ndarray, record: Record, model: ModelConfig, amq: AMQConfig | None
+) -> Float[np.ndarray, "L B T"]:
+    """Bytes of the entries chosen by a mask, `record.kv_written` or `record.kv_held`."""
+    return entries * entry_bytes(model, amq)[record.bits]
+
+
+def paper_saved_values(record: Record, model: ModelConfig) -> Int[np.ndarray, "L B T"]:
+    """The paper's Delta M (appendix J): 2 * KV heads * head width for each halted token-layer."""
+    number = np.arange(1, len(record.active) + 1)[:, None, None]
+    halted = (number > record.depth[None]) & record.real[None]
+    return halted * (2 * model.kv_size)

@@ -167,7 +167,9 @@ def search(
     task = Task(params, cfg, calibrating_WT, dense, float(max_ppl_increase), objective, batch_size)
     points: list[Point] = []
     spaces = {}
-    for policy in policies if policies is not None else _policies(params):
+    if policies is None:
+        policies = ("skip", "extrapolate") if params.get("kv_maps") is not None else ("skip",)
+    for policy in policies:
         space = _space(policy, task, observed, layers, fusion)
         spaces[space.name] = space
         points += climb(task, space, max_evaluations, progress=progress)
@@ -242,10 +244,6 @@ def split(
         )
     tokens_WT = batch.tokens_BT[:, :width]
     return tokens_WT[: count - verifying], tokens_WT[count - verifying :]
-
-
-def _policies(params: Params) -> tuple[str, ...]:
-    return ("skip", "extrapolate") if params.get("kv_maps") is not None else ("skip",)
 
 
 def _space(

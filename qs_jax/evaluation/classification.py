@@ -1,6 +1,9 @@
 """Classification with a linear head, and what a preset changes on the same examples.
 
-A head reads the final state of the last token of a prompt, or of a bare text.
+A head reads the final state of the last token of a prompt, or of a bare text. Accuracy has Wilson's
+score interval. The Matthews correlation and all differences have percentile bootstrap intervals
+over examples (Efron 1979); differences are paired, so what makes an example hard for both plays no
+part. McNemar's test is the exact one.
 """
 
 from __future__ import annotations
@@ -22,10 +25,14 @@ from qs_jax.config import Config
 from qs_jax.engine.devices import replicate
 from qs_jax.errors import InputError
 from qs_jax.evaluation.heads import Head, fit_head
-from qs_jax.evaluation.rows import Rows, score_rows
+from qs_jax.evaluation.rows import score_rows
 from qs_jax.evaluation.tasks import TASKS, Examples, Task, split_examples
 from qs_jax.models import Params
 
+RESAMPLES = 9999
+_SEED = 0
+# Resamples at a time: memory is this many times the number of examples.
+_BATCH = 512
 Encode = Callable[[Mapping[str, str]], list[int]]
 
 
@@ -116,14 +123,14 @@ def last_states(
       devices: Split each batch over these; None is the default device.
       title: Of a progress bar on standard error; None shows none.
     """
-    rows = Rows.of([(prompt, [cfg.model.pad_token_id or 0]) for prompt in prompts])
+    pairs = [(prompt, [cfg.model.pad_token_id or 0]) for prompt in prompts]
     states, counts = np.zeros((len(prompts), cfg.model.hidden_size), np.float32), None
     options: dict[str, Any] = {"batch_size": batch_size, "devices": devices}
     with tqdm(total=len(prompts), unit="row", desc=title, disable=title is None) as bar:
-        for batch in score_rows(params, rows, cfg, return_states=True, **options):
+        for batch in score_rows(params, pairs, cfg, return_states=True, **options):
             assert batch.out.states is not None
             for row, index in enumerate(batch.index):
-                states[index] = batch.out.states[row, rows.prompts[index] - 1]
+                states[index] = batch.out.states[row, len(prompts[index]) - 1]
             counts = accounting.add(counts, batch.counts) if counts else batch.counts
             bar.update(len(batch.index))
     assert counts is not None
@@ -159,8 +166,8 @@ def measure_heads(
     train_share: float = 0.5,
     seed: int = 0,
     l2: float = 0.1,
-    batch_size: int = 16,
     devices: Sequence[jax.Device] | None = None,
+    **options: Any,
 ) -> dict[str, dict[str, Any]]:
     """All tasks by a linear head, under the dense model and, unless they are off, the mechanisms.
 
@@ -175,8 +182,8 @@ def measure_heads(
       train_share: Share of the examples it is fitted on; it is evaluated on the others.
       seed: Of that split.
       l2: As `fit_head`.
-      batch_size: Rows at a time.
-      devices: Split each batch over these; None is the default device.
+      devices: As `last_states`.
+      **options: As `last_states`.
 
     Returns:
       For each task what `task_results` returns, the examples' "data", the "truncated" prompts,
@@ -185,9 +192,8 @@ def measure_heads(
     Raises:
       InputError: As `split_examples`, `encode_examples`, `fit_head` and `Head.for_task`.
     """
-    shared: dict[str, Any] = {"batch_size": batch_size, "devices": devices}
-    if devices is not None:
-        params = replicate(params, devices)
+    params = params if devices is None else replicate(params, devices)
+    shared: dict[str, Any] = {"devices": devices} | options
     # The same protocol, so that the same positions are read.
     off = cfg.replace(quicksilver=None, protocol=cfg.effective_protocol)
     room, results = cfg.model.max_positions - 1, {}
@@ -240,12 +246,6 @@ def task_results(
         out["difference"] = compared(task.metric, labels_E, predicted, changed)
         columns["quicksilver"] = other.scores_EC.round(6).tolist()
     return out | {"per_example": columns}
-
-
-RESAMPLES = 9999
-_SEED = 0
-# Resamples at a time: memory is this many times the number of examples.
-_BATCH = 512
 
 
 def accuracy(

@@ -24,7 +24,7 @@ from qs_jax.engine.batching import bucket_size
 from qs_jax.engine.devices import local_devices, replicate
 from qs_jax.engine.generate import stream
 from qs_jax.errors import InputError
-from qs_jax.evaluation.rows import Rows, ScoredBatch, score_rows
+from qs_jax.evaluation.rows import ScoredBatch, score_rows
 from qs_jax.models import Params, count_params, head
 
 try:
@@ -198,7 +198,7 @@ class QSJaxLM(TemplateLM):
         found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         batches = score_rows(
             self.params,
-            Rows.of([cut[indices[0]] for indices in members]),
+            [cut[indices[0]] for indices in members],
             self.cfg,
             batch_size=self.batch_size,
             devices=self.devices,

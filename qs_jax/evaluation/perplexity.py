@@ -158,12 +158,10 @@ def score_windows(
         tokens_BT = windows.tokens_WT[index * batch_size : (index + 1) * batch_size]
         out = score(params, tokens_BT, cfg, devices=devices)
         if out.record is None:
-            lengths_B = np.full(len(tokens_BT), tokens_BT.shape[1])
-            prompts_B = lengths_B - cfg.continuation_tokens
-            prompts_B = (
-                prompts_B if cfg.effective_protocol == "continuation" else np.zeros_like(lengths_B)
-            )
-            counts = accounting.dense_tally(lengths_B, prompts_B, cfg.model)
+            rows, width = tokens_BT.shape
+            continued = cfg.effective_protocol == "continuation"
+            prompts_B = np.full(rows, width - cfg.continuation_tokens if continued else 0)
+            counts = accounting.dense_tally(np.full(rows, width), prompts_B, cfg.model)
         else:
             counts = accounting.tally(out.record, cfg.model, cfg.quicksilver, sizes)
         yield {

@@ -17,23 +17,7 @@ from qs_jax.mechanisms.kv_maps import MapSizes, sizes_of
 from qs_jax.models import Params
 from qs_jax.record import Record
 
-
-class Rows(NamedTuple):
-    """Prompts and what follows them.
-
-    Attributes:
-      rows: Token ids of each row, prompt and continuation.
-      prompts: Tokens of each prompt, at least 1.
-    """
-
-    rows: Sequence[Sequence[int]]
-    prompts: Sequence[int]
-
-    @classmethod
-    def of(cls, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Rows:
-        """Rows of (prompt, continuation)."""
-        rows = [[*prompt, *continuation] for prompt, continuation in pairs]
-        return cls(rows, [len(prompt) for prompt, _ in pairs])
+Pair = tuple[Sequence[int], Sequence[int]]  # token ids of a prompt, and of what follows it
 
 
 class ScoredBatch(NamedTuple):
@@ -52,7 +36,7 @@ class ScoredBatch(NamedTuple):
 
 def score_rows(
     params: Params,
-    rows: Rows,
+    pairs: Sequence[Pair],
     cfg: Config,
     *,
     batch_size: int,
@@ -66,7 +50,7 @@ def score_rows(
 
     Args:
       params: From `qs_jax.load`; with several devices, of `qs_jax.replicate`.
-      rows: What to score.
+      pairs: What to score; a prompt has at least one token.
       cfg: Model, mechanisms and protocol.
       batch_size: Rows at a time.
       devices: Split each batch over these; None is the default device.
@@ -76,31 +60,36 @@ def score_rows(
         raise InputError(f"--batch-size must be at least 1, got {batch_size}.")
     continued = cfg.effective_protocol == "continuation"
     sizes = sizes_of(params)
-    order = sorted(range(len(rows.rows)), key=lambda i: -len(rows.rows[i]))
+    rows = [[*prompt, *after] for prompt, after in pairs]
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     for at in range(0, len(order), batch_size):
         index = order[at : at + batch_size]
         filled = index + index[-1:] * (min(batch_size, len(order)) - len(index))
-        prompts_B = np.array([rows.prompts[i] for i in filled])
+        prompts_B = np.array([len(pairs[i][0]) for i in filled])
+        lengths_B = np.array([len(rows[i]) for i in index])
         out = score(
             params,
-            [rows.rows[i] for i in filled],
+            [rows[i] for i in filled],
             cfg,
             prompt_lengths=prompts_B if continued else None,
             return_states=return_states,
             devices=devices,
         )
-        yield ScoredBatch(index, out, _counted(out, rows, index, cfg, sizes))
+        counts = _count(out, lengths_B, prompts_B[: len(index)], cfg, sizes)
+        yield ScoredBatch(index, out, counts)
 
 
-def _counted(
-    out: ScoreOutput, rows: Rows, index: list[int], cfg: Config, sizes: MapSizes | None
+def _count(
+    out: ScoreOutput,
+    lengths_B: np.ndarray,
+    prompts_B: np.ndarray,
+    cfg: Config,
+    sizes: MapSizes | None,
 ) -> dict[str, Any]:
-    prompts_B = np.array([rows.prompts[i] for i in index])
     if out.record is None:
-        lengths_B = np.array([len(rows.rows[i]) for i in index])
         return accounting.dense_tally(lengths_B, prompts_B, cfg.model)
     # Whatever the protocol, a prompt is read out at its end only.
-    record = dataclasses.replace(_first(out.record, len(index)), prompt_lengths=prompts_B)
+    record = dataclasses.replace(_first(out.record, len(lengths_B)), prompt_lengths=prompts_B)
     return accounting.tally(record, cfg.model, cfg.quicksilver, sizes)
 
 

@@ -93,10 +93,6 @@ def _is_byte_level(tokenizer: Any) -> bool:
 @functools.lru_cache(maxsize=1)
 def _byte_table() -> dict[str, int]:
     """Byte of each character of byte-level vocabularies (GPT-2's alphabet)."""
-    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    # Printable bytes of Latin-1 stand for themselves; the others take the next code points.
-    alphabet = sorted(ByteLevel.alphabet())
-    kept = [byte for byte in range(256) if chr(byte) in alphabet]
-    moved = [byte for byte in range(256) if byte not in kept]
-    return dict(zip(alphabet, kept + moved, strict=True))
+    return {character: byte for byte, character in bytes_to_unicode().items()}

@@ -36,23 +36,19 @@ function resultsLayers(holder, row) {
   legend(holder, shown.map(([name], i) => [name, ...style(i)]));
 }
 
-function chartResultsDecay(holder) {
+// A heading and a chart for every evaluation.
+function chartEach(holder, draw) {
   const colours = SERIES();
   content.results.forEach((row, i) => {
     holder.append(element("h3", {}, `${row.preset} (${row.file})`));
-    decayChart(holder, [{
-      name: row.preset, active: row.per_layer.layer_tokens, decay: row.decay, color: colours[i % colours.length],
-    }], "active tokens", row.tokens);
+    draw(row, { name: row.preset, color: colours[i % colours.length] });
   });
 }
 
-function chartResultsCost(holder) {
-  const colours = SERIES();
-  content.results.forEach((row, i) => {
-    holder.append(element("h3", {}, `${row.preset} (${row.file})`));
-    costChart(holder, [{ name: row.preset, costs: row.costs, color: colours[i % colours.length] }], row.dense_flops);
-  });
-}
+const chartResultsDecay = (holder) => chartEach(holder, (row, style) =>
+  decayChart(holder, [{ ...style, active: row.per_layer.layer_tokens, decay: row.decay }], "active tokens", row.tokens));
+const chartResultsCost = (holder) => chartEach(holder, (row, style) =>
+  costChart(holder, [{ ...style, costs: row.costs }], row.dense_flops));
 
 function chartFront(holder) {
   const { points, front, verified, budget, objective } = content.front;
