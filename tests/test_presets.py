@@ -162,10 +162,6 @@ REFUSED = {
         MODEL, halting(entropy="final_prev"), protocol="continuation"
     ),
     "protocol must be one of": lambda: Config(MODEL, protocol="prefill"),
-}
-
-
-MORE = {
     "protect_ids must be a list": lambda: QuickSilverConfig(protect_ids=5),
     "protect_ids must be an integer": lambda: QuickSilverConfig(protect_ids=(3.9,)),
     "forced_ids must be a list": lambda: HaltingConfig(forced_ids=(None,), forced_layer=2),
@@ -178,7 +174,6 @@ MORE = {
     "from 0 to below 1": lambda: KVSkipConfig("attended", tau_kv=7),
     "halting must be a HaltingConfig": lambda: QuickSilverConfig(halting=True),
 }
-REFUSED |= MORE
 
 
 @pytest.mark.parametrize("reason", REFUSED)

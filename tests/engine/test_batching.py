@@ -18,11 +18,8 @@ def test_buckets_hold_what_they_must_and_waste_at_most_a_quarter(n):
     assert bucket_size(n) <= bucket_size(n + 1)
 
 
-def test_there_are_few_buckets():
+def test_buckets_are_few_and_stop_at_the_limit():
     assert len({bucket_size(n) for n in range(1, 4097)}) == 1 + 4 * 8
-
-
-def test_buckets_stop_at_the_limit():
     assert bucket_size(1000, limit=1000) == 1000
     assert bucket_size(9, limit=1000) == 16
 

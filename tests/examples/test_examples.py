@@ -228,26 +228,3 @@ def test_serving(ckpt, preset):
         assert "positions" in refusal(address, {"prompt": "film " * 125})
         assert "JSON object" in refusal(address, [])
         assert refusal(address, b"{")
-
-
-@pytest.mark.slow
-def test_calibrating_for_serving(ckpt, tmp_path, capsys):
-    args = calibrate_and_serve.Arguments(
-        ckpt=Path(ckpt),
-        preset=tmp_path / "mine.json",
-        seq_len=48,
-        continuation_tokens=8,
-        max_ppl_increase=1e6,
-        max_evaluations=3,
-    )
-    calibrate_and_serve.prepare(args)
-    _, model = qs_jax.load(ckpt)
-    made = qs_jax.presets.load(args.preset, model)
-    assert not made.is_off
-    assert made.provenance["verified"]["exact_flops_saved"] > 0
-    assert str(args.preset) in capsys.readouterr().out.replace("\n", "")
-    before = args.preset.read_bytes()
-    calibrate_and_serve.prepare(args)  # loaded as it is
-    assert args.preset.read_bytes() == before
-    with pytest.raises(qs_jax.InputError, match="2 windows of 48"):
-        calibrate_and_serve.make_preset(args, None, model, [0] * 100)

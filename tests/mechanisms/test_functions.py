@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import qs_jax
 from qs_jax.config import AMQConfig, Config, HaltingConfig
-from qs_jax.engine import attention, masked, scoring, tokenwise
+from qs_jax.engine import attention, scoring, tokenwise
 from qs_jax.mechanisms import amq, fusion, halting, signals
 from qs_jax.mechanisms.plan import bind
 from tests.engine.contract import MATRIX, model_of, params_of
@@ -132,44 +132,6 @@ def test_a_run_gives_each_member_the_mean_up_to_itself():
     np.testing.assert_array_equal(
         qs_jax.record.resolve(np.array([1, 2, 99, 4, 99])), [2, 2, 2, 4, 4]
     )
-
-
-def states_by_layer(cfg, params, tokens_BT):
-    """States after each layer, by running models of rising depth with the same first layers."""
-    found = []
-    for depth in range(1, cfg.model.num_layers + 1):
-        model = cfg.model.replace(num_layers=depth)
-        cut = {**params, "layers": jax.tree.map(lambda leaf, d=depth: leaf[:d], params["layers"])}
-        plan, numbers = bind(cfg.quicksilver, cfg.model, cfg.effective_protocol)
-        shallow = numbers._replace(
-            layers=jax.tree.map(lambda leaf, d=depth: leaf[:d], numbers.layers)
-        )
-        lengths = np.full(len(tokens_BT), tokens_BT.shape[1], np.int32)
-        arrays = map(jnp.asarray, (tokens_BT, lengths, lengths * 0))
-        prompt = tokenwise.Prompt(*arrays, None)
-        rows = tokenwise.whole_rows(prompt, plan, shallow)
-        state = masked.run(cut, rows, model, plan, shallow)[1]
-        found.append(np.asarray(state.h_BTD))
-    return np.stack(found)
-
-
-@pytest.mark.slow
-def test_a_halted_state_is_frozen_bit_for_bit():
-    model, qs = model_of("llama"), MATRIX["HKFQ"]
-    cfg, params = Config(model, qs), params_of(model)
-    tokens_BT = random_tokens(model, batch=1, width=20)
-    states = states_by_layer(cfg, params, tokens_BT)
-    depth = qs_jax.score(params, tokens_BT, cfg).record.depth
-    halted = np.argwhere(depth < model.num_layers)
-    assert len(halted) > 3
-    for row, position in halted:
-        stopped_at = depth[row, position]
-        for later in states[stopped_at:]:
-            np.testing.assert_array_equal(
-                later[row, position], states[stopped_at - 1, row, position]
-            )
-    running = np.argwhere(depth == model.num_layers)
-    assert all((states[-1, r, p] != states[-2, r, p]).any() for r, p in running)
 
 
 @pytest.mark.parametrize("name", ["HKFQ", "quota"])

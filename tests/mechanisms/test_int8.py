@@ -131,16 +131,6 @@ def test_keys_come_back_as_they_were_coded(k, bits):
     np.testing.assert_allclose(again.scale, cached.scale, rtol=1e-6)
 
 
-def test_bfloat16_keys_keep_their_codes_within_one():
-    """Values and steps are rounded to the 8 bits bfloat16 has: the largest codes may move by 1."""
-    k = np.random.default_rng(0).normal(size=(64, 16, 4, 8)).astype(np.float32)
-    bits = jnp.asarray(np.random.default_rng(1).choice([2, 4, 8], (64, 16)))
-    cached = int8.encode_kv(jnp.asarray(k), bits, 8)
-    again = int8.recode_kv(int8.decode_kv(cached).astype(jnp.bfloat16), bits)
-    assert np.abs(np.asarray(again.codes, np.int32) - np.asarray(cached.codes)).max() <= 1
-    assert again.scale.dtype == jnp.bfloat16
-
-
 def test_extreme_products_fit_into_the_int32():
     """The most channels there may be but one, all at the ends of their ranges."""
     most = int8.MOST_CHANNELS - 1
@@ -152,14 +142,6 @@ def test_extreme_products_fit_into_the_int32():
         int8.quantize_kernel(jnp.ones((most + 2, 1), jnp.float32))
     empty = int8.quantize_kernel(jnp.zeros((4, 2), jnp.float32))
     np.testing.assert_array_equal(int8.product(jnp.zeros((1, 4)), jnp.array([8]), 4, empty), 0)
-
-
-def test_stacked_weights_are_those_of_each_layer():
-    kernel_LDO = jnp.asarray(np.random.default_rng(0).normal(size=(3, 24, 5)), jnp.float32)
-    stacked = int8.quantize_kernel(kernel_LDO)
-    assert (stacked.codes.shape, stacked.scale.shape) == ((3, 24, 5), (3, 5))
-    one = int8.quantize_kernel(kernel_LDO[1])
-    np.testing.assert_array_equal(stacked.codes[1], one.codes)
 
 
 def logits(params, model, setting):

@@ -123,19 +123,6 @@ def test_extrapolation_refuses_to_run_without_its_maps(params, maps):
         )
 
 
-@pytest.mark.slow
-def test_maps_change_the_result_and_are_charged(params, maps):
-    tokens_BT = random_tokens(MODEL, width=24)
-    with_maps = {**params, "kv_maps": maps}
-    cfg = Config(MODEL, QS, continuation_tokens=8)
-    propagate = QuickSilverConfig(halting=QS.halting, recent_tokens=2)
-    a = qs_jax.score(with_maps, tokens_BT, cfg)
-    b = qs_jax.score(params, tokens_BT, Config(MODEL, propagate, continuation_tokens=8))
-    assert (a.logprobs != b.logprobs).any()
-    out = qs_jax.generate(with_maps, tokens_BT, Config(MODEL, QS, max_new_tokens=4))
-    assert out.tokens.shape == (2, 4)
-
-
 @given(
     hnp.arrays(np.int32, (2, 90), elements=st.sampled_from([1, 3, 4, 9])),
     hnp.arrays(bool, (2, 90)),

@@ -138,20 +138,6 @@ def test_keys_move_over_tokens_and_layers(opened, case):
 
 
 @pytest.mark.slow
-def test_play_walks_through_the_layers_and_stops(opened):
-    set_layer(opened, 2)
-    find(opened, "#play").click()
-    assert find(opened, "#play").get_attribute("aria-pressed") == "true"
-    wait(opened, f"document.querySelector('#layer').value === '{LAYERS}'")
-    wait(opened, "document.querySelector('#play').ariaPressed === 'false'")
-    find(opened, "#play").click()  # from the start again, and paused
-    wait(opened, "document.querySelector('#layer').value === '2'")
-    find(opened, "#play").click()
-    time.sleep(0.8)
-    assert int(find(opened, "#layer").get_attribute("value")) < LAYERS
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["timeline", "kv", "bits", "fusion"])
 def test_hovering_shows_the_cell_under_the_pointer(opened, case, name):
     from selenium.webdriver import ActionChains
