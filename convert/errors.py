@@ -19,16 +19,13 @@ class Problems:
         """Note one problem."""
         self._found.setdefault(heading, []).append(detail)
 
-    def __bool__(self) -> bool:
-        return bool(self._found)
-
     def raise_if_any(self, subject: str, limit: int = 20) -> None:
         """Raise one error with every heading and up to `limit` details under each.
 
         Raises:
           ConversionError: Something was noted.
         """
-        if not self:
+        if not self._found:
             return
         lines = [f"{subject} cannot be converted:"]
         for heading, details in self._found.items():

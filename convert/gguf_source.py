@@ -19,8 +19,8 @@ import numpy as np
 
 from convert.errors import ConversionError
 from convert.mapping import Shape
+from qs_jax.checkpoint import transformers
 from qs_jax.config import RopeScaling
-from qs_jax.hf import transformers
 from qs_jax.models.rope import stretch_llama3
 
 if TYPE_CHECKING:

@@ -33,10 +33,9 @@ from convert.mapping import Rule, Table
 from convert.sources import HuggingFaceFolder, Source, download
 from convert.staging import check_target, staging, write_json
 from convert.writer import LazyArray, write_tree
-from qs_jax.checkpoint import FORMAT_VERSION, MANIFEST, PARAMS, fingerprint
+from qs_jax.checkpoint import FORMAT_VERSION, MANIFEST, PARAMS, fingerprint, read_tokenizer
 from qs_jax.config import ModelConfig
 from qs_jax.errors import QuickSilverError
-from qs_jax.hf import read_tokenizer
 from qs_jax.models import abstract_params, count_params, param_bytes
 
 Dtype = Literal["float32", "bfloat16"]

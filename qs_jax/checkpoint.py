@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -25,7 +27,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from qs_jax import halves
 from qs_jax.config import ModelConfig
 from qs_jax.errors import CheckpointError, ConfigError, NonFiniteError
-from qs_jax.hf import read_tokenizer
 from qs_jax.mechanisms.kv_maps import FILE_NAME, KVMaps
 from qs_jax.models import Params, abstract_params
 
@@ -172,6 +173,23 @@ def fastest_dtype(device: Any) -> str:
     capability = str(getattr(device, "compute_capability", ""))
     old = capability.partition(".")[0].isdigit() and int(capability.partition(".")[0]) < 8
     return "float32" if device.platform in ("gpu", "cuda") and old else "bfloat16"
+
+
+def transformers() -> ModuleType:
+    """The package, imported when first needed (it takes seconds), without its advice on torch."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import transformers
+
+    return transformers
+
+
+def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, without network.
+
+    Raises:
+      Exception: Whatever `transformers` raises for files it cannot read.
+    """
+    return transformers().AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from pathlib import Path
 from typing import Any, Literal
 
@@ -118,9 +119,7 @@ class Calibrate(FileOptions):
 
     def _draw_front(self) -> list[Path]:
         """The Pareto front beside the preset, where matplotlib is installed."""
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError:
+        if importlib.util.find_spec("matplotlib") is None:
             return []
         front = read_front(self.out.with_name(f"{self.out.stem}.search.json"))
         path = self.out.with_name(f"{self.out.stem}.front.png")

@@ -75,7 +75,8 @@ def signal_names(qs: QuickSilverConfig) -> dict[str, str]:
     names = {"drift": f"{kind} drift", "entropy": f"entropy ({estimator})"}
     if bits != estimator:
         names["bits_entropy"] = f"entropy for bits ({bits})"
-    if _ranks_by_attention(qs):
+    halting = qs.halting
+    if halting is not None and (halting.rule, halting.score) == ("quota", "attention"):
         names["received"] = "attention received"
     return names
 
@@ -201,10 +202,6 @@ def _kinds(qs: QuickSilverConfig) -> tuple[str, str, str]:
     if qs.halting is None:
         return "raw", "vocab", bits
     return qs.halting.drift, qs.halting.entropy_used or "vocab", bits
-
-
-def _ranks_by_attention(qs: QuickSilverConfig) -> bool:
-    return qs.halting is not None and (qs.halting.rule, qs.halting.score) == ("quota", "attention")
 
 
 @functools.partial(jax.jit, static_argnames=("model", "plan", "kinds", "names"))

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from qs_jax.checkpoint import transformers
 from qs_jax.config import ModelConfig
-from qs_jax.hf import transformers
 from qs_jax.models import Params, init_params
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ import pytest
 from convert.hf_to_flax import convert
 from examples.text import REVIEW
 from qs_jax import presets
+from qs_jax.checkpoint import transformers
 from qs_jax.config import HaltingConfig, KVSkipConfig, QuickSilverConfig
-from qs_jax.hf import transformers
 from tests.convert.folders import llama_tensors, write_folder
 
 
