@@ -18,23 +18,15 @@ from qs_jax.config import ModelConfig
 from qs_jax.errors import CheckpointError
 from qs_jax.models import Params
 from qs_jax.testing import tiny_model, tiny_params, toy_tokenizer
+from tests.support import LLAMA
 
-LLAMA_CONFIG: dict[str, Any] = {
+LLAMA_CONFIG: dict[str, Any] = LLAMA | {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
     "hidden_act": "silu",
     "tie_word_embeddings": False,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
 }
 
 
