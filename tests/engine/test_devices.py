@@ -8,7 +8,7 @@ import qs_jax
 from qs_jax.engine.devices import local_devices
 from qs_jax.testing import tiny_model, tiny_params
 from tests.engine.contract import MATRIX
-from tests.support import random_tokens
+from tests.support import random_tokens, row_of
 
 pytestmark = pytest.mark.skipif(
     jax.local_device_count() < 4, reason="needs four devices: XLA_FLAGS of tests/conftest.py"
@@ -28,20 +28,21 @@ def model():
     [(None, "auto"), pytest.param("HKFQ", "masked", marks=pytest.mark.slow), ("HK", "compact")],
 )
 def test_scores_do_not_depend_on_the_number_of_devices(model, count, name, engine):
-    """Five rows of different lengths: they divide by no number of devices but one."""
-    params = tiny_params(model)
-    rows = [random_tokens(model, 1, width, seed=width)[0].tolist() for width in (30, 9, 21, 17, 5)]
-    cfg = qs_jax.Config(model, MATRIX[name] if name else None, engine=engine)
-    alone = qs_jax.score(params, rows, cfg)
-    devices = jax.local_devices()[:count]
-    shared = qs_jax.score(qs_jax.replicate(params, devices), rows, cfg, devices=devices)
+    """Five rows of different lengths, in float64, where no code of a quantised state flips."""
+    rows = [row_of(model, width) for width in (30, 9, 21, 17, 5)]
+    with jax.enable_x64(True):
+        model = model.replace(dtype="float64")
+        params = tiny_params(model)
+        cfg = qs_jax.Config(model, MATRIX[name] if name else None, engine=engine)
+        alone = qs_jax.score(params, rows, cfg)
+        given = jax.local_devices()[:count]
+        shared = qs_jax.score(qs_jax.replicate(params, given), rows, cfg, devices=given)
     np.testing.assert_array_equal(shared.mask, alone.mask)
     np.testing.assert_allclose(shared.logprobs, alone.logprobs, atol=1e-4)
     assert shared.perplexity == pytest.approx(alone.perplexity, rel=1e-6)
     if name:
-        np.testing.assert_array_equal(shared.record.active, alone.record.active)
-        np.testing.assert_array_equal(shared.record.depth, alone.record.depth)
-        np.testing.assert_array_equal(shared.record.kv_held, alone.record.kv_held)
+        for part in ("active", "depth", "kv_held"):
+            np.testing.assert_array_equal(getattr(shared.record, part), getattr(alone.record, part))
 
 
 def test_every_device_computes(model, monkeypatch):
