@@ -45,8 +45,7 @@ hypothesis.settings.load_profile("ci")
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-# Every compiled program maps memory, and Linux allows a process 65,530 maps by default: beyond
-# that, XLA crashes. Tests of one module share programs: there, as many again.
+# Compiled programs map memory; XLA crashes beyond Linux's 65,530 maps a process. Twice in a module.
 MOST_MAPS = 20_000
 
 

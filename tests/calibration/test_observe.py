@@ -12,7 +12,7 @@ pytestmark = pytest.mark.xdist_group("observe")
 @pytest.fixture(scope="module", params=["llama-gqa", pytest.param("gpt2", marks=pytest.mark.slow)])
 def observed(request, tmp_path_factory):
     """Ours at every position but the first and the last, and what torch says there."""
-    import torch
+    torch = pytest.importorskip("torch")
 
     pair = make_pair(request.param, tmp_path_factory.mktemp("observe"))
     tokens_WT = random_tokens(pair.model, batch=5, width=24)
