@@ -19,11 +19,10 @@ import qs_jax
 from qs_jax import presets
 from qs_jax.config import Config, ModelConfig, QuickSilverConfig
 from tests.engine.contract import CASES, executed, model_of, params_of
+from tests.oracle.comparison import COUNTED, MEASURED
 from tests.support import row_of
 
 FILE = Path(__file__).with_name("goldens.npz")
-EXACT = "active kv_written kv_held visible_keys bits fused depth representative weighed".split()
-MEASURED = ("drift", "entropy")
 LENGTHS, PROMPTS = (26, 19), (16, 12)
 EMBEDDED = ("off", "paper", "balanced", "aggressive")
 NEW_TOKENS = 8
@@ -98,7 +97,7 @@ def scores_of(scores: qs_jax.ScoreOutput, rows: slice = slice(None)) -> Golden:
     """What a golden holds of some rows of a score."""
     found = {"logprobs": scores.logprobs[rows]}
     if scores.record is not None:
-        arrays = {name: getattr(scores.record, name) for name in (*EXACT, *MEASURED)}
+        arrays = {name: getattr(scores.record, name) for name in (*COUNTED, *MEASURED)}
         # Layers come first, but for what is said of a token once.
         found |= {name: a[:, rows] if a.ndim == 3 else a[rows] for name, a in arrays.items()}
     return found

@@ -31,10 +31,10 @@ from tests.engine.contract import (
     params_of,
     settings,
 )
+from tests.oracle.comparison import COUNTED, MEASURED
 from tests.support import OPTIMISED, random_tokens, row_of
 
 LENGTHS, PROMPTS = (31, 17, 24), (22, 9, 15)
-COUNTED = "active kv_written kv_held visible_keys bits fused depth representative weighed".split()
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +61,7 @@ def assert_same(ours, theirs, atol=1e-8):
         np.testing.assert_array_equal(
             getattr(ours.record, name), getattr(theirs.record, name), err_msg=name
         )
-    for name in ("drift", "entropy"):
+    for name in MEASURED:
         one, other = getattr(ours.record, name), getattr(theirs.record, name)
         both = np.isfinite(one) & np.isfinite(other)
         np.testing.assert_allclose(one[both], other[both], atol=atol, err_msg=name)
