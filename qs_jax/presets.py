@@ -48,14 +48,13 @@ def paper(
     normalization: str = "nats",
     tau_low: float = 1.0,
     tau_high: float = 2.3,
-    execution: str = "auto",
+    execution: str = "int8",
 ) -> QuickSilverConfig:
     """The paper's numbers, with layers scaled from its 30 to the model's depth.
 
     Raw drift below 1.0 and logit-lens entropy below 1.15 bits over layers 6 to 24, not before layer
     5; keys of halted tokens skipped; adjacent tokens closer than 0.15 fused from layer 12; bits at
-    layer 15 by entropy in nats (1.0, 2.3), in int8 where that is faster. Sources: B.2, G.2 to G.4,
-    FAQ.
+    layer 15 by entropy in nats (1.0, 2.3), in int8. Sources: B.2, G.2 to G.4, FAQ.
 
     The entropy for the bits is that of the state's own softmax, "over its softmax-normalized latent
     distribution" (2.5, E.1). The logit lens, which other sections of the paper read, costs as much
@@ -125,8 +124,8 @@ def aggressive(model: ModelConfig) -> QuickSilverConfig:
     """Prompts only: all four mechanisms, for savings whose price shows in the perplexity.
 
     Half of the prompt stops at two thirds of the depth and nearly all of it at 0.9, keys of halted
-    tokens are skipped, near-identical neighbours fuse, and activations keep 8 bits from the middle
-    on, where int8 products are faster. The measured cost is in docs/mechanisms.md.
+    tokens are skipped, near-identical neighbours fuse, and products are in int8 from the middle on.
+    The measured cost is in docs/mechanisms.md.
     """
     layers = _layers(model, 2 / 3, 0.9)
     middle = max(model.num_layers // 2, 1)
@@ -136,7 +135,7 @@ def aggressive(model: ModelConfig) -> QuickSilverConfig:
         ),
         kv_skip=KVSkipConfig(policy="skip"),
         fusion=FusionConfig(tau_fuse=0.35, distance="relative", first_layer=middle),
-        amq=AMQConfig.uniform(8, layer=middle, group=_group(model), execution="auto"),
+        amq=AMQConfig.uniform(8, layer=middle, group=_group(model), execution="int8"),
         provenance=_SHIPPED,
     )
 
