@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from qs_jax.mechanisms.plan import NEVER
+from qs_jax.config import QuickSilverConfig
+from qs_jax.state import FULL_BITS, NEVER, Decisions, Evidence, LayerRecord
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Record:
     @classmethod
     def of(
         cls,
-        evidence: dict[str, Any],
+        evidence: Evidence,
         width: int,
         lengths: np.ndarray,
         prompt_lengths: np.ndarray,
@@ -86,7 +87,7 @@ class Record:
         simulated: bool = True,
     ) -> Record:
         """Build from a program's arrays, cut to `width` positions and emptied in the padding."""
-        layers = evidence["layers"]
+        layers = evidence.layers
         real = np.arange(width)[None] < lengths[:, None]
 
         def cut(array: Any) -> np.ndarray:
@@ -94,8 +95,8 @@ class Record:
 
         active, written = cut(layers.active_BT) & real, cut(layers.written_BT) & real
         layer_number = np.arange(1, len(active) + 1)[:, None, None]
-        after = cut(evidence["hidden_after"])
-        absorbed = np.where(after < NEVER, cut(evidence["hidden_from"]), NEVER)
+        after = cut(evidence.fused_after_BT)
+        absorbed = np.where(after < NEVER, cut(evidence.fused_BT), NEVER)
         return cls(
             active=active,
             kv_written=written,
@@ -106,7 +107,7 @@ class Record:
             drift=np.where(active, cut(layers.drift_BT), np.nan),
             entropy=np.where(real, cut(layers.entropy_BT), np.nan),
             weighed=cut(layers.weighed_BT) & real,
-            depth=np.where(real, cut(evidence["halt_layer"]), 0),
+            depth=np.where(real, cut(evidence.depth_BT), 0),
             representative=resolve(absorbed),
             lengths=lengths,
             prompt_lengths=prompt_lengths,
@@ -132,3 +133,44 @@ def resolve(absorber: Int[np.ndarray, "*batch T"]) -> Int[np.ndarray, "*batch T"
         if (further == fused).all():
             return fused
         fused = further
+
+
+def decided(
+    decisions: Decisions, qs: QuickSilverConfig, num_layers: int, lengths: np.ndarray
+) -> Evidence:
+    """Evidence of what a fast engine decided: the definition's arithmetic, after the fact.
+
+    Args:
+      decisions: Host arrays over `[B, S]`, S at least the longest row.
+      qs: Mechanisms; fused tokens are not computed.
+      num_layers: L.
+      lengths: int `[B]`, tokens of each row.
+    """
+    depth, absorbed_after = decisions.depth_BT, decisions.fused_after_BT
+    signals = [decisions.drift_LBT, decisions.entropy_LBT]
+    layer = np.arange(1, num_layers + 1)[:, None, None]
+    real = np.arange(depth.shape[1])[None] < lengths[:, None]
+    there = real & (layer <= absorbed_after)
+    active, skip = there & (layer <= depth), qs.kv_skip
+    written = there
+    if skip is not None and skip.policy == "skip":
+        written = there & ((layer <= depth + skip.delay) | decisions.retain_BT)
+    before = np.cumsum(written, axis=2) - written
+    since = qs.amq.layer if qs.amq is not None else NEVER
+    now = (layer == absorbed_after) & real
+    rows, columns = np.nonzero(absorbed_after < NEVER)
+    absorbing = np.zeros_like(now)
+    absorber, after = decisions.fused_BT[rows, columns], absorbed_after[rows, columns]
+    absorbing[after - 1, rows, absorber] = True
+    drift, entropy = (np.full(active.shape, np.nan) if s is None else s for s in signals)
+    layers = LayerRecord(
+        active_BT=active,
+        written_BT=written,
+        visible_BT=before + 1,
+        bits_BT=np.where(layer > since, decisions.bits_BT, FULL_BITS),
+        fused_BT=np.where(layer > absorbed_after, decisions.fused_BT, NEVER),
+        drift_BT=drift,
+        entropy_BT=entropy,
+        weighed_BT=now | absorbing,
+    )
+    return Evidence(layers, depth, decisions.fused_BT, absorbed_after)

@@ -1,90 +1,29 @@
-"""Attention: fast, block of queries by block; or showing its weights to the mechanisms."""
+"""Attention: showing its weights (the definition), block of queries by block, or of new tokens."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from qs_jax.halves import exact_dtype, from_bits, to_bits
+from qs_jax.models import cpu
+from qs_jax.state import exact_dtype
 
 # Queries of a block, at least; and blocks of a row, at most: each is compiled on its own. Measured
 # on CPU: at 512 tokens blocks of 64 to 128 cost a quarter of one block of 512, which computes twice
-# what causality leaves and whose logits leave the cache between the passes over them.
+# what causality leaves and whose logits leave the processor's cache between the passes over them.
 QUERY_BLOCK = 128
 MOST_BLOCKS = 16
-# Bytes of logits of one block of queries, at most, on CPU: where all rows and heads have more, rows
-# go one after the other, and heads if need be. Several passes are made over them, which a cache
-# should hold.
-MOST_LOGITS = 6 * 2**20
-
-
-class Places(NamedTuple):
-    """Which queries see a key, by their positions.
-
-    Attributes:
-      query_BT: Of the queries.
-      first_BS: Of the first query that sees each key.
-      until_BS: Of the first that does not any more; None where all later ones do.
-    """
-
-    query_BT: Int[Array, "B T"]
-    first_BS: Int[Array, "B S"]
-    until_BS: Int[Array, "B S"] | None
-
-    def seen(self, start: int, end: int, keys: int) -> Bool[Array, "B Q C"]:
-        """Which of the first `keys` keys the queries from `start` to `end` see."""
-        query_BQ1, first_B1C = self.query_BT[:, start:end, None], self.first_BS[:, None, :keys]
-        if self.until_BS is None:
-            return first_B1C <= query_BQ1
-        # One comparison for two: what lies before the first is a large number without a sign.
-        span_B1C = jnp.maximum(self.until_BS[:, None, :keys] - first_B1C, 0)
-        return (query_BQ1 - first_B1C).astype(jnp.uint32) < span_B1C.astype(jnp.uint32)
-
-
-class Attended(NamedTuple):
-    """What a layer's attention hands to the mechanisms.
-
-    Attributes:
-      cache: With this layer's keys and values written.
-      mask_BTS: Which keys each query saw.
-      weights_BNTS: Attention weights, where they were made (masked engine); None otherwise.
-      k_BSKH: Keys of this layer, after RoPE.
-      q_BTNH: Queries.
-      log_size_BS: Added to the keys' logits, or None.
-    """
-
-    cache: Any
-    mask_BTS: Bool[Array, "B T S"]
-    weights_BNTS: Float[Array, "B N T S"] | None
-    k_BSKH: Float[Array, "B S K H"]
-    q_BTNH: Float[Array, "B T N H"]
-    log_size_BS: Float[Array, "B S"] | None
-
-    def weights(self) -> Float[Array, "B N T S"]:
-        """The attention weights of every query."""
-        if self.weights_BNTS is not None:
-            return self.weights_BNTS
-        return attention_weights(self.q_BTNH, self.k_BSKH, self.mask_BTS, self.log_size_BS)
-
-    def weights_at(self, index_BQ: Int[Array, "B Q"]) -> Float[Array, "B N Q S"]:
-        """The attention weights of a few queries, by their slots."""
-        if self.weights_BNTS is not None:
-            return jnp.take_along_axis(self.weights_BNTS, index_BQ[:, None, :, None], axis=2)
-        q_BQNH = jnp.take_along_axis(self.q_BTNH, index_BQ[:, :, None, None], axis=1)
-        mask_BQS = jnp.take_along_axis(self.mask_BTS, index_BQ[:, :, None], axis=1)
-        return attention_weights(q_BQNH, self.k_BSKH, mask_BQS, self.log_size_BS)
 
 
 def attention_weights(
     q_BTNH: Float[Array, "B T N H"],
     k_BSKH: Float[Array, "B S K H"],
     mask_BTS: Bool[Array, "B T S"],
-    log_size_BS: Float[Array, "B S"] | None,
+    log_size_BS: Float[Array, "B S"] | None = None,
 ) -> Float[Array, "B N T S"]:
     """Softmax of the query-key products; a masked key weighs exactly 0.
 
@@ -110,7 +49,7 @@ def attention(
     k_BSKH: Float[Array, "B S K H"],
     v_BSKH: Float[Array, "B S K H"],
     mask_BTS: Bool[Array, "B T S"],
-    log_size_BS: Float[Array, "B S"] | None,
+    log_size_BS: Float[Array, "B S"] | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T S"]]:
     """Grouped-query attention that also returns its weights: see `attention_weights`."""
     batch, width, heads, _ = q_BTNH.shape
@@ -126,108 +65,65 @@ def blocked_attention(
     q_BTNH: Float[Array, "B T N H"],
     k_BSKH: Float[Array, "B S K H"],
     v_BSKH: Float[Array, "B S K H"],
-    mask_BTS: Bool[Array, "B T S"] | None = None,
-    *,
-    places: Places | None = None,
-    prefix: int = 0,
+    query_pos_BT: Int[Array, "B T"] | None = None,
+    first_BS: Int[Array, "B S"] | None = None,
     log_size_BS: Float[Array, "B S"] | None = None,
+    *,
+    rising: bool = True,
 ) -> Float[Array, "B T N H"]:
-    """Grouped-query attention whose keys are in the order of its queries, softmax in float32.
+    """Grouped-query attention, block of queries by block, softmax in at least float32.
 
-    Slots are causal: query slot i looks at the key slots below `prefix + i + 1` only, and a block
-    of queries computes those below its own last one. Of what causality masks, half a block a query
-    is computed, and logits of one block exist at a time: memory grows with S, not with T * S.
+    Logits of one block exist at a time: memory grows with S, not with T * S. A query that sees no
+    key returns a mean of values: finite, and for the caller to ignore.
 
     Args:
       q_BTNH: Queries.
-      k_BSKH: Keys: `prefix` slots that every query may see, then one slot a query.
+      k_BSKH: Keys, in the order of their positions.
       v_BSKH: Values.
-      mask_BTS: Which of those keys each query sees; None is all of them. A query that sees none
-        returns a mean of values: finite, and for the caller to ignore.
-      places: Instead of a mask, which each head would read and work out anew.
-      prefix: Key slots before the first query's own.
+      query_pos_BT: Positions of the queries; None where queries and keys are whole rows.
+      first_BS: Position of the first query that sees each key; None with `query_pos_BT`.
       log_size_BS: Added to a key's logits (proportional attention), or None.
+      rising: Query positions rise, each another one: query slot i is then at most at position
+        S - T + i, and a block reads the keys up to its last query's only.
     """
-    batch, width, heads, dim = q_BTNH.shape
-    kv_heads = k_BSKH.shape[2]
+    width, slots, heads = q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.shape[2]
+    size = -(-width // min(-(-width // QUERY_BLOCK), MOST_BLOCKS))
+    spans = [(start, min(start + size, width)) for start in range(0, width, size)]
+
+    def mask_of(span: tuple[int, int], pos_BT: Any, first_BS: Any) -> tuple[int, Array]:
+        start, end = span
+        keys = slots - width + end if rising else slots
+        if pos_BT is None:
+            return keys, (jnp.arange(keys)[None] <= jnp.arange(start, end)[:, None])[None]
+        return keys, first_BS[:, None, :keys] <= pos_BT[:, start:end, None]
+
+    if not cpu.on_cpu():
+        out = []
+        for start, end in spans:
+            keys, mask_BTS = mask_of((start, end), query_pos_BT, first_BS)
+            bias = None if log_size_BS is None else log_size_BS[:, None, None, :keys]
+            operands = (q_BTNH[:, start:end], k_BSKH[:, :keys], v_BSKH[:, :keys], bias)
+            out.append(jax.nn.dot_product_attention(*operands, mask=mask_BTS[:, None]))
+        return jnp.concatenate(out, axis=1)
+
+    def attend(q_BKGTH, k_BKSH, v_BKSH, pos_BT, first_BS, log_size_BS):
+        out = []
+        for start, end in spans:
+            keys, mask_BTS = mask_of((start, end), pos_BT, first_BS)
+            bias_BS = None if log_size_BS is None else log_size_BS[:, :keys]
+            block = (q_BKGTH[:, :, :, start:end], k_BKSH[:, :, :keys], v_BKSH[:, :, :keys])
+            out.append(_attend_block(*block, mask_BTS, bias_BS))
+        return jnp.concatenate(out, axis=3)
+
     # Heads that share keys become rows of one product; T stays inside, for the blocks to cut.
-    q_BKGTH = q_BTNH.reshape(batch, width, kv_heads, heads // kv_heads, dim)
-    q_BKGTH = q_BKGTH.transpose(0, 2, 3, 1, 4)
-    k_BKSH, v_BKSH = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
-    seen = _Seen(mask_BTS, places, log_size_BS)
-    apart = _logits_bytes(q_BKGTH, k_BKSH) > MOST_LOGITS and jax.default_backend() == "cpu"
-    attend = _attend_apart if apart else _attend_tile
-    context_BKGTH = attend(q_BKGTH, k_BKSH, v_BKSH, seen, prefix)
+    batch, kv_heads = q_BTNH.shape[0], k_BSKH.shape[2]
+    q_BTKGH = q_BTNH.reshape(batch, width, kv_heads, heads // kv_heads, -1)
+    operands = (q_BTKGH.transpose(0, 2, 3, 1, 4), *(x.transpose(0, 2, 1, 3) for x in (k_BSKH, v_BSKH)))
+    bytes_of_one = jnp.dtype(exact_dtype(q_BTNH.dtype)).itemsize
+    logits_bytes = batch * heads * size * slots * bytes_of_one
+    others = (query_pos_BT, first_BS, log_size_BS)
+    context_BKGTH = cpu.map_heads(attend, logits_bytes, operands, others)
     return context_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
-
-
-class _Seen(NamedTuple):
-    """What says which keys of a row its queries see, and what is added to their logits."""
-
-    mask_BTS: Array | None
-    places: Places | None
-    log_size_BS: Array | None
-
-
-def _block_size(width: int) -> int:
-    """Queries of a block; blocks are of equal size."""
-    return -(-width // min(-(-width // QUERY_BLOCK), MOST_BLOCKS))
-
-
-def _logits_bytes(q_BKGTH: Array, k_BKSH: Array) -> int:
-    """Most bytes of logits that exist at a time."""
-    batch, kv_heads, groups, width, _ = q_BKGTH.shape
-    heads = batch * kv_heads * groups
-    each = jnp.dtype(exact_dtype(q_BKGTH.dtype)).itemsize
-    return heads * _block_size(width) * k_BKSH.shape[2] * each
-
-
-def _attend_apart(q_BKGTH: Array, k_BKSH: Array, v_BKSH: Array, seen: _Seen, prefix: int) -> Array:
-    """`_attend_tile` of one row after the other, and of its heads if its logits are still many.
-
-    Loops take and fill arrays of bits (`qs_jax.halves`): of bfloat16, XLA on CPU would convert the
-    whole result to float32 and back for each row of it.
-    """
-    heads_apart = _logits_bytes(q_BKGTH[:1], k_BKSH) > MOST_LOGITS
-
-    def tile(q: Array, k: Array, v: Array, seen: _Seen) -> Array:
-        q, k, v = from_bits((q, k, v))
-        return to_bits(_attend_tile(q, k, v, seen, prefix))
-
-    def of_row(row: tuple[Array, Array, Array, _Seen]) -> Array:
-        q_1KGTH, k_1KSH, v_1KSH, seen_1 = jax.tree.map(lambda leaf: leaf[None], row)
-        if not heads_apart:
-            return tile(q_1KGTH, k_1KSH, v_1KSH, seen_1)[0]
-
-        def of_head(head: tuple[Array, Array, Array]) -> Array:
-            q_11GTH, k_11SH, v_11SH = (leaf[None, None] for leaf in head)
-            return tile(q_11GTH, k_11SH, v_11SH, seen_1)[0, 0]
-
-        return lax.map(of_head, (q_1KGTH[0], k_1KSH[0], v_1KSH[0]))
-
-    held = (to_bits(leaf) for leaf in (q_BKGTH, k_BKSH, v_BKSH))
-    return from_bits(lax.map(of_row, (*held, seen)))
-
-
-def _attend_tile(q_BKGTH: Array, k_BKSH: Array, v_BKSH: Array, seen: _Seen, prefix: int) -> Array:
-    """Attention of a few rows and heads, block of queries by block."""
-    width, slots = q_BKGTH.shape[3], k_BKSH.shape[2]
-    size = _block_size(width)
-    blocks = []
-    for start in range(0, width, size):
-        end = min(start + size, width)
-        keys = min(prefix + end, slots)
-        if seen.places is not None:
-            mask = seen.places.seen(start, end, keys)
-        elif seen.mask_BTS is None:
-            last_T1 = prefix + jnp.arange(start, end)[:, None]
-            mask = (jnp.arange(keys)[None, :] <= last_T1)[None]
-        else:
-            mask = seen.mask_BTS[:, start:end, :keys]
-        bias_BS = None if seen.log_size_BS is None else seen.log_size_BS[:, :keys]
-        q, k, v = q_BKGTH[:, :, :, start:end], k_BKSH[:, :, :keys], v_BKSH[:, :, :keys]
-        blocks.append(_attend_block(q, k, v, mask, bias_BS))
-    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=3)
 
 
 def _attend_block(q_BKGTH: Array, k_BKSH: Array, v_BKSH: Array, mask: Array, bias_BS: Array | None):
@@ -251,3 +147,49 @@ def _attend_block(q_BKGTH: Array, k_BKSH: Array, v_BKSH: Array, mask: Array, bia
     weights_XRS = weights.astype(v_BKSH.dtype).reshape(both, groups * width, -1)
     context = jnp.einsum("xrs,xsh->xrh", weights_XRS, v_XSH, preferred_element_type=exact)
     return (context.reshape(q_BKGTH.shape) / total).astype(v_BKSH.dtype)
+
+
+def step_attention(
+    q_BTNH: Float[Array, "B T N H"],
+    cached: tuple[Float[Array, "B C O"], Float[Array, "B C O"]],
+    new: tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]],
+    mask_BTX: Bool[Array, "B T X"],
+) -> Float[Array, "B T N H"]:
+    """Attention of a few new tokens over a cache and over themselves.
+
+    Args:
+      q_BTNH: Queries.
+      cached: Keys and values of the cache's slots, O = K * H.
+      new: Those of the new tokens.
+      mask_BTX: Which of the X = C + T keys each query sees, the new tokens' last.
+    """
+    batch, width, heads, dim = q_BTNH.shape
+    (k_BCO, v_BCO), (k_BTKH, v_BTKH) = cached, new
+    kv_heads, slots, exact = k_BTKH.shape[2], k_BCO.shape[1], exact_dtype(q_BTNH.dtype)
+    if not cpu.block_diagonal(heads):
+        k, v = (
+            jnp.concatenate([old.reshape(batch, slots, kv_heads, dim), own], axis=1)
+            for old, own in ((k_BCO, k_BTKH), (v_BCO, v_BTKH))
+        )
+        return jax.nn.dot_product_attention(q_BTNH, k, v, mask=mask_BTX[:, None])
+    # Keys and values are read once, as they lie: a product over heads would transpose the cache.
+    groups = heads // kv_heads
+    own_KJ = jnp.eye(kv_heads, dtype=q_BTNH.dtype)[None, None, :, None, :, None]
+    q_BTKGH = q_BTNH.reshape(batch, width, kv_heads, groups, dim)
+    q_BRO = (q_BTKGH[..., None, :] * own_KJ).reshape(batch, width * heads, kv_heads * dim)
+
+    def logits_of(k_BXO: Array) -> Array:
+        return jnp.einsum("bro,bxo->brx", q_BRO, k_BXO, preferred_element_type=exact)
+
+    k_BTO, v_BTO = (x.reshape(batch, width, -1) for x in (k_BTKH, v_BTKH))
+    logits_BRX = jnp.concatenate([logits_of(k_BCO), logits_of(k_BTO)], axis=2) / math.sqrt(dim)
+    mask_BRX = jnp.repeat(mask_BTX, heads, axis=1)
+    logits_BRX = jnp.where(mask_BRX, logits_BRX, jnp.finfo(exact).min)
+    weights_BRX = jax.nn.softmax(logits_BRX, axis=-1).astype(v_BCO.dtype)
+
+    def mix(weights_BRX: Array, v_BXO: Array) -> Array:
+        return jnp.einsum("brx,bxo->bro", weights_BRX, v_BXO, preferred_element_type=exact)
+
+    mixed_BRO = mix(weights_BRX[..., :slots], v_BCO) + mix(weights_BRX[..., slots:], v_BTO)
+    mixed = mixed_BRO.astype(v_BCO.dtype).reshape(batch, width, kv_heads, groups, kv_heads, dim)
+    return (mixed * own_KJ).sum(4).reshape(q_BTNH.shape)

@@ -1,30 +1,103 @@
-"""KV caches of the decode engine: one per segment of layers, with a static number of slots.
+"""KV caches: a prompt's, over whole rows, and those of decoding, with room for new tokens.
 
-A token's keys and values are appended where some later query may need them and nowhere else, so a
-segment that most tokens leave early holds few slots.
+Decoding keeps one `SlotCache` for each segment of layers. A token's keys and values are appended
+where some later query may need them and nowhere else, so a segment that most tokens leave early
+holds few slots. Slots are taken in order, so the last tokens appended can be taken back.
+
+A capacity is a static size, and every new one compiles a program: sizes are buckets, sixteen to an
+octave. A cache that cannot hold what the next steps may append grows before they run, so nothing
+is ever dropped.
 """
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple, no_type_check
+from typing import Any, no_type_check
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from flax.struct import field
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Int8, UInt16
 
-from qs_jax.halves import from_bits, to_bits
+from qs_jax.config import ModelConfig
 from qs_jax.mechanisms import int8
+from qs_jax.models.cpu import from_storage, storage_dtype, to_storage
 
-# Position of an empty slot: after every query. All that remains of it in 16 bits is 65,535.
-EMPTY = 2**30 - 1
+SMALLEST = 8
 
 
-def position_dtype(max_positions: int) -> jnp.dtype:
-    """The dtype of positions in slots, the smallest that tells `EMPTY` from every position."""
-    return jnp.dtype(jnp.uint16 if max_positions < 2**16 else jnp.int32)
+def bucket(n: int, smallest: int = SMALLEST) -> int:
+    """The smallest capacity that holds `n` slots: sixteen to an octave."""
+    step = 1 << max((n - 1).bit_length() - 5, 0)
+    return max(-(-n // step) * step, smallest)
+
+
+def cache_bytes(caches: Any) -> int:
+    """Bytes of all arrays of caches."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(caches))
+
+
+@no_type_check
+class KVCache(flax.struct.PyTreeNode):
+    """Keys and values of a prompt; a token's slot is its position in its row.
+
+    Attributes:
+      k_LBSKH: Keys, after RoPE, in storage.
+      v_LBSKH: Values.
+    """
+
+    k_LBSKH: Float[Array, "L B S K H"] | UInt16[Array, "L B S K H"]
+    v_LBSKH: Float[Array, "L B S K H"] | UInt16[Array, "L B S K H"]
+
+    @classmethod
+    def zeros(cls, model: ModelConfig, batch: int, capacity: int) -> KVCache:
+        """An empty cache of `capacity` slots a row."""
+        shape = (model.num_layers, batch, capacity, model.num_kv_heads, model.head_dim)
+        dtype = storage_dtype(model.dtype)
+        # Two constants that XLA cannot take for one: it would fill one buffer and copy it.
+        zero = lax.optimization_barrier(jnp.zeros((), dtype))
+        return cls(jnp.zeros(shape, dtype), jnp.broadcast_to(zero, shape))
+
+    def write(
+        self, index: Array, slots_BT: Int[Array, "B T"] | None, k_BTKH: Array, v_BTKH: Array
+    ) -> KVCache:
+        """Keys and values of a layer's tokens, at distinct slots; at or past the end for nowhere.
+
+        Args:
+          index: The layer's, from 0.
+          slots_BT: Where; None for slots 0 and on.
+          k_BTKH: Keys.
+          v_BTKH: Values.
+        """
+
+        def put(old_LBSKH: Array, new_BTKH: Array) -> Array:
+            new_BTKH = to_storage(new_BTKH)
+            if slots_BT is None:
+                zero = jnp.zeros((), index.dtype)
+                return lax.dynamic_update_slice(old_LBSKH, new_BTKH[None], (index, *[zero] * 4))
+            rows_B1 = jnp.arange(len(slots_BT))[:, None]
+            return old_LBSKH.at[index, rows_B1, slots_BT].set(new_BTKH, mode="drop")
+
+        with jax.named_scope("kv_write"):
+            return KVCache(put(self.k_LBSKH, k_BTKH), put(self.v_LBSKH, v_BTKH))
+
+    def layer(self, index: Array) -> tuple[Array, Array]:
+        """One layer's keys and values, `[B, S, K, H]` each."""
+        read = lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False)  # noqa: E731
+        return from_storage((read(self.k_LBSKH), read(self.v_LBSKH)))
+
+    def cut(self, start: Array, count: int) -> KVCache:
+        """Some of the layers."""
+        return jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, count), self)
+
+    def paste(self, start: Array, other: KVCache) -> KVCache:
+        """Put back what `cut` gave."""
+
+        def put(old: Array, new: Array) -> Array:
+            return lax.dynamic_update_slice_in_dim(old, new, start, axis=0)
+
+        return jax.tree.map(put, self, other)
 
 
 @no_type_check
@@ -37,198 +110,164 @@ class SlotCache(flax.struct.PyTreeNode):
 
     Attributes:
       k_CO: Keys, after RoPE, `[C, O]` with O = K * H; `[l, C, O]`, `[B, C, O]` or `[l, B, C, O]`
-        where there are several layers or rows. bfloat16 on CPU by its bits (`halves`).
+        where there are several layers or rows. In storage, or int8 codes.
       v_CO: Values.
-      k_scale_CK: Steps of the keys, one a head, where they are int8 codes (`int8.QTensor`); None
-        where they are floats.
+      k_scale_CK: Steps of the keys' codes, one a head (`int8.QTensor`); None where they are floats.
       v_scale_CK: Of the values.
-      pos_lBC: Position of the token in each slot, EMPTY where there is none, in `position_dtype`;
-        None where every token is kept and slots are positions.
-      fill_lB: Entries kept; the next token goes to the slot after them. None likewise.
+      fill_lB: Slots taken; the next token goes to the slot after them.
       layers: l.
       head_dim: H.
+      keeps_all: Every token is kept in every layer: fills of a row are equal.
     """
 
     k_CO: Float[Array, "*lB C O"] | UInt16[Array, "*lB C O"] | Int8[Array, "*lB C O"]
     v_CO: Float[Array, "*lB C O"] | UInt16[Array, "*lB C O"] | Int8[Array, "*lB C O"]
     k_scale_CK: Float[Array, "*lB C K"] | None
     v_scale_CK: Float[Array, "*lB C K"] | None
-    pos_lBC: Int[Array, "l B C"] | UInt16[Array, "l B C"] | None
-    fill_lB: Int[Array, "l B"] | None
-    layers: int = flax.struct.field(pytree_node=False)
-    head_dim: int = flax.struct.field(pytree_node=False)
+    fill_lB: Int[Array, "l B"]
+    layers: int = field(pytree_node=False)
+    head_dim: int = field(pytree_node=False)
+    keeps_all: bool = field(pytree_node=False)
 
     @classmethod
-    def of(
+    def pack(
         cls,
-        k_lBCKH: Array,
-        v_lBCKH: Array,
-        pos_lBC: Array | None,
-        fill_lB: Array | None,
-        bits_lBC: Array | None = None,
-    ):
-        """A cache of these keys and values, `[l, B, C, K, H]`.
+        prompt: KVCache,
+        span: slice,
+        held_lBS: Bool[Array, "l B S"],
+        capacity: int,
+        bits_lBS: Int[Array, "l B S"] | None,
+        keeps_all: bool,
+    ) -> SlotCache:
+        """A segment's entries that a later query can see, in order, then room.
 
         Args:
-          k_lBCKH: Keys; values that int8 codes stand for, where there are bits.
-          v_lBCKH: Values.
-          pos_lBC: As the attribute.
-          fill_lB: As the attribute.
-          bits_lBC: Hold int8 codes: bits of each token.
+          prompt: Keys and values of all layers.
+          span: The segment's layers.
+          held_lBS: Entries to hold.
+          capacity: Slots a row.
+          bits_lBS: Hold int8 codes: bits of each token.
+          keeps_all: As the attribute.
         """
-        layers, batch, _, _, dim = k_lBCKH.shape
+        fill_lB = held_lBS.sum(2, dtype=jnp.int32)
+        order_lBC = _widen(jnp.argsort(~held_lBS, axis=2, stable=True), capacity, 2)
+
+        def gather(array_LBSKH: Array) -> Array:
+            if keeps_all:
+                return _widen(array_LBSKH[span], capacity, 2)
+            index = order_lBC[..., None, None]
+            return jnp.take_along_axis(array_LBSKH[span], index, axis=2)
+
+        k, v, scales = gather(prompt.k_LBSKH), gather(prompt.v_LBSKH), (None, None)
+        layers, batch, _, _, dim = k.shape
         many = [size for size in (layers, batch) if size > 1]
 
         def flat(array: Array) -> Array:
-            return array.reshape(*many, array.shape[2], -1)
+            return array.reshape(*many, capacity, -1)
 
-        k_scale = v_scale = None
-        if bits_lBC is not None:
-            k, v = (int8.recode_kv(from_bits(x), bits_lBC) for x in (k_lBCKH, v_lBCKH))
-            k_lBCKH, v_lBCKH = k.codes, v.codes
-            k_scale, v_scale = flat(k.scale), flat(v.scale)
-        keys_values = flat(k_lBCKH), flat(v_lBCKH)
-        return cls(*keys_values, k_scale, v_scale, pos_lBC, fill_lB, layers, dim)
+        if bits_lBS is not None:
+            bits_lBC = jnp.take_along_axis(bits_lBS, order_lBC, axis=2)
+            codes = [int8.recode_kv(from_storage(x), bits_lBC) for x in (k, v)]
+            k, v = (each.codes for each in codes)
+            scales = tuple(flat(each.scale) for each in codes)
+        return cls(flat(k), flat(v), *scales, fill_lB, layers, dim, keeps_all)
 
     @property
     def capacity(self) -> int:
         """Slots a row."""
         return self.k_CO.shape[-2]
 
+    def grow(self, capacity: int) -> SlotCache:
+        """The same entries with more room."""
+        axis = self.k_CO.ndim - 2
+        names = ("k_CO", "v_CO", "k_scale_CK", "v_scale_CK")
+        arrays = {name: getattr(self, name) for name in names}
+        wider = {n: _widen(x, capacity, axis) for n, x in arrays.items() if x is not None}
+        return self.replace(**wider)
+
     def append(
         self,
-        pos_B: Int[Array, "B"],
-        k_lBKH: Float[Array, "l B K H"],
-        v_lBKH: Float[Array, "l B K H"],
-        keep_lB: Bool[Array, "l B"],
-        bits_B: Int[Array, "B"] | None = None,
+        k_lBTKH: Float[Array, "l B T K H"],
+        v_lBTKH: Float[Array, "l B T K H"],
+        keep_lBT: Bool[Array, "l B T"],
+        bits_BT: Int[Array, "B T"] | None = None,
     ) -> SlotCache:
-        """One token a row, written in place; where it is not kept the next one takes its slot.
+        """Append the tokens that are kept, in place.
 
         Args:
-          pos_B: Positions.
-          k_lBKH: Keys.
-          v_lBKH: Values.
-          keep_lB: The token is kept in the layer.
-          bits_B: Of the tokens; needed where the cache holds int8 codes.
+          k_lBTKH: Keys.
+          v_lBTKH: Values.
+          keep_lBT: The token is kept in the layer.
+          bits_BT: Of the tokens; needed where the cache holds int8 codes.
         """
-        slot_lB, pos_lBC, fill_lB = self.slots(pos_B), self.pos_lBC, self.fill_lB
-        if pos_lBC is not None:
-            assert fill_lB is not None
-            rows = jnp.arange(self.layers)[:, None], jnp.arange(pos_B.shape[0])[None, :]
-            own_lB = jnp.where(keep_lB, pos_B[None], EMPTY).astype(pos_lBC.dtype)
-            pos_lBC = pos_lBC.at[(*rows, slot_lB)].set(own_lB)
-            fill_lB = fill_lB + keep_lB
+        slots_lBT = self.fill_lB[..., None] + jnp.cumsum(keep_lBT, axis=2, dtype=jnp.int32) - 1
+        # What is not kept goes to the slot that the next token will overwrite.
+        slots_lBT = jnp.where(keep_lBT, slots_lBT, slots_lBT + 1)
+        fields = {"fill_lB": self.fill_lB + keep_lBT.sum(2, dtype=jnp.int32)}
         with jax.named_scope("kv_write"):
-            moved = self.replace(pos_lBC=pos_lBC, fill_lB=fill_lB)
-            put = functools.partial(_put, slot_lB=slot_lB, same=self.fill_lB is None)
             if self.k_scale_CK is not None:
-                assert self.v_scale_CK is not None
-                assert bits_B is not None
-                k, v = (int8.recode_kv(x, bits_B[None]) for x in (k_lBKH, v_lBKH))
-                k_lBKH, v_lBKH = k.codes, v.codes
-                moved = moved.replace(
-                    k_scale_CK=put(self.k_scale_CK, k.scale),
-                    v_scale_CK=put(self.v_scale_CK, v.scale),
-                )
-            return moved.replace(k_CO=put(self.k_CO, k_lBKH), v_CO=put(self.v_CO, v_lBKH))
+                codes = [int8.recode_kv(x, bits_BT[None]) for x in (k_lBTKH, v_lBTKH)]
+                k_lBTKH, v_lBTKH = (each.codes for each in codes)
+                k_scale, v_scale = (each.scale for each in codes)
+                fields["k_scale_CK"] = self._put(self.k_scale_CK, k_scale, slots_lBT, keep_lBT)
+                fields["v_scale_CK"] = self._put(self.v_scale_CK, v_scale, slots_lBT, keep_lBT)
+            fields["k_CO"] = self._put(self.k_CO, k_lBTKH, slots_lBT, keep_lBT)
+            fields["v_CO"] = self._put(self.v_CO, v_lBTKH, slots_lBT, keep_lBT)
+        return self.replace(**fields)
 
-    def full(self, live_B: Bool[Array, "B"]) -> Bool[Array, ""]:
-        """Some live row has no slot left in some layer; never where slots are positions."""
-        if self.fill_lB is None:
-            return jnp.zeros((), bool)
-        return ((self.fill_lB >= self.capacity) & live_B[None]).any()
+    def _put(self, array_CO: Array, value_lBT: Array, slots_lBT: Array, keep_lBT: Array) -> Array:
+        layers, batch, width = slots_lBT.shape
+        value_lBTO = value_lBT.reshape(layers, batch, width, -1)
+        if array_CO.dtype == jnp.uint16:
+            value_lBTO = to_storage(value_lBTO)
+        if width > 1:  # two tokens must not meet in one slot
+            slots_lBT = jnp.where(keep_lBT, slots_lBT, self.capacity)
+        if batch == 1 and width == 1 and (self.keeps_all or layers == 1):
+            # In place of a scatter, which is a loop of its own on CPU.
+            value = value_lBTO[:, 0] if layers > 1 else value_lBTO[0, 0]
+            return lax.dynamic_update_slice_in_dim(array_CO, value, slots_lBT[0, 0, 0], axis=-2)
+        l, b = jnp.arange(layers)[:, None, None], jnp.arange(batch)[None, :, None]
+        if layers == 1 and batch == 1:
+            return array_CO.at[slots_lBT[0, 0]].set(value_lBTO[0, 0], mode="drop")
+        if layers == 1:
+            return array_CO.at[b[0], slots_lBT[0]].set(value_lBTO[0], mode="drop")
+        if batch == 1:
+            return array_CO.at[l[:, 0], slots_lBT[:, 0]].set(value_lBTO[:, 0], mode="drop")
+        return array_CO.at[l, b, slots_lBT].set(value_lBTO, mode="drop")
 
-    def slots(self, pos_B: Int[Array, "B"]) -> Int[Array, "l B"]:
-        """Where the token at each row's position goes."""
-        if self.fill_lB is None:
-            return jnp.broadcast_to(pos_B[None], (self.layers, *pos_B.shape))
-        return self.fill_lB
+    def take_back(self, kept_lB: Int[Array, "l B"]) -> SlotCache:
+        """Without the last entries of each layer and row: so many of the tokens appended last."""
+        return self.replace(fill_lB=self.fill_lB - kept_lB)
 
+    def is_full(self, live_B: Bool[Array, "B"], width: int) -> Bool[Array, ""]:
+        """Some live row may have no slot left for `width` more tokens."""
+        return ((self.fill_lB + width > self.capacity) & live_B[None]).any()
 
-def _put(array_CO: Array, value_lBKH: Array, slot_lB: Array, same: bool) -> Array:
-    """Write one value a layer and row; `same` says that a row's slot is the same in all layers."""
-    layers, batch = slot_lB.shape
-    value_lBO = value_lBKH.reshape(layers, batch, -1)
-    if array_CO.dtype == jnp.uint16:
-        value_lBO = to_bits(value_lBO)
-    if batch == 1 and (same or layers == 1):  # scatters are loops of their own on CPU
-        value = value_lBO if layers > 1 else value_lBO[0]
-        return lax.dynamic_update_slice_in_dim(array_CO, value, slot_lB[0, 0], axis=-2)
-    if layers == 1:
-        return array_CO.at[jnp.arange(batch), slot_lB[0]].set(value_lBO[0])
-    if batch == 1:
-        return array_CO.at[jnp.arange(layers), slot_lB[:, 0]].set(value_lBO[:, 0])
-    return array_CO.at[jnp.arange(layers)[:, None], jnp.arange(batch)[None], slot_lB].set(value_lBO)
+    def layer(self, index: Any) -> tuple[Float[Array, "B C O"], Float[Array, "B C O"]]:
+        """Keys and values of a layer of the segment."""
 
+        def of(array: Array) -> Array:
+            array = array[index] if self.layers > 1 else array
+            return array.reshape(-1, *array.shape[-2:])
 
-class LayerCache(NamedTuple):
-    """One layer of a segment's cache, read only, and the current token's own keys and values.
-
-    The own ones are kept apart until the segment is over: inside a branch, writing a cache copies
-    it. Arrays over X = C + 1 keys have the current token's last.
-
-    Attributes:
-      cache: Of the segment.
-      index: The layer's place in the segment.
-      k_B1KH: The current token's keys; None before they are known.
-      v_B1KH: And values.
-    """
-
-    cache: SlotCache
-    index: Any
-    k_B1KH: Array | None = None
-    v_B1KH: Array | None = None
-
-    @property
-    def by_position(self) -> bool:
-        """Slots are positions."""
-        return self.cache.pos_lBC is None
-
-    @property
-    def pos_BC(self) -> Int[Array, "B C"]:
-        """Position of the token in each slot."""
-        assert self.cache.pos_lBC is not None
-        return self.cache.pos_lBC[self.index].astype(jnp.int32)
-
-    def mask(self, pos_B: Int[Array, "B"]) -> Bool[Array, "B X"]:
-        """Every entry and the token itself."""
-        slots_1C = jnp.arange(self.cache.capacity, dtype=jnp.int32)[None]
-        held_BC = slots_1C < self.cache.slots(pos_B)[self.index][:, None]
-        return jnp.pad(held_BC, ((0, 0), (0, 1)), constant_values=True)
-
-    def of_layer(self) -> tuple[Float[Array, "B C O"], Float[Array, "B C O"]]:
-        """Keys and values of the tokens before."""
-        cache, index = self.cache, self.index
-
-        def of(array_CO: Array) -> Array:
-            array_CO = array_CO[index] if cache.layers > 1 else array_CO
-            return array_CO.reshape(-1, *array_CO.shape[-2:])
-
-        def decoded(codes_CO: Array, scale_CK: Array | None) -> Array:
-            found_BCO = of(codes_CO)
+        def read(array_CO: Array, scale_CK: Array | None) -> Array:
+            array_BCO = of(array_CO)
             if scale_CK is None:
-                return from_bits(found_BCO)
+                return from_storage(array_BCO)
             scale_BCK = of(scale_CK)
-            codes_BCKH = found_BCO.reshape(*scale_BCK.shape, cache.head_dim)
-            return int8.decode_kv(int8.QTensor(codes_BCKH, scale_BCK)).reshape(found_BCO.shape)
+            codes = array_BCO.reshape(*scale_BCK.shape, self.head_dim)
+            return int8.decode_kv(int8.QTensor(codes, scale_BCK)).reshape(array_BCO.shape)
 
-        return decoded(cache.k_CO, cache.k_scale_CK), decoded(cache.v_CO, cache.v_scale_CK)
+        return read(self.k_CO, self.k_scale_CK), read(self.v_CO, self.v_scale_CK)
 
-    def slots_of(self, pos_BW: Int[Array, "B W"]) -> Int[Array, "B W"]:
-        """Slot of each earlier position; any where the layer does not hold it."""
-        if self.by_position:
-            return jnp.maximum(pos_BW, 0)
-        return (self.pos_BC[:, None, :] == pos_BW[:, :, None]).argmax(-1).astype(jnp.int32)
-
-    def by_slot(self, array_BS: Array, own_B1: Array) -> Array:
-        """An array over positions in the order of the slots, `[B, X]`."""
-        if not self.by_position:
-            index_BC = jnp.minimum(self.pos_BC, array_BS.shape[1] - 1)
-            array_BS = jnp.take_along_axis(array_BS, index_BC, axis=1)
-        return jnp.concatenate([array_BS, own_B1], axis=1)
+    def held(self, index: Any) -> Bool[Array, "B C"]:
+        """Slots of a layer that are taken."""
+        slots_1C = jnp.arange(self.capacity, dtype=jnp.int32)[None]
+        return slots_1C < self.fill_lB[index][:, None]
 
 
-def cache_bytes(caches: Any) -> int:
-    """Bytes of all arrays of caches, slots' positions and fills included."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(caches))
+def _widen(array: Array, width: int, axis: int) -> Array:
+    """Cut or pad an axis to `width`."""
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, max(width - array.shape[axis], 0))
+    return lax.slice_in_dim(jnp.pad(array, widths), 0, width, axis=axis)

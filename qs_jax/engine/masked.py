@@ -1,67 +1,466 @@
 """The masked engine: the definition of every mechanism, as mask arithmetic in one `lax.scan`.
 
-Every token is computed at every layer and the decisions select what counts, so nothing is saved
-here: savings are simulated. `run` takes a whole batch of rows (scoring, prefill) or one token a row
-after a `Past` (decoding); both go through the same layer.
+Every token of every row is computed at every layer, and masks select what counts: savings are
+simulated. The scan over layers carries a `TokenState`, above all the active-token mask, the
+fused-index map and the bit-width vector; `run_layer` is one layer, in the paper's order:
+
+    1. block      active tokens take the layer's result, under the layer's attention mask
+    2. signals    drift, and entropy where a decision reads it
+    3. halting    halted tokens keep their state from here on
+    4. fusion     of tokens that did not halt
+    5. bits       assigned once, at `amq.layer`
+    6. keys       what the next layer's attention mask reads: depth, fused-index map, attention
+                  received, and what extrapolated keys are read from
+
+Nothing a token does depends on a later token, except where a rule ranks a whole prompt.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.config import ModelConfig
-from qs_jax.engine import layer, opening
-from qs_jax.engine import past as pasts
-from qs_jax.mechanisms import decide
-from qs_jax.mechanisms.plan import Numbers, Plan
-from qs_jax.models import Params, head
-from qs_jax.state import KVCache, LayerRecord, Past, TokenState
+from qs_jax.engine.attention import attention
+from qs_jax.engine.weights import Weights, layer_weights
+from qs_jax.mechanisms import Mechanisms, Rows, fusion, halting, kv_maps, kv_skip, signals
+from qs_jax.models import Params, family_of, head, rope
+from qs_jax.models.cpu import as_state, from_storage
+from qs_jax.models.layers import dense_product
+from qs_jax.state import FULL_BITS, NEVER, LayerRecord, TokenState, exact_dtype
+
+
+class Call(NamedTuple):
+    """What all layers share.
+
+    Attributes:
+      params: Stacked tree, with "kv_maps" where the policy extrapolates.
+      model: Architecture.
+      mech: Mechanisms.
+      rows: Tokens and their exemptions.
+      embedded_BTD: Input embeddings.
+      previous_BT: Entropy of the model's output one position earlier, in nats; None if not read.
+    """
+
+    params: Params
+    model: ModelConfig
+    mech: Mechanisms
+    rows: Rows
+    embedded_BTD: Float[Array, "B T D"]
+    previous_BT: Float[Array, "B T"] | None
+
+
+class Attended(NamedTuple):
+    """A layer's attention, as signals read it."""
+
+    q_BTNH: Float[Array, "B T N H"]
+    k_BTKH: Float[Array, "B T K H"]
+    weights_BNTS: Float[Array, "B N T S"]
 
 
 def run(
     params: Params,
-    rows: decide.Rows,
+    rows: Rows,
     model: ModelConfig,
-    plan: Plan,
-    numbers: Numbers,
-    past: Past | None = None,
-    capacity: int | None = None,
-    prompt_lengths_B: Int[Array, "B"] | None = None,
-) -> tuple[Float[Array, "B T D"], TokenState, LayerRecord, Past | None]:
-    """Run tokens through all layers under the mechanisms.
+    mech: Mechanisms,
+    previous_BT: Float[Array, "B T"] | None = None,
+) -> tuple[Float[Array, "B T D"], TokenState, LayerRecord]:
+    """Run whole rows through all layers under the mechanisms.
 
     Args:
-      params: Stacked tree, with "kv_maps" where the policy extrapolates.
-      rows: Tokens: whole rows from position 0, or, with a past, one token a row.
+      params: Stacked tree, as `inputs.prepare_params` gives it.
+      rows: Right-padded rows from position 0.
       model: Architecture.
-      plan: Static half of the configuration.
-      numbers: Traced half.
-      past: Of the tokens before; None at the start of a row.
-      capacity: Slots of a new `Past`; None keeps none.
-      prompt_lengths_B: Tokens of each row's prompt; only planned capacities need it.
+      mech: Mechanisms.
+      previous_BT: See `Call`; `run_to_the_end` finds it.
 
     Returns:
-      Normed states, the final carry, the evidence `[L, B, T]`, and the past of the next token.
+      Normed states, as they were when each token stopped; the final carry; the record `[L, B, T]`.
     """
-    keeps = past is not None or capacity is not None
-    call = opening.open_call(params, rows, model, plan, numbers, past, keeps, prompt_lengths_B)
-    cache: Any = past.cache if past is not None else None
-    if capacity is not None:
-        cache = KVCache.zeros(model, rows.tokens_BT.shape[0], capacity)
+    call = open_call(params, rows, model, mech, previous_BT)
 
-    def body(carry, scanned):
-        state, cache, record, kept = layer.run(call, *carry, *scanned)
-        return (state, cache), (record, kept)
+    def body(state: TokenState, scanned: tuple[Array, Weights]):
+        state, record, _ = run_layer(call, state, *scanned)
+        return state, record
 
-    weights = layer.weights_of(call, params["layers"])
-    scanned = (numbers.layers, weights, pasts.by_layer(past))
-    (state, cache), (record, kept) = lax.scan(body, (opening.start(call), cache), scanned)
-    following = None
-    if cache is not None:
-        assert kept is not None
-        follow = pasts.begin if past is None else pasts.extend
-        following = follow(call, state, record, kept, cache)
-    return head.normed(params, state.h_BTD, model), state, record, following
+    numbers = jnp.arange(1, model.num_layers + 1, dtype=jnp.int32)
+    state, record = lax.scan(body, start(call), (numbers, layer_weights(params)))
+    return head.normed(params, state.h_BTD, model), state, record
+
+
+def run_to_the_end(params: Params, rows: Rows, model: ModelConfig, mech: Mechanisms):
+    """`run`, also where a decision reads the model's output one position earlier.
+
+    Outputs of position i are final once those before it are: rows run until nothing changes.
+    """
+    if not mech.reads_previous:
+        return run(params, rows, model, mech)
+
+    def entropy_before(h_BTD: Array) -> Array:
+        def exact(h_BCD: Array) -> Array:
+            return signals.entropy_of(head.logits(params, h_BCD))
+
+        found_BT = head.map_positions(exact, model.vocab_size, h_BTD)
+        return jnp.pad(found_BT[:, :-1], ((0, 0), (1, 0)), constant_values=jnp.inf)
+
+    def again(carry):
+        previous_BT, _ = carry
+        found_BT = entropy_before(run(params, rows, model, mech, previous_BT)[0])
+        return found_BT, (rows.real_BT & (found_BT != previous_BT)).any()
+
+    unknown_BT = jnp.full(rows.pos_BT.shape, jnp.inf, exact_dtype(model.dtype))
+    previous_BT = lax.while_loop(lambda carry: carry[1], again, (unknown_BT, jnp.bool_(True)))[0]
+    return run(params, rows, model, mech, previous_BT)
+
+
+def open_call(
+    params: Params,
+    rows: Rows,
+    model: ModelConfig,
+    mech: Mechanisms,
+    previous_BT: Array | None = None,
+) -> Call:
+    """Embed the tokens."""
+    embed = family_of(model).embed(model)
+    with jax.named_scope("embed"):
+        embedded: Any = embed.apply({"params": params["embed"]}, rows.tokens_BT, rows.pos_BT)
+    return Call(params, model, mech, rows, embedded, previous_BT)
+
+
+def start(call: Call) -> TokenState:
+    """The carry before the first layer: everybody active, nobody fused, nothing quantised."""
+    mech, model, shape = call.mech, call.model, call.rows.pos_BT.shape
+    exact, extra = exact_dtype(model.dtype), {}
+    if mech.fusion is not None and mech.fusion.window > 1:
+        extra["similarity_BTW"] = jnp.zeros((*shape, mech.fusion.window), exact)
+    if mech.kv_skip.policy == "attended":
+        extra["received_BTS"] = jnp.zeros((*shape, shape[1]), exact)
+    if mech.shortlist_size:
+        extra["shortlist_BTX"] = jnp.zeros((*shape, mech.shortlist_size), jnp.int32)
+    if mech.kv_skip.policy == "extrapolate":
+        size = call.params["kv_maps"].code_size
+        extra["code_BTR"] = jnp.zeros((*shape, size), model.dtype)
+    return TokenState(
+        h_BTD=call.embedded_BTD,
+        active_BT=call.rows.real_BT,
+        fused_BT=jnp.full(shape, NEVER, jnp.int32),
+        bits_BT=jnp.full(shape, FULL_BITS, jnp.int32),
+        depth_BT=jnp.full(shape, model.num_layers, jnp.int32),
+        fused_after_BT=jnp.full(shape, NEVER, jnp.int32),
+        size_BT=jnp.ones(shape, exact),
+        **extra,
+    )
+
+
+def run_layer(
+    call: Call, state: TokenState, layer: Int[Array, ""], weights: Weights
+) -> tuple[TokenState, LayerRecord, Attended]:
+    """One layer, in the order of the module's docstring.
+
+    Args:
+      call: What all layers share.
+      state: The carry.
+      layer: Layer number, from 1.
+      weights: Of the layer.
+
+    Returns:
+      The next carry, what was in force in this layer, and its attention.
+    """
+    mech, before = call.mech, state
+    mask_BTS = attention_mask(call, state, layer)
+    h_BTD, attended = _block(call, state, layer, weights, mask_BTS)
+    h_BTD = jnp.where(state.active_BT[..., None], h_BTD, state.h_BTD)
+    state = state.replace(h_BTD=h_BTD)
+    if mech.shortlist_size:
+        state = _pick_shortlist(call, state, layer)
+    no_BT = jnp.full(state.active_BT.shape, jnp.nan, exact_dtype(call.model.dtype))
+    drift_BT, entropy_BT, weighed_BT = no_BT, no_BT, jnp.zeros_like(state.active_BT)
+    if mech.halting is not None:
+        with jax.named_scope("signals"):
+            drift_BT = signals.drift(mech.halting.drift, h_BTD, before.h_BTD)
+        with jax.named_scope("halt"):
+            state, entropy_BT = _halt(call, state, attended, drift_BT, layer)
+        drift_BT = jnp.where(before.active_BT, drift_BT, jnp.nan)
+    if mech.kv_skip.policy == "attended":
+        state = _receive(call, state, attended, before.active_BT, layer)
+    if mech.fusion is not None:
+        with jax.named_scope("fuse"):
+            state, weighed_BT = _fuse(call, state, attended, layer)
+    if mech.amq is not None:
+        with jax.named_scope("amq"):
+            state = _quantize(call, state, before.active_BT, layer)
+    if mech.kv_skip.policy == "extrapolate":
+        state = _encode(call, state, layer)
+    record = LayerRecord(
+        active_BT=before.active_BT,
+        written_BT=_written(call, before, mask_BTS, layer),
+        visible_BT=jnp.where(before.active_BT, mask_BTS.sum(-1, dtype=jnp.int32), 0),
+        bits_BT=before.bits_BT,
+        fused_BT=before.fused_BT,
+        drift_BT=drift_BT,
+        entropy_BT=entropy_BT,
+        weighed_BT=weighed_BT,
+    )
+    return state, record, attended
+
+
+# --- 1. block, and 6. the keys it sees ------------------------------------------------------------
+
+
+def _stopped(call: Call, state: TokenState) -> Bool[Array, "B T"]:
+    """Absorbed tokens that are no longer computed: in a prompt nobody reads them."""
+    absorbed_BT = state.fused_BT != NEVER
+    return absorbed_BT if call.mech.continuation else jnp.zeros_like(absorbed_BT)
+
+
+def _hidden_from(call: Call, state: TokenState) -> Int[Array, "B T"]:
+    """Position from which queries have lost each token."""
+    return jnp.where(_stopped(call, state), 0, state.fused_BT)
+
+
+def attention_mask(call: Call, state: TokenState, layer: Array) -> Bool[Array, "B T S"]:
+    """Causal, and of the earlier keys only those that this layer still has."""
+    rows = call.rows
+    keys = kv_skip.Keys(
+        pos_BS=rows.pos_BT,
+        real_BS=rows.real_BT,
+        depth_BS=state.depth_BT,
+        hidden_from_BS=_hidden_from(call, state),
+        retain_BS=rows.retain_BT,
+        received_BTS=state.received_BTS,
+    )
+    return call.mech.kv_skip.visible(rows.pos_BT, keys, layer)
+
+
+def _block(
+    call: Call, state: TokenState, layer: Array, weights: Weights, mask_BTS: Array
+) -> tuple[Array, Attended]:
+    mech, model, pos_BT = call.mech, call.model, call.rows.pos_BT
+    log_size_BS = None
+    if mech.fusion is not None and mech.fusion.proportional_attention:
+        log_size_BS = jnp.log(state.size_BT)
+
+    def attend(q: Array, k: Array, v: Array) -> tuple[Array, Attended]:
+        if mech.kv_skip.policy == "extrapolate":
+            k, v = _extrapolated(call, state, layer, weights, k, v)
+        if mech.amq is not None:
+            k, v = mech.amq.stored(k, state.bits_BT), mech.amq.stored(v, state.bits_BT)
+        context_BTNH, weights_BNTS = attention(q, k, v, mask_BTS, log_size_BS)
+        return context_BTNH, Attended(q, k, weights_BNTS)
+
+    multiply = dense_product
+    if mech.amq is not None:
+        multiply = mech.amq.multiply(state.bits_BT, weights.int8, layer)
+    block = family_of(model).block(model)
+    params = {"params": from_storage(weights.params)}
+    out: Any = block.apply(params, state.h_BTD, pos_BT, attend, multiply)
+    return out
+
+
+def _extrapolated(
+    call: Call, state: TokenState, layer: Array, weights: Weights, k: Array, v: Array
+) -> tuple[Array, Array]:
+    """Keys and values, with those of halted tokens read from their frozen states."""
+    assert state.code_BTR is not None
+    halted = (state.depth_BT < layer)[..., None, None]
+    layers = call.params["kv_maps"].layers
+    mapped_BTO = kv_maps.extrapolate(state.code_BTR, weights.maps, state.depth_BT, layers)
+    k_mapped, v_mapped = kv_maps.split(mapped_BTO, call.model)
+    if family_of(call.model).rotates:
+        k_mapped = rope.rotate(k_mapped, call.rows.pos_BT, call.model)
+    return jnp.where(halted, k_mapped, k), jnp.where(halted, v_mapped, v)
+
+
+def _encode(call: Call, state: TokenState, layer: Array) -> TokenState:
+    """What the maps of deeper layers read of the tokens that halted at this one."""
+    model, h_BTD = call.model, state.h_BTD
+    now_BT = (state.depth_BT == layer) & (layer < model.num_layers)
+    block = family_of(model).block(model)
+
+    def neurons() -> Array:
+        params_l = jax.tree.map(lambda leaf: leaf[layer], call.params["layers"])  # of the next
+        out: Any = block.apply(
+            {"params": from_storage(params_l)}, h_BTD, method=block.mlp_neurons
+        )
+        return out
+
+    sources: dict[str, Callable[[], Array]] = {
+        "state": lambda: h_BTD,
+        "embedding": lambda: call.embedded_BTD,
+        "previous": lambda: fusion.back(h_BTD, 1),
+        "neurons": neurons,
+    }
+
+    def encode() -> Array:
+        maps = call.params["kv_maps"]
+        code_BTR = kv_maps.encode(maps, sources, state.depth_BT, model.dtype)
+        return jnp.where(now_BT[..., None], code_BTR, state.code_BTR)
+
+    return state.replace(code_BTR=lax.cond(now_BT.any(), encode, lambda: state.code_BTR))
+
+
+def _receive(
+    call: Call, state: TokenState, attended: Attended, ran_BT: Array, layer: Array
+) -> TokenState:
+    """Attention received by keys whose last layer with every query this is (C.4)."""
+    here_BS = state.depth_BT + call.mech.kv_skip.delay == layer
+    pos_BT, weights_BTS = call.rows.pos_BT, attended.weights_BNTS.max(1)
+    found_BTS = kv_skip.running_maximum(weights_BTS, pos_BT, pos_BT, ran_BT)
+    return state.replace(
+        received_BTS=jnp.where(here_BS[:, None, :], found_BTS, state.received_BTS)
+    )
+
+
+def _written(call: Call, state: TokenState, mask_BTS: Array, layer: Array) -> Array:
+    """Tokens whose keys exist at this layer; one brought back by attention, once a query sees it."""
+    mech, rows = call.mech, call.rows
+    exists_BT = mech.kv_skip.written(state.depth_BT, rows.retain_BT, layer)
+    if mech.kv_skip.policy == "attended":
+        others_BTS = mask_BTS & ~jnp.eye(mask_BTS.shape[1], dtype=bool)
+        exists_BT |= (others_BTS & state.active_BT[:, :, None]).any(1)
+    exists_BT |= layer <= state.depth_BT
+    return rows.real_BT & ~_stopped(call, state) & exists_BT
+
+
+# --- 2. signals, and 3. halting -----------------------------------------------------------------
+
+
+def eligible(call: Call, state: TokenState) -> Bool[Array, "B T"]:
+    """Tokens that halting and fusion may touch."""
+    return call.rows.subject_BT & ~call.rows.full_BT & ~_stopped(call, state)
+
+
+def _halt(
+    call: Call, state: TokenState, attended: Attended, drift_BT: Array, layer: Array
+) -> tuple[TokenState, Array]:
+    rule, rows = call.mech.halting, call.rows
+    assert rule is not None
+    halted_BT, eligible_BT = state.depth_BT < layer, eligible(call, state)
+    read = halting.Signals(rows.pos_BT, eligible_BT, halted_BT, drift_BT, None)
+    entropy_BT = jnp.full_like(drift_BT, jnp.nan)
+    if rule.entropy is not None:
+        candidates_BT = rule.candidates(read, layer)
+        entropy_BT = _entropy(call, state, rule.entropy, candidates_BT)
+        entropy_BT = jnp.where(candidates_BT, entropy_BT, jnp.nan)
+        read = read._replace(entropy_BT=entropy_BT)
+    if rule.reads_attention:
+        read = read._replace(received_BT=received(call, state, attended))
+    forced_BT = eligible_BT & ~halted_BT & (layer >= rows.forced_layer_BT)
+    halts_BT = rule.decide(read, layer) | forced_BT
+    state = state.replace(depth_BT=jnp.where(halts_BT, layer, state.depth_BT))
+    if rule.freeze:
+        state = state.replace(active_BT=state.active_BT & ~halts_BT)
+    return state, entropy_BT
+
+
+def received(call: Call, state: TokenState, attended: Attended) -> Float[Array, "B T"]:
+    """Most attention each token receives from the prompt's last queries."""
+    width = call.rows.pos_BT.shape[1]
+    own_BT = jnp.broadcast_to(jnp.arange(width)[None], call.rows.pos_BT.shape)
+    counted_BT = call.rows.scoring_BT & state.active_BT
+    return halting.attention_received(attended.weights_BNTS.max(1), counted_BT, own_BT)
+
+
+def _entropy(call: Call, state: TokenState, kind: str, needed_BT: Array) -> Array:
+    """Entropies, computed only if some token needs one."""
+
+    def compute() -> Array:
+        with jax.named_scope("signals"):
+            lists = (state.shortlist_BTX, call.previous_BT)
+            return signals.entropy(kind, state.h_BTD, call.params, call.model, *lists)
+
+    nothing = jnp.zeros(needed_BT.shape, exact_dtype(call.model.dtype))
+    return lax.cond(needed_BT.any(), compute, lambda: nothing)
+
+
+def _pick_shortlist(call: Call, state: TokenState, layer: Array) -> TokenState:
+    def pick() -> Array:
+        size = call.mech.shortlist_size
+        return signals.pick_shortlist(state.h_BTD, call.params, call.model, size)
+
+    here = layer == call.mech.shortlist_layer
+    return state.replace(shortlist_BTX=lax.cond(here, pick, lambda: state.shortlist_BTX))
+
+
+# --- 4. fusion, and 5. bits ---------------------------------------------------------------------
+
+
+def _fuse(
+    call: Call, state: TokenState, attended: Attended, layer: Array
+) -> tuple[TokenState, Bool[Array, "B T"]]:
+    rows, rule = call.rows, call.mech.fusion
+    assert rule is not None
+    tokens = fusion.Tokens(
+        pos_BT=rows.pos_BT,
+        h_BTD=state.h_BTD,
+        ready_BT=eligible(call, state) & (layer < state.depth_BT),
+        hidden_from_BT=_hidden_from(call, state),
+    )
+    if rule.filters_context:
+        contexts_BTD = fusion.contexts(call.embedded_BTD, rows.real_BT, rule.context)
+        tokens = tokens._replace(context_BTD=contexts_BTD)
+    mean_BTW = None
+    if rule.window > 1:
+        keys = (attended.q_BTNH, attended.k_BTKH, rows.pos_BT)
+        sum_BTW = state.similarity_BTW + fusion.similarity(*keys, rule.window)
+        state = state.replace(similarity_BTW=sum_BTW)
+        mean_BTW = sum_BTW / layer.astype(sum_BTW.dtype)
+    pairs_BTW = rule.pairs(tokens, mean_BTW, layer)
+    weight_BT, paid_BTW = _weigh(call, state, attended, pairs_BTW)
+    merged, takes_BTW = fusion.merge(
+        state.h_BTD, pairs_BTW, weight_BT, paid_BTW, state.size_BT, call.model.dtype
+    )
+    absorbed_BT = fusion.absorbers(takes_BTW, rows.pos_BT)
+    now_BT = absorbed_BT != NEVER
+    state = state.replace(
+        h_BTD=merged.h_BTD,
+        size_BT=merged.size_BT,
+        fused_BT=jnp.minimum(state.fused_BT, absorbed_BT),
+        fused_after_BT=jnp.minimum(state.fused_after_BT, jnp.where(now_BT, layer, NEVER)),
+    )
+    if call.mech.continuation:
+        state = state.replace(active_BT=state.active_BT & ~now_BT)
+    return state, now_BT | takes_BTW.any(-1)
+
+
+def _weigh(call: Call, state: TokenState, attended: Attended, pairs_BTW: Array):
+    """Each token's weight in a mean (D.4), and what it pays to the W tokens before it, or None."""
+    rows, rule = call.rows, call.mech.fusion
+    assert rule is not None
+    if rule.alpha == "uniform":
+        return state.size_BT, None
+    if rule.alpha == "probability":
+
+        def weigh() -> Array:
+            before_BTD = fusion.back(state.h_BTD, 1)
+            ids = (rows.tokens_BT, call.params, call.model)
+            found_BT = signals.token_probability(before_BTD, *ids)
+            return jnp.where(rows.pos_BT == 0, 1.0 / call.model.vocab_size, found_BT)
+
+        nothing = jnp.zeros_like(state.size_BT)
+        return lax.cond(pairs_BTW.any(), weigh, lambda: nothing) * state.size_BT, None
+    steps_W = jnp.arange(rule.window + 1)[None, None, :]
+    slots_BTW = jnp.maximum(rows.pos_BT[..., None] - steps_W, 0)
+    paid_BTW = jnp.take_along_axis(attended.weights_BNTS.mean(1), slots_BTW, axis=-1)
+    return paid_BTW[..., 0], paid_BTW[..., 1:]
+
+
+def _quantize(call: Call, state: TokenState, ran_BT: Array, layer: Array) -> TokenState:
+    rows, amq, model = call.rows, call.mech.amq, call.model
+    assert amq is not None
+    here = layer == amq.layer
+    entropy_BT = jnp.zeros(rows.pos_BT.shape, exact_dtype(model.dtype))
+    if amq.entropy is not None:
+        entropy_BT = _entropy(call, state, amq.entropy, rows.subject_BT & here)
+    assigned_BT = amq.assign(entropy_BT, rows.subject_BT, rows.full_BT)
+    state = state.replace(bits_BT=jnp.where(here, assigned_BT, state.bits_BT))
+    if "hidden" in amq.targets:
+        coarse_BTD = amq.quantize(state.h_BTD.astype(model.dtype), state.bits_BT)
+        coarse_BTD = as_state(coarse_BTD, model.dtype)
+        state = state.replace(h_BTD=jnp.where(ran_BT[..., None], coarse_BTD, state.h_BTD))
+    return state

@@ -1,82 +1,115 @@
-"""The layers' weights as decoding wants them: stacked, or each layer in arrays of its own.
-
-XLA's CPU backend copies every layer's weights out of the stacked arrays inside a scan, which alone
-doubles the time of a token. A single row is multiplied with them where they lie (`InPlace`).
-"""
+"""Parameters as programs take them: checked, with what the mechanisms read and nothing more."""
 
 from __future__ import annotations
 
-import weakref
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
-import flax.struct
 import jax
+import numpy as np
 
-from qs_jax.halves import bits_of, from_bits
-from qs_jax.models import Params
-from qs_jax.models.one_vector import KernelAt
+from qs_jax.config import ModelConfig
+from qs_jax.errors import ConfigError, NonFiniteError
+from qs_jax.mechanisms import Mechanisms
+from qs_jax.mechanisms.int8 import quantize_weights
+from qs_jax.mechanisms.kv_maps import require_maps, select
+from qs_jax.models import Params, abstract_params
+from qs_jax.models.cpu import stored_params
 
-# The one split kept, by the identity of the arrays it was made from.
-_kept: dict[tuple[int, ...], tuple[Any, ...]] = {}
-
-
-@flax.struct.dataclass
-class InPlace:
-    """Stacked layers whose kernels a single vector is multiplied with as they lie."""
-
-    stacked: Any
+_EXTRAS = ("kv_maps", "int8")  # they travel with the parameters; what needs them checks them
 
 
-def of_layer(layers: Any, index: Any) -> Any:
-    """One layer's parameters out of stacked ones, or of those `InPlace`."""
-    if not isinstance(layers, InPlace):
-        return from_bits(jax.tree.map(lambda leaf: leaf[index], layers))
+class Weights(NamedTuple):
+    """Arrays of one layer, or of all on a leading axis of L.
 
-    def of(name: str, leaf: Any) -> Any:
-        return KernelAt(leaf, index) if name == "kernel" else from_bits(leaf[index])
-
-    parts = layers.stacked.items()
-    return {part: {name: of(name, x) for name, x in leaves.items()} for part, leaves in parts}
-
-
-@jax.jit
-def _split(layers: Any) -> tuple[Any, ...]:
-    count = jax.tree.leaves(layers)[0].shape[0]
-    return tuple(of_layer(layers, index) for index in range(count))
-
-
-def separate(params: Params) -> tuple[Any, ...]:
-    """The layers of stacked parameters, one tree each.
-
-    Split once and kept as long as the arrays it was made from live, or until other parameters are
-    split: it takes as many bytes as they do.
+    Attributes:
+      params: Of the block.
+      int8: Codes of its projections, for int8 products; else None.
+      maps: Extrapolation maps, `[X, R, O]`; None under other policies.
     """
-    leaves = jax.tree.leaves(params["layers"])
-    key = tuple(id(leaf) for leaf in leaves)
-    if key not in _kept:
-        _kept.clear()
-        for leaf in leaves:
-            weakref.finalize(leaf, _kept.pop, key, None).atexit = False
-        _kept[key] = _split(bits_of(params)["layers"])
-    return _kept[key]
+
+    params: Any
+    int8: Any
+    maps: Any
 
 
-def as_decoded(params: Params, setting: str, rows: int) -> Any:
-    """The layers as a decode wants them: stacked, the same `InPlace`, or separate.
+def layer_weights(params: Params) -> Weights:
+    """Weights of all layers, to be scanned over."""
+    maps = params["kv_maps"].maps_LXFO if "kv_maps" in params else None
+    return Weights(params["layers"], params.get("int8"), maps)
+
+
+def prepare_params(
+    params: Params, model: ModelConfig, mech: Mechanisms, *, stored: bool = True
+) -> Params:
+    """Check parameters and add what the mechanisms read: int8 codes, maps of the halting layers.
 
     Args:
-      params: Stacked tree.
-      setting: `Config.decode_weights`.
-      rows: Rows that are decoded together.
+      params: From `qs_jax.load`.
+      model: Architecture.
+      mech: Mechanisms.
+      stored: In the form that programs take (`cpu.stored_params`).
+
+    Raises:
+      ConfigError: They are another model's, or the maps a policy needs are missing.
     """
-    if chosen(setting, rows) == "separate":
-        return separate(params)
-    layers = bits_of(params)["layers"]
-    return InPlace(layers) if rows == 1 and jax.default_backend() == "cpu" else layers
+    check_params(params, model)
+    prepared = {name: part for name, part in params.items() if name not in _EXTRAS}
+    if mech.amq is not None and mech.amq.multiplies_int8:
+        prepared["int8"] = quantize_weights(params)["int8"]
+    if mech.kv_skip.policy == "extrapolate":
+        assert mech.halting is not None
+        layers = mech.halting.layers
+        assert layers is not None
+        require_maps(params, layers, model, prompts_only=mech.continuation)
+        maps = params["kv_maps"]
+        prepared["kv_maps"] = maps if maps.layers == layers else select(maps, layers)
+    return stored_params(prepared) if stored else prepared
 
 
-def chosen(setting: str, rows: int) -> str:
-    """What "auto" stands for on the default backend."""
-    if setting != "auto":
-        return setting
-    return "separate" if rows > 1 and jax.default_backend() == "cpu" else "stacked"
+@functools.lru_cache(maxsize=64)
+def _expected(model: ModelConfig) -> dict[str, tuple[tuple[int, ...], str]]:
+    return _signature(abstract_params(model))
+
+
+def _signature(params: Params) -> dict[str, tuple[tuple[int, ...], str]]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (np.shape(leaf), str(leaf.dtype))
+        for path, leaf in leaves
+    }
+
+
+def check_params(params: Params, model: ModelConfig) -> None:
+    """Parameters must be those of the model: same names, shapes and dtypes.
+
+    Raises:
+      ConfigError: They are another model's, or were changed.
+    """
+    given = _signature({name: part for name, part in params.items() if name not in _EXTRAS})
+    expected = _expected(model)
+    if given == expected:
+        return
+    name = next(n for n in (*expected, *given) if given.get(n) != expected.get(n))
+
+    def describe(entry: tuple[tuple[int, ...], str] | None) -> str:
+        return "absent" if entry is None else f"{entry[1]}{list(entry[0])}"
+
+    raise ConfigError(
+        f"these parameters are not those of cfg.model: {name} is {describe(given.get(name))}, "
+        f"expected {describe(expected.get(name))}. Use the pair that qs_jax.load returns."
+    )
+
+
+def check_finite(finite_B: np.ndarray) -> None:
+    """Results of every row must be finite.
+
+    Raises:
+      NonFiniteError: Some row is not.
+    """
+    if not finite_B.all():
+        rows = np.flatnonzero(~finite_B).tolist()
+        raise NonFiniteError(
+            f"logits of row(s) {rows} are not finite: the weights hold NaN or infinity, or the "
+            "dtype overflows. qs_jax.load checks weights; try dtype='float32'."
+        )

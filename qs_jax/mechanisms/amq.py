@@ -2,57 +2,141 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Mapping
+from typing import Any, no_type_check
 
+import flax.struct
+import jax
 import jax.numpy as jnp
-import numpy as np
+from flax.struct import field
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from qs_jax.config import AMQConfig, ModelConfig
-from qs_jax.halves import exact_dtype
-from qs_jax.mechanisms.plan import Numbers
-from qs_jax.mechanisms.signals import largest_entropy
-
-FULL_BITS = 16  # not quantised
+from qs_jax.mechanisms import int8
+from qs_jax.models.layers import Multiply, dense_product
+from qs_jax.state import FULL_BITS, exact_dtype
 
 
-def assign_bits(
-    entropy_BT: Float[Array, "B T"],
-    subject_BT: Bool[Array, "B T"],
-    full_BT: Bool[Array, "B T"],
-    amq: AMQConfig,
-    numbers: Numbers,
-    model: ModelConfig,
-    shortlist_size: int,
-) -> Int[Array, "B T"]:
-    """Bits of each token (E.2): 8 above tau_high, 2 below tau_low, 4 in between.
+@no_type_check
+class AMQ(flax.struct.PyTreeNode):
+    """How many bits a token's activations keep; fields as in `AMQConfig`.
 
-    An int8 product has one width, so under int8 execution no token keeps more than 8 bits.
-
-    Args:
-      entropy_BT: After fusion, in nats.
-      subject_BT: Tokens the mechanisms act on; others keep `FULL_BITS`, or 8 in int8.
-      full_BT: Tokens that do not go below 8 bits.
-      amq: Normalisation.
-      numbers: Thresholds.
-      model: For the largest entropy.
-      shortlist_size: For the largest entropy.
+    Attributes:
+      layer: Bits are assigned when this layer has run.
+      largest_entropy: That the estimator can have, in nats.
     """
-    if amq.normalization == "log_vocab" and amq.entropy is not None:
-        entropy_BT = entropy_BT / largest_entropy(amq.entropy, model, shortlist_size)
-    elif amq.normalization == "minmax":  # over the batch, as E.1 says
-        low = jnp.where(subject_BT, entropy_BT, jnp.inf).min()
-        high = jnp.where(subject_BT, entropy_BT, -jnp.inf).max()
-        entropy_BT = (entropy_BT - low) / jnp.maximum(high - low, 1e-12)
-    bits_BT = jnp.where(entropy_BT > numbers.tau_high, 8, 4)
-    bits_BT = jnp.where(entropy_BT < numbers.tau_low, 2, bits_BT)
-    bits_BT = jnp.where(full_BT, 8, bits_BT)
-    spared = FULL_BITS if amq.execution == "fake" else 8
-    return jnp.where(subject_BT, bits_BT, spared).astype(jnp.int32)
+
+    layer: Int[Array, ""]
+    tau_low: Float[Array, ""]
+    tau_high: Float[Array, ""]
+    entropy: str | None = field(pytree_node=False)
+    normalization: str = field(pytree_node=False)
+    largest_entropy: float = field(pytree_node=False)
+    targets: tuple[str, ...] = field(pytree_node=False)
+    group: int = field(pytree_node=False)
+    symmetric: bool = field(pytree_node=False)
+    rotate: bool = field(pytree_node=False)
+    execution: str = field(pytree_node=False)
+
+    @property
+    def narrow(self) -> bool:
+        """Products have one width: every token has bits, whether mechanisms act on it or not."""
+        return self.execution == "int8"
+
+    @property
+    def multiplies_int8(self) -> bool:
+        """Whether projections are int8 products."""
+        return self.narrow and "linear" in self.targets
+
+    @property
+    def stores_int8(self) -> bool:
+        """Whether caches hold int8 keys and values."""
+        return self.narrow and "kv" in self.targets
+
+    def assign(
+        self,
+        entropy_BT: Float[Array, "B T"],
+        subject_BT: Bool[Array, "B T"],
+        full_BT: Bool[Array, "B T"],
+    ) -> Int[Array, "B T"]:
+        """Bits of each token (E.2): 8 above tau_high, 2 below tau_low, 4 in between.
+
+        Args:
+          entropy_BT: After fusion, in nats; anything where the thresholds decide alone.
+          subject_BT: Tokens the mechanisms act on; others keep `FULL_BITS`, or 8 in int8.
+          full_BT: Tokens that do not go below 8 bits.
+        """
+        if self.normalization == "log_vocab" and self.entropy is not None:
+            entropy_BT = entropy_BT / self.largest_entropy
+        elif self.normalization == "minmax":  # over the batch, as E.1 says
+            low = jnp.where(subject_BT, entropy_BT, jnp.inf).min()
+            high = jnp.where(subject_BT, entropy_BT, -jnp.inf).max()
+            entropy_BT = (entropy_BT - low) / jnp.maximum(high - low, 1e-12)
+        bits_BT = jnp.where(entropy_BT > self.tau_high, 8, 4)
+        bits_BT = jnp.where(entropy_BT < self.tau_low, 2, bits_BT)
+        bits_BT = jnp.where(full_BT, 8, bits_BT)
+        spared = 8 if self.narrow else FULL_BITS
+        return jnp.where(subject_BT, bits_BT, spared).astype(jnp.int32)
+
+    def quantize(
+        self, x: Float[Array, "*batch C"], bits: Int[Array, "*batch"]
+    ) -> Float[Array, "*batch C"]:
+        """Quantise and dequantise each vector at its own number of bits; 16 is untouched."""
+        with jax.named_scope("amq"):
+            if self.narrow:
+                return int8.simulate(x, bits, self.group)
+            return fake_quantize(x, bits, self)
+
+    def multiply(
+        self,
+        bits_BT: Int[Array, "B T"],
+        weights: Mapping[str, int8.QTensor] | None,
+        layer: Int[Array, ""],
+    ) -> Multiply:
+        """How a block multiplies tokens of these bits.
+
+        Args:
+          bits_BT: Of each token.
+          weights: Of the layer's projections by name, for int8 products.
+          layer: Layer number. Whether it has bits is chosen in each product: around whole blocks,
+            XLA would copy the cache that they write.
+        """
+        if "linear" not in self.targets:
+            return dense_product
+
+        def simulated(dense: Any, x: Array, start: int = 0) -> Array:
+            return dense_product(dense, self.quantize(x, bits_BT), start)
+
+        def in_int8(dense: Any, x: Array, start: int = 0) -> Array:
+            assert weights is not None
+            with jax.named_scope("amq"):
+                bias_O = dense.variables["params"].get("bias")
+                columns = jax.tree.map(lambda leaf: leaf[..., start:], (weights[dense.name], bias_O))
+                return lax.cond(
+                    layer > self.layer,
+                    lambda: int8.product(x, bits_BT, self.group, *columns),
+                    lambda: dense_product(dense, x, start),
+                )
+
+        return in_int8 if self.narrow else simulated
+
+    def stored(
+        self, x_BTKH: Float[Array, "B T K H"], bits_BT: Int[Array, "B T"]
+    ) -> Float[Array, "B T K H"]:
+        """Keys or values as they come back from the cache."""
+        if "kv" not in self.targets:
+            return x_BTKH
+        with jax.named_scope("amq"):
+            if self.narrow:
+                codes = int8.encode_kv(x_BTKH, bits_BT, self.group)
+                decoded = int8.decode_kv(codes).astype(x_BTKH.dtype)
+                return jnp.where((bits_BT < FULL_BITS)[..., None, None], decoded, x_BTKH)
+            bits_BTK = jnp.broadcast_to(bits_BT[..., None], x_BTKH.shape[:-1])
+            return fake_quantize(x_BTKH, bits_BTK, self)
 
 
 def code(
-    x: Float[Array, "*batch C"], amq: AMQConfig
+    x: Float[Array, "*batch C"], amq: AMQ
 ) -> tuple[Int[Array, "*batch M G"], Array, Array]:
     """8-bit codes with the scale of each group: floor(256 (x - low) / range).
 
@@ -87,7 +171,7 @@ def decode(codes: Array, bits: Array, low: Array, span: Array) -> Array:
 
 
 def fake_quantize(
-    x: Float[Array, "*batch C"], bits: Int[Array, "*batch"], amq: AMQConfig
+    x: Float[Array, "*batch C"], bits: Int[Array, "*batch"], amq: AMQ
 ) -> Float[Array, "*batch C"]:
     """Quantise and dequantise each vector at its own number of bits; `FULL_BITS` is untouched.
 
@@ -98,25 +182,10 @@ def fake_quantize(
     """
     exact = x.astype(exact_dtype(x.dtype))
     if amq.rotate:
-        exact = rotate(exact, amq.group)
+        exact = int8.rotate_groups(exact, amq.group)
     codes, low, span = code(exact, amq)
     kept = jnp.minimum(bits, 8)[..., None, None]
     out = decode(slice_code(codes, kept), kept, low, span).reshape(x.shape)
     if amq.rotate:
-        out = rotate(out, amq.group)  # the Sylvester matrix is symmetric: its own inverse
+        out = int8.rotate_groups(out, amq.group)  # the Sylvester matrix is symmetric: its own inverse
     return jnp.where((bits < FULL_BITS)[..., None], out.astype(x.dtype), x)
-
-
-def rotate(x: Float[Array, "*batch C"], group: int) -> Float[Array, "*batch C"]:
-    """Orthonormal Hadamard rotation inside each group."""
-    matrix = jnp.asarray(hadamard(group), x.dtype)
-    return (x.reshape(*x.shape[:-1], -1, group) @ matrix).reshape(x.shape)
-
-
-@functools.lru_cache
-def hadamard(size: int) -> np.ndarray:
-    """Sylvester's Hadamard matrix over sqrt(size); `size` is a power of two."""
-    matrix = np.ones((1, 1))
-    while len(matrix) < size:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return matrix / np.sqrt(size)

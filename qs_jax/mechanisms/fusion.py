@@ -9,54 +9,109 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, no_type_check
 
-import jax
+import flax.struct
 import jax.numpy as jnp
+from flax.struct import field
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from qs_jax.config import FusionConfig
-from qs_jax.halves import as_state, exact_dtype
-from qs_jax.mechanisms.plan import NEVER, Numbers
+from qs_jax.models.cpu import as_state
+from qs_jax.state import NEVER, exact_dtype
 
 
 class Tokens(NamedTuple):
-    """Tokens that may fuse, along an axis of X positions.
+    """Tokens that may fuse.
 
     Attributes:
-      pos_BX: Positions.
-      h_BXD: States after the layer, before fusion.
-      ready_BX: Real, neither halted nor exempt.
-      hidden_from_BX: Queries from here on have lost the token (absorbed at an earlier layer).
-      context_BXD: Mean input embedding of the last tokens; None without the context filter.
+      pos_BT: Positions, rising.
+      h_BTD: States after the layer, before fusion.
+      ready_BT: Real, neither halted nor exempt.
+      hidden_from_BT: Queries from here on have lost the token (absorbed at an earlier layer).
+      context_BTD: Mean input embedding of the last tokens; None without the context filter.
     """
 
-    pos_BX: Int[Array, "B X"]
-    h_BXD: Float[Array, "B X D"]
-    ready_BX: Bool[Array, "B X"]
-    hidden_from_BX: Int[Array, "B X"]
-    context_BXD: Float[Array, "B X D"] | None
+    pos_BT: Int[Array, "B T"]
+    h_BTD: Float[Array, "B T D"]
+    ready_BT: Bool[Array, "B T"]
+    hidden_from_BT: Int[Array, "B T"]
+    context_BTD: Float[Array, "B T D"] | None = None
 
 
 class Merged(NamedTuple):
-    """States after fusion, along X positions.
+    """States after fusion.
 
     Attributes:
-      h_BXD: Weighted means; a token that absorbed nothing keeps its state, bit for bit.
-      mass_BX: Sum of the weights in it.
-      size_BX: Tokens in it.
+      h_BTD: Weighted means; a token that absorbed nothing keeps its state, bit for bit.
+      mass_BT: Sum of the weights in it.
+      size_BT: Tokens in it.
     """
 
-    h_BXD: Float[Array, "B X D"]
-    mass_BX: Float[Array, "B X"]
-    size_BX: Float[Array, "B X"]
+    h_BTD: Float[Array, "B T D"]
+    mass_BT: Float[Array, "B T"]
+    size_BT: Float[Array, "B T"]
 
 
-def back(array_BX: Array, distance: int, width: int) -> Array:
-    """What lies `distance` positions before each of the last `width` positions."""
-    start = array_BX.shape[1] - width - distance
-    return array_BX[:, start : start + width]
+@no_type_check
+class Fusion(flax.struct.PyTreeNode):
+    """When near-identical tokens share a path; fields as in `FusionConfig`, `[L]` where by layer.
+
+    Attributes:
+      filters_context: Whether contexts must be near as well (D.8).
+    """
+
+    may_fuse_L: Bool[Array, "L"]
+    tau_fuse_L: Float[Array, "L"]
+    tau_attn: Float[Array, ""]
+    tau_ctx: Float[Array, ""]
+    distance: str = field(pytree_node=False)
+    window: int = field(pytree_node=False)
+    alpha: str = field(pytree_node=False)
+    proportional_attention: bool = field(pytree_node=False)
+    filters_context: bool = field(pytree_node=False)
+    context: int = field(pytree_node=False)
+
+    def pairs(
+        self, tokens: Tokens, similarity_BTW: Float[Array, "B T W"] | None, layer: Int[Array, ""]
+    ) -> Bool[Array, "B T W"]:
+        """Which of the W slots before each token it may absorb (2.3, D.8).
+
+        Args:
+          tokens: Some of each row's; tokens further back than W positions never fuse.
+          similarity_BTW: Running mean over layers of query-key cosines; None for adjacency only.
+          layer: Layer number.
+        """
+        pos_BT, found = tokens.pos_BT, []
+        states_apart = self._distances_back(tokens.h_BTD)
+        for d in range(1, self.window + 1):
+            ok_BT = states_apart(d) < self.tau_fuse_L[layer - 1]
+            ok_BT &= tokens.ready_BT & back(tokens.ready_BT, d)
+            ok_BT &= pos_BT < back(tokens.hidden_from_BT, d)
+            apart_BT = pos_BT - back(pos_BT, d)
+            ok_BT &= apart_BT <= self.window
+            if similarity_BTW is not None:
+                index_BT1 = jnp.clip(apart_BT - 1, 0, self.window - 1)[..., None]
+                alike_BT = jnp.take_along_axis(similarity_BTW, index_BT1, axis=-1)[..., 0]
+                ok_BT &= (apart_BT == 1) | (alike_BT > self.tau_attn)
+            if tokens.context_BTD is not None:
+                ok_BT &= self._distances_back(tokens.context_BTD)(d) < self.tau_ctx
+            found.append(ok_BT)
+        return jnp.stack(found, axis=-1) & self.may_fuse_L[layer - 1]
+
+    def _distances_back(self, x_BTD: Array) -> Callable[[int], Array]:
+        norm_BT = jnp.linalg.norm(x_BTD.astype(exact_dtype(x_BTD.dtype)), axis=-1)
+
+        def at(d: int) -> Array:
+            return distances(x_BTD, back(x_BTD, d), self.distance, (norm_BT, back(norm_BT, d)))
+
+        return at
+
+
+def back(array_BT: Array, distance: int) -> Array:
+    """What lies so many slots before each slot; zeros before the first."""
+    widths = [(0, 0), (distance, 0)] + [(0, 0)] * (array_BT.ndim - 2)
+    return jnp.pad(array_BT, widths)[:, : array_BT.shape[1]]
 
 
 def distances(a: Array, b: Array, kind: str, norms: tuple[Array, Array] | None = None) -> Array:
@@ -79,77 +134,27 @@ def distances(a: Array, b: Array, kind: str, norms: tuple[Array, Array] | None =
 
 def similarity(
     q_BTNH: Float[Array, "B T N H"],
-    k_BXKH: Float[Array, "B X K H"],
-    pos_BX: Int[Array, "B X"],
+    k_BTKH: Float[Array, "B T K H"],
+    pos_BT: Int[Array, "B T"],
     window: int,
 ) -> Float[Array, "B T W"]:
-    """Cosine of each query with the keys 1..W positions back, mean over heads; X = W + T.
+    """Cosine of each query with the keys 1..W positions back, mean over heads.
 
     Where tokens are left out, one that lies d positions back is at most d slots back; entry d - 1
     is 0 if it is not there.
     """
     exact = exact_dtype(q_BTNH.dtype)
-    q, k = q_BTNH.astype(exact), k_BXKH.astype(exact)
+    q, k = q_BTNH.astype(exact), k_BTKH.astype(exact)
     q = q / jnp.maximum(jnp.linalg.norm(q, axis=-1, keepdims=True), 1e-12)
     k = k / jnp.maximum(jnp.linalg.norm(k, axis=-1, keepdims=True), 1e-12)
     k = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
-    width = q.shape[1]
     steps_W = jnp.arange(1, window + 1)[None, None]
     found_BTW = jnp.zeros((*q.shape[:2], window), exact)
     for d in range(1, window + 1):
-        cosine_BT = (q * back(k, d, width)).sum(-1).mean(-1)
-        apart_BT = pos_BX[:, -width:] - back(pos_BX, d, width)
+        cosine_BT = (q * back(k, d)).sum(-1).mean(-1)
+        apart_BT = pos_BT - back(pos_BT, d)
         found_BTW += jnp.where(apart_BT[..., None] == steps_W, cosine_BT[..., None], 0)
     return found_BTW
-
-
-def pairs(
-    tokens: Tokens,
-    width: int,
-    similarity_BTW: Float[Array, "B T W"] | None,
-    tau_fuse: Float[Array, ""],
-    fusion: FusionConfig,
-    numbers: Numbers,
-) -> Bool[Array, "B T W"]:
-    """Which of the W tokens before each of the last `width` tokens it may absorb (2.3, D.8).
-
-    The W tokens before it are slots; tokens further back than W positions never fuse.
-
-    Args:
-      tokens: W earlier tokens, then `width` tokens; X = W + T.
-      width: T.
-      similarity_BTW: Running mean over layers of query-key cosines; None for adjacency only.
-      tau_fuse: Of this layer.
-      fusion: Distance and filters.
-      numbers: `tau_attn`, `tau_ctx`.
-    """
-    pos_BT, found = tokens.pos_BX[:, -width:], []
-
-    def apart_from(x_BXD: Array) -> Callable[[int], Array]:
-        norm_BX = jnp.linalg.norm(x_BXD.astype(exact_dtype(x_BXD.dtype)), axis=-1)
-
-        def of(d: int) -> Array:
-            norms = norm_BX[:, -width:], back(norm_BX, d, width)
-            mine, theirs = x_BXD[:, -width:], back(x_BXD, d, width)
-            return distances(mine, theirs, fusion.distance, norms)
-
-        return of
-
-    states_apart = apart_from(tokens.h_BXD)
-    for d in range(1, fusion.window + 1):
-        near_BT = states_apart(d) < tau_fuse
-        both_BT = tokens.ready_BX[:, -width:] & back(tokens.ready_BX, d, width)
-        still_BT = pos_BT < back(tokens.hidden_from_BX, d, width)
-        apart_BT = pos_BT - back(tokens.pos_BX, d, width)
-        ok_BT = near_BT & both_BT & still_BT & (apart_BT <= fusion.window)
-        if similarity_BTW is not None:
-            index_BT1 = jnp.clip(apart_BT - 1, 0, fusion.window - 1)[..., None]
-            alike_BT = jnp.take_along_axis(similarity_BTW, index_BT1, axis=-1)[..., 0]
-            ok_BT &= (apart_BT == 1) | (alike_BT > numbers.tau_attn)
-        if tokens.context_BXD is not None:
-            ok_BT &= apart_from(tokens.context_BXD)(d) < numbers.tau_ctx
-        found.append(ok_BT)
-    return jnp.stack(found, axis=-1)
 
 
 def merge(
@@ -158,7 +163,6 @@ def merge(
     weight_BT: Float[Array, "B T"],
     paid_BTW: Float[Array, "B T W"] | None,
     size_BT: Float[Array, "B T"],
-    earlier: Merged,
     dtype: Any,
 ) -> tuple[Merged, Bool[Array, "B T W"]]:
     """What a decoder would do along the row: each token absorbs what nobody has absorbed before.
@@ -172,27 +176,23 @@ def merge(
 
     Args:
       h_BTD: States before fusion.
-      pairs_BTW: From `pairs`.
+      pairs_BTW: From `Fusion.pairs`.
       weight_BT: A token's own weight.
       paid_BTW: Weights u gives to the W tokens before it, or None.
       size_BT: Tokens each state stands for already.
-      earlier: The W tokens before the first, oldest first.
       dtype: Of the model: means are rounded to it.
 
     Returns:
       States after fusion, and which pairs took place.
     """
-    window, width = pairs_BTW.shape[-1], h_BTD.shape[1]
-    distances_W = range(1, window + 1)
     takes_BTW = first_takers(pairs_BTW)
     level_BT = levels(takes_BTW)
 
     def one_pass(number: Array, merged: Merged) -> Merged:
-        joined = jax.tree.map(lambda *both: jnp.concatenate(both, axis=1), earlier, merged)
-        mass_BT, size_BT = merged.mass_BX, merged.size_BX
-        sum_BTD = mass_BT[..., None] * merged.h_BXD
-        for d in distances_W:
-            take_BT, theirs = takes_BTW[..., d - 1], [back(leaf, d, width) for leaf in joined]
+        mass_BT, size_BT = merged.mass_BT, merged.size_BT
+        sum_BTD = mass_BT[..., None] * merged.h_BTD
+        for d in range(1, pairs_BTW.shape[-1] + 1):
+            take_BT, theirs = takes_BTW[..., d - 1], [back(leaf, d) for leaf in merged]
             paid_BT = theirs[1] if paid_BTW is None else paid_BTW[..., d - 1]
             paid_BT = jnp.where(take_BT, paid_BT, 0)
             # Not weighed where not taken: what is not a number times 0 is none either.
@@ -203,9 +203,9 @@ def merge(
         mean_BTD = sum_BTD / jnp.maximum(mass_BT, 1e-30)[..., None]
         due_BT = level_BT == number
         return Merged(
-            jnp.where(due_BT[..., None], as_state(mean_BTD, dtype), merged.h_BXD),
-            jnp.where(due_BT, mass_BT, merged.mass_BX),
-            jnp.where(due_BT, size_BT, merged.size_BX),
+            jnp.where(due_BT[..., None], as_state(mean_BTD, dtype), merged.h_BTD),
+            jnp.where(due_BT, mass_BT, merged.mass_BT),
+            jnp.where(due_BT, size_BT, merged.size_BT),
         )
 
     # Without a pair, no pass: unlike a branch, a loop hands states on without a copy.
@@ -215,23 +215,21 @@ def merge(
 
 def first_takers(pairs_BTW: Bool[Array, "B T W"]) -> Bool[Array, "B T W"]:
     """The pairs that take place: a token goes to the nearest later one that may absorb it."""
-    batch, width, window = pairs_BTW.shape
-    slots_BT = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None], (batch, width))
-    first_BX = absorbers(pairs_BTW, slots_BT)
-    firsts = [back(first_BX, d, width) == slots_BT for d in range(1, window + 1)]
+    width = pairs_BTW.shape[1]
+    slots_BT = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), pairs_BTW.shape[:2])
+    first_BT = absorbers(pairs_BTW, slots_BT)
+    firsts = [back(first_BT, d) == slots_BT for d in range(1, pairs_BTW.shape[-1] + 1)]
     return pairs_BTW & jnp.stack(firsts, axis=-1)
 
 
 def levels(takes_BTW: Bool[Array, "B T W"]) -> Int[Array, "B T"]:
     """Links of the longest chain of absorptions that ends in a token; 0 where it takes nobody."""
-    window, width = takes_BTW.shape[-1], takes_BTW.shape[1]
 
     def longer(carry):
         before_BT, _ = carry
-        padded_BX = jnp.pad(before_BT, ((0, 0), (window, 0)))
         chains = [
-            jnp.where(takes_BTW[..., d - 1], back(padded_BX, d, width) + 1, 0)
-            for d in range(1, window + 1)
+            jnp.where(takes_BTW[..., d - 1], back(before_BT, d) + 1, 0)
+            for d in range(1, takes_BTW.shape[-1] + 1)
         ]
         found_BT = functools.reduce(jnp.maximum, chains)
         return found_BT, (found_BT != before_BT).any()
@@ -240,14 +238,13 @@ def levels(takes_BTW: Bool[Array, "B T W"]) -> Int[Array, "B T"]:
     return lax.while_loop(lambda carry: carry[1], longer, (nobody_BT, takes_BTW.any()))[0]
 
 
-def absorbers(takes_BTW: Bool[Array, "B T W"], pos_BT: Int[Array, "B T"]) -> Int[Array, "B X"]:
-    """Position of the first token that absorbs each of the W + T tokens now; NEVER if none."""
-    batch, width, window = takes_BTW.shape
-    found_BX = jnp.full((batch, window + width), NEVER, jnp.int32)
-    for d in range(window, 0, -1):
-        by_BT = jnp.where(takes_BTW[..., d - 1], pos_BT, NEVER)
-        found_BX = found_BX.at[:, window - d : window - d + width].min(by_BT)
-    return found_BX
+def absorbers(takes_BTW: Bool[Array, "B T W"], pos_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Position of the first token that absorbs each one now; NEVER if none."""
+    found_BT = jnp.full(pos_BT.shape, NEVER, jnp.int32)
+    for d in range(1, takes_BTW.shape[-1] + 1):
+        by_BT = jnp.where(takes_BTW[:, d:, d - 1], pos_BT[:, d:], NEVER)
+        found_BT = found_BT.at[:, : by_BT.shape[1]].min(by_BT)
+    return found_BT
 
 
 def contexts(embedded_BXD: Float[Array, "B X D"], real_BX: Bool[Array, "B X"], length: int):

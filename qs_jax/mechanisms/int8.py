@@ -24,17 +24,20 @@ n is an int8 whatever the bits, so tokens of 8, 4 and 2 bits ride in one product
 
 from __future__ import annotations
 
-from typing import no_type_check
+import functools
+import weakref
+from collections.abc import Mapping
+from typing import Any, no_type_check
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Int8
 
 from qs_jax.errors import ConfigError
-from qs_jax.halves import exact_dtype
-from qs_jax.mechanisms import amq
+from qs_jax.state import FULL_BITS, exact_dtype
 
 MOST_CHANNELS = (2**31 - 1) // 127**2  # with more, the int32 could overflow
 LARGEST_ROTATION = 64  # channels: each costs 2 operations for every channel rotated with it
@@ -119,7 +122,7 @@ def rotate(x: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
     """R, in blocks of the largest power of two up to `LARGEST_ROTATION` that divides C."""
     channels = x.shape[-1]
     exact = x.astype(exact_dtype(x.dtype))
-    return amq.rotate(exact, min(channels & -channels, LARGEST_ROTATION))
+    return rotate_groups(exact, min(channels & -channels, LARGEST_ROTATION))
 
 
 def simulate(
@@ -127,7 +130,7 @@ def simulate(
 ) -> Float[Array, "*batch C"]:
     """What an int8 product makes of its input; vectors of 16 bits are untouched."""
     out = rotate(decode(encode(rotate(x), bits, group)))
-    return jnp.where((bits < amq.FULL_BITS)[..., None], out.astype(x.dtype), x)
+    return jnp.where((bits < FULL_BITS)[..., None], out.astype(x.dtype), x)
 
 
 def product(
@@ -179,3 +182,58 @@ def quantize_kernel(kernel: Float[Array, "*L D O"]) -> QTensor:
     scale = jnp.abs(exact).max(0) / 127
     unit = exact / jnp.maximum(scale, jnp.finfo(exact.dtype).tiny)[None, :]
     return QTensor(jnp.clip(jnp.round(unit), -127, 127).astype(jnp.int8), scale)
+
+
+def rotate_groups(x: Float[Array, "*batch C"], group: int) -> Float[Array, "*batch C"]:
+    """Orthonormal Hadamard rotation inside each group; its own inverse."""
+    matrix = jnp.asarray(hadamard(group), x.dtype)
+    return (x.reshape(*x.shape[:-1], -1, group) @ matrix).reshape(x.shape)
+
+
+@functools.lru_cache
+def hadamard(size: int) -> np.ndarray:
+    """Sylvester's Hadamard matrix over sqrt(size); `size` is a power of two."""
+    matrix = np.ones((1, 1))
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return matrix / np.sqrt(size)
+
+
+def quantize_weights(params: dict[str, Any]) -> dict[str, Any]:
+    """Parameters with the int8 codes of their projections under "int8", as int8 execution needs.
+
+    The engines do this themselves, once for the parameters used last; call it to keep several sets,
+    or to see the memory taken: one byte for each weight of the projections, beside the weights.
+
+    Args:
+      params: From `qs_jax.load`.
+
+    Returns:
+      A new dict; the arrays of `params` are shared.
+
+    Raises:
+      ConfigError: "int8" is there already, of other weights' shapes.
+    """
+    kernels = {name: part["kernel"] for name, part in params["layers"].items() if "kernel" in part}
+    if "int8" in params:
+        given = {name: part.codes.shape for name, part in params["int8"].items()}
+        if given != {name: kernel.shape for name, kernel in kernels.items()}:
+            raise ConfigError("params['int8'] is of another model: leave it out, it is made anew.")
+        return params
+    return {**params, "int8": _quantized(kernels)}
+
+
+# The codes made last, and weak references to their weights: they go when the weights go.
+_last: dict[str, Any] = {}
+
+
+def _quantized(kernels: Mapping[str, Any]) -> dict[str, QTensor]:
+    held = _last.get("kernels", {})
+    if held.keys() == kernels.keys() and all(held[n]() is kernels[n] for n in kernels):
+        return _last["codes"]
+    codes = {name: quantize_kernel(kernel) for name, kernel in kernels.items()}
+    forget = lambda _: _last.clear()  # noqa: E731
+    _last.clear()
+    _last["kernels"] = {name: weakref.ref(kernel, forget) for name, kernel in kernels.items()}
+    _last["codes"] = codes
+    return codes

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, no_type_check
+from typing import Any, NamedTuple, TypeAlias, no_type_check
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from qs_jax.config import ModelConfig
 from qs_jax.errors import CheckpointError, ConfigError
+from qs_jax.models.layers import product
+from qs_jax.state import exact_dtype
+
+Sources: TypeAlias = Mapping[str, Callable[[], Array]]
 
 FILE_NAME = "kv_maps.safetensors"
 FEATURES = ("state", "embedding", "previous", "neurons")
@@ -208,3 +212,81 @@ def select(maps: KVMaps, layers: tuple[int, ...]) -> KVMaps:
 def rms_normalised(x: jax.Array) -> jax.Array:
     """X over its root mean square."""
     return x / jnp.maximum(jnp.sqrt((x * x).mean(-1, keepdims=True)), 1e-6)
+
+
+def extrapolate(
+    code_BTR: Float[Array, "B T R"],
+    maps_XRO: Float[Array, "X R O"],
+    depth_BT: Int[Array, "B T"],
+    layers: Sequence[int],
+) -> Float[Array, "B T O"]:
+    """What the map of the layer that each token halted at gives; zeros for other tokens.
+
+    Args:
+      code_BTR: What the maps read.
+      maps_XRO: One for each halting layer.
+      depth_BT: Layer at which each token halted.
+      layers: The halting layers, in the order of the maps.
+    """
+    out = jnp.zeros((*code_BTR.shape[:2], maps_XRO.shape[-1]), exact_dtype(code_BTR.dtype))
+    for index, layer in enumerate(layers):
+        here_BT1 = (depth_BT == layer)[..., None]
+        out = jnp.where(here_BT1, product(code_BTR, maps_XRO[index].astype(code_BTR.dtype)), out)
+    return out.astype(code_BTR.dtype)
+
+
+def keys_values(
+    code_BTR: Float[Array, "B T R"], map_RO: Float[Array, "R O"], model: ModelConfig
+) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+    """Keys before RoPE, and values, by one map of one layer."""
+    mapped_BTO = product(code_BTR, map_RO.astype(code_BTR.dtype)).astype(code_BTR.dtype)
+    return split(mapped_BTO, model)
+
+
+def split(mapped_BTO: Float[Array, "B T O"], model: ModelConfig) -> tuple[Array, Array]:
+    """Keys and values `[B, T, K, H]` of the maps' columns."""
+    shape = (*mapped_BTO.shape[:2], model.num_kv_heads, model.head_dim)
+    k_BTO, v_BTO = jnp.split(mapped_BTO, 2, axis=-1)
+    return k_BTO.reshape(shape), v_BTO.reshape(shape)
+
+
+def encode(
+    kv_maps: KVMaps, sources: Sources, depth_BT: Int[Array, "B T"], dtype: Any
+) -> Float[Array, "B T R"]:
+    """What the maps of all deeper layers read of a token that stops: its features, or their code.
+
+    Args:
+      kv_maps: With `encode_XFR` where a code stands between features and maps.
+      sources: Each feature of the tokens.
+      depth_BT: Layer at which each token halted.
+      dtype: As in `features`.
+    """
+    read_BTF = features(sources, kv_maps.features, dtype)
+    if kv_maps.encode_XFR is None:
+        return read_BTF
+    return extrapolate(read_BTF, kv_maps.encode_XFR, depth_BT, kv_maps.layers)
+
+
+def encode_at(
+    kv_maps: KVMaps, index: Int[Array, ""], sources: Sources, dtype: Any
+) -> Float[Array, "B T R"]:
+    """`encode` of tokens that all halt at the same of the maps' layers, the one at `index`."""
+    read_BTF = features(sources, kv_maps.features, dtype)
+    if kv_maps.encode_XFR is None:
+        return read_BTF
+    encoder_FR = kv_maps.encode_XFR[index].astype(read_BTF.dtype)
+    return product(read_BTF, encoder_FR).astype(read_BTF.dtype)
+
+
+def features(sources: Sources, names: Sequence[str], dtype: Any) -> Float[Array, "B T F"]:
+    """What is read of tokens that stop, in the order of the names, and 1.
+
+    Args:
+      sources: "state", "embedding", "previous": `[B, T, D]`; "neurons": `[B, T, F]`. Called for
+        those that are named.
+      names: Of `KVMaps.features`.
+      dtype: Of the model, and of the result; states may be held in another.
+    """
+    found = {name: sources[name]().astype(dtype) for name in names}
+    parts = [x if name == "neurons" else rms_normalised(x) for name, x in found.items()]
+    return jnp.concatenate([*parts, jnp.ones_like(parts[0][..., :1])], axis=-1)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from qs_jax.config import ModelConfig
-from qs_jax.halves import exact_dtype
+from qs_jax.state import exact_dtype
 from qs_jax.models import Params, head
 
 _TINY = 1e-12

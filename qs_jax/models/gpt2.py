@@ -9,7 +9,6 @@ import flax.linen as nn
 from jaxtyping import Array, Float, Int
 
 from qs_jax.config import ModelConfig
-from qs_jax.halves import as_state
 from qs_jax.models import layers
 
 
@@ -27,7 +26,7 @@ class Embed(nn.Module):
         table_PD = self.param("positions", init, (m.max_positions, m.hidden_size))
         tokens_BTD = layers.embed_lookup(table_VD, tokens_BT)
         positions_BTD = layers.embed_lookup(table_PD, pos_BT)
-        return as_state(tokens_BTD + positions_BTD, m.dtype)
+        return layers.as_state(tokens_BTD + positions_BTD, m.dtype)
 
 
 class Block(layers.PreNormBlock):
@@ -51,15 +50,3 @@ class Block(layers.PreNormBlock):
     def neurons(self, x_BTD: Array, multiply: layers.Multiply) -> Array:
         found_BTF = layers.ACTIVATIONS[self.model.activation](multiply(self.up, x_BTD))
         return found_BTF.astype(x_BTD.dtype)
-
-
-class FinalNorm(nn.Module):
-    """The norm between the last layer and the head."""
-
-    model: ModelConfig
-
-    def setup(self) -> None:
-        self.norm = layers.layer_norm(self.model)
-
-    def __call__(self, h: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        return layers.normed(self.norm, h, self.model)

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt16
 
 from qs_jax.config import ModelConfig
-from qs_jax.halves import as_state, exact_dtype, from_bits
-from qs_jax.models.one_vector import KernelAt
+from qs_jax.models import cpu
+from qs_jax.models.cpu import as_state
+from qs_jax.state import exact_dtype
 
 # Given this layer's queries [B, T, N, H] and keys and values [B, T, K, H] of the same tokens,
 # returns what attention reads [B, T, N, H] and whatever the caller wants back (an updated cache).
@@ -40,33 +41,27 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 def product(x: Float[Array, "*batch C"], kernel: Array, transposed: bool = False) -> Array:
     """`x @ kernel`, accumulated in and returned in at least float32.
 
-    In bfloat16 that is also what XLA's fast CPU products need: one with a bfloat16 result is
-    several times slower.
-
     Args:
       x: Vectors.
       kernel: `[C, O]`, or `[O, C]` where transposed.
       transposed: As said.
     """
-    exact, shape = exact_dtype(x.dtype), x.shape
-    alone = x.size == shape[-1] and x.dtype != exact and jax.default_backend() == "cpu"
-    if alone:  # scalar code multiplies a single bfloat16 row, slower than two
-        x = jnp.broadcast_to(x.reshape(1, -1), (2, shape[-1]))
+    rows = cpu.as_two_rows(x)
     equation = "...c,oc->...o" if transposed else "...c,co->...o"
-    y = jnp.einsum(equation, x, kernel, preferred_element_type=exact)
-    return y[0].reshape(*shape[:-1], -1) if alone else y
+    y = jnp.einsum(equation, rows, kernel, preferred_element_type=exact_dtype(x.dtype))
+    return y if rows is x else y[0].reshape(*x.shape[:-1], -1)
 
 
 def dense_product(dense: nn.Dense, x: Array, start: int = 0) -> Array:
     """The product as the module defines it, from output column `start` on, at least float32.
 
-    The kernel may be there as a `KernelAt` instead; there is a single vector then.
+    The kernel may be there as a `cpu.KernelInPlace` instead; there is a single vector then.
     """
     weights = dense.variables.get("params")
     if weights is None:  # parameters are being made
         return dense(x)
     kernel: Any = weights["kernel"]
-    if isinstance(kernel, KernelAt):
+    if isinstance(kernel, cpu.KernelInPlace):
         y = kernel.times(x.reshape(-1), start).reshape(*x.shape[:-1], -1)
     else:
         y = product(x.astype(kernel.dtype), kernel[:, start:])
@@ -89,6 +84,15 @@ class PreNormBlock(nn.Module):
     ) -> tuple[Array, Array, Array]:
         """Queries `[B, T, N, H]`, keys and values `[B, T, K, H]` of normed states."""
         raise NotImplementedError
+
+    def queries(
+        self,
+        h_BTD: Float[Array, "B T D"],
+        pos_BT: Int[Array, "B T"],
+        multiply: Multiply = dense_product,
+    ) -> Array:
+        """Queries `[B, T, N, H]` alone."""
+        return self.project(normed(self.attn_norm, h_BTD, self.model), pos_BT, multiply)[0]
 
     def keys_values(
         self,
@@ -139,6 +143,24 @@ class PreNormBlock(nn.Module):
             return added(h_BTD, update_BTD, self.model), kept
 
 
+class FinalNorm(nn.Module):
+    """The norm between the last layer and the head.
+
+    Attributes:
+      model: Architecture.
+      make_norm: `rms_norm` or `layer_norm`.
+    """
+
+    model: ModelConfig
+    make_norm: Callable[[ModelConfig], nn.Module]
+
+    def setup(self) -> None:
+        self.norm = self.make_norm(self.model)
+
+    def __call__(self, h: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        return normed(self.norm, h, self.model)
+
+
 def rms_norm(model: ModelConfig) -> nn.Module:
     """Root-mean-square norm (Zhang & Sennrich 2019), at least float32 inside."""
     return nn.RMSNorm(epsilon=model.norm_eps, dtype=exact_dtype(model.dtype))
@@ -176,7 +198,7 @@ def embed_lookup(
     table_VD: Float[Array, "V D"] | UInt16[Array, "V D"], ids: Int[Array, "*batch"]
 ) -> Float[Array, "*batch D"]:
     """Rows of an embedding table, which may be held by its bits; ids are checked before."""
-    return from_bits(jnp.take(table_VD, ids, axis=0, mode="clip"))
+    return cpu.from_storage(jnp.take(table_VD, ids, axis=0, mode="clip"))
 
 
 def unembed(h: Float[Array, "*batch D"], table_VD: Float[Array, "V D"]) -> Array:

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from qs_jax.config import ModelConfig
-from qs_jax.halves import as_state
 from qs_jax.models import layers, rope
 
 
@@ -26,7 +25,7 @@ class Embed(nn.Module):
         del pos_BT
         init = nn.initializers.normal(0.02)
         table_VD = self.param("tokens", init, (self.model.vocab_size, self.model.hidden_size))
-        return as_state(layers.embed_lookup(table_VD, tokens_BT), self.model.dtype)
+        return layers.as_state(layers.embed_lookup(table_VD, tokens_BT), self.model.dtype)
 
 
 class Block(layers.PreNormBlock):
@@ -55,15 +54,3 @@ class Block(layers.PreNormBlock):
         gate_BTF, up_BTF = jnp.split(multiply(self.gate_up, x_BTD), 2, axis=-1)
         found_BTF = layers.ACTIVATIONS[self.model.activation](gate_BTF) * up_BTF
         return found_BTF.astype(x_BTD.dtype)
-
-
-class FinalNorm(nn.Module):
-    """The norm between the last layer and the head."""
-
-    model: ModelConfig
-
-    def setup(self) -> None:
-        self.norm = layers.rms_norm(self.model)
-
-    def __call__(self, h: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        return layers.normed(self.norm, h, self.model)

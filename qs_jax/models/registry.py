@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 
@@ -25,14 +27,17 @@ class Family:
 
     embed: type[nn.Module]
     block: type[layers.PreNormBlock]
-    final_norm: type[nn.Module]
+    final_norm: Callable[[ModelConfig], nn.Module]
     rotates: bool
     mlp_products: int
 
 
+_layer_norm = functools.partial(layers.FinalNorm, make_norm=layers.layer_norm)
+_rms_norm = functools.partial(layers.FinalNorm, make_norm=layers.rms_norm)
+
 FAMILIES: dict[str, Family] = {
-    "gpt2": Family(gpt2.Embed, gpt2.Block, gpt2.FinalNorm, rotates=False, mlp_products=2),
-    "llama": Family(llama.Embed, llama.Block, llama.FinalNorm, rotates=True, mlp_products=3),
+    "gpt2": Family(gpt2.Embed, gpt2.Block, _layer_norm, rotates=False, mlp_products=2),
+    "llama": Family(llama.Embed, llama.Block, _rms_norm, rotates=True, mlp_products=3),
 }
 
 

@@ -12,7 +12,7 @@ from qs_jax.config import (
     ModelConfig,
     QuickSilverConfig,
 )
-from qs_jax.engine.overrides import TokenOverrides
+from qs_jax.engine.inputs import TokenOverrides
 from qs_jax.mechanisms.kv_maps import FEATURES, KVMaps, feature_count
 from qs_jax.testing import tiny_model, tiny_params
 from tests.oracle import oracle_score

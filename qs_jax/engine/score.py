@@ -12,16 +12,15 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.config import Config, ModelConfig
-from qs_jax.engine import batching, compact, dense, masked, tokenwise
+from qs_jax.engine import dense, inputs, masked, prompt
 from qs_jax.engine import devices as on_devices
-from qs_jax.engine.checks import check_finite, check_maps, check_overflow, check_params
-from qs_jax.engine.overrides import TokenOverrides, arrays_of
-from qs_jax.engine.schedule import arrange, bind_call, uses_compact
-from qs_jax.halves import bits_of
-from qs_jax.mechanisms.execution import with_weights
-from qs_jax.mechanisms.plan import Numbers, Plan
+from qs_jax.engine.inputs import TokenOverrides
+from qs_jax.engine.prompt_plan import arrange, runs_fast
+from qs_jax.engine.weights import check_finite, prepare_params
+from qs_jax.mechanisms import Mechanisms, Overrides, resolve
 from qs_jax.models import Params, head
-from qs_jax.record import Record
+from qs_jax.record import Record, decided
+from qs_jax.state import evidence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,93 +108,81 @@ def score_dense(
     first_B: Int[Array, "B"],
     model: ModelConfig,
     count: int,
-    return_logits: bool = False,
-    return_states: bool = False,
-    unroll: int = 1,
+    returns: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Log-probabilities of the dense model, of `count` positions a row from `first_B` on."""
-    h_BTD = dense.forward(params, tokens_BT, model, unroll)
-    out = {"logprobs": next_logprobs(params, h_BTD, tokens_BT, Scored(first_B, count))}
-    return out | _asked_for(params, h_BTD, return_logits, return_states)
+    h_BTD = dense.forward(params, tokens_BT, model)
+    return _outputs(params, h_BTD, tokens_BT, Scored(first_B, count), returns)
 
 
-def _asked_for(params: Params, h_BTD: Array, logits: bool, states: bool) -> dict[str, Array]:
-    out = {"logits": head.logits(params, h_BTD)} if logits else {}
-    return out | ({"states": h_BTD} if states else {})
-
-
-_ASKED = ("return_logits", "return_states")
-jit_score = jax.jit(score_dense, static_argnames=("model", "count", "unroll", *_ASKED))
+def _outputs(
+    params: Params, h_BTD: Array, tokens_BT: Array, scored: Scored, returns: tuple[str, ...]
+) -> dict[str, Any]:
+    out = {"logprobs": next_logprobs(params, h_BTD, tokens_BT, scored)}
+    if "logits" in returns:
+        out["logits"] = head.logits(params, h_BTD)
+    return out | ({"states": h_BTD} if "states" in returns else {})
 
 
 def score_masked(
     params: Params,
-    prompt: tokenwise.Prompt,
+    batch: inputs.Batch,
+    ends_B: Int[Array, "B"],
     first_B: Int[Array, "B"],
-    numbers: Numbers,
+    overrides: Overrides | None,
+    mech: Mechanisms,
     model: ModelConfig,
-    plan: Plan,
     count: int,
-    return_logits: bool,
-    return_states: bool = False,
+    returns: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """Log-probabilities under the mechanisms, and the evidence; logits if asked for."""
-    if plan.sequential:
-        width = prompt.tokens_BT.shape[1]
-        h_BTD, past = tokenwise.run_rows(params, prompt, model, plan, numbers, width)
-        evidence = tokenwise.evidence(past)
-    else:
-        rows = tokenwise.whole_rows(prompt, plan, numbers)
-        h_BTD, state, record, _ = masked.run(
-            params, rows, model, plan, numbers, prompt_lengths_B=prompt.prompt_lengths_B
-        )
-        evidence = tokenwise.evidence_of(state, record)
-    logprobs_BT = next_logprobs(params, h_BTD, prompt.tokens_BT, Scored(first_B, count))
-    out = {"logprobs": logprobs_BT, "evidence": evidence}
-    return out | _asked_for(params, h_BTD, return_logits, return_states)
+    """Log-probabilities under the mechanisms, and the evidence of their record."""
+    rows = inputs.whole_rows(batch, ends_B, overrides, mech)
+    h_BTD, state, record = masked.run_to_the_end(params, rows, model, mech)
+    out = _outputs(params, h_BTD, batch.tokens_BT, Scored(first_B, count), returns)
+    return out | {"evidence": evidence(state, record)}
 
 
-_STATIC = ("model", "plan", "count", *_ASKED)
-jit_score_masked = jax.jit(score_masked, static_argnames=_STATIC)
-
-
-def score_compact(
+def score_prompt(
     params: Params,
-    prompt: tokenwise.Prompt,
+    batch: inputs.Batch,
+    ends_B: Int[Array, "B"],
     first_B: Int[Array, "B"],
-    numbers: Numbers,
-    segments: compact.Segments,
+    overrides: Overrides | None,
+    mech: Mechanisms,
+    segments: prompt.Segments,
     model: ModelConfig,
-    plan: Plan,
-    schedule: compact.Schedule,
+    plan: prompt.Plan,
     count: int,
-    return_logits: bool,
-    return_states: bool = False,
 ) -> dict[str, Any]:
-    """The same by the compact engine."""
-    result = compact.run(params, prompt, model, plan, numbers, schedule, segments)
-    scored = Scored(first_B, count)
-    out = {
-        "logprobs": next_logprobs(params, result.h_BTD, prompt.tokens_BT, scored),
-        "evidence": tokenwise.evidence_of(result.state, result.record),
-        "overflow": result.overflow,
-    }
-    return out | _asked_for(params, result.h_BTD, return_logits, return_states)
+    """Log-probabilities of continuations, whose prompts the prompt engine runs."""
+    rows = inputs.whole_rows(batch, ends_B, overrides, mech)
+    width = batch.tokens_BT.shape[1]
+    before_BQ = first_B[:, None] - 1 + jnp.arange(min(count, width))[None]
+    before_BQ = jnp.clip(before_BQ, 0, width - 2)  # spare columns read some position twice
+    result = prompt.run(params, rows, before_BQ, model, mech, plan, segments)
+    next_BQ = jnp.take_along_axis(batch.tokens_BT, before_BQ + 1, axis=1)
+    found_BQ = _pick(params, result.h_BQD, next_BQ)
+    rows_B1 = jnp.arange(len(before_BQ))[:, None]
+    zeros_BT = jnp.zeros(batch.tokens_BT.shape, found_BQ.dtype)
+    logprobs_BT = zeros_BT.at[rows_B1, before_BQ + 1].set(found_BQ)
+    return {"logprobs": logprobs_BT, "decisions": result.decisions}
 
 
-jit_score_compact = jax.jit(score_compact, static_argnames=(*_STATIC, "schedule"))
+_jit_dense = jax.jit(score_dense, static_argnames=("model", "count", "returns"))
+_jit_masked = jax.jit(score_masked, static_argnames=("model", "count", "returns"))
+_jit_prompt = jax.jit(score_prompt, static_argnames=("model", "plan", "count"))
 
 
 def _columns(mask_BT: np.ndarray, width: int, cfg: Config) -> int:
     """Columns that go through the head: a bucket, so that near counts share a program."""
     if cfg.effective_protocol != "continuation":
         return width
-    return batching.bucket_size(max(int(mask_BT.sum(1).max()), 1), width)
+    return inputs.bucket_size(max(int(mask_BT.sum(1).max()), 1), width)
 
 
 def score(
     params: Params,
-    tokens: batching.TokensLike,
+    tokens: inputs.TokensLike,
     cfg: Config,
     *,
     lengths: Sequence[int] | np.ndarray | None = None,
@@ -221,8 +208,9 @@ def score(
       prompt_lengths: `[B]`, "continuation" only: tokens of each prompt; by default all but the last
         `cfg.continuation_tokens`.
       overrides: What to do with single tokens, whatever their signals say.
-      return_logits: Also return `[B, T, V]` float32 logits (4 * B * T * V bytes).
-      return_states: Also return the `[B, T, D]` states that the head reads.
+      return_logits: Also return `[B, T, V]` float32 logits (4 * B * T * V bytes); the masked engine
+        makes them.
+      return_states: Also return the `[B, T, D]` states that the head reads, likewise.
       devices: Split the rows over these (`jax.pmap`), e.g. `jax.local_devices()`; parameters that
         are not on all of them are copied there at every call (`qs_jax.replicate` does it once).
         Min-max entropy then looks at the rows of its own device.
@@ -235,58 +223,46 @@ def score(
       InputError: Tokens cannot be used, or a row exceeds the position limit.
       NonFiniteError: The model produced NaN or infinite logits.
     """
-    model = cfg.model
-    check_params(params, model)
-    batch, padded = batching.prepare_batch(
+    model, mech = cfg.model, resolve(cfg.quicksilver, cfg.model, cfg.effective_protocol)
+    params = prepare_params(params, model, mech)
+    batch, padded = inputs.prepare_batch(
         tokens, model, lengths=lengths, attention_mask=attention_mask
     )
     width = batch.tokens_BT.shape[1]
     column_1T = np.arange(width)[None, :]
-    ends_B = batching.split_prompts(batch.lengths_B, prompt_lengths, cfg)
+    ends_B = inputs.split_prompts(batch.lengths_B, prompt_lengths, cfg)
     first_B1 = np.maximum(ends_B, 1)[:, None]
     mask_BT = (column_1T < batch.lengths_B[:, None]) & (column_1T >= first_B1)
     first_B = first_B1[:, 0].astype(np.int32)
     static: dict[str, Any] = {
         "model": model,
         "count": _columns(mask_BT, padded.tokens_BT.shape[1], cfg),
-        "return_logits": return_logits,
-        "return_states": return_states,
     }
-    chosen = arrays_of(overrides, padded.tokens_BT.shape, width, cfg)
-    fast = uses_compact(cfg)
-    bound = bind_call(cfg, "compact" if fast else "masked")
-    record = None
-    if bound is None:
-        static["unroll"] = cfg.unroll
-        rows, shared = (padded.tokens_BT, first_B), ()
-        program, sharded = jit_score, score_dense
+    chosen = inputs.override_arrays(overrides, padded.tokens_BT.shape, width, cfg)
+    returns = tuple(n for n, asked in (("logits", return_logits), ("states", return_states)) if asked)
+    rows, shared = (padded, ends_B, first_B, chosen), (mech,)
+    if mech.is_off:
+        static["returns"], rows, shared = returns, (padded.tokens_BT, first_B), ()
+        program, function = _jit_dense, score_dense
+    elif runs_fast(cfg, generates=False) and not returns:
+        static["plan"], segments = arrange(cfg, padded, ends_B, chosen, mech)
+        program, function, shared = _jit_prompt, score_prompt, (mech, segments)
     else:
-        plan, numbers = bound
-        check_maps(params, plan, model)
-        params = with_weights(params, plan)
-        host: Any = (*padded, ends_B)  # NumPy arrays until the program takes them
-        prompt = tokenwise.Prompt(*host, overrides=chosen)
-        rows, shared = (prompt, first_B), (numbers,)
-        static["plan"] = plan
-        program, sharded = jit_score_masked, score_masked
-        if fast:
-            static["schedule"], segments = arrange(cfg, padded, ends_B, chosen, plan)
-            shared = (numbers, segments)
-            program, sharded = jit_score_compact, score_compact
+        static["returns"], program, function = returns, _jit_masked, score_masked
     if devices is not None:
-        out = on_devices.run(sharded, devices, bits_of(params), rows, shared, static)
+        out = on_devices.run(function, devices, params, rows, shared, static)
     else:
-        out = jax.device_get(program(bits_of(params), *rows, *shared, **static))
-    if bound is not None:
-        check_overflow(out.get("overflow", False))
-        record = Record.of(
-            out["evidence"],
-            width,
-            batch.lengths_B,
-            ends_B,
-            cfg.effective_protocol,
-            simulated=not fast,
-        )
+        out = jax.device_get(program(params, *rows, *shared, **static))
+    record = None
+    if not mech.is_off:
+        assert cfg.quicksilver is not None
+        counted = (width, batch.lengths_B, ends_B, cfg.effective_protocol)
+        simulated = function is score_masked
+        if simulated:
+            found = out["evidence"]
+        else:
+            found = decided(out["decisions"], cfg.quicksilver, model.num_layers, batch.lengths_B)
+        record = Record.of(found, *counted, simulated=simulated)
     logprobs_BT, logits_BTV = out["logprobs"], out.get("logits")
     logprobs_BT = np.where(mask_BT, logprobs_BT[:, :width], np.zeros((), logprobs_BT.dtype))
     check_finite(np.all(np.isfinite(logprobs_BT), axis=1))

@@ -1,0 +1,729 @@
+"""The prompt engine: prefill that leaves out the work that the mechanisms decided against.
+
+Layers run in segments. At the start of each, the tokens that still compute are gathered into a
+static number of slots; at its end they go back to their places, and the keys and values that
+stopped tokens have in deeper layers are filled in from their frozen states. Decisions are taken by
+the same mechanism objects as in the definition (`masked.py`): inside the segment where a rule looks
+at every layer, at its end where it does not. Of the last layer every token needs keys and values,
+and only the tokens whose output is read need the rest: that holds for the dense model, too, which
+is a prompt of one segment.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from qs_jax.config import ModelConfig
+from qs_jax.engine.attention import attention_weights, blocked_attention
+from qs_jax.engine.cache import KVCache
+from qs_jax.engine.weights import Weights, layer_weights
+from qs_jax.mechanisms import Mechanisms, Rows, fusion, halting, kv_maps, signals
+from qs_jax.models import Params, family_of, head, rope
+from qs_jax.models.cpu import as_state, from_storage, to_storage
+from qs_jax.models.layers import dense_product
+from qs_jax.state import FULL_BITS, NEVER, Decisions, TokenState, exact_dtype
+
+FILL = 32  # stopped tokens of a row whose keys are filled in at a time, where their number varies
+
+
+class Plan(NamedTuple):
+    """The static part of how a prompt is cut; prompts with equal plans share a program.
+
+    Attributes:
+      slots: Token slots of each segment, where `fixed`; else the choices, rising, whole rows last.
+        One body is compiled for each.
+      fixed: How many tokens compute is known before the call.
+      fills: Where fixed: most tokens of a row that stop at the end of each segment.
+      longest: Where not fixed: layers of the longest segment that chooses its slots, or a few more.
+      keeps_keys: Stopped tokens may have keys in deeper layers.
+    """
+
+    slots: tuple[int, ...]
+    fixed: bool
+    fills: tuple[int, ...] = ()
+    longest: int = 0
+    keeps_keys: bool = False
+
+
+class Segments(NamedTuple):
+    """Runs of layers up to the last but one; the first segment runs whole rows.
+
+    Attributes:
+      first_S: First layer, from 1.
+      last_S: Last layer.
+    """
+
+    first_S: Int[Array, "S"]
+    last_S: Int[Array, "S"]
+
+
+class Call(NamedTuple):
+    """What all layers share; see `masked.Call`."""
+
+    params: Params
+    model: ModelConfig
+    mech: Mechanisms
+    plan: Plan
+    rows: Rows
+    embedded_BTD: Float[Array, "B T D"]
+    weights: Weights
+
+    @property
+    def decides_inside(self) -> bool:
+        """Decisions fall, or states are rounded, in every layer: not at the ends of segments."""
+        mech = self.mech
+        dual = mech.halting is not None and mech.halting.rule == "dual"
+        hidden = mech.amq is not None and "hidden" in mech.amq.targets
+        return dual or mech.fusion is not None or hidden
+
+
+class Carry(NamedTuple):
+    """What segments hand on: arrays over whole rows.
+
+    Attributes:
+      state: As in the definition.
+      cache: Keys and values.
+      drift_LBT: Layer drifts that decisions read; None where they read none.
+      entropy_LBT: Entropies, likewise.
+    """
+
+    state: TokenState
+    cache: KVCache
+    drift_LBT: Float[Array, "L B T"] | None
+    entropy_LBT: Float[Array, "L B T"] | None
+
+
+class Result(NamedTuple):
+    """Normed states of the tokens that are read, the cache, and what was decided."""
+
+    h_BQD: Float[Array, "B Q D"]
+    cache: KVCache
+    decisions: Decisions
+
+
+class Slots(NamedTuple):
+    """A segment's tokens.
+
+    Attributes:
+      index_BC: Their positions, rising; None for whole rows.
+      rows: Their exemptions.
+      outside_B: Eligible tokens that have halted and are not among them.
+    """
+
+    index_BC: Int[Array, "B C"] | None
+    rows: Rows
+    outside_B: Int[Array, "B"] | None
+
+
+def run(
+    params: Params,
+    rows: Rows,
+    read_BQ: Int[Array, "B Q"],
+    model: ModelConfig,
+    mech: Mechanisms,
+    plan: Plan,
+    segments: Segments,
+) -> Result:
+    """Run whole rows, as `masked.run` does.
+
+    Args:
+      params: Stacked tree, as `weights.prepare_params` gives it.
+      rows: Right-padded rows from position 0.
+      read_BQ: Positions whose output is read.
+      model: Architecture.
+      mech: Mechanisms; not all can run here, see `prompt_plan.refusal`.
+      plan: Static part of the cut.
+      segments: Where to cut.
+    """
+    embed = family_of(model).embed(model)
+    with jax.named_scope("embed"):
+        embedded: Any = embed.apply({"params": params["embed"]}, rows.tokens_BT, rows.pos_BT)
+    call = Call(params, model, mech, plan, rows, embedded, layer_weights(params))
+    carry = _start(call)
+    if plan.fixed:
+        for s, slots in enumerate(plan.slots):
+            first, last = segments.first_S[s], segments.last_S[s]
+            carry = _segment(call, carry, first, last, slots, leading=s == 0)
+            carry = _end_segment(call, carry, first, last, plan.fills[s])
+    else:
+        first, last = segments.first_S[0], segments.last_S[0]
+        carry = _segment(call, carry, first, last, plan.slots[-1], leading=True)
+        carry = _end_segment(call, carry, first, last, None)
+        carry = _choose_slots(call, carry, segments)
+    h_BQD, cache = _last_layer(call, carry, read_BQ)
+    state = carry.state
+    decisions = Decisions(
+        depth_BT=state.depth_BT,
+        fused_BT=state.fused_BT,
+        fused_after_BT=state.fused_after_BT,
+        bits_BT=state.bits_BT,
+        retain_BT=rows.retain_BT,
+        drift_LBT=carry.drift_LBT,
+        entropy_LBT=carry.entropy_LBT,
+    )
+    return Result(head.normed(params, h_BQD, model), cache, decisions)
+
+
+def _start(call: Call) -> Carry:
+    mech, model, shape = call.mech, call.model, call.rows.pos_BT.shape
+    exact, extra = exact_dtype(model.dtype), {}
+    if mech.fusion is not None and mech.fusion.window > 1:
+        extra["similarity_BTW"] = jnp.zeros((*shape, mech.fusion.window), exact)
+    if mech.shortlist_size:
+        extra["shortlist_BTX"] = jnp.zeros((*shape, mech.shortlist_size), jnp.int32)
+    state = TokenState(
+        h_BTD=call.embedded_BTD,
+        active_BT=call.rows.real_BT,
+        fused_BT=jnp.full(shape, NEVER, jnp.int32),
+        bits_BT=jnp.full(shape, FULL_BITS, jnp.int32),
+        depth_BT=jnp.full(shape, model.num_layers, jnp.int32),
+        fused_after_BT=jnp.full(shape, NEVER, jnp.int32),
+        size_BT=jnp.ones(shape, exact),
+        **extra,
+    )
+    rule, unread = mech.halting, jnp.full((model.num_layers, *shape), jnp.nan, exact)
+    return Carry(
+        state,
+        KVCache.zeros(model, *shape),
+        unread if rule is not None and rule.reads_drift else None,
+        unread if rule is not None and rule.entropy is not None else None,
+    )
+
+
+# --- segments -----------------------------------------------------------------------------------
+
+
+def _choose_slots(call: Call, carry: Carry, segments: Segments) -> Carry:
+    """All segments but the first, each with the fewest slots that hold the tokens it computes."""
+    choices, longest = jnp.asarray(call.plan.slots, jnp.int32), call.plan.longest
+
+    def branch(slots: int):
+        def run(carry: Carry, first: Array, last: Array, offset: Array) -> Carry:
+            return _segment(call, carry, first, last, slots, offset=offset)
+
+        return run
+
+    def segment(carry: Carry, bounds: Segments):
+        first, last = bounds.first_S, bounds.last_S
+        needed = carry.state.active_BT.sum(1).max()
+        # A branch copies the caches it takes: it gets the segment's layers only.
+        offset = jnp.clip(first - 1, 0, call.model.num_layers - longest)
+        inside = carry._replace(cache=carry.cache.cut(offset, longest))
+        branches = [branch(slots) for slots in call.plan.slots]
+        index = (choices < needed).sum()
+        after = lax.switch(index, branches, inside, first, last, offset)
+        after = after._replace(cache=carry.cache.paste(offset, after.cache))
+        return _end_segment(call, after, first, last, None), None
+
+    rest = jax.tree.map(lambda leaf: leaf[1:], segments)
+    return lax.scan(segment, carry, rest)[0]
+
+
+def _segment(
+    call: Call,
+    carry: Carry,
+    first: Array,
+    last: Array,
+    slots: int,
+    *,
+    leading: bool = False,
+    offset: Any = 0,
+) -> Carry:
+    """Layers `first` to `last` on so many tokens of each row; the cache begins with `offset`."""
+    whole = carry.state
+    chosen, state = _gather(call, whole, slots, first)
+
+    def body(index: Array, loop):
+        carry, before_BCD = loop
+        del before_BCD
+        before_BCD = carry.state.h_BTD
+        carry = _run_layer(call, carry, chosen, whole, index, offset, leading)
+        return carry, before_BCD if remembers else None
+
+    rule = call.mech.halting
+    at_end = rule is not None and not call.decides_inside
+    remembers = at_end and (rule.reads_drift or rule.reads_attention)
+    loop = (carry._replace(state=state), state.h_BTD if remembers else None)
+    carry, before_BCD = lax.fori_loop(first - 1, last, body, loop)
+    if at_end:
+        carry = _decide(call, carry, chosen, whole, before_BCD, None, last, offset)
+    return carry._replace(state=_scatter(whole, carry.state, chosen.index_BC))
+
+
+def _take(array_BT: Array, index_BC: Array) -> Array:
+    rows_B1 = jnp.arange(len(index_BC))[:, None]
+    at = to_storage(array_BT).at[rows_B1, index_BC]
+    return from_storage(at.get(mode="promise_in_bounds", unique_indices=True))
+
+
+def _put(array_BT: Array, index_BC: Array, value_BC: Array) -> Array:
+    rows_B1 = jnp.arange(len(index_BC))[:, None]
+    at = to_storage(array_BT).at[rows_B1, index_BC]
+    value = to_storage(value_BC)
+    return from_storage(at.set(value, mode="promise_in_bounds", unique_indices=True))
+
+
+def _gather(
+    call: Call, whole: TokenState, slots: int, first: Array
+) -> tuple[Slots, TokenState]:
+    """The tokens that compute, and others in spare slots, which their masks keep still."""
+    if slots == call.rows.pos_BT.shape[1]:
+        return Slots(None, call.rows, None), whole
+    order_BT = jnp.argsort((~whole.active_BT).astype(jnp.int32), axis=1, stable=True)
+    index_BC = jnp.sort(order_BT[:, :slots].astype(jnp.int32), axis=1)
+    waiting_BT = _eligible(call.rows, whole, call) & (whole.depth_BT < first)
+    inside_B = _take(waiting_BT, index_BC).sum(1, dtype=jnp.int32)
+    outside_B = waiting_BT.sum(1, dtype=jnp.int32) - inside_B
+    rows, state = jax.tree.map(lambda leaf: _take(leaf, index_BC), (call.rows, whole))
+    return Slots(index_BC, rows, outside_B), state
+
+
+def _scatter(whole: TokenState, state: TokenState, index_BC: Array | None) -> TokenState:
+    if index_BC is None:
+        return state
+    return jax.tree.map(lambda old, new: _put(old, index_BC, new), whole, state)
+
+
+def _everywhere(whole_BT: Array, chosen: Slots, own_BC: Array) -> Array:
+    """An array over whole rows, with the segment's own values."""
+    return own_BC if chosen.index_BC is None else _put(whole_BT, chosen.index_BC, own_BC)
+
+
+# --- one layer ----------------------------------------------------------------------------------
+
+
+def _run_layer(
+    call: Call,
+    carry: Carry,
+    chosen: Slots,
+    whole: TokenState,
+    index: Array,
+    offset: Any,
+    leading: bool,
+) -> Carry:
+    mech, model, state, rows = call.mech, call.model, carry.state, chosen.rows
+    layer, weights = index + 1, _at(call.weights, index)
+    gathered = chosen.index_BC is not None
+    among_all = gathered and call.plan.keeps_keys
+    log_size = None
+    if mech.fusion is not None and mech.fusion.proportional_attention:
+        sizes = _everywhere(whole.size_BT, chosen, state.size_BT) if among_all else state.size_BT
+        log_size = jnp.log(sizes)
+
+    def attend(q: Array, k: Array, v: Array):
+        k, v = _stored(mech, k, v, state.bits_BT)
+        slots_BC = rows.pos_BT if gathered or (call.plan.keeps_keys and not leading) else None
+        if slots_BC is not None:  # spare slots hold tokens whose keys are there already
+            slots_BC = jnp.where(state.active_BT, slots_BC, NEVER)
+        cache = carry.cache.write(index - offset, slots_BC, k, v)
+        if among_all or (slots_BC is not None and not gathered):
+            k, v = cache.layer(index - offset)
+        first_BS = _first_queries(call, chosen, whole, state, layer, among_all)
+        context = blocked_attention(q, k, v, rows.pos_BT, first_BS, log_size)
+        return context, (cache, q, k, first_BS)
+
+    block = family_of(model).block(model)
+    params = {"params": from_storage(weights.params)}
+    multiply = _multiply(call, state.bits_BT, weights, layer)
+    out: Any = block.apply(params, state.h_BTD, rows.pos_BT, attend, multiply)
+    h_BTD, (cache, *attended) = out
+    before_BTD = state.h_BTD
+    active_BT = state.active_BT
+    h_BTD = jnp.where(active_BT[..., None], h_BTD, before_BTD)
+    carry = carry._replace(state=state.replace(h_BTD=h_BTD), cache=cache)
+    if mech.shortlist_size:
+        carry = carry._replace(state=_pick_shortlist(call, carry.state, layer))
+    if not call.decides_inside:
+        return carry
+    if mech.halting is not None:
+        carry = _decide_if_asked(call, carry, chosen, whole, before_BTD, attended, layer, offset)
+    if mech.fusion is not None:
+        with jax.named_scope("fuse"):
+            fused = _fuse(call, carry.state, chosen, whole, attended, log_size, layer)
+            carry = carry._replace(state=fused)
+    if mech.amq is not None and "hidden" in mech.amq.targets:
+        carry = carry._replace(state=_round_states(call, carry.state, active_BT))
+    return carry
+
+
+def _at(tree: Any, index: Array) -> Any:
+    return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False), tree)
+
+
+def _stored(mech: Mechanisms, k: Array, v: Array, bits_BT: Array) -> tuple[Array, Array]:
+    if mech.amq is None:
+        return k, v
+    return mech.amq.stored(k, bits_BT), mech.amq.stored(v, bits_BT)
+
+
+def _multiply(call: Call, bits_BT: Array, weights: Weights, layer: Array):
+    amq = call.mech.amq
+    return dense_product if amq is None else amq.multiply(bits_BT, weights.int8, layer)
+
+
+def _first_queries(
+    call: Call, chosen: Slots, whole: TokenState, state: TokenState, layer: Array, among_all: bool
+) -> Int[Array, "B S"]:
+    """Position of the first query that sees each key: its own, or NEVER."""
+    rows, depth_BS, absorbed_BS = chosen.rows, state.depth_BT, state.fused_BT
+    if among_all:
+        rows = call.rows
+        depth_BS = _everywhere(whole.depth_BT, chosen, depth_BS)
+        absorbed_BS = _everywhere(whole.fused_BT, chosen, absorbed_BS)
+    exists_BS = call.mech.kv_skip.written(depth_BS, rows.retain_BT, layer)
+    exists_BS &= rows.real_BT & (absorbed_BS == NEVER)
+    return jnp.where(exists_BS, rows.pos_BT, NEVER)
+
+
+def _last_layer(call: Call, carry: Carry, read_BQ: Array) -> tuple[Array, KVCache]:
+    """Keys and values of every token that computes; the rest of the layer for those read."""
+    model, state, rows = call.model, carry.state, call.rows
+    index = model.num_layers - 1
+    layer, weights = jnp.int32(model.num_layers), _at(call.weights, index)
+    params = {"params": from_storage(weights.params)}
+    block = family_of(model).block(model)
+    multiply = _multiply(call, state.bits_BT, weights, layer)
+    out: Any = block.apply(params, state.h_BTD, rows.pos_BT, multiply, method=block.keys_values)
+    k, v = _stored(call.mech, *out, state.bits_BT)
+    slots_BT = jnp.where(state.active_BT, rows.pos_BT, NEVER) if call.plan.keeps_keys else None
+    cache = carry.cache.write(jnp.int32(index), slots_BT, k, v)
+    k, v = cache.layer(jnp.int32(index))
+    everyone = Slots(None, rows, None)
+    first_BS = _first_queries(call, everyone, state, state, layer, among_all=True)
+    log_size = None
+    if call.mech.fusion is not None and call.mech.fusion.proportional_attention:
+        log_size = jnp.log(state.size_BT)
+
+    def attend(q: Array, *_: Array):
+        return blocked_attention(q, k, v, read_BQ, first_BS, log_size, rising=False), None
+
+    h_BQD, bits_BQ = (jnp.take_along_axis(x, i, axis=1) for x, i in (
+        (state.h_BTD, read_BQ[..., None]), (state.bits_BT, read_BQ)))
+    multiply = _multiply(call, bits_BQ, weights, layer)
+    read: Any = block.apply(params, h_BQD, read_BQ, attend, multiply)
+    active_BQ = jnp.take_along_axis(state.active_BT, read_BQ, axis=1)
+    if call.mech.amq is not None and "hidden" in call.mech.amq.targets:
+        rounded = _rounded(call, read[0], bits_BQ)
+        return jnp.where(active_BQ[..., None], rounded, h_BQD), cache
+    return jnp.where(active_BQ[..., None], read[0], h_BQD), cache
+
+
+# --- decisions ----------------------------------------------------------------------------------
+
+
+def _eligible(rows: Rows, state: TokenState, call: Call) -> Bool[Array, "B T"]:
+    return rows.subject_BT & ~rows.full_BT & (state.fused_BT == NEVER)
+
+
+def _decide_if_asked(call, carry, chosen, whole, before_BCD, attended, layer, offset) -> Carry:
+    rule = call.mech.halting
+    asked = rule.may_halt_L[layer - 1] | (chosen.rows.forced_layer_BT == layer).any()
+    if rule.reads_drift:
+        # XLA cannot know that no drift is below -1, and works drifts out before it overwrites the
+        # states they are read from; read by a branch only, those would be copied.
+        drift_BT = signals.drift(rule.drift, carry.state.h_BTD, before_BCD)
+        asked &= ~(drift_BT < -1).any()
+
+    def decide(carry: Carry) -> tuple[TokenState, Any, Any]:
+        after = _decide(call, carry, chosen, whole, before_BCD, attended, layer, offset)
+        return after.state, after.drift_LBT, after.entropy_LBT
+
+    def keep(carry: Carry) -> tuple[TokenState, Any, Any]:
+        return carry.state, carry.drift_LBT, carry.entropy_LBT
+
+    state, drift_LBT, entropy_LBT = lax.cond(asked, decide, keep, carry)
+    return carry._replace(state=state, drift_LBT=drift_LBT, entropy_LBT=entropy_LBT)
+
+
+def _decide(
+    call: Call,
+    carry: Carry,
+    chosen: Slots,
+    whole: TokenState,
+    before_BCD: Array | None,
+    attended: Any,
+    layer: Array,
+    offset: Any,
+) -> Carry:
+    """Halting after a layer, as `masked._halt`."""
+    rule, state, rows = call.mech.halting, carry.state, chosen.rows
+    assert rule is not None
+    eligible_BT, halted_BT = _eligible(rows, state, call), state.depth_BT < layer
+    drift_BT = entropy_BT = jnp.full(rows.pos_BT.shape, jnp.nan, exact_dtype(call.model.dtype))
+    if rule.reads_drift:
+        with jax.named_scope("signals"):
+            drift_BT = signals.drift(rule.drift, state.h_BTD, before_BCD)
+    read = halting.Signals(
+        rows.pos_BT, eligible_BT, halted_BT, drift_BT, None, outside_B=chosen.outside_B
+    )
+    if rule.entropy is not None:
+        candidates_BT = rule.candidates(read, layer)
+        entropy_BT = _entropy(call, state, rule.entropy, candidates_BT)
+        entropy_BT = jnp.where(candidates_BT, entropy_BT, jnp.nan)
+        read = read._replace(entropy_BT=entropy_BT)
+    if rule.reads_attention:
+        with jax.named_scope("signals"):
+            received_BT = _received(call, carry, chosen, whole, before_BCD, layer, offset)
+            read = read._replace(received_BT=received_BT)
+    with jax.named_scope("halt"):
+        forced_BT = eligible_BT & ~halted_BT & (layer >= rows.forced_layer_BT)
+        halts_BT = rule.decide(read, layer) | forced_BT
+    drift_BT = jnp.where(state.active_BT, drift_BT, jnp.nan)
+
+    def note(signals_LBT: Array | None, own_BC: Array) -> Array | None:
+        if signals_LBT is None:
+            return None
+        nothing_BT = jnp.full(signals_LBT.shape[1:], jnp.nan, signals_LBT.dtype)
+        return signals_LBT.at[layer - 1].set(_everywhere(nothing_BT, chosen, own_BC))
+
+    return carry._replace(
+        state=state.replace(
+            depth_BT=jnp.where(halts_BT, layer, state.depth_BT),
+            active_BT=state.active_BT & ~halts_BT,
+        ),
+        drift_LBT=note(carry.drift_LBT, drift_BT),
+        entropy_LBT=note(carry.entropy_LBT, entropy_BT),
+    )
+
+
+def _received(call, carry, chosen, whole, before_BCD, layer, offset) -> Float[Array, "B C"]:
+    """Attention that the segment's tokens received in a layer from the prompt's last queries."""
+    rule, rows, state = call.mech.halting, chosen.rows, carry.state
+    counted_BC = rows.scoring_BT & state.active_BT
+    count = min(rule.score_queries, counted_BC.shape[1])
+    index_BQ = jnp.argsort(~counted_BC, axis=1, stable=True)[:, :count]
+    read = (before_BCD, rows.pos_BT, state.bits_BT, counted_BC)
+    h_BQD, pos_BQ, bits_BQ, counted_BQ = (_take(x, index_BQ) for x in read)
+    weights = _at(call.weights, layer - 1)
+    block = family_of(call.model).block(call.model)
+    multiply = _multiply(call, bits_BQ, weights, layer)
+    params = {"params": from_storage(weights.params)}
+    q_BQNH: Any = block.apply(params, h_BQD, pos_BQ, multiply, method=block.queries)
+    k_BSKH, _ = carry.cache.layer(layer - 1 - offset)
+    first_BS = _first_queries(call, chosen, whole, state, layer, among_all=True)
+    mask_BQS = first_BS[:, None, :] <= pos_BQ[..., None]
+    log_size = None
+    if call.mech.fusion is not None and call.mech.fusion.proportional_attention:
+        log_size = jnp.log(_everywhere(whole.size_BT, chosen, state.size_BT))
+    weights_BQS = attention_weights(q_BQNH, k_BSKH, mask_BQS, log_size).max(1)
+    received_BS = halting.attention_received(weights_BQS, counted_BQ, pos_BQ)
+    return received_BS if chosen.index_BC is None else _take(received_BS, chosen.index_BC)
+
+
+def _entropy(call: Call, state: TokenState, kind: str, needed_BT: Array) -> Array:
+    def compute() -> Array:
+        with jax.named_scope("signals"):
+            lists = (state.shortlist_BTX, None)
+            return signals.entropy(kind, state.h_BTD, call.params, call.model, *lists)
+
+    nothing = jnp.zeros(needed_BT.shape, exact_dtype(call.model.dtype))
+    return lax.cond(needed_BT.any(), compute, lambda: nothing)
+
+
+def _pick_shortlist(call: Call, state: TokenState, layer: Array) -> TokenState:
+    def pick() -> Array:
+        size = call.mech.shortlist_size
+        return signals.pick_shortlist(state.h_BTD, call.params, call.model, size)
+
+    here = layer == call.mech.shortlist_layer
+    return state.replace(shortlist_BTX=lax.cond(here, pick, lambda: state.shortlist_BTX))
+
+
+def _fuse(
+    call: Call,
+    state: TokenState,
+    chosen: Slots,
+    whole: TokenState,
+    attended: Any,
+    log_size: Array | None,
+    layer: Array,
+) -> TokenState:
+    """Fusion after a layer, as `masked._fuse`; slots stand for positions."""
+    rule, rows = call.mech.fusion, chosen.rows
+    q, k, first_BS = attended
+    assert rule is not None
+    tokens = fusion.Tokens(
+        pos_BT=rows.pos_BT,
+        h_BTD=state.h_BTD,
+        ready_BT=_eligible(rows, state, call) & (layer < state.depth_BT) & state.active_BT,
+        hidden_from_BT=state.fused_BT,
+    )
+    if rule.filters_context:
+        contexts_BTD = fusion.contexts(call.embedded_BTD, call.rows.real_BT, rule.context)
+        own_BTD = contexts_BTD if chosen.index_BC is None else _take(contexts_BTD, chosen.index_BC)
+        tokens = tokens._replace(context_BTD=own_BTD)
+    among_all = k.shape[1] != q.shape[1]
+    mean_BTW = None
+    if rule.window > 1:
+        own = _take(k, chosen.index_BC) if among_all else k
+        found_BTW = fusion.similarity(q, own, rows.pos_BT, rule.window)
+        state = state.replace(similarity_BTW=state.similarity_BTW + found_BTW)
+        mean_BTW = state.similarity_BTW / layer.astype(found_BTW.dtype)
+
+    def find() -> Array:
+        return rule.pairs(tokens, mean_BTW, layer)
+
+    nobody_BTW = jnp.zeros((*rows.pos_BT.shape, rule.window), bool)
+    pairs_BTW = lax.cond(rule.may_fuse_L[layer - 1], find, lambda: nobody_BTW)
+    weight_BT, paid_BTW = state.size_BT, None
+    if rule.alpha == "probability":
+
+        def weigh() -> Array:
+            before_BTD = fusion.back(_everywhere(whole.h_BTD, chosen, state.h_BTD), 1)
+            if chosen.index_BC is not None:
+                before_BTD = _take(before_BTD, chosen.index_BC)
+            ids = (rows.tokens_BT, call.params, call.model)
+            found_BT = signals.token_probability(before_BTD, *ids)
+            return jnp.where(rows.pos_BT == 0, 1.0 / call.model.vocab_size, found_BT)
+
+        nothing_BT = jnp.zeros_like(state.size_BT)
+        weight_BT = weight_BT * lax.cond(pairs_BTW.any(), weigh, lambda: nothing_BT)
+    elif rule.alpha == "attention":
+        width = rows.pos_BT.shape[1]
+        slots_BT = rows.pos_BT if among_all else jnp.broadcast_to(jnp.arange(width), (len(q), width))
+
+        def pay() -> Array:
+            mask_BTS = first_BS[:, None, :] <= rows.pos_BT[..., None]
+            mean_BTS = attention_weights(q, k, mask_BTS, log_size).mean(1)
+            back = [fusion.back(slots_BT, d) for d in range(rule.window + 1)]
+            return jnp.take_along_axis(mean_BTS, jnp.stack(back, axis=-1), axis=-1)
+
+        nothing = jnp.zeros((*slots_BT.shape, rule.window + 1), state.size_BT.dtype)
+        found_BTW = lax.cond(pairs_BTW.any(), pay, lambda: nothing)
+        weight_BT, paid_BTW = found_BTW[..., 0], found_BTW[..., 1:]
+    merged, takes_BTW = fusion.merge(
+        state.h_BTD, pairs_BTW, weight_BT, paid_BTW, state.size_BT, call.model.dtype
+    )
+    absorbed_BT = fusion.absorbers(takes_BTW, rows.pos_BT)
+    now_BT = absorbed_BT != NEVER
+    return state.replace(
+        h_BTD=merged.h_BTD,
+        size_BT=merged.size_BT,
+        active_BT=state.active_BT & ~now_BT,
+        fused_BT=jnp.minimum(state.fused_BT, absorbed_BT),
+        fused_after_BT=jnp.minimum(state.fused_after_BT, jnp.where(now_BT, layer, NEVER)),
+    )
+
+
+def _rounded(call: Call, h_BTD: Array, bits_BT: Array) -> Array:
+    amq, dtype = call.mech.amq, call.model.dtype
+    assert amq is not None
+    return as_state(amq.quantize(h_BTD.astype(dtype), bits_BT), dtype)
+
+
+def _round_states(call: Call, state: TokenState, ran_BT: Array) -> TokenState:
+    rounded_BTD = _rounded(call, state.h_BTD, state.bits_BT)
+    return state.replace(h_BTD=jnp.where(ran_BT[..., None], rounded_BTD, state.h_BTD))
+
+
+# --- the end of a segment -----------------------------------------------------------------------
+
+
+def _end_segment(
+    call: Call, carry: Carry, first: Array, last: Array, fill: int | None
+) -> Carry:
+    """Bits of every token, at the layer that assigns them; deeper keys of tokens that stopped."""
+    if call.mech.amq is not None:
+        with jax.named_scope("amq"):
+            here = last == call.mech.amq.layer
+            assign = lambda state: _assign_bits(call, state, last)  # noqa: E731
+            state = lax.cond(here, assign, lambda state: state, carry.state)
+            carry = carry._replace(state=state)
+    if call.plan.keeps_keys and fill != 0:
+        carry = carry._replace(cache=_fill(call, carry, first, last, fill))
+    return carry
+
+
+def _assign_bits(call: Call, state: TokenState, layer: Array) -> TokenState:
+    amq, rows = call.mech.amq, call.rows
+    assert amq is not None
+    entropy_BT = jnp.zeros(rows.pos_BT.shape, exact_dtype(call.model.dtype))
+    if amq.entropy == "shortlist":  # of tokens that had stopped where the others' was picked
+        ids = signals.pick_shortlist(
+            state.h_BTD, call.params, call.model, call.mech.shortlist_size
+        )
+        early_BT1 = (state.depth_BT < call.mech.shortlist_layer)[..., None]
+        state = state.replace(shortlist_BTX=jnp.where(early_BT1, ids, state.shortlist_BTX))
+    if amq.entropy is not None:
+        entropy_BT = _entropy(call, state, amq.entropy, rows.subject_BT)
+    state = state.replace(bits_BT=amq.assign(entropy_BT, rows.subject_BT, rows.full_BT))
+    if "hidden" not in amq.targets:
+        return state
+    ran_BT = rows.real_BT & (state.depth_BT >= layer) & (state.fused_after_BT >= layer)
+    return _round_states(call, state, ran_BT)
+
+
+def _fill(call: Call, carry: Carry, first: Array, last: Array, fill: int | None) -> KVCache:
+    """The cache with the deeper keys of stopped tokens, up to where bits change them again."""
+    mech, model, state, rows = call.mech, call.model, carry.state, call.rows
+    since, until = first, jnp.int32(model.num_layers)
+    if mech.amq is not None:
+        since = jnp.where(last == mech.amq.layer, 1, first)
+        until = jnp.where(last < mech.amq.layer, mech.amq.layer, until)
+    stopped_BT = rows.real_BT & (state.depth_BT >= since) & (state.depth_BT <= last)
+    stopped_BT &= state.fused_BT == NEVER
+    order_BT = jnp.argsort((~stopped_BT).astype(jnp.int32), axis=1, stable=True).astype(jnp.int32)
+    count_B1 = stopped_BT.sum(1, dtype=jnp.int32)[:, None]
+    at_once = order_BT.shape[1] if fill is None else fill
+    at_once = min(FILL, at_once) if fill is None else at_once
+    widened_BT = jnp.pad(order_BT, ((0, 0), (0, at_once)))
+
+    def some(part: Array, cache: KVCache) -> KVCache:
+        index_BP = lax.dynamic_slice_in_dim(widened_BT, part * at_once, at_once, axis=1)
+        held_BP = part * at_once + jnp.arange(at_once, dtype=jnp.int32)[None] < count_B1
+        slots_BP = jnp.where(held_BP, index_BP, NEVER)
+        keys_values = _frozen_keys_values(call, state, index_BP, last)
+
+        def layer(index: Array, cache: KVCache) -> KVCache:
+            return cache.write(index, slots_BP, *keys_values(index))
+
+        return lax.fori_loop(last, until, layer, cache)
+
+    parts = 1 if fill is not None else -(-count_B1.max() // at_once)
+    return lax.fori_loop(0, parts, some, carry.cache)
+
+
+def _frozen_keys_values(call: Call, state: TokenState, index_BP: Array, last: Array):
+    """A function from a layer's index to keys and values of some tokens that stopped."""
+    mech, model = call.mech, call.model
+    h_BPD, bits_BP = _take(state.h_BTD, index_BP), _take(state.bits_BT, index_BP)
+    block = family_of(model).block(model)
+
+    def propagated(index: Array) -> tuple[Array, Array]:
+        weights = _at(call.weights, index)
+        params = {"params": from_storage(weights.params)}
+        multiply = _multiply(call, bits_BP, weights, index + 1)
+        out: Any = block.apply(params, h_BPD, index_BP, multiply, method=block.keys_values)
+        return _stored(mech, *out, bits_BP)
+
+    if mech.kv_skip.policy != "extrapolate":
+        return propagated
+
+    def neurons() -> Array:
+        params = {"params": from_storage(_at(call.weights.params, last))}  # of the next layer
+        out: Any = block.apply(params, h_BPD, method=block.mlp_neurons)
+        return out
+
+    maps = call.params["kv_maps"]
+    x = jnp.argmax(jnp.asarray(maps.layers) == last)
+    sources = {
+        "state": lambda: h_BPD,
+        "embedding": lambda: _take(call.embedded_BTD, index_BP),
+        "previous": lambda: _take(fusion.back(state.h_BTD, 1), index_BP),
+        "neurons": neurons,
+    }
+    code_BPR = kv_maps.encode_at(maps, x, sources, model.dtype)
+
+    def mapped(index: Array) -> tuple[Array, Array]:
+        map_RO = _at(call.weights.maps, index)[x]
+        k, v = kv_maps.keys_values(code_BPR, map_RO, model)
+        if family_of(model).rotates:
+            k = rope.rotate(k, index_BP, model)
+        return _stored(mech, k, v, bits_BP)
+
+    return mapped

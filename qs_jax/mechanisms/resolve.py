@@ -1,0 +1,247 @@
+"""Settings as a program takes them: mechanism objects, and which tokens they may touch.
+
+Full processing beats forced halting beats the dynamic decision; halting comes before fusion, and a
+token that has halted neither absorbs nor is absorbed (paper 2.4, D.6, I.4).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, no_type_check
+
+import flax.struct
+import jax.numpy as jnp
+import numpy as np
+from flax.struct import field
+from jaxtyping import Array, Bool, Int
+
+from qs_jax.config import ModelConfig, QuickSilverConfig
+from qs_jax.mechanisms.amq import AMQ
+from qs_jax.mechanisms.fusion import Fusion
+from qs_jax.mechanisms.halting import Halting
+from qs_jax.mechanisms.kv_skip import KVSkip
+from qs_jax.mechanisms.signals import largest_entropy
+from qs_jax.state import NEVER, exact_dtype
+
+
+class Overrides(NamedTuple):
+    """What a caller decided about single tokens.
+
+    Attributes:
+      full_BT: Full processing.
+      forced_layer_BT: Layer at which a token halts at the latest; NEVER for none.
+      retain_BT: Keys that are always written.
+    """
+
+    full_BT: Bool[Array | np.ndarray, "B T"]
+    forced_layer_BT: Int[Array | np.ndarray, "B T"]
+    retain_BT: Bool[Array | np.ndarray, "B T"]
+
+
+class Rows(NamedTuple):
+    """Tokens before the first layer, and their exemptions.
+
+    Attributes:
+      tokens_BT: Ids.
+      pos_BT: Positions.
+      real_BT: Not padding.
+      subject_BT: The mechanisms act on it.
+      full_BT: Full processing.
+      forced_layer_BT: Forced halt; NEVER for none.
+      retain_BT: Its keys are always written.
+      scoring_BT: Query mask of the score "attention": the prompt's last queries.
+    """
+
+    tokens_BT: Int[Array, "B T"]
+    pos_BT: Int[Array, "B T"]
+    real_BT: Bool[Array, "B T"]
+    subject_BT: Bool[Array, "B T"]
+    full_BT: Bool[Array, "B T"]
+    forced_layer_BT: Int[Array, "B T"]
+    retain_BT: Bool[Array, "B T"]
+    scoring_BT: Bool[Array, "B T"]
+
+
+@no_type_check
+class Mechanisms(flax.struct.PyTreeNode):
+    """All mechanisms of a call, for one model and protocol.
+
+    Array leaves are what sweeps vary; everything else is static. Two configurations that differ in
+    thresholds, quotas, windows, layers of fusion or AMQ, delays, sinks or the ids (not the count)
+    of a list share a program.
+
+    Attributes:
+      halting, fusion, amq: None where off.
+      kv_skip: Policy "propagate" where off.
+      shortlist_layer: Layer whose logit lens picks the shortlist entropy's ids.
+      sink_tokens, recent_tokens, protect_ids: Exemptions, as in `QuickSilverConfig`.
+      special_ids: The model's own protected ids.
+      shortlist_size: Ids of the shortlist entropy; 0 where nothing reads it.
+      continuation: The protocol: prompts only, and absorbed tokens are not computed.
+    """
+
+    halting: Halting | None
+    kv_skip: KVSkip
+    fusion: Fusion | None
+    amq: AMQ | None
+    shortlist_layer: Int[Array, ""]
+    sink_tokens: Int[Array, ""]
+    recent_tokens: Int[Array, ""]
+    protect_ids: Int[Array, "n"]
+    special_ids: tuple[int, ...] = field(pytree_node=False)
+    shortlist_size: int = field(pytree_node=False)
+    continuation: bool = field(pytree_node=False)
+
+    @property
+    def is_off(self) -> bool:
+        """No mechanism runs: the dense model."""
+        return self.halting is None and self.fusion is None and self.amq is None
+
+    @property
+    def reads_previous(self) -> bool:
+        """Whether a decision reads the model's output one position earlier."""
+        parts = (self.halting, self.amq)
+        return "final_prev" in [part.entropy for part in parts if part is not None]
+
+    def rows(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        pos_BT: Int[Array, "B T"],
+        real_BT: Bool[Array, "B T"],
+        prompt_lengths_B: Int[Array, "B"],
+        overrides: Overrides | None = None,
+    ) -> Rows:
+        """Work out the exemptions of each token."""
+        ends_B1 = prompt_lengths_B[:, None]
+        special = jnp.asarray(self.special_ids, jnp.int32)
+        full_BT = jnp.isin(tokens_BT, jnp.concatenate([special, self.protect_ids]))
+        full_BT |= pos_BT < self.sink_tokens
+        forced_BT = jnp.full(pos_BT.shape, NEVER, jnp.int32)
+        if self.halting is not None:
+            here_BT = jnp.isin(tokens_BT, self.halting.forced_ids)
+            forced_BT = jnp.where(here_BT, self.halting.forced_layer, NEVER)
+        retain_BT = jnp.isin(tokens_BT, self.kv_skip.retain_ids)
+        if overrides is not None:
+            full_BT |= overrides.full_BT
+            forced_BT = jnp.minimum(forced_BT, overrides.forced_layer_BT)
+            retain_BT |= overrides.retain_BT
+        subject_BT, count = real_BT, 0
+        if self.continuation:
+            subject_BT = real_BT & (pos_BT < ends_B1 - self.recent_tokens)
+            count = self.halting.score_queries if self.halting is not None else 0
+        scoring_BT = real_BT & (pos_BT >= ends_B1 - count) & (pos_BT < ends_B1)
+        exempt = (subject_BT, full_BT, forced_BT, retain_BT, scoring_BT)
+        return Rows(tokens_BT, pos_BT, real_BT, *exempt)
+
+
+def resolve(qs: QuickSilverConfig | None, model: ModelConfig, protocol: str) -> Mechanisms:
+    """Mechanism objects of a configuration; None is the dense model.
+
+    Raises:
+      ConfigError: The configuration does not fit the model or the protocol.
+    """
+    qs = qs or QuickSilverConfig()
+    qs.check(model, protocol)
+    special = (model.bos_token_id, model.pad_token_id, *model.eos_token_ids)
+    special_ids = tuple(sorted({token for token in special if token is not None}))
+    return Mechanisms(
+        halting=_halting(qs, model),
+        kv_skip=_kv_skip(qs, model),
+        fusion=_fusion(qs, model),
+        amq=_amq(qs, model),
+        shortlist_layer=jnp.int32(qs.shortlist_layer or NEVER),
+        sink_tokens=jnp.int32(qs.sink_tokens),
+        recent_tokens=jnp.int32(max(qs.recent_tokens, 1)),
+        protect_ids=_ids(qs.protect_ids),
+        special_ids=special_ids if qs.protect_special else (),
+        shortlist_size=qs.shortlist_size if "shortlist" in qs.entropies else 0,
+        continuation=protocol == "continuation",
+    )
+
+
+def _number(value, model: ModelConfig) -> Array:
+    return jnp.asarray(0.0 if value is None else value, exact_dtype(model.dtype))
+
+
+def _by_layer(value, model: ModelConfig) -> Array:
+    values = np.broadcast_to(np.asarray(value, np.float64), (model.num_layers,))
+    return jnp.asarray(values, exact_dtype(model.dtype))
+
+
+def _ids(values) -> Array:
+    return jnp.asarray(np.asarray(values, np.int32).reshape(-1))
+
+
+def _halting(qs: QuickSilverConfig, model: ModelConfig) -> Halting | None:
+    config = qs.halting
+    if config is None:
+        return None
+    quota = np.zeros(model.num_layers)
+    for layer, share in zip(config.layers or (), config.quota, strict=False):
+        quota[layer - 1] = share
+    # Maps belong to halting layers; elsewhere layers are numbers.
+    mapped = qs.kv_skip is not None and qs.kv_skip.policy == "extrapolate"
+    forced = config.forced_layer
+    return Halting(
+        may_halt_L=jnp.asarray(config.may_halt(model.num_layers)),
+        tau_drift_L=_by_layer(config.tau_drift, model),
+        tau_halt_L=_by_layer(config.tau_halt, model),
+        quota_L=_by_layer(quota, model),
+        forced_layer=jnp.int32(NEVER if forced is None else forced),
+        forced_ids=_ids(config.forced_ids),
+        rule=config.rule,
+        drift=config.drift,
+        entropy=config.entropy_used,
+        score=config.score,
+        score_queries=config.score_queries,
+        seed=config.seed,
+        freeze=config.freeze,
+        layers=config.layers if mapped else None,
+    )
+
+
+def _kv_skip(qs: QuickSilverConfig, model: ModelConfig) -> KVSkip:
+    config = qs.kv_skip
+    if config is None:
+        return KVSkip(_number(None, model), jnp.int32(0), _ids(()), "propagate")
+    tau_kv = _number(config.tau_kv, model)
+    return KVSkip(tau_kv, jnp.int32(config.delay), _ids(config.retain_ids), config.policy)
+
+
+def _fusion(qs: QuickSilverConfig, model: ModelConfig) -> Fusion | None:
+    config = qs.fusion
+    if config is None:
+        return None
+    layer = np.arange(1, model.num_layers + 1)
+    last = config.last_layer or model.num_layers - 1
+    return Fusion(
+        may_fuse_L=jnp.asarray((layer >= config.first_layer) & (layer <= last)),
+        tau_fuse_L=_by_layer(config.tau_fuse, model),
+        tau_attn=_number(config.tau_attn, model),
+        tau_ctx=_number(config.tau_ctx, model),
+        distance=config.distance,
+        window=config.window,
+        alpha=config.alpha,
+        proportional_attention=config.proportional_attention,
+        filters_context=config.tau_ctx is not None,
+        context=config.context,
+    )
+
+
+def _amq(qs: QuickSilverConfig, model: ModelConfig) -> AMQ | None:
+    config = qs.amq
+    if config is None:
+        return None
+    largest = largest_entropy(config.entropy or "vocab", model, qs.shortlist_size)
+    return AMQ(
+        layer=jnp.int32(config.layer),
+        tau_low=_number(config.tau_low, model),
+        tau_high=_number(config.tau_high, model),
+        entropy=config.entropy,
+        normalization=config.normalization,
+        largest_entropy=largest,
+        targets=config.targets,
+        group=config.group,
+        symmetric=config.symmetric,
+        rotate=config.rotate,
+        execution=config.execution,
+    )
