@@ -113,11 +113,17 @@ class Slots(NamedTuple):
       index_BC: Their positions, rising; None for whole rows.
       rows: Their exemptions.
       outside_B: Eligible tokens that have halted and are not among them.
+      first: The segment's first layer.
+      offset: Index of the first layer of the cache that the segment gets.
+      leading: Nobody has stopped before it.
     """
 
     index_BC: Int[Array, "B C"] | None
     rows: Rows
     outside_B: Int[Array, "B"] | None
+    first: Any
+    offset: Any = 0
+    leading: bool = False
 
 
 def run(
@@ -237,12 +243,13 @@ def _segment(
     """Layers `first` to `last` on so many tokens of each row; the cache begins with `offset`."""
     whole = carry.state
     chosen, state = _gather(call, whole, slots, first)
+    chosen = chosen._replace(offset=offset, leading=leading)
 
     def body(index: Array, loop):
         carry, before_BCD = loop
         del before_BCD
         before_BCD = carry.state.h_BTD
-        carry = _run_layer(call, carry, chosen, whole, index, offset, leading)
+        carry = _run_layer(call, carry, chosen, whole, index)
         return carry, before_BCD if remembers else None
 
     rule = call.mech.halting
@@ -251,7 +258,7 @@ def _segment(
     loop = (carry._replace(state=state), state.h_BTD if remembers else None)
     carry, before_BCD = lax.fori_loop(first - 1, last, body, loop)
     if at_end:
-        carry = _decide(call, carry, chosen, whole, before_BCD, None, last, offset)
+        carry = _decide(call, carry, chosen, whole, before_BCD, None, last)
     return carry._replace(state=_scatter(whole, carry.state, chosen.index_BC))
 
 
@@ -273,14 +280,14 @@ def _gather(
 ) -> tuple[Slots, TokenState]:
     """The tokens that compute, and others in spare slots, which their masks keep still."""
     if slots == call.rows.pos_BT.shape[1]:
-        return Slots(None, call.rows, None), whole
+        return Slots(None, call.rows, None, first), whole
     order_BT = jnp.argsort((~whole.active_BT).astype(jnp.int32), axis=1, stable=True)
     index_BC = jnp.sort(order_BT[:, :slots].astype(jnp.int32), axis=1)
     waiting_BT = _eligible(call.rows, whole, call) & (whole.depth_BT < first)
     inside_B = _take(waiting_BT, index_BC).sum(1, dtype=jnp.int32)
     outside_B = waiting_BT.sum(1, dtype=jnp.int32) - inside_B
     rows, state = jax.tree.map(lambda leaf: _take(leaf, index_BC), (call.rows, whole))
-    return Slots(index_BC, rows, outside_B), state
+    return Slots(index_BC, rows, outside_B, first), state
 
 
 def _scatter(whole: TokenState, state: TokenState, index_BC: Array | None) -> TokenState:
@@ -303,8 +310,6 @@ def _run_layer(
     chosen: Slots,
     whole: TokenState,
     index: Array,
-    offset: Any,
-    leading: bool,
 ) -> Carry:
     mech, model, state, rows = call.mech, call.model, carry.state, chosen.rows
     layer, weights = index + 1, _at(call.weights, index)
@@ -317,12 +322,13 @@ def _run_layer(
 
     def attend(q: Array, k: Array, v: Array):
         k, v = _stored(mech, k, v, state.bits_BT)
-        slots_BC = rows.pos_BT if gathered or (call.plan.keeps_keys and not leading) else None
-        if slots_BC is not None:  # spare slots hold tokens whose keys are there already
-            slots_BC = jnp.where(state.active_BT, slots_BC, NEVER)
-        cache = carry.cache.write(index - offset, slots_BC, k, v)
+        slots_BC = None
+        if gathered or (call.plan.keeps_keys and not chosen.leading):
+            # Keys of tokens that stopped in an earlier segment are there already.
+            slots_BC = jnp.where(state.depth_BT >= chosen.first, rows.pos_BT, NEVER)
+        cache = carry.cache.write(index - chosen.offset, slots_BC, k, v)
         if among_all or (slots_BC is not None and not gathered):
-            k, v = cache.layer(index - offset)
+            k, v = cache.layer(index - chosen.offset)
         first_BS = _first_queries(call, chosen, whole, state, layer, among_all)
         context = blocked_attention(q, k, v, rows.pos_BT, first_BS, log_size)
         return context, (cache, q, k, first_BS)
@@ -341,7 +347,7 @@ def _run_layer(
     if not call.decides_inside:
         return carry
     if mech.halting is not None:
-        carry = _decide_if_asked(call, carry, chosen, whole, before_BTD, attended, layer, offset)
+        carry = _decide_if_asked(call, carry, chosen, whole, before_BTD, attended, layer)
     if mech.fusion is not None:
         with jax.named_scope("fuse"):
             fused = _fuse(call, carry.state, chosen, whole, attended, log_size, layer)
@@ -393,7 +399,7 @@ def _last_layer(call: Call, carry: Carry, read_BQ: Array) -> tuple[Array, KVCach
     slots_BT = jnp.where(state.active_BT, rows.pos_BT, NEVER) if call.plan.keeps_keys else None
     cache = carry.cache.write(jnp.int32(index), slots_BT, k, v)
     k, v = cache.layer(jnp.int32(index))
-    everyone = Slots(None, rows, None)
+    everyone = Slots(None, rows, None, 1)
     first_BS = _first_queries(call, everyone, state, state, layer, among_all=True)
     log_size = None
     if call.mech.fusion is not None and call.mech.fusion.proportional_attention:
@@ -420,7 +426,7 @@ def _eligible(rows: Rows, state: TokenState, call: Call) -> Bool[Array, "B T"]:
     return rows.subject_BT & ~rows.full_BT & (state.fused_BT == NEVER)
 
 
-def _decide_if_asked(call, carry, chosen, whole, before_BCD, attended, layer, offset) -> Carry:
+def _decide_if_asked(call, carry, chosen, whole, before_BCD, attended, layer) -> Carry:
     rule = call.mech.halting
     asked = rule.may_halt_L[layer - 1] | (chosen.rows.forced_layer_BT == layer).any()
     if rule.reads_drift:
@@ -430,7 +436,7 @@ def _decide_if_asked(call, carry, chosen, whole, before_BCD, attended, layer, of
         asked &= ~(drift_BT < -1).any()
 
     def decide(carry: Carry) -> tuple[TokenState, Any, Any]:
-        after = _decide(call, carry, chosen, whole, before_BCD, attended, layer, offset)
+        after = _decide(call, carry, chosen, whole, before_BCD, attended, layer)
         return after.state, after.drift_LBT, after.entropy_LBT
 
     def keep(carry: Carry) -> tuple[TokenState, Any, Any]:
@@ -448,7 +454,6 @@ def _decide(
     before_BCD: Array | None,
     attended: Any,
     layer: Array,
-    offset: Any,
 ) -> Carry:
     """Halting after a layer, as `masked._halt`."""
     rule, state, rows = call.mech.halting, carry.state, chosen.rows
@@ -468,7 +473,7 @@ def _decide(
         read = read._replace(entropy_BT=entropy_BT)
     if rule.reads_attention:
         with jax.named_scope("signals"):
-            received_BT = _received(call, carry, chosen, whole, before_BCD, layer, offset)
+            received_BT = _received(call, carry, chosen, whole, before_BCD, layer)
             read = read._replace(received_BT=received_BT)
     with jax.named_scope("halt"):
         forced_BT = eligible_BT & ~halted_BT & (layer >= rows.forced_layer_BT)
@@ -491,7 +496,7 @@ def _decide(
     )
 
 
-def _received(call, carry, chosen, whole, before_BCD, layer, offset) -> Float[Array, "B C"]:
+def _received(call, carry, chosen, whole, before_BCD, layer) -> Float[Array, "B C"]:
     """Attention that the segment's tokens received in a layer from the prompt's last queries."""
     rule, rows, state = call.mech.halting, chosen.rows, carry.state
     counted_BC = rows.scoring_BT & state.active_BT
@@ -504,7 +509,7 @@ def _received(call, carry, chosen, whole, before_BCD, layer, offset) -> Float[Ar
     multiply = _multiply(call, bits_BQ, weights, layer)
     params = {"params": from_storage(weights.params)}
     q_BQNH: Any = block.apply(params, h_BQD, pos_BQ, multiply, method=block.queries)
-    k_BSKH, _ = carry.cache.layer(layer - 1 - offset)
+    k_BSKH, _ = carry.cache.layer(layer - 1 - chosen.offset)
     first_BS = _first_queries(call, chosen, whole, state, layer, among_all=True)
     mask_BQS = first_BS[:, None, :] <= pos_BQ[..., None]
     log_size = None
