@@ -15,8 +15,8 @@ from qs_jax.config import (
 from qs_jax.engine.devices import replicate
 from qs_jax.engine.fit_maps import fit_kv_maps
 from qs_jax.engine.generate import GenerateOutput, StreamStep, generate, stream
-from qs_jax.engine.overrides import TokenOverrides
-from qs_jax.engine.scoring import ScoreOutput, score
+from qs_jax.engine.inputs import TokenOverrides
+from qs_jax.engine.score import ScoreOutput, score
 from qs_jax.errors import (
     CheckpointError,
     ConfigError,

@@ -6,8 +6,9 @@ The order is the one Hugging Face uses: repetition penalty, temperature, top-k, 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, no_type_check
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
@@ -15,10 +16,13 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 from qs_jax.config import Config
 
 
-class SamplingPlan(NamedTuple):
+class Plan(NamedTuple):
     """The static part: what the program contains.
 
     Attributes:
+      capacity: M, width of the output buffer, a bucket that holds max_new_tokens.
+      stop_ids: Token ids that end a row.
+      pad_id: Fills a row after its end.
       greedy: Take the most likely token.
       penalize: Apply the repetition penalty.
       shortlist: How many of the largest logits are sorted for top-k (a power of two >= top_k); 0
@@ -26,39 +30,131 @@ class SamplingPlan(NamedTuple):
       nucleus: Apply top-p.
     """
 
+    capacity: int
+    stop_ids: tuple[int, ...]
+    pad_id: int
     greedy: bool
     penalize: bool
     shortlist: int
     nucleus: bool
 
 
-class SamplingNumbers(NamedTuple):
+class Numbers(NamedTuple):
     """The traced part, all scalars: see `Config`."""
 
     temperature: Float[Array, ""]
     top_k: Int[Array, ""]
     top_p: Float[Array, ""]
     repetition_penalty: Float[Array, ""]
+    seed: UInt[Array, ""]
 
 
-def plan_of(cfg: Config) -> tuple[SamplingPlan, SamplingNumbers]:
+@no_type_check
+class Text(flax.struct.PyTreeNode):
+    """What was produced so far.
+
+    Attributes:
+      step: Tokens produced so far, the column of `tokens_BM` written next.
+      last_B: Token of each row that has not been run through the model yet.
+      pos_B: Position of `last_B` in its row.
+      done_B: The row has ended; it is carried along unchanged.
+      finite_B: Every logit of the row was finite so far.
+      seen_BV: Token ids of the prompt and continuation (repetition penalty), V = 1 when unused.
+      tokens_BM: Output buffer.
+      logprobs_BM: Log-probability of each produced token in nats.
+      lengths_B: Tokens each row has produced, the end token included.
+    """
+
+    step: Int[Array, ""]
+    last_B: Int[Array, "B"]
+    pos_B: Int[Array, "B"]
+    done_B: Bool[Array, "B"]
+    finite_B: Bool[Array, "B"]
+    seen_BV: Bool[Array, "B V"]
+    tokens_BM: Int[Array, "B M"]
+    logprobs_BM: Float[Array, "B M"]
+    lengths_B: Int[Array, "B"]
+
+
+def plan_of(cfg: Config, capacity: int) -> tuple[Plan, Numbers]:
     """Split a `Config` into its static and its traced part."""
     vocab = cfg.model.vocab_size
     top_k = min(cfg.top_k or vocab, vocab)
     greedy = cfg.temperature == 0
-    plan = SamplingPlan(
+    plan = Plan(
+        capacity=capacity,
+        stop_ids=cfg.stop_ids,
+        pad_id=cfg.model.pad_token_id or 0,
         greedy=greedy,
         penalize=cfg.repetition_penalty != 1.0,
         shortlist=0 if greedy or top_k == vocab else min(1 << (top_k - 1).bit_length(), vocab),
         nucleus=not greedy and cfg.top_p is not None and cfg.top_p < 1.0,
     )
-    numbers = SamplingNumbers(
+    numbers = Numbers(
         temperature=jnp.float32(cfg.temperature),
         top_k=jnp.int32(top_k),
         top_p=jnp.float32(1.0 if cfg.top_p is None else cfg.top_p),
         repetition_penalty=jnp.float32(cfg.repetition_penalty),
+        seed=jnp.uint32(cfg.seed),
     )
     return plan, numbers
+
+
+def begin(
+    tokens_BT: Int[Array, "B T"],
+    lengths_B: Int[Array, "B"],
+    logits_BV: Float[Array, "B V"],
+    numbers: Numbers,
+    plan: Plan,
+) -> Text:
+    """Choose the first token of each row.
+
+    Args:
+      tokens_BT: Right-padded prompts.
+      lengths_B: Tokens of each prompt.
+      logits_BV: After the last of them.
+      numbers: Traced part.
+      plan: Static part.
+    """
+    batch, width = tokens_BT.shape
+    seen_BV = jnp.zeros((batch, logits_BV.shape[1] if plan.penalize else 1), bool)
+    if plan.penalize:
+        real_BT = jnp.arange(width)[None, :] < lengths_B[:, None]
+        seen_BV = seen_BV.at[jnp.arange(batch)[:, None], tokens_BT].max(real_BT)
+    text = Text(
+        step=jnp.int32(0),
+        last_B=jnp.zeros(batch, jnp.int32),
+        pos_B=lengths_B,
+        done_B=jnp.zeros(batch, bool),
+        finite_B=jnp.ones(batch, bool),
+        seen_BV=seen_BV,
+        tokens_BM=jnp.full((batch, plan.capacity), plan.pad_id, jnp.int32),
+        logprobs_BM=jnp.zeros((batch, plan.capacity), logits_BV.dtype),
+        lengths_B=jnp.zeros(batch, jnp.int32),
+    )
+    return emit(text, logits_BV, numbers, plan)
+
+
+def emit(text: Text, logits_BV: Float[Array, "B V"], numbers: Numbers, plan: Plan) -> Text:
+    """Choose each row's next token from its logits and note it; ended rows stay as they are."""
+    rows = jnp.arange(logits_BV.shape[0])
+    keys_B = row_keys(numbers.seed, logits_BV.shape[0])
+    token_B = choose(logits_BV, text.seen_BV, keys_B, text.step, plan, numbers)
+    logprob_B = jax.nn.log_softmax(logits_BV, axis=-1)[rows, token_B]
+    live_B = ~text.done_B
+    token_B = jnp.where(live_B, token_B, plan.pad_id)
+    stop_B = jnp.isin(token_B, jnp.array(plan.stop_ids, jnp.int32))
+    seen_BV = text.seen_BV.at[rows, token_B].max(live_B) if plan.penalize else text.seen_BV
+    return text.replace(
+        step=text.step + 1,
+        last_B=token_B,
+        done_B=text.done_B | stop_B,
+        finite_B=text.finite_B & (text.done_B | jnp.isfinite(logits_BV).all(-1)),
+        seen_BV=seen_BV,
+        tokens_BM=text.tokens_BM.at[:, text.step].set(token_B),
+        logprobs_BM=text.logprobs_BM.at[:, text.step].set(jnp.where(live_B, logprob_B, 0.0)),
+        lengths_B=text.lengths_B + live_B,
+    )
 
 
 def penalize(
@@ -70,7 +166,7 @@ def penalize(
 
 
 def filter_logits(
-    logits_BV: Float[Array, "B V"], plan: SamplingPlan, numbers: SamplingNumbers
+    logits_BV: Float[Array, "B V"], plan: Plan, numbers: Numbers
 ) -> Float[Array, "B V"]:
     """Logits after temperature, top-k and top-p, with -inf where a token is filtered out.
 
@@ -125,8 +221,8 @@ def choose(
     seen_BV: Bool[Array, "B _"],
     keys_B: Array,
     step: Int[Array, ""],
-    plan: SamplingPlan,
-    numbers: SamplingNumbers,
+    plan: Plan,
+    numbers: Numbers,
 ) -> Int[Array, "B"]:
     """The next token of each row.
 

@@ -1,0 +1,450 @@
+"""The decode engine: one loop over new tokens, for the dense model and under the mechanisms.
+
+A step runs a few tokens of each row (one, or a draft to be verified) through all layers and appends
+their keys and values to caches that hold what later queries can see. Layers run in segments, each
+with a cache. A segment in which no row computes is not run: keys and values are written where the
+policy needs them, and that is all. `take_back` undoes the last appends.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple, no_type_check
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from qs_jax.config import ModelConfig
+from qs_jax.engine import sampling
+from qs_jax.engine.attention import step_attention
+from qs_jax.engine.cache import SlotCache
+from qs_jax.mechanisms import Mechanisms, Rows, halting, kv_maps, signals
+from qs_jax.models import Params, family_of, head, rope
+from qs_jax.models.cpu import InPlace, as_state, layer_weights
+from qs_jax.models.layers import dense_product
+from qs_jax.state import FULL_BITS, NEVER, Decisions, TokenState, exact_dtype
+
+
+class Call(NamedTuple):
+    """What all layers of a step share.
+
+    Attributes:
+      params: Without the layers' own; with "int8" and "kv_maps" where they are read.
+      layers: From `cpu.decode_layers`.
+      model: Architecture.
+      mech: Mechanisms.
+      rows: The tokens; rows that have ended are not real.
+      embedded_BTD: Input embeddings.
+    """
+
+    params: Params
+    layers: Any
+    model: ModelConfig
+    mech: Mechanisms
+    rows: Rows
+    embedded_BTD: Float[Array, "B T D"]
+
+    @property
+    def halts(self) -> bool:
+        """New tokens may halt."""
+        return self.mech.halting is not None and not self.mech.continuation
+
+    @property
+    def quantizes(self) -> bool:
+        """New tokens have bits; in int8 also those that no mechanism may touch."""
+        amq = self.mech.amq
+        return amq is not None and (amq.narrow or not self.mech.continuation)
+
+    @property
+    def extrapolates(self) -> bool:
+        """Deeper keys of halted new tokens are read from maps."""
+        return self.halts and self.mech.kv_skip.policy == "extrapolate"
+
+
+class Step(NamedTuple):
+    """What a step gives.
+
+    Attributes:
+      logits_BTV: After each token.
+      caches: With its keys and values appended.
+      keeps: For each segment, which tokens were appended in which layers, `[l, B, T]`.
+      rows: The tokens.
+      state: Final carry.
+      drift_LBT: Layer drifts that decisions read; None where they read none.
+      entropy_LBT: Entropies, likewise.
+    """
+
+    logits_BTV: Float[Array, "B T V"]
+    caches: tuple[SlotCache, ...]
+    keeps: tuple[Bool[Array, "l B T"], ...]
+    rows: Rows
+    state: TokenState
+    drift_LBT: Float[Array, "L B T"] | None
+    entropy_LBT: Float[Array, "L B T"] | None
+
+
+def step(
+    params: Params,
+    layers: Any,
+    tokens_BT: Int[Array, "B T"],
+    pos_B: Int[Array, "B"],
+    live_B: Bool[Array, "B"],
+    caches: tuple[SlotCache, ...],
+    model: ModelConfig,
+    mech: Mechanisms,
+) -> Step:
+    """Run T tokens of each row, the first at `pos_B`.
+
+    Args:
+      params: As in `Call`.
+      layers: From `cpu.decode_layers`.
+      tokens_BT: Ids.
+      pos_B: Position of the first.
+      live_B: Rows that have not ended; others append nothing.
+      caches: Of each segment, with room for T tokens.
+      model: Architecture.
+      mech: Mechanisms.
+    """
+    pos_BT = pos_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
+    real_BT = jnp.broadcast_to(live_B[:, None], tokens_BT.shape)
+    nobody_B = jnp.zeros_like(pos_B)  # under "continuation" no new token is a subject
+    rows = mech.rows(tokens_BT, pos_BT, real_BT, nobody_B)
+    embed = family_of(model).embed(model)
+    with jax.named_scope("embed"):
+        embedded: Any = embed.apply({"params": params["embed"]}, tokens_BT, pos_BT)
+    call = Call(params, layers, model, mech, rows, embedded)
+    state, outs, appended, keeps, first = _start(call), [], [], [], 0
+    for cache in caches:
+        state, (out, keys_values, keep_lBT) = _segment(call, state, cache, first)
+        outs.append(out)
+        keeps.append(keep_lBT)
+        appended.append(cache.append(*keys_values, keep_lBT, state.bits_BT))
+        first += cache.layers
+    drift_LBT, entropy_LBT = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outs)
+    logits_BTV = head.logits(params, head.normed(params, state.h_BTD, model))
+    return Step(logits_BTV, tuple(appended), tuple(keeps), rows, state, drift_LBT, entropy_LBT)
+
+
+def take_back(
+    caches: tuple[SlotCache, ...], keeps: tuple[Array, ...], accepted_B: Int[Array, "B"]
+) -> tuple[SlotCache, ...]:
+    """Caches without what a step appended for all but the first `accepted_B` of its tokens."""
+    after = []
+    for cache, keep_lBT in zip(caches, keeps, strict=True):
+        rejected_BT = jnp.arange(keep_lBT.shape[2])[None] >= accepted_B[:, None]
+        after.append(cache.take_back((keep_lBT & rejected_BT).sum(2, dtype=jnp.int32)))
+    return tuple(after)
+
+
+def _start(call: Call) -> TokenState:
+    mech, model, shape = call.mech, call.model, call.rows.pos_BT.shape
+    extra = {}
+    if mech.shortlist_size:
+        extra["shortlist_BTX"] = jnp.zeros((*shape, mech.shortlist_size), jnp.int32)
+    if call.extrapolates:
+        size = call.params["kv_maps"].code_size
+        extra["code_BTR"] = jnp.zeros((*shape, size), model.dtype)
+    never_BT = jnp.full(shape, NEVER, jnp.int32)
+    return TokenState(
+        h_BTD=call.embedded_BTD,
+        active_BT=call.rows.real_BT,
+        fused_BT=never_BT,
+        bits_BT=jnp.full(shape, FULL_BITS, jnp.int32),
+        depth_BT=jnp.full(shape, model.num_layers, jnp.int32),
+        fused_after_BT=never_BT,
+        size_BT=jnp.ones(shape, exact_dtype(model.dtype)),
+        **extra,
+    )
+
+
+def _segment(call: Call, state: TokenState, cache: SlotCache, first: int):
+    """A segment's layers, those in which nobody computes left out; the cache is only read.
+
+    Layers of a single row whose weights lie in place are left out one by one.
+    """
+    runs = [functools.partial(_stay, call, stores) for stores in (False, True)]
+    runs.append(functools.partial(_run_layer, call))
+
+    def needed(state: TokenState, layer: Array) -> Array:
+        """What a layer has to do: an index into `runs`."""
+        written_BT = call.mech.kv_skip.written(state.depth_BT, call.rows.retain_BT, layer)
+        stores = (written_BT & call.rows.real_BT).any().astype(jnp.int32)
+        return jnp.where(state.active_BT.any(), 2, stores)
+
+    def choose(state: TokenState, cache: SlotCache, offset: Any, index: Any):
+        chosen = [functools.partial(run, offset=offset, index=index) for run in runs]
+        return lax.switch(needed(state, index + 1), chosen, state, cache)
+
+    def all_layers(run: Any, state: TokenState, cache: SlotCache):
+        if cache.layers == 1:
+            state, out = run(state, cache, offset=0, index=first)
+            return state, jax.tree.map(lambda leaf: leaf[None], out)
+
+        def body(state: TokenState, offset: Array):
+            return run(state, cache, offset=offset, index=first + offset)
+
+        return lax.scan(body, state, jnp.arange(cache.layers, dtype=jnp.int32))
+
+    # One of two branches is taken even where nobody may halt: a branch is what keeps a cache's
+    # readers before its writer.
+    which, branches = call.rows.real_BT.any().astype(jnp.int32), [runs[0], runs[2]]
+    if call.halts and cache.layers > 1 and isinstance(call.layers, InPlace):
+        branches[1] = choose
+    elif call.halts:
+        which, branches = needed(state, jnp.int32(first + 1)), runs
+    chosen = [functools.partial(all_layers, run) for run in branches]
+    return lax.switch(which, chosen, state, cache)
+
+
+def _at(tree: Any, index: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+def _stay(call: Call, stores: bool, state: TokenState, cache: SlotCache, offset: Any, index: Any):
+    """A layer in which nobody computes: keys and values of frozen states, if some are written."""
+    mech, model, layer = call.mech, call.model, jnp.int32(index) + 1
+    shape = (*call.rows.pos_BT.shape, model.num_kv_heads, model.head_dim)
+    k = v = jnp.zeros(shape, model.dtype)
+    if stores:
+        block = family_of(model).block(model)
+        params = {"params": layer_weights(call.layers, index)}
+        multiply = _multiply(call, state.bits_BT, index)
+        at = (state.h_BTD, call.rows.pos_BT, multiply)
+        out: Any = block.apply(params, *at, method=block.keys_values)
+        k, v = _stored(call, state, *out, layer)
+    keep_BT = mech.kv_skip.written(state.depth_BT, call.rows.retain_BT, layer) & call.rows.real_BT
+    state = _assign_bits(call, _pick_shortlist(call, state, layer), layer)
+    return state, (_unread(call), (k, v), keep_BT)
+
+
+def _unread(call: Call) -> tuple[Array | None, Array | None]:
+    """A layer's drifts and entropies where no decision reads them."""
+    rule = call.mech.halting
+    if not call.halts:
+        return None, None
+    assert rule is not None
+    nan_BT = jnp.full(call.rows.pos_BT.shape, jnp.nan, exact_dtype(call.model.dtype))
+    return nan_BT, nan_BT if rule.entropy is not None else None
+
+
+def _run_layer(call: Call, state: TokenState, cache: SlotCache, offset: Any, index: Any):
+    mech, model, rows = call.mech, call.model, call.rows
+    layer, width = jnp.int32(index) + 1, rows.pos_BT.shape[1]
+    keep_BT = mech.kv_skip.written(state.depth_BT, rows.retain_BT, layer) & rows.real_BT
+    earlier_TT = jnp.tri(width, k=-1, dtype=bool)
+    own_BTT = (earlier_TT & keep_BT[:, None, :]) | jnp.eye(width, dtype=bool)
+    held_BC = cache.held(offset)
+    held_BTC = jnp.broadcast_to(held_BC[:, None], (len(held_BC), width, held_BC.shape[1]))
+    mask_BTX = jnp.concatenate([held_BTC, own_BTT], axis=2)
+
+    def attend(q: Array, k: Array, v: Array):
+        k, v = _stored(call, state, k, v, layer)
+        return step_attention(q, cache.layer(offset), (k, v), mask_BTX), (k, v)
+
+    block = family_of(model).block(model)
+    params = {"params": layer_weights(call.layers, index)}
+    multiply = _multiply(call, state.bits_BT, index)
+    out: Any = block.apply(params, state.h_BTD, rows.pos_BT, attend, multiply)
+    h_BTD, keys_values = out
+    before = state
+    h_BTD = jnp.where(state.active_BT[..., None], h_BTD, state.h_BTD)
+    state = _pick_shortlist(call, state.replace(h_BTD=h_BTD), layer)
+    read = (None, None)
+    if call.halts:
+        state, read = _halt(call, state, before, layer)
+    state = _assign_bits(call, state, layer)
+    if call.quantizes and "hidden" in mech.amq.targets:
+        coarse = mech.amq.quantize(state.h_BTD.astype(model.dtype), state.bits_BT)
+        h_BTD = as_state(coarse, model.dtype)
+        h_BTD = jnp.where(before.active_BT[..., None], h_BTD, state.h_BTD)
+        state = state.replace(h_BTD=h_BTD)
+    if call.extrapolates:
+        state = _encode(call, state, layer)
+    return state, (read, keys_values, keep_BT)
+
+
+def _multiply(call: Call, bits_BT: Array, index: Any):
+    amq = call.mech.amq
+    if amq is None or not call.quantizes:
+        return dense_product
+    codes = _at(call.params["int8"], index) if amq.multiplies_int8 else None
+    return amq.multiply(bits_BT, codes, jnp.int32(index) + 1)
+
+
+def _stored(call: Call, state: TokenState, k: Array, v: Array, layer: Array):
+    """Keys and values as the cache holds them: of halted tokens by their maps, quantised."""
+    mech, model = call.mech, call.model
+    if call.extrapolates:
+        maps = call.params["kv_maps"]
+        maps_XRO = maps.maps_LXFO[layer - 1]
+        mapped_BTO = kv_maps.extrapolate(state.code_BTR, maps_XRO, state.depth_BT, maps.layers)
+        k_mapped, v_mapped = kv_maps.split(mapped_BTO, model)
+        if family_of(model).rotates:
+            k_mapped = rope.rotate(k_mapped, call.rows.pos_BT, model)
+        halted = (state.depth_BT < layer)[..., None, None]
+        k, v = jnp.where(halted, k_mapped, k), jnp.where(halted, v_mapped, v)
+    if mech.amq is None or not call.quantizes:
+        return k, v
+    return mech.amq.stored(k, state.bits_BT), mech.amq.stored(v, state.bits_BT)
+
+
+def _halt(call: Call, state: TokenState, before: TokenState, layer: Array):
+    """Halting after a layer by the dual rule: quotas are for prompts."""
+    rule, rows = call.mech.halting, call.rows
+    assert rule is not None
+    with jax.named_scope("signals"):
+        drift_BT = signals.drift(rule.drift, state.h_BTD, before.h_BTD)
+    eligible_BT, halted_BT = rows.subject_BT & ~rows.full_BT, state.depth_BT < layer
+    read = halting.Signals(rows.pos_BT, eligible_BT, halted_BT, drift_BT, None)
+    entropy_BT = None
+    if rule.entropy is not None:
+        candidates_BT = rule.candidates(read, layer)
+        entropy_BT = _entropy(call, state, rule.entropy, candidates_BT)
+        entropy_BT = jnp.where(candidates_BT, entropy_BT, jnp.nan)
+        read = read._replace(entropy_BT=entropy_BT)
+    with jax.named_scope("halt"):
+        forced_BT = eligible_BT & ~halted_BT & (layer >= rows.forced_layer_BT)
+        halts_BT = rule.decide(read, layer) | forced_BT
+    state = state.replace(
+        depth_BT=jnp.where(halts_BT, layer, state.depth_BT), active_BT=state.active_BT & ~halts_BT
+    )
+    return state, (jnp.where(before.active_BT, drift_BT, jnp.nan), entropy_BT)
+
+
+def _entropy(call: Call, state: TokenState, kind: str, needed_BT: Array) -> Array:
+    def compute() -> Array:
+        with jax.named_scope("signals"):
+            lists = (state.shortlist_BTX, None)
+            return signals.entropy(kind, state.h_BTD, call.params, call.model, *lists)
+
+    nothing = jnp.zeros(needed_BT.shape, exact_dtype(call.model.dtype))
+    return lax.cond(needed_BT.any(), compute, lambda: nothing)
+
+
+def _pick_shortlist(call: Call, state: TokenState, layer: Array) -> TokenState:
+    if not call.mech.shortlist_size or call.mech.continuation:
+        return state
+
+    def pick() -> Array:
+        size = call.mech.shortlist_size
+        return signals.pick_shortlist(state.h_BTD, call.params, call.model, size)
+
+    here = layer == call.mech.shortlist_layer
+    return state.replace(shortlist_BTX=lax.cond(here, pick, lambda: state.shortlist_BTX))
+
+
+def _assign_bits(call: Call, state: TokenState, layer: Array) -> TokenState:
+    amq, rows = call.mech.amq, call.rows
+    if amq is None or not call.quantizes:
+        return state
+    here = layer == amq.layer
+    entropy_BT = jnp.zeros(rows.pos_BT.shape, exact_dtype(call.model.dtype))
+    if amq.entropy is not None and not call.mech.continuation:
+        entropy_BT = _entropy(call, state, amq.entropy, rows.subject_BT & here)
+    assigned_BT = amq.assign(entropy_BT, rows.subject_BT, rows.full_BT)
+    return state.replace(bits_BT=jnp.where(here, assigned_BT, state.bits_BT))
+
+
+def _encode(call: Call, state: TokenState, layer: Array) -> TokenState:
+    """What the maps of deeper layers read of tokens that halted at this one."""
+    now_BT = state.depth_BT == layer
+    sources = {"state": lambda: state.h_BTD, "embedding": lambda: call.embedded_BTD}
+    code_BTR = kv_maps.encode(
+        call.params["kv_maps"], sources, state.depth_BT, call.model.dtype
+    )
+    return state.replace(code_BTR=jnp.where(now_BT[..., None], code_BTR, state.code_BTR))
+
+
+# --- the loop -----------------------------------------------------------------------------------
+
+
+@no_type_check
+class DecodeState(flax.struct.PyTreeNode):
+    """The carry of the loop.
+
+    Attributes:
+      text: What was produced so far.
+      caches: Of each segment.
+      decisions: Of every token that was run, over S positions; None where no mechanism runs.
+      full: Some cache has no slot left for a live row's next token.
+    """
+
+    text: sampling.Text
+    caches: tuple[SlotCache, ...]
+    decisions: Decisions | None
+    full: Bool[Array, ""]
+
+
+def advance(
+    params: Params,
+    layers: Any,
+    state: DecodeState,
+    mech: Mechanisms,
+    numbers: sampling.Numbers,
+    model: ModelConfig,
+    plan: sampling.Plan,
+) -> DecodeState:
+    """Run each row's last token through the model and choose the next one."""
+    text = state.text
+    live_B = ~text.done_B
+    ran = step(params, layers, text.last_B[:, None], text.pos_B, live_B, state.caches, model, mech)
+    decisions = state.decisions
+    if decisions is not None:
+        decisions = _note(decisions, ran, text.pos_B, live_B)
+    text = sampling.emit(
+        text.replace(pos_B=text.pos_B + live_B), ran.logits_BTV[:, 0], numbers, plan
+    )
+    live_B = ~text.done_B
+    full = functools.reduce(jnp.logical_or, [cache.is_full(live_B, 1) for cache in ran.caches])
+    return DecodeState(text, ran.caches, decisions, full)
+
+
+def _note(decisions: Decisions, ran: Step, pos_B: Array, live_B: Array) -> Decisions:
+    """Note what was decided about the one token of each live row."""
+    at_B = jnp.where(live_B, pos_B, NEVER)
+    rows_B = jnp.arange(len(pos_B))
+
+    def put(old_BS: Array, new_BT: Array) -> Array:
+        return old_BS.at[rows_B, at_B].set(new_BT[:, 0], mode="drop")
+
+    def put_layers(old_LBS: Array | None, new_LBT: Array | None) -> Array | None:
+        if old_LBS is None or new_LBT is None:
+            return old_LBS
+        return jax.vmap(put)(old_LBS, new_LBT)
+
+    return decisions.replace(
+        depth_BT=put(decisions.depth_BT, ran.state.depth_BT),
+        bits_BT=put(decisions.bits_BT, ran.state.bits_BT),
+        retain_BT=put(decisions.retain_BT, ran.rows.retain_BT),
+        drift_LBT=put_layers(decisions.drift_LBT, ran.drift_LBT),
+        entropy_LBT=put_layers(decisions.entropy_LBT, ran.entropy_LBT),
+    )
+
+
+def run_until(
+    params: Params,
+    layers: Any,
+    state: DecodeState,
+    limit: Int[Array, ""],
+    mech: Mechanisms,
+    numbers: sampling.Numbers,
+    model: ModelConfig,
+    plan: sampling.Plan,
+) -> DecodeState:
+    """Steps until `limit` tokens are produced, every row has ended, or a cache is full."""
+
+    def unfinished(state: DecodeState) -> Array:
+        return (state.text.step < limit) & ~state.text.done_B.all() & ~state.full
+
+    def body(state: DecodeState) -> DecodeState:
+        return advance(params, layers, state, mech, numbers, model, plan)
+
+    return lax.while_loop(unfinished, body, state)
+
+
+_STATIC = ("model", "plan")
+jit_advance = jax.jit(advance, static_argnames=_STATIC, donate_argnames=("state",))
+jit_run_until = jax.jit(run_until, static_argnames=_STATIC, donate_argnames=("state",))

@@ -1,0 +1,591 @@
+"""Token generation: a prompt, then a loop over tokens, on the fast engines or by the definition.
+
+The fast engines run prefill, packing and the loop as programs of their own. The masked engine
+scores the row so far for every new token: slow, obvious, and what the others are tested against.
+`stream` runs the same pieces, one call a token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from qs_jax.config import Config, ModelConfig
+from qs_jax.engine import decode, inputs, masked, prompt, sampling
+from qs_jax.engine.cache import KVCache, SlotCache, bucket, cache_bytes
+from qs_jax.engine.decode import DecodeState
+from qs_jax.engine.inputs import TokenOverrides
+from qs_jax.engine.prompt_plan import arrange, runs_fast
+from qs_jax.engine.weights import check_finite, prepare_params
+from qs_jax.mechanisms import Mechanisms, Overrides, resolve
+from qs_jax.models import Params, cpu, head
+from qs_jax.record import Record, decided
+from qs_jax.state import NEVER, Decisions, evidence
+
+@dataclasses.dataclass(frozen=True)
+class GenerateOutput:
+    """What `generate` returns; B rows, M = max_new_tokens columns.
+
+    Attributes:
+      tokens: int32 `[B, M]`, the new tokens only, the end token included; padding after it.
+      lengths: int32 `[B]`, new tokens of each row.
+      logprobs: float32 `[B, M]`, log-probability of each new token as the model ran, before
+        temperature, filters and penalties, in nats; 0 in the padding.
+      prompt_tokens: int32 `[B, T]`, the right-padded prompts.
+      prompt_lengths: int32 `[B]`.
+      record: What the mechanisms did to every token that was run: the prompt and all new tokens but
+        the last of each row. None for the dense model.
+      kv_bytes: Bytes the KV cache took at the end of the call, which is its largest size. The
+        prompt's own full cache, which the decode engine packs and frees after prefill, is not in
+        it.
+    """
+
+    tokens: Int[np.ndarray, "B M"]
+    lengths: Int[np.ndarray, "B"]
+    logprobs: Float[np.ndarray, "B M"]
+    prompt_tokens: Int[np.ndarray, "B T"]
+    prompt_lengths: Int[np.ndarray, "B"]
+    record: Record | None = None
+    kv_bytes: int = 0
+
+    @property
+    def sequences(self) -> list[list[int]]:
+        """Prompt and continuation of each row, without padding."""
+        return [
+            self.prompt_tokens[row, : self.prompt_lengths[row]].tolist()
+            + self.tokens[row, : self.lengths[row]].tolist()
+            for row in range(len(self.tokens))
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamStep:
+    """One token a row.
+
+    Attributes:
+      tokens: int32 `[B]`; the pad id for rows that had ended before.
+      logprobs: float32 `[B]`, as in `GenerateOutput`.
+      is_new: bool `[B]`, the row produced a token in this step.
+      done: bool `[B]`, the row has ended.
+    """
+
+    tokens: Int[np.ndarray, "B"]
+    logprobs: Float[np.ndarray, "B"]
+    is_new: Bool[np.ndarray, "B"]
+    done: Bool[np.ndarray, "B"]
+
+
+class _Call(NamedTuple):
+    """A call, ready to run.
+
+    Attributes:
+      params: As programs take them.
+      batch: Prompts as given, as wide as the longest.
+      padded: The same padded to their bucket.
+      overrides: Of single tokens.
+      mech: Mechanisms.
+      numbers: Of sampling, traced.
+      plan: Of sampling, static.
+      cfg: The call.
+    """
+
+    params: Params
+    batch: inputs.Batch
+    padded: inputs.Batch
+    overrides: Overrides | None
+    mech: Mechanisms
+    numbers: sampling.Numbers
+    plan: sampling.Plan
+    cfg: Config
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch."""
+        return len(self.batch.lengths_B)
+
+
+def _prepare(
+    params: Params,
+    tokens: inputs.TokensLike,
+    cfg: Config,
+    lengths: Any,
+    attention_mask: Any,
+    overrides: TokenOverrides | None,
+) -> _Masked | _Fast:
+    model, mech = cfg.model, resolve(cfg.quicksilver, cfg.model, cfg.effective_protocol)
+    params = prepare_params(params, model, mech, stored=False)
+    given = {"lengths": lengths, "attention_mask": attention_mask}
+    batch, padded = inputs.prepare_batch(tokens, model, new_tokens=cfg.max_new_tokens, **given)
+    chosen = inputs.override_arrays(
+        overrides, padded.tokens_BT.shape, batch.tokens_BT.shape[1], cfg
+    )
+    plan, numbers = sampling.plan_of(cfg, inputs.bucket_size(cfg.max_new_tokens))
+    call = _Call(params, batch, padded, chosen, mech, numbers, plan, cfg)
+    return _Fast(call) if runs_fast(cfg, generates=True) else _Masked(call)
+
+
+def generate(
+    params: Params,
+    tokens: inputs.TokensLike,
+    cfg: Config,
+    *,
+    lengths: Sequence[int] | np.ndarray | None = None,
+    attention_mask: Any = None,
+    overrides: TokenOverrides | None = None,
+) -> GenerateOutput:
+    """Continue every row until an end token or `cfg.max_new_tokens`.
+
+    A row's result depends neither on padding nor on the other rows.
+
+    Args:
+      params: From `qs_jax.load`.
+      tokens: int `[B, T]`, one row `[T]`, or rows of different lengths.
+      cfg: Model, mechanisms and their protocol, budget and sampling.
+      lengths: `[B]` valid tokens of each right-padded row.
+      attention_mask: `[B, T]`, true for real tokens; left or right padding.
+      overrides: What to do with single tokens of the prompts, whatever their signals say.
+
+    Returns:
+      The new tokens, their count and log-probabilities, and the record of the mechanisms.
+
+    Raises:
+      ConfigError: The parameters are another model's, or the maps a policy needs are missing.
+      InputError: Tokens cannot be used, or prompt + budget exceed the position limit.
+      NonFiniteError: The model produced NaN or infinite logits.
+    """
+    engine = _prepare(params, tokens, cfg, lengths, attention_mask, overrides)
+    text, found = jax.device_get(engine.finish())
+    check_finite(text.finite_B)
+    call, record = engine.call, None
+    if found is not None:
+        ran_B = call.batch.lengths_B + np.maximum(text.lengths_B - 1, 0)
+        if isinstance(found, Decisions):
+            assert cfg.quicksilver is not None
+            found = decided(found, cfg.quicksilver, cfg.model.num_layers, ran_B)
+        counted = (int(ran_B.max()), ran_B, call.batch.lengths_B, cfg.effective_protocol)
+        record = Record.of(found, *counted, simulated=isinstance(engine, _Masked))
+    return GenerateOutput(
+        tokens=text.tokens_BM[:, : cfg.max_new_tokens],
+        lengths=text.lengths_B,
+        logprobs=text.logprobs_BM[:, : cfg.max_new_tokens],
+        prompt_tokens=call.batch.tokens_BT,
+        prompt_lengths=call.batch.lengths_B,
+        record=record,
+        kv_bytes=engine.kv_bytes,
+    )
+
+
+def stream(
+    params: Params,
+    tokens: inputs.TokensLike,
+    cfg: Config,
+    *,
+    lengths: Sequence[int] | np.ndarray | None = None,
+    attention_mask: Any = None,
+    overrides: TokenOverrides | None = None,
+) -> Iterator[StreamStep]:
+    """`generate`, one token a row at a time: same arguments, same tokens.
+
+    Input is checked by the call itself, before the first step is asked for.
+
+    Returns:
+      An iterator that ends when every row has ended or the budget is used up.
+
+    Raises:
+      InputError: As `generate`.
+      NonFiniteError: As `generate`, while iterating.
+    """
+    return _steps(_prepare(params, tokens, cfg, lengths, attention_mask, overrides))
+
+
+def _steps(engine: _Masked | _Fast) -> Iterator[StreamStep]:
+    ended = np.zeros(engine.call.rows, bool)
+    for step in range(engine.call.cfg.max_new_tokens):
+        text = engine.advance()
+        token, logprob, done, finite = jax.device_get(
+            (text.last_B, _column(text.logprobs_BM, step), text.done_B, text.finite_B)
+        )
+        check_finite(finite)
+        yield StreamStep(tokens=token, logprobs=logprob, is_new=~ended, done=done)
+        ended = done
+        if done.all():
+            return
+
+
+@jax.jit
+def _column(array_BM: Array, step: Array) -> Array:
+    return lax.dynamic_index_in_dim(array_BM, step, axis=1, keepdims=False)
+
+
+# --- by the definition --------------------------------------------------------------------------
+
+
+class _Masked:
+    """Generation as scoring of the rows so far."""
+
+    kv_bytes = 0  # it keeps no cache
+
+    def __init__(self, call: _Call) -> None:
+        self.call, self.params = call, cpu.stored_params(call.params)
+        more = call.plan.capacity
+
+        def widen(array: Any, value: Any) -> Any:
+            return np.pad(array, ((0, 0), (0, more)), constant_values=value)
+
+        self.tokens, self.overrides = widen(call.padded.tokens_BT, 0), None
+        if call.overrides is not None:
+            values = Overrides(full_BT=False, forced_layer_BT=NEVER, retain_BT=False)
+            self.overrides = Overrides(*map(widen, call.overrides, values))
+        self.text: Any = None
+        self.evidence: Any = None
+
+    def advance(self) -> sampling.Text:
+        """One more token a row."""
+        call = self.call
+        given = (self.tokens, call.batch.lengths_B, self.overrides, self.text)
+        static = {"model": call.cfg.model, "plan": call.plan}
+        self.tokens, self.text, self.evidence = _rescore(
+            self.params, *given, call.mech, call.numbers, **static
+        )
+        return self.text
+
+    def finish(self) -> tuple[sampling.Text, Any]:
+        """All tokens, and what was decided."""
+        for _ in range(self.call.cfg.max_new_tokens):
+            if np.asarray(self.advance().done_B).all():
+                break
+        return self.text, self.evidence
+
+
+@functools.partial(jax.jit, static_argnames=("model", "plan"))
+def _rescore(
+    params: Params,
+    tokens_BS: Int[Array, "B S"],
+    prompt_lengths_B: Int[Array, "B"],
+    overrides: Overrides | None,
+    text: sampling.Text | None,
+    mech: Mechanisms,
+    numbers: sampling.Numbers,
+    model: ModelConfig,
+    plan: sampling.Plan,
+):
+    """Append each live row's last token, run the rows, and choose the next tokens."""
+    rows_B = jnp.arange(len(tokens_BS))
+    tokens_BS, lengths_B = jnp.asarray(tokens_BS), jnp.asarray(prompt_lengths_B)
+    if text is not None:
+        at_B = jnp.where(text.done_B, NEVER, text.pos_B)
+        tokens_BS = tokens_BS.at[rows_B, at_B].set(text.last_B, mode="drop")
+        text = text.replace(pos_B=text.pos_B + ~text.done_B)
+        lengths_B = text.pos_B
+    batch = inputs.Batch(tokens_BS, lengths_B)
+    rows = inputs.whole_rows(batch, prompt_lengths_B, overrides, mech)
+    h_BTD, state, record = masked.run_to_the_end(params, rows, model, mech)
+    logits_BV = head.logits(params, h_BTD[rows_B, lengths_B - 1])
+    if text is None:
+        text = sampling.begin(tokens_BS, lengths_B, logits_BV, numbers, plan)
+    else:
+        text = sampling.emit(text, logits_BV, numbers, plan)
+    return tokens_BS, text, evidence(state, record)
+
+
+# --- on the fast engines ------------------------------------------------------------------------
+
+# Most new tokens a cache has room for before it grows.
+GROWTH = 256
+# Layers that share a capacity, and segments of stacked layers, where tokens may leave anywhere.
+SHARED = 3
+STACKED_SEGMENTS = 6
+# Room for new tokens beyond what the prompt's share foretells.
+MARGIN = 1.25
+
+
+def start(
+    params: Params,
+    batch: inputs.Batch,
+    overrides: Overrides | None,
+    mech: Mechanisms,
+    segments: prompt.Segments,
+    numbers: sampling.Numbers,
+    model: ModelConfig,
+    plan: sampling.Plan,
+    prompt_plan: prompt.Plan,
+) -> tuple[sampling.Text, KVCache, Decisions]:
+    """Run the prompts and choose the first token of each row."""
+    rows = inputs.whole_rows(batch, batch.lengths_B, overrides, mech)
+    last_B1 = batch.lengths_B[:, None] - 1
+    result = prompt.run(params, rows, last_B1, model, mech, prompt_plan, segments)
+    logits_BV = head.logits(params, result.h_BQD[:, 0])
+    text = sampling.begin(batch.tokens_BT, batch.lengths_B, logits_BV, numbers, plan)
+    return text, result.cache, result.decisions
+
+
+jit_start = jax.jit(start, static_argnames=("model", "plan", "prompt_plan"))
+
+
+class _Fast:
+    """Prefill and decode; it makes room in caches before the steps that need it."""
+
+    def __init__(self, call: _Call) -> None:
+        self.call, self.cfg = call, call.cfg
+        self.params = cpu.stored_params(call.params)
+        self.segments = _segments(self.cfg, call.rows)
+        self.produced = self.limit = 0
+        self.surprised = False  # a cache was full before its time
+        self.state: Any = None  # (Text, KVCache, Decisions) after the prompt, then a DecodeState
+        self.static = {"model": self.cfg.model, "plan": call.plan}
+
+    @functools.cached_property
+    def rest(self) -> Params:
+        """Parameters of a step, without the layers' own."""
+        return {name: part for name, part in self.params.items() if name != "layers"}
+
+    @functools.cached_property
+    def layers(self) -> Any:
+        """The layers as a step takes them, once a second token is asked for."""
+        return cpu.decode_layers(self.call.params, self.cfg.decode_weights, self.call.rows)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the caches: of the prompt's own where no second token was asked for."""
+        state = self.state
+        return cache_bytes(state.caches if isinstance(state, DecodeState) else state[1])
+
+    def begin(self) -> sampling.Text:
+        """Run the prompts."""
+        call = self.call
+        batch, lengths_B = call.padded, call.padded.lengths_B
+        cut, segments = arrange(self.cfg, batch, lengths_B, call.overrides, call.mech)
+        given = (batch, call.overrides, call.mech, segments, call.numbers)
+        self.state = jit_start(self.params, *given, **self.static, prompt_plan=cut)
+        self.produced = self.limit = 1
+        return self.state[0]
+
+    def advance(self) -> sampling.Text:
+        """One more token a row."""
+        if self.produced == 0:
+            return self.begin()
+        if self.produced == self.limit or bool(self.state.full):
+            self.make_room()
+        given = (self.rest, self.layers, self.state, self.call.mech, self.call.numbers)
+        self.state = decode.jit_advance(*given, **self.static)
+        self.produced += 1
+        return self.state.text
+
+    def finish(self) -> tuple[sampling.Text, Decisions | None]:
+        """All tokens, and what was decided."""
+        text, budget = self.begin(), self.cfg.max_new_tokens
+        while self.produced < budget and not np.asarray(text.done_B).all():
+            self.make_room()
+            limit = jnp.int32(min(self.limit, budget))
+            given = (limit, self.call.mech, self.call.numbers)
+            self.state = decode.jit_run_until(
+                self.rest, self.layers, self.state, *given, **self.static
+            )
+            text = self.state.text
+            self.produced = int(text.step)
+        if self.call.mech.is_off:
+            return text, None
+        state = self.state
+        return text, state.decisions if isinstance(state, DecodeState) else state[2]
+
+    def make_room(self) -> None:
+        """Caches with room for the next steps; `limit` is where it ends."""
+        call, mech = self.call, self.call.mech
+        self.surprised |= self.produced < self.limit
+        room = min(call.plan.capacity - self.produced, GROWTH)
+        if isinstance(self.state, DecodeState):
+            caches = self.state.caches
+            fills = jax.device_get([cache.fill_lB for cache in caches])
+            most = [int(fill.max()) for fill in fills]
+            longest = int(np.asarray(self.state.text.pos_B).max())
+            sizes = [cache.capacity for cache in caches]
+            wanted = _capacities(self.cfg, self.segments, most, longest, room, self.surprised)
+            sizes = tuple(max(pair) for pair in zip(sizes, wanted, strict=True))
+            self.state = _grow(self.state, sizes)
+            old: Any = caches
+        else:
+            text, cache, decisions = self.state
+            held_LBS = _held(decisions, text.pos_B, self.cfg)
+            filled = np.asarray(held_LBS.sum(2).max(1))
+            spans = _spans(self.segments)
+            most = [int(filled[span].max()) for span in spans]
+            longest = int(np.asarray(text.pos_B).max())
+            sizes = _capacities(self.cfg, self.segments, most, longest, room, self.surprised)
+            width = cache.k_LBSKH.shape[2] + call.plan.capacity
+            static = (self.segments, sizes, _coded_after(self.cfg), _keeps_all(self.cfg))
+            self.state = _pack(text, cache, decisions, held_LBS, *static, width, mech.is_off)
+            old = cache
+        used = {id(leaf) for leaf in jax.tree.leaves(self.state)}  # some may be handed through
+        for leaf in jax.tree.leaves(old):
+            if id(leaf) not in used:
+                leaf.delete()
+        self.limit = self.produced + room
+
+
+def _spans(sizes: tuple[int, ...]) -> list[slice]:
+    edges = np.cumsum((0, *sizes)).tolist()
+    return [slice(a, b) for a, b in itertools.pairwise(edges)]
+
+
+def _leaving(cfg: Config) -> set[int]:
+    """Layers after which keys may leave, where the configuration names few."""
+    qs = cfg.quicksilver
+    if qs is None or qs.halting is None or qs.halting.layers is None:
+        return set()
+    delay = qs.kv_skip.delay if qs.kv_skip is not None else 0
+    layers = {at for layer in qs.halting.layers for at in (layer, layer + delay)}
+    return {layer for layer in layers if layer < cfg.model.num_layers}
+
+
+def _first_leaving(cfg: Config) -> int:
+    """Layers at the front that keep every token."""
+    count, qs = cfg.model.num_layers, cfg.quicksilver
+    first = {count}
+    if qs is not None and qs.halting is not None:
+        first |= set((np.flatnonzero(qs.halting.may_halt(count)) + 1).tolist()[:1])
+        first |= set() if qs.halting.forced_layer is None else {qs.halting.forced_layer}
+    if qs is not None and qs.fusion is not None:
+        first |= {max(qs.fusion.first_layer, 1)}
+    return min(first)
+
+
+def _segments(cfg: Config, rows: int) -> tuple[int, ...]:
+    """Layers of each segment: one each where weights are separate, else few."""
+    count, qs = cfg.model.num_layers, cfg.quicksilver
+    if cpu.separates(cfg.decode_weights, rows):
+        return (1,) * count
+    edges = {_coded_after(cfg)}
+    if qs is not None and (qs.halting is not None or qs.fusion is not None):
+        leaving, first = _leaving(cfg), _first_leaving(cfg)
+        if leaving and len(leaving) <= 2 * STACKED_SEGMENTS:
+            edges |= leaving | {first}
+        else:
+            width = max(-(-(count - first) // (STACKED_SEGMENTS - 1)), 1)
+            edges |= set(range(first, count, width))
+    inner = [0, *sorted(edges - {0, count}), count]
+    return tuple(b - a for a, b in itertools.pairwise(inner))
+
+
+def _coded_after(cfg: Config) -> int:
+    """Layers before those whose cache holds int8 codes; all of them where none does."""
+    amq = cfg.quicksilver.amq if cfg.quicksilver is not None else None
+    if amq is not None and amq.execution == "int8" and "kv" in amq.targets:
+        return min(amq.layer, cfg.model.num_layers)
+    return cfg.model.num_layers
+
+
+def _keeps_all(cfg: Config) -> bool:
+    """Every token is kept in every layer: only "skip" and fusion leave keys out."""
+    qs = cfg.quicksilver
+    if qs is None or qs.is_off:
+        return True
+    return qs.fusion is None and (qs.kv_skip is None or qs.kv_skip.policy != "skip")
+
+
+def _capacities(
+    cfg: Config,
+    segments: tuple[int, ...],
+    most: list[int],
+    longest: int,
+    room: int,
+    for_all: bool,
+) -> tuple[int, ...]:
+    """Slots of each segment's cache: what it holds, and room for the next tokens.
+
+    New tokens get room for as large a share of them as of the prompt; where that runs out the loop
+    stops, and from there on there is room for all.
+
+    Args:
+      cfg: Where tokens may leave.
+      segments: Layers of each.
+      most: Most slots that are taken.
+      longest: Tokens of the longest row.
+      room: Steps that will follow.
+      for_all: Make room for all of their tokens in every layer.
+    """
+    width = bucket(longest + room)
+    if _keeps_all(cfg):
+        return (width,) * len(segments)
+    rounded, first = width - room, _first_leaving(cfg)  # few values of the longest row
+    least = 1.0 if for_all or cfg.effective_protocol == "continuation" else 0.0
+    groups: dict[int, list[int]] = {}
+    leaving = sorted(_leaving(cfg)) or list(range(first, cfg.model.num_layers, SHARED))
+    for index, span in enumerate(_spans(segments)):
+        group = 0 if span.stop <= first else 1 + sum(edge <= span.start for edge in leaving)
+        groups.setdefault(group, []).append(index)
+    sizes = [width] * len(segments)
+    for group, members in groups.items():
+        if group == 0:
+            continue
+        # The last token always runs: a round share of a round prompt and it are one bucket.
+        held = bucket(max(most[i] for i in members) - 1, smallest=0) + 1
+        share = min(max(MARGIN * held / rounded, least), 1.0)
+        size = held + max(math.ceil(share * room), 1)
+        for i in members:
+            sizes[i] = min(max(size, 8), width)
+    return tuple(sizes)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg",))
+def _held(decisions: Decisions, lengths_B: Array, cfg: Config) -> Bool[Array, "L B S"]:
+    """Entries of a prompt that its next query can see, layer by layer."""
+    qs, depth_BS = cfg.quicksilver, decisions.depth_BT
+    layer = jnp.arange(1, cfg.model.num_layers + 1)[:, None, None]
+    real_BS = jnp.arange(depth_BS.shape[1])[None] < lengths_B[:, None]
+    held_LBS = real_BS & (layer <= decisions.fused_after_BT)
+    if qs is not None and qs.kv_skip is not None and qs.kv_skip.policy == "skip":
+        held_LBS &= (layer <= depth_BS + qs.kv_skip.delay) | decisions.retain_BT
+    return held_LBS
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7, 8, 9))
+def _pack(
+    text: sampling.Text,
+    cache: KVCache,
+    decisions: Decisions,
+    held_LBS: Array,
+    segments: tuple[int, ...],
+    capacities: tuple[int, ...],
+    coded_after: int,
+    keeps_all: bool,
+    width: int,
+    off: bool,
+) -> DecodeState:
+    """Caches of decoding from a prompt's, and decisions over `width` positions."""
+    caches = []
+    for span, capacity in zip(_spans(segments), capacities, strict=True):
+        bits = None
+        if span.start >= coded_after:
+            bits = jnp.broadcast_to(decisions.bits_BT, held_LBS[span].shape)
+        packed = (cache, span, held_LBS[span], capacity, bits, keeps_all)
+        caches.append(SlotCache.pack(*packed))
+
+    def widen(array: Array) -> Array:
+        widths = [(0, 0)] * (array.ndim - 1) + [(0, width - array.shape[-1])]
+        empty = jnp.nan if jnp.issubdtype(array.dtype, jnp.floating) else 0
+        return jnp.pad(array, widths, constant_values=empty)
+
+    noted = None
+    if not off:
+        noted = jax.tree.map(widen, decisions)
+        never = noted.fused_BT.at[:, cache.k_LBSKH.shape[2] :].set(NEVER)
+        after = noted.fused_after_BT.at[:, cache.k_LBSKH.shape[2] :].set(NEVER)
+        noted = noted.replace(fused_BT=never, fused_after_BT=after)
+    return DecodeState(text, tuple(caches), noted, jnp.zeros((), bool))
+
+
+@functools.partial(jax.jit, static_argnames=("capacities",))
+def _grow(state: DecodeState, capacities: tuple[int, ...]) -> DecodeState:
+    pairs = zip(state.caches, capacities, strict=True)
+    caches = tuple(cache.grow(size) for cache, size in pairs)
+    return state.replace(caches=caches, full=jnp.zeros((), bool))
