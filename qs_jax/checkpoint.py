@@ -118,7 +118,7 @@ def load(
     Returns:
       The stacked parameter tree, and the configuration with the dtype it has now. The tree holds
       "kv_maps" where there is a kv_maps.safetensors in the folder, or maps for this checkpoint come
-      with the library (`qs_jax.presets.shipped_maps`).
+      with the library (`qs_jax.mechanisms.shipped_maps`).
 
     Raises:
       CheckpointError: The folder is missing, incomplete, damaged or of another format.
@@ -147,11 +147,11 @@ def load(
 
 def _kv_maps(path: Path, source: str, model: ModelConfig) -> KVMaps | None:
     """Maps of the "extrapolate" policy beside the checkpoint, or those shipped for it."""
-    from qs_jax import presets
+    from qs_jax.mechanisms.shipped_maps import shipped_maps
 
     if (path / FILE_NAME).is_file():
         return KVMaps.load(path)
-    return presets.shipped_maps(model) if source.startswith("embedded ") else None
+    return shipped_maps(model) if source.startswith("embedded ") else None
 
 
 def choose_dtype(dtype: str | None, model: ModelConfig, device: Any = None) -> str:

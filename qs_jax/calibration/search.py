@@ -47,6 +47,7 @@ from qs_jax.engine.scoring import score
 from qs_jax.errors import ConfigError, InputError
 from qs_jax.evaluation.journal import write_json
 from qs_jax.mechanisms.kv_maps import KVMaps
+from qs_jax.mechanisms.shipped_maps import maps_path
 from qs_jax.models import Params
 
 
@@ -88,7 +89,7 @@ class Calibration:
         searched = path.with_name(f"{path.stem}.search.json")
         write_json(searched, self.to_dict())
         files = [presets.save(path, self.preset, model), searched]
-        return files if self.maps is None else [*files, self.maps.save(presets.maps_path(path))]
+        return files if self.maps is None else [*files, self.maps.save(maps_path(path))]
 
     def to_dict(self) -> dict[str, Any]:
         """The whole search as plain JSON types."""

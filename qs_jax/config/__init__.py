@@ -1,4 +1,4 @@
-"""Frozen, hashable configuration: what a model is, which mechanisms run, what a call should do."""
+"""Frozen, hashable configuration: what a model is, which mechanisms run, what a call does."""
 
 from qs_jax.config.call import Config
 from qs_jax.config.mechanisms import AMQConfig, FusionConfig, HaltingConfig, KVSkipConfig

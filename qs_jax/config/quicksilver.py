@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
-from typing import Any, no_type_check
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field
 
-from qs_jax.config.checks import as_count, as_integers, require
-from qs_jax.config.mechanisms import AMQConfig, FusionConfig, HaltingConfig, KVSkipConfig
+from qs_jax.config.fields import Count, Flag, Integer, Integers, Settings, require
+from qs_jax.config.mechanisms import AMQConfig, Entropy, FusionConfig, HaltingConfig, KVSkipConfig
 from qs_jax.config.model import ModelConfig
-from qs_jax.errors import ConfigError
 
-PROTOCOLS = ("teacher-forced", "continuation")
-_PARTS = {"halting": HaltingConfig, "kv_skip": KVSkipConfig, "fusion": FusionConfig}
-_PARTS["amq"] = AMQConfig
+Protocol = Literal["teacher-forced", "continuation"]
+PROTOCOLS: tuple[Protocol, Protocol] = ("teacher-forced", "continuation")
 
 
-@no_type_check
-@dataclasses.dataclass(frozen=True)
-class QuickSilverConfig:
+class QuickSilverConfig(Settings):
     """Which mechanisms run, and which tokens they leave alone.
 
     Attributes:
@@ -32,9 +28,9 @@ class QuickSilverConfig:
       protect_ids: Token ids that never halt, fuse, lose their keys or go below 8 bits.
       protect_special: The same for the model's BOS, EOS and padding ids.
       sink_tokens: The same for the first positions of a row: attention sinks look converged first.
-      recent_tokens: Under "continuation": the last tokens of a prompt are left alone altogether, so
-        a prompt no longer than that runs dense. The last one always does, because the first new
-        token is read from it.
+      recent_tokens: Under "continuation": the same for the last tokens of a prompt, so a prompt no
+        longer than that runs dense. The last one is always exempt: the first new token is read
+        from it.
       shortlist_layer: Layer whose logit lens picks the ids of the "shortlist" entropy.
       shortlist_size: How many ids.
       provenance: Where the numbers come from; plays no part in equality.
@@ -47,24 +43,15 @@ class QuickSilverConfig:
     kv_skip: KVSkipConfig | None = None
     fusion: FusionConfig | None = None
     amq: AMQConfig | None = None
-    protect_ids: tuple[int, ...] = ()
-    protect_special: bool = True
-    sink_tokens: int = 4
-    recent_tokens: int = 32
-    shortlist_layer: int | None = None
-    shortlist_size: int = 32
+    protect_ids: Integers = ()
+    protect_special: Flag = True
+    sink_tokens: Count = 4
+    recent_tokens: Count = 32
+    shortlist_layer: Integer | None = None
+    shortlist_size: Annotated[Integer, Field(ge=2)] = 32
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "protect_ids", as_integers("protect_ids", self.protect_ids))
-        for name, least in (("sink_tokens", 0), ("recent_tokens", 0), ("shortlist_size", 2)):
-            object.__setattr__(self, name, as_count(name, getattr(self, name), least))
-        for name, part in _PARTS.items():
-            value = getattr(self, name)
-            require(
-                value is None or isinstance(value, part),
-                f"{name} must be a {part.__name__} or None, got {value!r}.",
-            )
         halting, skip = self.halting, self.kv_skip
         require(
             skip is None or halting is not None,
@@ -76,16 +63,14 @@ class QuickSilverConfig:
                 skip is not None and skip.policy in ("skip", "attended"),
                 "halting with freeze=False does nothing unless kv_skip skips keys.",
             )
-        if skip is not None and skip.policy == "extrapolate":
-            assert halting is not None  # required above
+        if halting is not None and skip is not None and skip.policy == "extrapolate":
             require(
                 halting.layers is not None,
                 "kv_skip.policy 'extrapolate' has one set of maps per halting layer: name the few "
                 "halting.layers.",
             )
-            assert halting.layers is not None
             require(
-                halting.forced_layer is None or halting.forced_layer in halting.layers,
+                halting.forced_layer in (None, *(halting.layers or ())),
                 "kv_skip.policy 'extrapolate' needs forced_layer to be one of halting.layers.",
             )
         require(
@@ -100,16 +85,15 @@ class QuickSilverConfig:
         )
 
     @property
-    def entropies(self) -> tuple[str, ...]:
+    def entropies(self) -> tuple[Entropy, ...]:
         """The estimators in use."""
-        used = [self.halting.entropy_used if self.halting else None]
-        used.append(self.amq.entropy if self.amq else None)
+        used = (self.halting and self.halting.entropy_used, self.amq and self.amq.entropy)
         return tuple(name for name in used if name is not None)
 
     @property
     def is_off(self) -> bool:
         """No mechanism runs: the dense model."""
-        return all(getattr(self, name) is None for name in _PARTS)
+        return (self.halting, self.kv_skip, self.fusion, self.amq) == (None,) * 4
 
     @property
     def prompts_only(self) -> str | None:
@@ -134,10 +118,9 @@ class QuickSilverConfig:
           ConfigError: With the reason.
         """
         require(protocol in PROTOCOLS, f"protocol must be one of {PROTOCOLS}, got {protocol!r}.")
-        reason = self.prompts_only
         require(
-            protocol == "continuation" or reason is None,
-            f"teacher-forced scoring refuses this configuration: {reason}. Use "
+            protocol == "continuation" or self.prompts_only is None,
+            f"teacher-forced scoring refuses this configuration: {self.prompts_only}. Use "
             "protocol='continuation'.",
         )
         require(
@@ -145,11 +128,8 @@ class QuickSilverConfig:
             "the final_prev entropy is the previous step's output: a prompt, which runs in one "
             "pass, has none. Use protocol='teacher-forced'.",
         )
-        deepest = model.num_layers - 1
-        if not self.is_off:
-            require(deepest >= 1, "a model of one layer has no layers to save.")
-        _check_layers(self, deepest)
-        _check_lengths(self, model.num_layers)
+        require(self.is_off or model.num_layers > 1, "a model of one layer has no layers to save.")
+        _check_layers(self, model.num_layers)
         if self.amq is not None:
             _check_group(self.amq, model)
         ids = [*self.protect_ids, *(self.halting.forced_ids if self.halting else ())]
@@ -164,42 +144,18 @@ class QuickSilverConfig:
             f"shortlist_size {self.shortlist_size} exceeds the vocabulary.",
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, infinite numbers as "inf" and "-inf"; `from_dict` is the inverse."""
-        return _plain(dataclasses.asdict(self))
 
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> QuickSilverConfig:
-        """Inverse of `to_dict`.
-
-        Raises:
-          ConfigError: Unknown fields, or values that do not fit.
-        """
-        try:
-            fields = dict(fields)
-            for name, part in _PARTS.items():
-                if fields.get(name) is not None:
-                    fields[name] = part(**{k: _tuples(v) for k, v in fields[name].items()})
-            return cls(**{k: _tuples(v) for k, v in fields.items()})
-        except (TypeError, ValueError, AttributeError) as error:
-            raise ConfigError(f"not a QuickSilver configuration: {error}") from error
-
-
-def _within(name: str, layer: int | None, deepest: int) -> None:
-    require(
-        layer is None or 1 <= layer <= deepest,
-        f"{name} is layer {layer}, but only layers 1 to {deepest} leave any to save.",
-    )
-
-
-def _check_layers(qs: QuickSilverConfig, deepest: int) -> None:
-    halting, fusion, amq = qs.halting, qs.fusion, qs.amq
-    first_uses: list[tuple[str, int, str | None]] = []
+def _check_layers(qs: QuickSilverConfig, depth: int) -> None:
+    """Layers within the model, in order, and as many thresholds as layers."""
+    halting, fusion, amq, deepest = qs.halting, qs.fusion, qs.amq, depth - 1
+    layers: dict[str, int | None] = {}
+    thresholds: dict[str, Any] = {}
+    readers: dict[str, int] = {}  # of the shortlist, by first layer
     if halting is not None:
         first, last = halting.window or (1, deepest)
-        _within("the start of halting.window", first, deepest)
-        _within("the end of halting.window", last, deepest)
-        _within("halting.forced_layer", halting.forced_layer, deepest)
+        layers |= {"the start of halting.window": first, "the end of halting.window": last}
+        layers |= {"halting.forced_layer": halting.forced_layer}
+        thresholds |= {"halting.tau_drift": halting.tau_drift, "halting.tau_halt": halting.tau_halt}
         first = max(first, halting.min_layer)
         require(
             first <= last,
@@ -210,53 +166,45 @@ def _check_layers(qs: QuickSilverConfig, deepest: int) -> None:
                 first <= layer <= last,
                 f"halting.layers holds {layer}, outside the window from {first} to {last}.",
             )
-        start = halting.layers[0] if halting.layers else first
-        first_uses.append(("halting", start, halting.entropy_used))
+        if halting.entropy_used == "shortlist":
+            readers["halting"] = halting.layers[0] if halting.layers else first
     if fusion is not None:
-        _within("fusion.first_layer", fusion.first_layer, deepest)
-        _within("fusion.last_layer", fusion.last_layer, deepest)
+        layers |= {"fusion.first_layer": fusion.first_layer, "fusion.last_layer": fusion.last_layer}
+        thresholds["fusion.tau_fuse"] = fusion.tau_fuse
         require(
             fusion.first_layer <= (fusion.last_layer or deepest),
             f"fusion.last_layer {fusion.last_layer} comes before fusion.first_layer "
             f"{fusion.first_layer}.",
         )
     if amq is not None:
-        _within("amq.layer", amq.layer, deepest)
-        first_uses.append(("amq", amq.layer, amq.entropy))
-    if "shortlist" in qs.entropies:
-        _within("shortlist_layer", qs.shortlist_layer, deepest)
-    for name, start, entropy in first_uses:
-        if entropy != "shortlist":
-            continue
-        assert qs.shortlist_layer is not None  # required by __post_init__
+        layers["amq.layer"] = amq.layer
+        if amq.entropy == "shortlist":
+            readers["amq"] = amq.layer
+    if readers:
+        layers["shortlist_layer"] = qs.shortlist_layer
+    for name, layer in layers.items():
         require(
-            qs.shortlist_layer <= start,
+            layer is None or 1 <= layer <= deepest,
+            f"{name} is layer {layer}, but only layers 1 to {deepest} leave any to save.",
+        )
+    for name, start in readers.items():
+        require(
+            (qs.shortlist_layer or 0) <= start,
             f"{name} reads the shortlist at layer {start}, before shortlist_layer "
             f"{qs.shortlist_layer} has picked it.",
         )
-
-
-def _check_lengths(qs: QuickSilverConfig, layers: int) -> None:
-    named = {}
-    if qs.halting is not None:
-        named |= {"halting.tau_drift": qs.halting.tau_drift}
-        named |= {"halting.tau_halt": qs.halting.tau_halt}
-    if qs.fusion is not None:
-        named["fusion.tau_fuse"] = qs.fusion.tau_fuse
-    for name, value in named.items():
+    for name, taus in thresholds.items():
         require(
-            not isinstance(value, tuple) or len(value) == layers,
-            f"{name} has {len(value) if isinstance(value, tuple) else 1} entries for {layers} "
-            "layers.",
+            not isinstance(taus, tuple) or len(taus) == depth,
+            f"{name} has {np.size(taus)} entries for {depth} layers.",
         )
 
 
 def _check_group(amq: AMQConfig, model: ModelConfig) -> None:
     widths = {}
     if "linear" in amq.targets:
-        widths |= {"hidden_size": model.hidden_size, "q_size": model.q_size}
-        widths["mlp_size"] = model.mlp_size
-    if "hidden" in amq.targets:
+        widths |= {"q_size": model.q_size, "mlp_size": model.mlp_size}
+    if "linear" in amq.targets or "hidden" in amq.targets:
         widths["hidden_size"] = model.hidden_size
     if "kv" in amq.targets:
         widths["head_dim"] = model.head_dim
@@ -265,19 +213,3 @@ def _check_group(amq: AMQConfig, model: ModelConfig) -> None:
             width % amq.group == 0,
             f"amq.group {amq.group} does not divide this model's {name} of {width}.",
         )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, float) and math.isinf(value):
-        return "inf" if value > 0 else "-inf"
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def _tuples(value: Any) -> Any:
-    if isinstance(value, list):
-        return tuple(_tuples(entry) for entry in value)
-    return float(value) if value in ("inf", "-inf") else value

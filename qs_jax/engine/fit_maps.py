@@ -14,7 +14,7 @@ from jax import lax
 from tqdm import tqdm
 
 from qs_jax.config import ModelConfig
-from qs_jax.config.checks import as_count, as_integers
+from qs_jax.config.fields import Count, Integers, Positive, parse
 from qs_jax.engine import batching, dense
 from qs_jax.engine.checks import check_params
 from qs_jax.errors import ConfigError, InputError
@@ -85,7 +85,7 @@ def fit_kv_maps(
 def _check_sizes(size: int, rank: int | None, ridge: float) -> None:
     if not ridge > 0:
         raise ConfigError(f"ridge must be positive, got {ridge}.")
-    if rank is not None and as_count("rank", rank, 1) >= size:
+    if rank is not None and parse("rank", rank, Positive) >= size:
         raise ConfigError(f"rank must be below the {size} numbers that the features are.")
 
 
@@ -169,9 +169,9 @@ def accumulate(
 ) -> Moments:
     """The dense pass of `fit_kv_maps`, whose arguments these are."""
     check_params(params, model)
-    chosen = tuple(sorted(set(as_integers("layers", layers))))
-    skip_first = as_count("skip_first", skip_first)
-    batch_size = as_count("batch_size", batch_size, 1)
+    chosen = tuple(sorted(set(parse("layers", layers, Integers))))
+    skip_first = parse("skip_first", skip_first, Count)
+    batch_size = parse("batch_size", batch_size, Positive)
     if not chosen or chosen[0] < 1 or chosen[-1] > model.num_layers - 1:
         raise ConfigError(f"layers must be between 1 and {model.num_layers - 1}, got {layers}.")
     unknown = [name for name in features if name not in FEATURES]

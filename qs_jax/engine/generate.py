@@ -115,7 +115,6 @@ def _prepare(
         sampling=sampling_plan,
         mechanisms=bound and bound[0],
         segments=pack.segments(cfg, bound and bound[0], len(padded.lengths_B)) if fast else (),
-        unroll=cfg.unroll,
         schedule=schedule,
     )
     numbers = DecodeNumbers(

@@ -62,7 +62,7 @@ def _leaving(cfg: Config) -> set[int]:
 def complete_layers(cfg: Config, overrides: Overrides | None = None) -> int:
     """Layers at the front that every token runs and after which nobody is gone."""
     count, qs = cfg.model.num_layers, cfg.quicksilver
-    first = {count} | {layer for layer, _ in cfg.retention}
+    first = {count}
     if qs is not None and qs.halting is not None:
         first |= set((np.flatnonzero(qs.halting.may_halt(count)) + 1).tolist()[:1])
         first |= set() if qs.halting.forced_layer is None else {qs.halting.forced_layer}

@@ -11,9 +11,8 @@ import numpy as np
 from qs_jax.config import Config, QuickSilverConfig
 from qs_jax.engine.batching import Batch
 from qs_jax.engine.compact import Schedule, Segments
-from qs_jax.errors import ConfigError, InputError
+from qs_jax.errors import ConfigError
 from qs_jax.mechanisms.decide import Overrides
-from qs_jax.mechanisms.execution import resolve_execution
 from qs_jax.mechanisms.plan import NEVER, Numbers, Plan, bind
 
 # Segments into which layers are cut where tokens may leave at any of them.
@@ -44,10 +43,10 @@ def bind_call(cfg: Config, engine: str) -> tuple[Plan, Numbers] | None:
 
     Args:
       cfg: The call.
-      engine: "masked", "compact" or "decode": how `execution="auto"` is taken.
+      engine: Its engine; the halves are the same on all.
     """
-    quicksilver = resolve_execution(cfg.quicksilver, cfg.model, engine)
-    return bind(quicksilver, cfg.model, cfg.effective_protocol, cfg.retention)
+    del engine
+    return bind(cfg.quicksilver, cfg.model, cfg.effective_protocol)
 
 
 def uses_compact(cfg: Config) -> bool:
@@ -59,7 +58,7 @@ def uses_compact(cfg: Config) -> bool:
     if cfg.engine == "masked" or cfg.quicksilver is None:
         return False
     if "final_prev" in cfg.quicksilver.entropies:
-        if cfg.engine == "compact" or cfg.capacity == "planned":
+        if cfg.engine == "compact":
             raise ConfigError(
                 "entropy 'final_prev' reads the output one token earlier, so rows run token by "
                 "token: use engine 'masked' or another estimator."
@@ -78,14 +77,11 @@ def arrange(
     """Segments and capacities of a call.
 
     Args:
-      cfg: Mechanisms, protocol and capacity.
+      cfg: Mechanisms, and protocol.
       padded: Rows as the program gets them.
       prompt_lengths_B: Tokens of each prompt; 0 where rows are scored teacher-forced.
       overrides: Of single tokens, or None.
       plan: Static half of the mechanisms.
-
-    Raises:
-      InputError: A planned capacity cannot hold the tokens that must not stop.
     """
     qs, layers = cfg.quicksilver, cfg.model.num_layers
     assert qs is not None
@@ -102,7 +98,7 @@ def arrange(
     def slots(count: int) -> int:
         return min(-(-count // granule) * granule, width)
 
-    fixed = cfg.capacity == "planned" or _counted(qs, plan, overrides)
+    fixed = _counted(qs, plan, overrides)
     longest, leading = 0, False
     if fixed:
         capacities = tuple(
@@ -140,7 +136,7 @@ def _counted(qs: QuickSilverConfig, plan: Plan, overrides: Overrides | None) -> 
 def _ends(qs: QuickSilverConfig, cfg: Config, overrides: Overrides | None, plan: Plan) -> list[int]:
     """Last layer of each segment."""
     layers, halting = cfg.model.num_layers, qs.halting
-    ends = {layers} | {layer for layer, _ in cfg.retention}
+    ends = {layers}
 
     def cut_from(layer: int) -> set[int]:
         return set(range(layer, layers, math.ceil((layers - layer) / SEGMENTS) or 1))
@@ -209,19 +205,6 @@ def _left_after(cfg: Config, qs: QuickSilverConfig, prompts: Prompts) -> list[tu
             if allowed[layer - 1]:
                 gone_B = np.floor(share * prompts.eligible_B + 1e-3).astype(int)
                 left.append((layer, int((prompts.lengths_B - gone_B).max())))
-    for layer, share in cfg.retention:
-        may_stay_B = np.ceil(share * prompts.prompt_lengths_B - 1e-3).astype(int)
-        must_stay_B = prompts.prompt_lengths_B - prompts.eligible_B
-        if (must_stay_B > may_stay_B).any():
-            row = int(np.argmax(must_stay_B - may_stay_B))
-            raise InputError(
-                f"retention keeps {may_stay_B[row]} of the {prompts.prompt_lengths_B[row]} prompt "
-                f"tokens of row {row} after layer {layer}, but {must_stay_B[row]} are exempt "
-                "(sinks, recent and protected tokens): raise the share or lower sink_tokens, "
-                "recent_tokens or protect_ids."
-            )
-        after_B = prompts.lengths_B - prompts.prompt_lengths_B
-        left.append((layer, int((may_stay_B + after_B).max())))
     return left
 
 

@@ -111,10 +111,9 @@ def score_dense(
     count: int,
     return_logits: bool = False,
     return_states: bool = False,
-    unroll: int = 1,
 ) -> dict[str, Any]:
     """Log-probabilities of the dense model, of `count` positions a row from `first_B` on."""
-    h_BTD = dense.forward(params, tokens_BT, model, unroll)
+    h_BTD = dense.forward(params, tokens_BT, model)
     out = {"logprobs": next_logprobs(params, h_BTD, tokens_BT, Scored(first_B, count))}
     return out | _asked_for(params, h_BTD, return_logits, return_states)
 
@@ -125,7 +124,7 @@ def _asked_for(params: Params, h_BTD: Array, logits: bool, states: bool) -> dict
 
 
 _ASKED = ("return_logits", "return_states")
-jit_score = jax.jit(score_dense, static_argnames=("model", "count", "unroll", *_ASKED))
+jit_score = jax.jit(score_dense, static_argnames=("model", "count", *_ASKED))
 
 
 def score_masked(
@@ -257,7 +256,6 @@ def score(
     bound = bind_call(cfg, "compact" if fast else "masked")
     record = None
     if bound is None:
-        static["unroll"] = cfg.unroll
         rows, shared = (padded.tokens_BT, first_B), ()
         program, sharded = jit_score, score_dense
     else:

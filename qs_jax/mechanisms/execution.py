@@ -1,14 +1,7 @@
-"""How quantised products and keys are computed: simulated, in int8, or not at all.
-
-Under `auto`, who only simulates (the masked engine, the definition) simulates int8: its codes, in
-the products of the model's dtype. An engine that is there to be fast runs int8 where that is faster
-on the device, and otherwise leaves AMQ out: no bits, no entropies. A mechanism that buys nothing
-must cost nothing.
-"""
+"""How quantised products and keys are computed: simulated or in int8."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import time
@@ -22,61 +15,13 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from qs_jax.config import AMQConfig, ModelConfig, QuickSilverConfig
+from qs_jax.config import AMQConfig, ModelConfig
 from qs_jax.errors import ConfigError
 from qs_jax.mechanisms import amq, int8
 from qs_jax.mechanisms.kv_maps import select
 from qs_jax.mechanisms.plan import Plan
 from qs_jax.models import Params, family_of, layers
 from qs_jax.models.layers import Multiply, dense_product
-
-# Tokens at a time for which int8 must be faster: a prompt; and where tokens follow it, one more.
-SIZES = {"compact": (512,), "decode": (512, 1)}
-# The choice must not hang on the noise of a measurement.
-LEAST_GAIN = 1.2
-
-
-def resolve_execution(
-    qs: QuickSilverConfig | None,
-    model: ModelConfig,
-    engine: str,
-    faster: Callable[[ModelConfig, int], bool] | None = None,
-) -> QuickSilverConfig | None:
-    """What `execution="auto"` is for an engine; any other configuration comes back as it is.
-
-    Args:
-      qs: Mechanisms.
-      model: Sizes of the products.
-      engine: "masked": "auto" stays, and is simulated. "compact" (prompts, scoring) and "decode"
-        (`generate`): "int8", or no AMQ.
-      faster: Whether int8 wins for this many tokens at a time; `is_faster` by default.
-    """
-    if qs is None or qs.amq is None or qs.amq.execution != "auto" or engine == "masked":
-        return qs
-    faster = faster or is_faster
-    wins = all(faster(model, tokens) for tokens in SIZES[engine])
-    chosen = dataclasses.replace(qs.amq, execution="int8") if wins else None
-    return dataclasses.replace(qs, amq=chosen)
-
-
-def is_faster(model: ModelConfig, tokens: int) -> bool:
-    """Whether the four int8 projections beat those of the model's dtype on the default device.
-
-    Measured once a process, device and model: see `product_seconds`.
-
-    Args:
-      model: Sizes and dtype.
-      tokens: Rows of the products.
-    """
-    device = jnp.zeros(()).device
-    return _gain(str(device), model, tokens) >= LEAST_GAIN
-
-
-@functools.lru_cache(maxsize=64)
-def _gain(device: str, model: ModelConfig, tokens: int) -> float:
-    del device  # a key of the cache
-    found = [product_seconds(*shape, tokens, (model.dtype,)) for shape in shapes(model).values()]
-    return sum(each[model.dtype] for each in found) / sum(each["int8"] for each in found)
 
 
 def shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
