@@ -48,10 +48,9 @@ def paper(model: ModelConfig, *, tau_drift: float = 1.0, **amq: Any) -> QuickSil
     5; keys of halted tokens skipped; adjacent tokens closer than 0.15 fused from layer 12; bits at
     layer 15 by entropy in nats (1.0, 2.3), in int8. Sources: B.2, G.2 to G.4, FAQ.
 
-    The entropy for the bits is that of the state's own softmax, "over its softmax-normalized latent
-    distribution" (2.5, E.1). Other sections of the paper read the logit lens, which costs as much
-    as several layers for every token. The variants whose names end in "vocab" do so too. They have
-    scales for each group, which int8 products cannot have: simulated.
+    The entropy for the bits is that of the state's own softmax (2.5, E.1). Other sections read the
+    logit lens, which costs as much as several layers for every token. The variants of this preset
+    do so too, with a scale for each group, which int8 products cannot have: simulated.
 
     Args:
       model: Depth and sizes.
@@ -70,29 +69,22 @@ def paper(model: ModelConfig, *, tau_drift: float = 1.0, **amq: Any) -> QuickSil
         kv_skip=KVSkipConfig(policy="skip"),
         fusion=FusionConfig(tau_fuse=0.15, first_layer=_layer(model, 12 / _PAPER_DEPTH)),
         amq=AMQConfig(layer=_layer(model, 15 / _PAPER_DEPTH), **bits | amq),
-        provenance={
-            "source": "QuickSilver paper, sections B.2, C, D.3, E, G.2 to G.4",
-            "calibrated_on": None,
-        },
+        provenance={"source": "QuickSilver paper, sections B.2, C, D.3, E, G.2 to G.4"},
     )
 
 
 def balanced(model: ModelConfig) -> QuickSilverConfig:
     """Prompts only: most of a prompt stops early, in stages, the least attended tokens first.
 
-    For the embedded SmolLM2-135M-Instruct, `python -m qs_jax calibrate` found it within 0.2 of the
-    dense perplexity; its provenance has the verification. It reads maps that come with the library
-    and that `qs_jax.load` puts into the parameters of that checkpoint. For any other model it is a
-    starting point, not a promise: the least attended half of a prompt stops at 0.8 of the depth and
-    its keys are skipped from there on.
+    For the embedded SmolLM2-135M-Instruct, `python -m qs_jax calibrate` verified it within 0.2 of
+    the dense perplexity. It reads maps that come with the library; `qs_jax.load` adds them to that
+    checkpoint. For any other model it is a starting point, not a promise: the least attended half
+    of a prompt stops at 0.8 of the depth and its keys are skipped from there on.
     """
     if is_shipped(model):
         return load(SHIPPED_PRESET, model)
-    return QuickSilverConfig(
-        halting=_quota(model, {0.8: 0.5}),
-        kv_skip=KVSkipConfig(policy="skip"),
-        provenance=_SHIPPED,
-    )
+    halting = _quota(model, {0.8: 0.5})
+    return QuickSilverConfig(halting, KVSkipConfig("skip"), provenance=_SHIPPED)
 
 
 def aggressive(model: ModelConfig) -> QuickSilverConfig:
@@ -114,13 +106,8 @@ def aggressive(model: ModelConfig) -> QuickSilverConfig:
 
 def is_shipped(model: ModelConfig) -> bool:
     """Whether the preset that comes with the library was made for a model of these sizes."""
-    return {name: getattr(model, name) for name in _MADE_FOR} == _shipped_for()
-
-
-@functools.cache
-def _shipped_for() -> dict[str, Any]:
     provenance = json.loads(SHIPPED_PRESET.read_text(encoding="utf-8"))["provenance"]
-    return {name: provenance[name] for name in _MADE_FOR}
+    return all(getattr(model, name) == provenance[name] for name in _MADE_FOR)
 
 
 def _layer(model: ModelConfig, fraction: float) -> int:

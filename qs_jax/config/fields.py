@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Self, dataclass_transform
+from typing import Annotated, Any, Self, dataclass_transform, no_type_check
 
 import numpy as np
 from pydantic import (
@@ -42,11 +42,17 @@ def _not_nan(value: float) -> float:
     return value
 
 
+def _in_tuple(value: Any) -> Any:
+    value = _from_numpy(value)
+    return (value,) if isinstance(value, str | int) else value
+
+
 def _threshold(value: Any) -> Any:
     return TypeAdapter(Number if np.ndim(value) == 0 else Numbers).validate_python(value)
 
 
 _NumPy = BeforeValidator(_from_numpy)
+ONE_OR_MORE = BeforeValidator(_in_tuple)
 Flag = Annotated[bool, _NumPy, Strict()]
 Integer = Annotated[int, _NumPy, Strict()]
 Count = Annotated[Integer, Field(ge=0)]
@@ -84,7 +90,8 @@ def _message(path: str, names: Sequence[str], error: Mapping[str, Any]) -> str:
         return f"{name} is missing."
     if error["type"] == "unexpected_keyword_argument":
         return f"{name} is unknown."
-    return f"{name}{error['msg'].replace('Input should', ' must')}, got {error['input']!r}."
+    _, should, rule = error["msg"].partition(" should ")
+    return f"{name} must {rule}, got {error['input']!r}." if should else f"{name}: {error['msg']}."
 
 
 def parse(name: str, value: Any, kind: Any) -> Any:
@@ -97,6 +104,7 @@ def parse(name: str, value: Any, kind: Any) -> Any:
         return TypeAdapter(kind).validate_python(value)
 
 
+@no_type_check  # it converts lists and NumPy's numbers itself
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -112,7 +120,6 @@ class Settings:
                 validate(self, *args, **fields)
 
         cls.__init__ = init
-        cls.__no_type_check__ = True  # pydantic converts lists and NumPy's numbers
 
     def replace(self, **changes: Any) -> Self:
         """A copy with `changes` applied and checked again."""

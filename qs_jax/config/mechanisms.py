@@ -11,9 +11,10 @@ import math
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from qs_jax.config.fields import (
+    ONE_OR_MORE,
     Count,
     Flag,
     Integer,
@@ -64,7 +65,7 @@ class HaltingConfig(Settings, path="halting"):
     tau_halt: Threshold = 0.797
     window: tuple[Integer, Integer] | None = None
     min_layer: Positive = 1
-    layers: Integers | None = None
+    layers: Annotated[Integers, Field(min_length=1)] | None = None
     quota: Numbers = ()
     score: Literal["attention", "drift", "entropy", "random"] = "attention"
     score_queries: Positive = 32
@@ -79,7 +80,7 @@ class HaltingConfig(Settings, path="halting"):
             f"halting.window must be (first, last) layer, got {self.window}.",
         )
         require(
-            self.layers is None or (bool(self.layers) and _rises(self.layers, strictly=True)),
+            self.layers is None or list(self.layers) == sorted({*self.layers}),
             f"halting.layers must be rising layer numbers, got {self.layers}.",
         )
         if self.rule == "quota":
@@ -88,7 +89,7 @@ class HaltingConfig(Settings, path="halting"):
                 "the quota rule needs halting.layers and one share in halting.quota for each.",
             )
             require(
-                _rises((0.0, *self.quota, 1.0)),
+                [0, *self.quota, 1] == sorted([0, *self.quota, 1]),
                 f"halting.quota must be rising shares between 0 and 1, got {self.quota}.",
             )
             require(
@@ -224,9 +225,7 @@ class AMQConfig(Settings, path="amq"):
     normalization: Literal["nats", "log_vocab", "minmax"] = "nats"
     tau_low: Number = 1.0
     tau_high: Number = 2.3
-    targets: Annotated[
-        tuple[Target, ...], BeforeValidator(lambda x: (x,) if isinstance(x, str) else x)
-    ] = ("linear",)
+    targets: Annotated[tuple[Target, ...], ONE_OR_MORE] = ("linear",)
     group: Positive = 16
     symmetric: Flag | None = None
     rotate: Flag | None = None
@@ -274,7 +273,3 @@ class AMQConfig(Settings, path="amq"):
             not (fake and self.rotate) or (self.group & (self.group - 1)) == 0,
             f"amq.rotate needs a group that is a power of two, got {self.group}.",
         )
-
-
-def _rises(values: tuple[float, ...], *, strictly: bool = False) -> bool:
-    return list(values) == sorted(set(values) if strictly else values)

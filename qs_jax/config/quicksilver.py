@@ -1,4 +1,4 @@
-"""All mechanisms together: what runs, what is exempt, and which combinations make sense."""
+"""All mechanisms together, and one call under them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,23 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-import numpy as np
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from qs_jax.config.fields import Count, Flag, Integer, Integers, Settings, require
+from qs_jax.config.fields import (
+    ONE_OR_MORE,
+    Count,
+    Flag,
+    Integer,
+    Integers,
+    Number,
+    Positive,
+    Settings,
+    Threshold,
+    require,
+)
 from qs_jax.config.mechanisms import AMQConfig, Entropy, FusionConfig, HaltingConfig, KVSkipConfig
 from qs_jax.config.model import ModelConfig
+from qs_jax.errors import ConfigError
 
 Protocol = Literal["teacher-forced", "continuation"]
 PROTOCOLS: tuple[Protocol, Protocol] = ("teacher-forced", "continuation")
@@ -130,6 +141,7 @@ class QuickSilverConfig(Settings):
         )
         require(self.is_off or model.num_layers > 1, "a model of one layer has no layers to save.")
         _check_layers(self, model.num_layers)
+        _check_thresholds(self, model.num_layers)
         if self.amq is not None:
             _check_group(self.amq, model)
         ids = [*self.protect_ids, *(self.halting.forced_ids if self.halting else ())]
@@ -146,16 +158,14 @@ class QuickSilverConfig(Settings):
 
 
 def _check_layers(qs: QuickSilverConfig, depth: int) -> None:
-    """Layers within the model, in order, and as many thresholds as layers."""
+    """Layers must be those of the model, and in order."""
     halting, fusion, amq, deepest = qs.halting, qs.fusion, qs.amq, depth - 1
     layers: dict[str, int | None] = {}
-    thresholds: dict[str, Any] = {}
-    readers: dict[str, int] = {}  # of the shortlist, by first layer
+    readers: dict[str, int] = {}  # first layers that read the shortlist
     if halting is not None:
         first, last = halting.window or (1, deepest)
         layers |= {"the start of halting.window": first, "the end of halting.window": last}
         layers |= {"halting.forced_layer": halting.forced_layer}
-        thresholds |= {"halting.tau_drift": halting.tau_drift, "halting.tau_halt": halting.tau_halt}
         first = max(first, halting.min_layer)
         require(
             first <= last,
@@ -170,7 +180,6 @@ def _check_layers(qs: QuickSilverConfig, depth: int) -> None:
             readers["halting"] = halting.layers[0] if halting.layers else first
     if fusion is not None:
         layers |= {"fusion.first_layer": fusion.first_layer, "fusion.last_layer": fusion.last_layer}
-        thresholds["fusion.tau_fuse"] = fusion.tau_fuse
         require(
             fusion.first_layer <= (fusion.last_layer or deepest),
             f"fusion.last_layer {fusion.last_layer} comes before fusion.first_layer "
@@ -193,11 +202,20 @@ def _check_layers(qs: QuickSilverConfig, depth: int) -> None:
             f"{name} reads the shortlist at layer {start}, before shortlist_layer "
             f"{qs.shortlist_layer} has picked it.",
         )
-    for name, taus in thresholds.items():
-        require(
-            not isinstance(taus, tuple) or len(taus) == depth,
-            f"{name} has {np.size(taus)} entries for {depth} layers.",
-        )
+
+
+def _check_thresholds(qs: QuickSilverConfig, depth: int) -> None:
+    named: dict[str, Threshold] = {}
+    if qs.halting is not None:
+        named |= {
+            "halting.tau_drift": qs.halting.tau_drift,
+            "halting.tau_halt": qs.halting.tau_halt,
+        }
+    if qs.fusion is not None:
+        named |= {"fusion.tau_fuse": qs.fusion.tau_fuse}
+    for name, taus in named.items():
+        if isinstance(taus, tuple) and len(taus) != depth:
+            raise ConfigError(f"{name} has {len(taus)} entries for {depth} layers.")
 
 
 def _check_group(amq: AMQConfig, model: ModelConfig) -> None:
@@ -213,3 +231,88 @@ def _check_group(amq: AMQConfig, model: ModelConfig) -> None:
             width % amq.group == 0,
             f"amq.group {amq.group} does not divide this model's {name} of {width}.",
         )
+
+
+def _made_by(source: str, kind: type) -> BeforeValidator:
+    """Refuse other types, and name what makes this one."""
+
+    def check(value: Any) -> Any:
+        expected = f"{kind.__name__} must come from {source}"
+        require(isinstance(value, kind), f"{expected}, got {value!r}.")
+        return value
+
+    return BeforeValidator(check)
+
+
+class Config(Settings):
+    """What one call of `generate`, `stream` or `score` does.
+
+    Attributes:
+      model: Architecture, from `qs_jax.load`.
+      quicksilver: Mechanisms, from `qs_jax.presets`; None is the dense model.
+      protocol: What the mechanisms act on. "teacher-forced": every token, prompt or new, as if it
+        had just been generated. "continuation": the prompt only; the tokens after it run dense.
+        None takes what the mechanisms can do: see `effective_protocol`.
+      continuation_tokens: `score` under "continuation" takes the last tokens of each row as the
+        continuation, unless it is given prompt lengths.
+      max_new_tokens: Longest continuation of a row, in tokens.
+      temperature: Divides the logits; 0 is greedy.
+      top_k: Sample among the k most likely tokens only; None for all.
+      top_p: Sample among the smallest set that holds this probability; None for all.
+      repetition_penalty: Above 1 makes tokens of the prompt and continuation less likely
+        (Keskar et al. 2019, the rule Hugging Face uses); 1 is off.
+      seed: Row b of a batch draws from `fold_in(key(seed), b)`.
+      eos_token_ids: Tokens that end a row; None takes the model's, () never stops.
+      engine: What runs the mechanisms. "masked": the definition, dense work with decisions as
+        masks; savings are simulated. "compact": the fast engines for prompts and new tokens, which
+        take the same decisions, compute active tokens only and cache only what later queries see.
+        "auto" is "compact" wherever it can run.
+      decode_weights: "stacked": decoding scans over the stacked layers. "separate": it runs layer
+        after layer on arrays of their own, copied once and kept as long as the parameters; XLA's
+        CPU backend would otherwise copy every layer's weights at every token of several rows.
+        "auto" is "separate" for several rows on CPU.
+
+    Raises:
+      ConfigError: A value is outside its range.
+    """
+
+    model: Annotated[ModelConfig, _made_by("qs_jax.load", ModelConfig)]
+    quicksilver: (
+        Annotated[QuickSilverConfig, _made_by("qs_jax.presets", QuickSilverConfig)] | None
+    ) = None
+    protocol: Protocol | None = None
+    continuation_tokens: Positive = 128
+    max_new_tokens: Positive = 64
+    temperature: Annotated[Number, Field(ge=0, allow_inf_nan=False)] = 0.0
+    top_k: Positive | None = None
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    repetition_penalty: Annotated[Number, Field(gt=0, allow_inf_nan=False)] = 1.0
+    seed: Annotated[Integer, Field(ge=0, lt=2**32)] = 0
+    eos_token_ids: Annotated[Integers, ONE_OR_MORE] | None = None
+    engine: Literal["auto", "masked", "compact"] = "auto"
+    decode_weights: Literal["auto", "stacked", "separate"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.quicksilver is not None:
+            self.quicksilver.check(self.model, self.effective_protocol)
+        for token in self.eos_token_ids or ():
+            require(
+                0 <= token < self.model.vocab_size,
+                f"eos_token_ids holds {token}, outside the vocabulary of {self.model.vocab_size}.",
+            )
+
+    @property
+    def effective_protocol(self) -> Protocol:
+        """The protocol of this call.
+
+        As given; else "teacher-forced", unless the mechanisms can act on prompts only
+        (`QuickSilverConfig.prompts_only`).
+        """
+        if self.protocol is not None:
+            return self.protocol
+        return PROTOCOLS[self.quicksilver is not None and bool(self.quicksilver.prompts_only)]
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The token ids that end a row of this call."""
+        return self.model.eos_token_ids if self.eos_token_ids is None else self.eos_token_ids
