@@ -26,7 +26,6 @@ from tests.engine.contract import (
     CASES,
     MATRIX,
     contract,
-    executed,
     model_of,
     params_of,
     settings,
@@ -83,7 +82,7 @@ def test_same_decisions_and_logits_as_the_masked_engine(name):
         pytest.skip("there are no decisions")
     with jax.enable_x64(True):
         model = model_of(kind, dtype="float64")
-        params, qs = params_of(model), executed(qs)
+        params = params_of(model)
         theirs = score(params, model, qs, protocol, engine="masked")
         assert theirs.record.simulated
         assert_same(score(params, model, qs, protocol, engine="compact"), theirs)
