@@ -30,7 +30,6 @@ _SHIPPED: Mapping[str, Any] = {
     "chosen_on": "SmolLM2-135M-Instruct, WikiText-103 validation, 16 windows of 512, continuation",
 }
 _FORMAT = "qs-jax preset"
-_PAPER_DEPTH = 30
 # A preset made for a model does not fit one in which any of these differs.
 _MADE_FOR = ("model_type", "num_layers", "hidden_size", "vocab_size")
 
@@ -57,18 +56,18 @@ def paper(model: ModelConfig, *, tau_drift: float = 1.0, **amq: Any) -> QuickSil
       tau_drift: Raw drift; the paper also has 0.045, 1e-3, 0.9 and 1.1.
       amq: Fields of `AMQConfig` that differ.
     """
-    last = _layer(model, 24 / _PAPER_DEPTH)
+    last = _layer(model, 0.8)
     bits: dict[str, Any] = {"entropy": "latent", "execution": "int8", "group": _group(model)}
     return QuickSilverConfig(
         halting=HaltingConfig(
             tau_drift=tau_drift,
             tau_halt=1.15 * 0.6931471805599453,
-            window=(_layer(model, 6 / _PAPER_DEPTH), last),
-            min_layer=min(_layer(model, 5 / _PAPER_DEPTH), last),
+            window=(_layer(model, 0.2), last),
+            min_layer=min(_layer(model, 5 / 30), last),
         ),
         kv_skip=KVSkipConfig(policy="skip"),
-        fusion=FusionConfig(tau_fuse=0.15, first_layer=_layer(model, 12 / _PAPER_DEPTH)),
-        amq=AMQConfig(layer=_layer(model, 15 / _PAPER_DEPTH), **bits | amq),
+        fusion=FusionConfig(tau_fuse=0.15, first_layer=_layer(model, 0.4)),
+        amq=AMQConfig(layer=_layer(model, 0.5), **bits | amq),
         provenance={"source": "QuickSilver paper, sections B.2, C, D.3, E, G.2 to G.4"},
     )
 

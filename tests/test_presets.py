@@ -85,7 +85,7 @@ def test_files_that_are_no_presets(tmp_path):
         presets.by_name("fast", MODEL)
     with pytest.raises(ConfigError, match="cannot read"):
         presets.load(path, MODEL)
-    for text, told in (
+    for text, message in (
         ("{", "cannot read"),
         ("[]", "not a preset"),
         ('{"format": "qs-jax preset", "version": 2}', "version 2"),
@@ -97,7 +97,7 @@ def test_files_that_are_no_presets(tmp_path):
         ),
     ):
         path.write_text(text)
-        with pytest.raises(ConfigError, match=told):
+        with pytest.raises(ConfigError, match=message):
             presets.load(path, MODEL)
     presets.save(path, presets.paper(DEEP), DEEP)
     with pytest.raises(ConfigError, match="num_layers 30"):

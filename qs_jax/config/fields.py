@@ -26,12 +26,6 @@ from pydantic_core import PydanticCustomError
 from qs_jax.errors import ConfigError
 
 
-def require(condition: bool, message: str) -> None:
-    """Raise `ConfigError` with `message` unless `condition` holds."""
-    if not condition:
-        raise ConfigError(message)
-
-
 def _from_numpy(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
 
@@ -81,7 +75,7 @@ def _config_errors(path: str, names: Sequence[str] = ()) -> Iterator[None]:
 
 
 def _message(path: str, names: Sequence[str], error: Mapping[str, Any]) -> str:
-    if error["type"] == "value_error":  # raised by `require`
+    if error["type"] == "value_error":  # a ConfigError
         return str(error["ctx"]["error"])
     first, *rest = error["loc"] or ("",)
     first = names[first] if isinstance(first, int) and names else first
@@ -136,7 +130,8 @@ class Settings:
         Raises:
           ConfigError: Unknown or missing fields, or values that do not fit.
         """
-        require(isinstance(fields, Mapping), f"settings must be an object, got {fields!r}.")
+        if not isinstance(fields, Mapping):
+            raise ConfigError(f"settings must be an object, got {fields!r}.")
         return cls(**fields)
 
 

@@ -24,8 +24,8 @@ from qs_jax.config.fields import (
     Positive,
     Settings,
     Threshold,
-    require,
 )
+from qs_jax.errors import ConfigError
 
 INF = float("inf")
 Entropy = Literal["vocab", "shortlist", "latent", "variance", "final_prev"]
@@ -75,33 +75,21 @@ class HaltingConfig(Settings, path="halting"):
     freeze: Flag = True
 
     def __post_init__(self) -> None:
-        require(
-            self.window is None or self.window[0] <= self.window[1],
-            f"halting.window must be (first, last) layer, got {self.window}.",
-        )
-        require(
-            self.layers is None or list(self.layers) == sorted({*self.layers}),
-            f"halting.layers must be rising layer numbers, got {self.layers}.",
-        )
+        if self.window is not None and self.window[0] > self.window[1]:
+            raise ConfigError(f"halting.window must be (first, last) layer, got {self.window}.")
+        if self.layers is not None and list(self.layers) != sorted({*self.layers}):
+            raise ConfigError(f"halting.layers must be rising layer numbers, got {self.layers}.")
         if self.rule == "quota":
-            require(
-                self.layers is not None and len(self.quota) == len(self.layers),
-                "the quota rule needs halting.layers and one share in halting.quota for each.",
-            )
-            require(
-                [0, *self.quota, 1] == sorted([0, *self.quota, 1]),
-                f"halting.quota must be rising shares between 0 and 1, got {self.quota}.",
-            )
-            require(
-                self.score != "entropy" or self.entropy is not None,
-                "score 'entropy' needs halting.entropy.",
-            )
-        else:
-            require(not self.quota, "halting.quota is for rule 'quota'; this is 'dual'.")
-        require(
-            bool(self.forced_ids) == (self.forced_layer is not None),
-            "halting.forced_ids and halting.forced_layer go together.",
-        )
+            if self.layers is None or len(self.quota) != len(self.layers):
+                raise ConfigError("rule 'quota' needs halting.layers and a halting.quota for each.")
+            if [0, *self.quota, 1] != sorted([0, *self.quota, 1]):
+                raise ConfigError(f"halting.quota must be rising shares, 0 to 1, got {self.quota}.")
+            if self.score == "entropy" and self.entropy is None:
+                raise ConfigError("halting.score 'entropy' needs halting.entropy.")
+        elif self.quota:
+            raise ConfigError("halting.quota is for rule 'quota'; this is 'dual'.")
+        if bool(self.forced_ids) != (self.forced_layer is not None):
+            raise ConfigError("halting.forced_ids and halting.forced_layer go together.")
 
     def may_halt(self, num_layers: int) -> np.ndarray:
         """Layers at which a dynamic decision is taken: bool `[L]`, entry l - 1 for layer l."""
@@ -142,15 +130,12 @@ class KVSkipConfig(Settings, path="kv_skip"):
     retain_ids: Integers = ()
 
     def __post_init__(self) -> None:
-        if self.policy == "attended":
-            require(self.tau_kv is not None, "kv_skip.policy 'attended' needs kv_skip.tau_kv.")
-        else:
-            require(self.tau_kv is None, f"kv_skip.tau_kv has no effect under {self.policy!r}.")
-        require(
-            self.policy in ("skip", "attended") or (self.delay == 0 and not self.retain_ids),
-            f"{self.policy!r} writes every key: kv_skip.delay and kv_skip.retain_ids have no "
-            "effect.",
-        )
+        if self.policy == "attended" and self.tau_kv is None:
+            raise ConfigError("kv_skip.policy 'attended' needs kv_skip.tau_kv.")
+        if self.policy != "attended" and self.tau_kv is not None:
+            raise ConfigError(f"kv_skip.tau_kv has no effect under {self.policy!r}.")
+        if self.policy in ("propagate", "extrapolate") and (self.delay or self.retain_ids):
+            raise ConfigError(f"{self.policy!r} writes every key: leave out delay and retain_ids.")
 
 
 class FusionConfig(Settings, path="fusion"):
@@ -184,16 +169,15 @@ class FusionConfig(Settings, path="fusion"):
     context: Positive = 16
 
     def __post_init__(self) -> None:
-        require(
-            (self.window > 1) == (self.tau_attn is not None),
-            "fusion.tau_attn and a fusion.window beyond 1 go together: adjacent tokens need no "
-            "attention test, others do.",
-        )
-        require(
-            not isinstance(self.tau_fuse, tuple)
-            or all(tau <= 0 for tau in self.tau_fuse[: self.first_layer - 1]),
-            f"fusion.tau_fuse is positive before fusion.first_layer ({self.first_layer}).",
-        )
+        if (self.window > 1) != (self.tau_attn is not None):
+            raise ConfigError(
+                "fusion.tau_attn and a fusion.window beyond 1 go together: adjacent tokens need no "
+                "attention test, others do."
+            )
+        taus = self.tau_fuse if isinstance(self.tau_fuse, tuple) else ()
+        if any(tau > 0 for tau in taus[: max(self.first_layer - 1, 0)]):
+            first = self.first_layer
+            raise ConfigError(f"fusion.tau_fuse is positive before fusion.first_layer ({first}).")
 
 
 class AMQConfig(Settings, path="amq"):
@@ -235,7 +219,8 @@ class AMQConfig(Settings, path="amq"):
     @classmethod
     def uniform(cls, bits: Literal[2, 4, 8], layer: int, **fields: Any) -> AMQConfig:
         """The same number of bits for every token that is not protected."""
-        require(bits in (2, 4, 8), f"bits must be 2, 4 or 8, got {bits!r}.")
+        if bits not in (2, 4, 8):
+            raise ConfigError(f"bits must be 2, 4 or 8, got {bits!r}.")
         low, high = {2: (INF, INF), 4: (-INF, INF), 8: (-INF, -INF)}[bits]
         return cls(layer=layer, entropy=None, tau_low=low, tau_high=high, **fields)
 
@@ -244,32 +229,25 @@ class AMQConfig(Settings, path="amq"):
         for name in ("symmetric", "rotate"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, not fake)
-        require(
-            self.tau_low <= self.tau_high,
-            f"amq.tau_low ({self.tau_low}) is above amq.tau_high ({self.tau_high}).",
-        )
-        require(
-            self.entropy is not None or (math.isinf(self.tau_low) and math.isinf(self.tau_high)),
-            "amq.entropy None is for uniform bits: both thresholds must be infinite.",
-        )
-        require(
-            self.entropy != "variance" or self.normalization != "log_vocab",
-            "the variance estimator has no largest value to divide by: use nats or minmax.",
-        )
-        require(len(self.targets) > 0, "amq.targets is empty: nothing would be quantised.")
-        require(len(set(self.targets)) == len(self.targets), "amq.targets repeats a name.")
-        require(
-            fake or (self.symmetric is True and self.rotate is True),
-            "amq.execution 'int8' quantises symmetric and rotated, got "
-            f"symmetric={self.symmetric}, rotate={self.rotate}: leave them out, or use execution "
-            "'fake'.",
-        )
-        require(
-            fake or self.targets != ("hidden",),
-            "amq.execution 'int8' is for products and the KV cache: add 'linear' or 'kv' to "
-            "amq.targets, or use execution 'fake'.",
-        )
-        require(
-            not (fake and self.rotate) or (self.group & (self.group - 1)) == 0,
-            f"amq.rotate needs a group that is a power of two, got {self.group}.",
-        )
+        if self.tau_low > self.tau_high:
+            raise ConfigError(f"amq.tau_low {self.tau_low} is above tau_high {self.tau_high}.")
+        if self.entropy is None and not (math.isinf(self.tau_low) and math.isinf(self.tau_high)):
+            raise ConfigError("without amq.entropy, both thresholds must be infinite.")
+        if self.entropy == "variance" and self.normalization == "log_vocab":
+            raise ConfigError("entropy 'variance' has no largest value: use 'nats' or 'minmax'.")
+        if not self.targets:
+            raise ConfigError("amq.targets is empty: nothing would be quantised.")
+        if len(set(self.targets)) < len(self.targets):
+            raise ConfigError("amq.targets repeats a name.")
+        if not fake and not (self.symmetric and self.rotate):
+            raise ConfigError(
+                "amq.execution 'int8' quantises symmetric and rotated, got "
+                f"symmetric={self.symmetric}, rotate={self.rotate}: leave them out, or use 'fake'."
+            )
+        if not fake and self.targets == ("hidden",):
+            raise ConfigError(
+                "amq.execution 'int8' is for products and the KV cache: add 'linear' or 'kv' to "
+                "amq.targets, or use 'fake'."
+            )
+        if fake and self.rotate and self.group & (self.group - 1):
+            raise ConfigError(f"amq.rotate needs a group that is a power of two, got {self.group}.")

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from qs_jax.config.fields import Flag, Integer, Integers, Number, Positive, Settings, require
+from qs_jax.config.fields import Flag, Integer, Integers, Number, Positive, Settings
+from qs_jax.errors import ConfigError
 
 # What each RoPE scaling needs besides its factor.
 ROPE_SCALINGS: dict[str, tuple[str, ...]] = {
@@ -50,18 +51,19 @@ class RopeScaling(Settings, path="rope_scaling"):
     truncate: Flag = True
 
     def __post_init__(self) -> None:
-        require(
-            self.rope_type in ROPE_SCALINGS,
-            f"RoPE scaling {self.rope_type!r} is not implemented "
-            f"(known: {', '.join(ROPE_SCALINGS)}).",
-        )
+        if self.rope_type not in ROPE_SCALINGS:
+            known = ", ".join(ROPE_SCALINGS)
+            raise ConfigError(
+                f"RoPE scaling {self.rope_type!r} is not implemented (known: {known})."
+            )
         missing = [name for name in ROPE_SCALINGS[self.rope_type] if getattr(self, name) is None]
-        require(not missing, f"RoPE scaling {self.rope_type!r} needs {', '.join(missing)}.")
-        if self.low_freq_factor is not None and self.high_freq_factor is not None:
-            require(
-                0 < self.low_freq_factor < self.high_freq_factor,
+        if missing:
+            raise ConfigError(f"RoPE scaling {self.rope_type!r} needs {', '.join(missing)}.")
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if low is not None and high is not None and not 0 < low < high:
+            raise ConfigError(
                 "llama3 RoPE scaling needs 0 < low_freq_factor < high_freq_factor, got "
-                f"{self.low_freq_factor} and {self.high_freq_factor}.",
+                f"{low} and {high}."
             )
 
 
@@ -117,24 +119,21 @@ class ModelConfig(Settings):
     pad_token_id: Integer | None = None
 
     def __post_init__(self) -> None:
-        require(
-            self.num_heads % self.num_kv_heads == 0,
-            f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
-            f"({self.num_kv_heads}).",
-        )
-        if self.model_type == "llama":
-            require(
-                self.rope_theta is not None and self.rope_theta > 0,
-                f"a llama model needs a positive rope_theta, got {self.rope_theta}.",
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        if heads % kv_heads:
+            raise ConfigError(
+                f"num_heads ({heads}) must be a multiple of num_kv_heads ({kv_heads})."
             )
-            require(self.head_dim % 2 == 0, f"RoPE needs an even head_dim, got {self.head_dim}.")
+        if self.model_type == "llama" and (self.rope_theta is None or self.rope_theta <= 0):
+            raise ConfigError(f"a llama model needs a positive rope_theta, got {self.rope_theta}.")
+        if self.model_type == "llama" and self.head_dim % 2:
+            raise ConfigError(f"RoPE needs an even head_dim, got {self.head_dim}.")
         for name in ("bos_token_id", "pad_token_id", "eos_token_ids"):
             value = getattr(self, name)
             for token in value if isinstance(value, tuple) else (value,):
-                require(
-                    token is None or 0 <= token < self.vocab_size,
-                    f"{name} {token} is outside the vocabulary of {self.vocab_size}.",
-                )
+                if token is not None and not 0 <= token < self.vocab_size:
+                    size = self.vocab_size
+                    raise ConfigError(f"{name} {token} is outside the vocabulary of {size}.")
 
     @property
     def q_size(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -18,7 +18,6 @@ from qs_jax.config.fields import (
     Positive,
     Settings,
     Threshold,
-    require,
 )
 from qs_jax.config.mechanisms import AMQConfig, Entropy, FusionConfig, HaltingConfig, KVSkipConfig
 from qs_jax.config.model import ModelConfig
@@ -63,37 +62,26 @@ class QuickSilverConfig(Settings):
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        halting, skip = self.halting, self.kv_skip
-        require(
-            skip is None or halting is not None,
-            "kv_skip acts on the keys of halted tokens: switch halting on (with freeze=False if "
-            "tokens should keep computing).",
-        )
-        if halting is not None and not halting.freeze:
-            require(
-                skip is not None and skip.policy in ("skip", "attended"),
-                "halting with freeze=False does nothing unless kv_skip skips keys.",
+        halting, skip, amq = self.halting, self.kv_skip, self.amq
+        if skip is not None and halting is None:
+            raise ConfigError(
+                "kv_skip acts on the keys of halted tokens: switch halting on (freeze=False lets "
+                "tokens keep computing)."
             )
+        skips = skip is not None and skip.policy in ("skip", "attended")
+        if halting is not None and not halting.freeze and not skips:
+            raise ConfigError("halting.freeze=False does nothing unless kv_skip skips keys.")
         if halting is not None and skip is not None and skip.policy == "extrapolate":
-            require(
-                halting.layers is not None,
-                "kv_skip.policy 'extrapolate' has one set of maps per halting layer: name the few "
-                "halting.layers.",
-            )
-            require(
-                halting.forced_layer in (None, *(halting.layers or ())),
-                "kv_skip.policy 'extrapolate' needs forced_layer to be one of halting.layers.",
-            )
-        require(
-            "final_prev" not in self.entropies
-            or self.amq is None
-            or self.amq.normalization != "minmax",
-            "final_prev runs token by token, min-max looks at all tokens at once: not both.",
-        )
-        require(
-            "shortlist" not in self.entropies or self.shortlist_layer is not None,
-            "the shortlist entropy needs shortlist_layer, the layer whose lens picks the ids.",
-        )
+            if halting.layers is None:
+                raise ConfigError(
+                    "'extrapolate' has maps for each layer: name the few halting.layers."
+                )
+            if halting.forced_layer not in (None, *halting.layers):
+                raise ConfigError("policy 'extrapolate' needs forced_layer among halting.layers.")
+        if "final_prev" in self.entropies and amq is not None and amq.normalization == "minmax":
+            raise ConfigError("final_prev runs token by token, minmax on all tokens: not both.")
+        if "shortlist" in self.entropies and self.shortlist_layer is None:
+            raise ConfigError("entropy 'shortlist' needs shortlist_layer: its lens picks the ids.")
 
     @property
     def entropies(self) -> tuple[Entropy, ...]:
@@ -128,33 +116,29 @@ class QuickSilverConfig(Settings):
         Raises:
           ConfigError: With the reason.
         """
-        require(protocol in PROTOCOLS, f"protocol must be one of {PROTOCOLS}, got {protocol!r}.")
-        require(
-            protocol == "continuation" or self.prompts_only is None,
-            f"teacher-forced scoring refuses this configuration: {self.prompts_only}. Use "
-            "protocol='continuation'.",
-        )
-        require(
-            protocol == "teacher-forced" or "final_prev" not in self.entropies,
-            "the final_prev entropy is the previous step's output: a prompt, which runs in one "
-            "pass, has none. Use protocol='teacher-forced'.",
-        )
-        require(self.is_off or model.num_layers > 1, "a model of one layer has no layers to save.")
+        if protocol not in PROTOCOLS:
+            raise ConfigError(f"protocol must be one of {PROTOCOLS}, got {protocol!r}.")
+        if protocol == "teacher-forced" and self.prompts_only is not None:
+            raise ConfigError(
+                f"teacher-forced scoring refuses this configuration: {self.prompts_only}. Use "
+                "protocol='continuation'."
+            )
+        if protocol == "continuation" and "final_prev" in self.entropies:
+            raise ConfigError(
+                "the final_prev entropy is the previous step's output: a prompt, which runs in one "
+                "pass, has none. Use protocol='teacher-forced'."
+            )
+        if model.num_layers == 1 and not self.is_off:
+            raise ConfigError("a model of one layer has no layers to save.")
         _check_layers(self, model.num_layers)
         _check_thresholds(self, model.num_layers)
         if self.amq is not None:
             _check_group(self.amq, model)
         ids = [*self.protect_ids, *(self.halting.forced_ids if self.halting else ())]
         ids += self.kv_skip.retain_ids if self.kv_skip else ()
-        for token in ids:
-            require(
-                0 <= token < model.vocab_size,
-                f"token id {token} is outside the vocabulary of {model.vocab_size}.",
-            )
-        require(
-            "shortlist" not in self.entropies or self.shortlist_size <= model.vocab_size,
-            f"shortlist_size {self.shortlist_size} exceeds the vocabulary.",
-        )
+        _check_ids("token id", ids, model.vocab_size)
+        if "shortlist" in self.entropies and self.shortlist_size > model.vocab_size:
+            raise ConfigError(f"shortlist_size {self.shortlist_size} exceeds the vocabulary.")
 
 
 def _check_layers(qs: QuickSilverConfig, depth: int) -> None:
@@ -167,24 +151,22 @@ def _check_layers(qs: QuickSilverConfig, depth: int) -> None:
         layers |= {"the start of halting.window": first, "the end of halting.window": last}
         layers |= {"halting.forced_layer": halting.forced_layer}
         first = max(first, halting.min_layer)
-        require(
-            first <= last,
-            f"halting.min_layer {halting.min_layer} leaves no layer of the window up to {last}.",
-        )
+        if first > last:
+            raise ConfigError(f"halting.min_layer {first} leaves no layer up to {last}.")
         for layer in halting.layers or ():
-            require(
-                first <= layer <= last,
-                f"halting.layers holds {layer}, outside the window from {first} to {last}.",
-            )
+            if not first <= layer <= last:
+                raise ConfigError(
+                    f"halting.layers: {layer} is outside the window {first} to {last}."
+                )
         if halting.entropy_used == "shortlist":
             readers["halting"] = halting.layers[0] if halting.layers else first
     if fusion is not None:
         layers |= {"fusion.first_layer": fusion.first_layer, "fusion.last_layer": fusion.last_layer}
-        require(
-            fusion.first_layer <= (fusion.last_layer or deepest),
-            f"fusion.last_layer {fusion.last_layer} comes before fusion.first_layer "
-            f"{fusion.first_layer}.",
-        )
+        if fusion.first_layer > (fusion.last_layer or deepest):
+            raise ConfigError(
+                f"fusion.last_layer {fusion.last_layer} comes before fusion.first_layer "
+                f"{fusion.first_layer}."
+            )
     if amq is not None:
         layers["amq.layer"] = amq.layer
         if amq.entropy == "shortlist":
@@ -192,16 +174,16 @@ def _check_layers(qs: QuickSilverConfig, depth: int) -> None:
     if readers:
         layers["shortlist_layer"] = qs.shortlist_layer
     for name, layer in layers.items():
-        require(
-            layer is None or 1 <= layer <= deepest,
-            f"{name} is layer {layer}, but only layers 1 to {deepest} leave any to save.",
-        )
+        if layer is not None and not 1 <= layer <= deepest:
+            raise ConfigError(
+                f"{name} is layer {layer}, but only layers 1 to {deepest} leave any to save."
+            )
     for name, start in readers.items():
-        require(
-            (qs.shortlist_layer or 0) <= start,
-            f"{name} reads the shortlist at layer {start}, before shortlist_layer "
-            f"{qs.shortlist_layer} has picked it.",
-        )
+        if start < (qs.shortlist_layer or 0):
+            raise ConfigError(
+                f"{name} reads the shortlist at layer {start}, before shortlist_layer "
+                f"{qs.shortlist_layer} has picked it."
+            )
 
 
 def _check_thresholds(qs: QuickSilverConfig, depth: int) -> None:
@@ -218,6 +200,12 @@ def _check_thresholds(qs: QuickSilverConfig, depth: int) -> None:
             raise ConfigError(f"{name} has {len(taus)} entries for {depth} layers.")
 
 
+def _check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
+    for token in ids:
+        if not 0 <= token < vocab_size:
+            raise ConfigError(f"{name} {token} is outside the vocabulary of {vocab_size}.")
+
+
 def _check_group(amq: AMQConfig, model: ModelConfig) -> None:
     widths = {}
     if "linear" in amq.targets:
@@ -227,18 +215,16 @@ def _check_group(amq: AMQConfig, model: ModelConfig) -> None:
     if "kv" in amq.targets:
         widths["head_dim"] = model.head_dim
     for name, width in widths.items():
-        require(
-            width % amq.group == 0,
-            f"amq.group {amq.group} does not divide this model's {name} of {width}.",
-        )
+        if width % amq.group:
+            raise ConfigError(f"amq.group {amq.group} does not divide the model's {name}, {width}.")
 
 
 def _made_by(source: str, kind: type) -> BeforeValidator:
     """Refuse other types, and name what makes this one."""
 
     def check(value: Any) -> Any:
-        expected = f"{kind.__name__} must come from {source}"
-        require(isinstance(value, kind), f"{expected}, got {value!r}.")
+        if not isinstance(value, kind):
+            raise ConfigError(f"{kind.__name__} must come from {source}, got {value!r}.")
         return value
 
     return BeforeValidator(check)
@@ -295,11 +281,7 @@ class Config(Settings):
     def __post_init__(self) -> None:
         if self.quicksilver is not None:
             self.quicksilver.check(self.model, self.effective_protocol)
-        for token in self.eos_token_ids or ():
-            require(
-                0 <= token < self.model.vocab_size,
-                f"eos_token_ids holds {token}, outside the vocabulary of {self.model.vocab_size}.",
-            )
+        _check_ids("eos_token_ids: id", self.eos_token_ids or (), self.model.vocab_size)
 
     @property
     def effective_protocol(self) -> Protocol:
