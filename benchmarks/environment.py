@@ -16,8 +16,8 @@ import tyro
 from qs_jax.config import Config
 from qs_jax.errors import QuickSilverError
 from qs_jax.evaluation.perplexity import git_hash
+from qs_jax.mechanisms.shipped_maps import find_maps
 from qs_jax.models import Params
-from qs_jax.presets import find_maps
 
 RESULTS = Path(__file__).with_name("results")
 _PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "tensorstore", "safetensors", "numpy")

@@ -1,7 +1,7 @@
 """QuickSilver in JAX: a frozen language model that does less work per token."""
 
 from qs_jax import accounting, presets
-from qs_jax.calibration import calibrate
+from qs_jax.calibration import calibrate, fit_kv_maps
 from qs_jax.checkpoint import load, load_tokenizer
 from qs_jax.config import (
     AMQConfig,
@@ -13,7 +13,6 @@ from qs_jax.config import (
     QuickSilverConfig,
 )
 from qs_jax.engine.devices import replicate
-from qs_jax.engine.fit_maps import fit_kv_maps
 from qs_jax.engine.generate import GenerateOutput, StreamStep, generate, stream
 from qs_jax.engine.inputs import TokenOverrides
 from qs_jax.engine.score import ScoreOutput, score

@@ -24,11 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from qs_jax import halves
 from qs_jax.config import ModelConfig
 from qs_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from qs_jax.mechanisms.kv_maps import FILE_NAME, KVMaps
 from qs_jax.models import Params, abstract_params
+from qs_jax.models.cpu import processor_multiplies
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -118,7 +118,7 @@ def load(
     Returns:
       The stacked parameter tree, and the configuration with the dtype it has now. The tree holds
       "kv_maps" where there is a kv_maps.safetensors in the folder, or maps for this checkpoint come
-      with the library (`qs_jax.presets.shipped_maps`).
+      with the library (`qs_jax.mechanisms.shipped_maps`).
 
     Raises:
       CheckpointError: The folder is missing, incomplete, damaged or of another format.
@@ -147,11 +147,11 @@ def load(
 
 def _kv_maps(path: Path, source: str, model: ModelConfig) -> KVMaps | None:
     """Maps of the "extrapolate" policy beside the checkpoint, or those shipped for it."""
-    from qs_jax import presets
+    from qs_jax.mechanisms.shipped_maps import shipped_maps
 
     if (path / FILE_NAME).is_file():
         return KVMaps.load(path)
-    return presets.shipped_maps(model) if source.startswith("embedded ") else None
+    return shipped_maps(model) if source.startswith("embedded ") else None
 
 
 def choose_dtype(dtype: str | None, model: ModelConfig, device: Any = None) -> str:
@@ -169,7 +169,7 @@ def fastest_dtype(device: Any) -> str:
     in both.
     """
     if device.platform == "cpu":
-        return "bfloat16" if halves.processor_multiplies() else "float32"
+        return "bfloat16" if processor_multiplies() else "float32"
     capability = str(getattr(device, "compute_capability", ""))
     old = capability.partition(".")[0].isdigit() and int(capability.partition(".")[0]) < 8
     return "float32" if device.platform in ("gpu", "cuda") and old else "bfloat16"

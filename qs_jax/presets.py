@@ -2,14 +2,12 @@
 
 `off` is the dense model. `paper` holds the paper's own numbers, scaled to the model's depth; where
 the paper gives several, the others are named variants (`NAMES`). `balanced` and `aggressive` are
-ours, and act on prompts only: that is where the embedded model forgives.
+ours and act on prompts only, which forgive more.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -18,19 +16,21 @@ from typing import Any
 
 from qs_jax.config import (
     AMQConfig,
-    Config,
     FusionConfig,
     HaltingConfig,
     KVSkipConfig,
     ModelConfig,
     QuickSilverConfig,
 )
-from qs_jax.errors import ConfigError, InputError
-from qs_jax.mechanisms.kv_maps import FILE_NAME, KVMaps, select
+from qs_jax.errors import ConfigError
 
+SHIPPED_PRESET = Path(__file__).parent / "shipped" / "smollm2-135m-instruct.json"
+_SHIPPED: Mapping[str, Any] = {
+    "source": "shipped with qs-jax",
+    "chosen_on": "SmolLM2-135M-Instruct, WikiText-103 validation, 16 windows of 512, continuation",
+}
 _FORMAT = "qs-jax preset"
-_PAPER_DEPTH = 30
-# Fields of a model that a preset made for another does not fit.
+# A preset made for a model does not fit one in which any of these differs.
 _MADE_FOR = ("model_type", "num_layers", "hidden_size", "vocab_size")
 
 
@@ -40,84 +40,50 @@ def off(model: ModelConfig) -> QuickSilverConfig:
     return QuickSilverConfig()
 
 
-def paper(
-    model: ModelConfig,
-    *,
-    tau_drift: float = 1.0,
-    entropy: str = "latent",
-    normalization: str = "nats",
-    tau_low: float = 1.0,
-    tau_high: float = 2.3,
-    execution: str = "int8",
-) -> QuickSilverConfig:
+def paper(model: ModelConfig, *, tau_drift: float = 1.0, **amq: Any) -> QuickSilverConfig:
     """The paper's numbers, with layers scaled from its 30 to the model's depth.
 
     Raw drift below 1.0 and logit-lens entropy below 1.15 bits over layers 6 to 24, not before layer
     5; keys of halted tokens skipped; adjacent tokens closer than 0.15 fused from layer 12; bits at
     layer 15 by entropy in nats (1.0, 2.3), in int8. Sources: B.2, G.2 to G.4, FAQ.
 
-    The entropy for the bits is that of the state's own softmax, "over its softmax-normalized latent
-    distribution" (2.5, E.1). The logit lens, which other sections of the paper read, costs as much
-    as several layers for every token; the variants whose names end in "vocab" keep it, with scales
-    for each group, which int8 products cannot have: simulated.
+    The entropy for the bits is that of the state's own softmax (2.5, E.1). Other sections read the
+    logit lens, which costs as much as several layers for every token. The variants of this preset
+    do so too, with a scale for each group, which int8 products cannot have: simulated.
 
     Args:
       model: Depth and sizes.
       tau_drift: Raw drift; the paper also has 0.045, 1e-3, 0.9 and 1.1.
-      entropy: Estimator for AMQ.
-      normalization: Of the entropy for AMQ.
-      tau_low: Of AMQ; 0.3 with "minmax", 0.25 with "log_vocab".
-      tau_high: Of AMQ; 0.6 and 0.65.
-      execution: Of AMQ.
+      amq: Fields of `AMQConfig` that differ.
     """
-    layers = model.num_layers
-
-    def at(layer: int) -> int:
-        return min(max(round(layer / _PAPER_DEPTH * layers), 1), max(layers - 1, 1))
-
-    first, last = at(6), at(24)
+    last = _layer(model, 0.8)
+    bits: dict[str, Any] = {"entropy": "latent", "execution": "int8", "group": _group(model)}
     return QuickSilverConfig(
         halting=HaltingConfig(
             tau_drift=tau_drift,
             tau_halt=1.15 * 0.6931471805599453,
-            window=(first, last),
-            min_layer=min(at(5), last),
+            window=(_layer(model, 0.2), last),
+            min_layer=min(_layer(model, 5 / 30), last),
         ),
         kv_skip=KVSkipConfig(policy="skip"),
-        fusion=FusionConfig(tau_fuse=0.15, first_layer=at(12)),
-        amq=AMQConfig(
-            layer=at(15),
-            entropy=entropy,
-            normalization=normalization,
-            tau_low=tau_low,
-            tau_high=tau_high,
-            group=_group(model),
-            execution=execution,
-        ),
-        provenance={
-            "source": "QuickSilver paper, sections B.2, C, D.3, E, G.2 to G.4",
-            "calibrated_on": None,
-        },
+        fusion=FusionConfig(tau_fuse=0.15, first_layer=_layer(model, 0.4)),
+        amq=AMQConfig(layer=_layer(model, 0.5), **bits | amq),
+        provenance={"source": "QuickSilver paper, sections B.2, C, D.3, E, G.2 to G.4"},
     )
 
 
 def balanced(model: ModelConfig) -> QuickSilverConfig:
     """Prompts only: most of a prompt stops early, in stages, the least attended tokens first.
 
-    For the embedded SmolLM2-135M-Instruct this is what `python -m qs_jax calibrate` found within
-    0.2 of the dense perplexity, with the record of its verification; it reads `shipped_maps`, which
-    `qs_jax.load` puts into the parameters of that checkpoint. For any other model it is a starting
-    point, not a promise: the least attended half of a prompt stops at 0.8 of the depth and its keys
-    are skipped from there on.
+    For the embedded SmolLM2-135M-Instruct, `python -m qs_jax calibrate` verified it within 0.2 of
+    the dense perplexity. It reads maps that come with the library; `qs_jax.load` adds them to that
+    checkpoint. For any other model it is a starting point, not a promise: the least attended half
+    of a prompt stops at 0.8 of the depth and its keys are skipped from there on.
     """
-    if _is_shipped(model):
+    if is_shipped(model):
         return load(SHIPPED_PRESET, model)
-    layers = _layers(model, 0.8)
-    return QuickSilverConfig(
-        halting=HaltingConfig(rule="quota", layers=layers, quota=(0.5,), entropy=None),
-        kv_skip=KVSkipConfig(policy="skip"),
-        provenance=_SHIPPED,
-    )
+    halting = _quota(model, {0.8: 0.5})
+    return QuickSilverConfig(halting, KVSkipConfig("skip"), provenance=_SHIPPED)
 
 
 def aggressive(model: ModelConfig) -> QuickSilverConfig:
@@ -127,12 +93,9 @@ def aggressive(model: ModelConfig) -> QuickSilverConfig:
     tokens are skipped, near-identical neighbours fuse, and products are in int8 from the middle on.
     The measured cost is in docs/mechanisms.md.
     """
-    layers = _layers(model, 2 / 3, 0.9)
     middle = max(model.num_layers // 2, 1)
     return QuickSilverConfig(
-        halting=HaltingConfig(
-            rule="quota", layers=layers, quota=_shares(layers, 0.5, 0.9), entropy=None
-        ),
+        halting=_quota(model, {2 / 3: 0.5, 0.9: 0.9}),
         kv_skip=KVSkipConfig(policy="skip"),
         fusion=FusionConfig(tau_fuse=0.35, distance="relative", first_layer=middle),
         amq=AMQConfig.uniform(8, layer=middle, group=_group(model), execution="int8"),
@@ -140,46 +103,36 @@ def aggressive(model: ModelConfig) -> QuickSilverConfig:
     )
 
 
-def shipped_maps(model: ModelConfig) -> KVMaps | None:
-    """Extrapolation maps that come with the library: those of `balanced` for the embedded model.
-
-    Put them into `params["kv_maps"]`; `qs_jax.load` does. None for a model of other sizes.
-    """
-    path = shipped_path(model)
-    return None if path is None else KVMaps.load(path)
-
-
-def shipped_path(model: ModelConfig) -> Path | None:
-    """The file of `shipped_maps`."""
-    path = maps_path(SHIPPED_PRESET)
-    return path if _is_shipped(model) and path.exists() else None
-
-
-def maps_path(preset: Path) -> Path:
-    """Where the maps of a preset file are."""
-    return preset.with_name(f"{preset.stem}.kv_maps.safetensors")
-
-
-SHIPPED_PRESET = Path(__file__).parent / "shipped" / "smollm2-135m-instruct.json"
-
-
-@functools.cache
-def _made_for() -> dict[str, Any]:
+def is_shipped(model: ModelConfig) -> bool:
+    """Whether the preset that comes with the library was made for a model of these sizes."""
     provenance = json.loads(SHIPPED_PRESET.read_text(encoding="utf-8"))["provenance"]
-    return {name: provenance[name] for name in _MADE_FOR}
+    return all(getattr(model, name) == provenance[name] for name in _MADE_FOR)
 
 
-def _is_shipped(model: ModelConfig) -> bool:
-    return {name: getattr(model, name) for name in _MADE_FOR} == _made_for()
+def _layer(model: ModelConfig, fraction: float) -> int:
+    """The layer at a fraction of the depth, of those that leave one to save."""
+    return min(max(round(fraction * model.num_layers), 1), max(model.num_layers - 1, 1))
 
 
-_SHIPPED: Mapping[str, Any] = {
-    "source": "shipped with qs-jax",
-    "chosen_on": "SmolLM2-135M-Instruct, WikiText-103 validation, 16 windows of 512, continuation",
-}
+def _quota(model: ModelConfig, shares: Mapping[float, float]) -> HaltingConfig:
+    """Shares of a prompt that have stopped, by fraction of the depth; the least attended first."""
+    stops: dict[int, float] = {}
+    for fraction, share in shares.items():  # in a shallow model two can be one layer
+        stops.setdefault(_layer(model, fraction), share)
+    return HaltingConfig(
+        rule="quota", layers=tuple(stops), quota=tuple(stops.values()), entropy=None
+    )
+
+
+def _group(model: ModelConfig) -> int:
+    """The largest group up to 16 channels that divides every width."""
+    widths = (model.hidden_size, model.q_size, model.mlp_size, model.head_dim)
+    return next(g for g in (16, 8, 4, 2, 1) if all(width % g == 0 for width in widths))
 
 
 _LENS: dict[str, Any] = {"entropy": "vocab", "execution": "fake"}
+_MINMAX = {"normalization": "minmax", "tau_low": 0.3, "tau_high": 0.6}
+_LOG_VOCAB = {"normalization": "log_vocab", "tau_low": 0.25, "tau_high": 0.65}
 
 # Every preset by name; the paper's other values are its variants, with the logit lens for the bits.
 NAMES: dict[str, Callable[[ModelConfig], QuickSilverConfig]] = {
@@ -191,13 +144,9 @@ NAMES: dict[str, Callable[[ModelConfig], QuickSilverConfig]] = {
     "paper-drift-0.001": functools.partial(paper, tau_drift=1e-3, **_LENS),  # G.2
     "paper-drift-0.9": functools.partial(paper, tau_drift=0.9, **_LENS),  # FAQ
     "paper-drift-1.1": functools.partial(paper, tau_drift=1.1, **_LENS),  # FAQ
-    "paper-bits-minmax": functools.partial(  # E.2
-        paper, normalization="minmax", tau_low=0.3, tau_high=0.6, **_LENS
-    ),
+    "paper-bits-minmax": functools.partial(paper, **_MINMAX, **_LENS),  # E.2
     "paper-bits-vocab": functools.partial(paper, **_LENS),  # B.1
-    "paper-bits-log-vocab": functools.partial(  # O
-        paper, normalization="log_vocab", tau_low=0.25, tau_high=0.65, **_LENS
-    ),
+    "paper-bits-log-vocab": functools.partial(paper, **_LOG_VOCAB, **_LENS),  # O
 }
 
 
@@ -246,75 +195,20 @@ def load(path: str | Path, model: ModelConfig) -> QuickSilverConfig:
         raise ConfigError(f"cannot read the preset {path}: {error}") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ConfigError(f"{path} is not a preset: it has no format {_FORMAT!r}.")
-    for part in ("quicksilver", "provenance"):
-        if not isinstance(content.get(part, {}), dict):
-            raise ConfigError(f"{path} is not a preset: its {part} is not an object.")
     if content.get("version") != 1:
         raise ConfigError(f"{path} is a preset of version {content.get('version')}, known: 1.")
-    provenance = content.get("provenance", {})
+    fields, provenance = content.get("quicksilver"), content.get("provenance", {})
+    if not isinstance(fields, dict) or not isinstance(provenance, dict):
+        raise ConfigError(f"{path} is not a preset: it has no quicksilver and provenance objects.")
     for name in _MADE_FOR:
-        made_for = provenance.get(name)
-        if made_for is not None and made_for != getattr(model, name):
+        if provenance.get(name) not in (None, getattr(model, name)):
             raise ConfigError(
-                f"{path} was made for a model with {name} {made_for}, this one has "
+                f"{path} was made for a model with {name} {provenance[name]}, this one has "
                 f"{getattr(model, name)}."
             )
-    if "quicksilver" not in content:
-        raise ConfigError(f"{path} is not a preset: it has no quicksilver settings.")
-    quicksilver = QuickSilverConfig.from_dict(content["quicksilver"])
-    quicksilver = dataclasses.replace(quicksilver, provenance=provenance)
-    quicksilver.check(model, "teacher-forced" if not quicksilver.prompts_only else "continuation")
+    try:
+        quicksilver = QuickSilverConfig.from_dict(fields | {"provenance": provenance})
+        quicksilver.check(model, "continuation" if quicksilver.prompts_only else "teacher-forced")
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     return quicksilver
-
-
-def _group(model: ModelConfig) -> int:
-    """The largest group up to 16 channels that divides every width."""
-    widths = (model.hidden_size, model.q_size, model.mlp_size, model.head_dim)
-    return next(g for g in (16, 8, 4, 2, 1) if all(width % g == 0 for width in widths))
-
-
-def _layers(model: ModelConfig, *fractions: float) -> tuple[int, ...]:
-    deepest = max(model.num_layers - 1, 1)
-    return tuple(sorted({min(max(round(f * model.num_layers), 1), deepest) for f in fractions}))
-
-
-def _shares(layers: tuple[int, ...], *shares: float) -> tuple[float, ...]:
-    """One share a layer: in a shallow model two fractions of the depth can be one layer."""
-    return shares[: len(layers)]
-
-
-def find_maps(
-    cfg: Config, ckpt: Path, given: Path | None, preset: str = ""
-) -> tuple[KVMaps | None, str | None]:
-    """The maps of the configuration's halting layers, if its policy reads any.
-
-    Args:
-      cfg: Its `kv_skip.policy` decides.
-      ckpt: Checkpoint folder, where the maps are unless the preset has its own.
-      given: Another file, or None.
-      preset: The preset's name or file; `calibrate` writes its maps beside it, and `balanced` has
-        its own.
-
-    Returns:
-      The maps and the file's SHA-256, or None twice.
-
-    Raises:
-      CheckpointError: There is no such file.
-      ConfigError: The maps are of other layers or another model.
-      InputError: A file was given though the policy reads none.
-    """
-    qs = cfg.quicksilver
-    if qs is None or qs.kv_skip is None or qs.kv_skip.policy != "extrapolate":
-        if given is not None:
-            raise InputError("--kv-maps is for presets whose kv_skip.policy is 'extrapolate'.")
-        return None, None
-    assert qs.halting is not None
-    assert qs.halting.layers is not None
-    own = maps_path(Path(preset)) if preset.endswith(".json") else None
-    if preset == "balanced":
-        own = shipped_path(cfg.model)
-    path = given or (own if own is not None and own.exists() else ckpt / FILE_NAME)
-    path = path / FILE_NAME if path.is_dir() else path
-    maps = select(KVMaps.load(path), qs.halting.layers)
-    maps.check(cfg.model)
-    return maps, hashlib.sha256(path.read_bytes()).hexdigest()

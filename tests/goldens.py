@@ -18,7 +18,7 @@ import numpy as np
 import qs_jax
 from qs_jax import presets
 from qs_jax.config import Config, ModelConfig, QuickSilverConfig
-from tests.engine.contract import CASES, executed, model_of, params_of
+from tests.engine.contract import CASES, model_of, params_of
 from tests.oracle.comparison import COUNTED, MEASURED
 from tests.support import row_of
 
@@ -72,7 +72,7 @@ def embedded(params: Any, model: ModelConfig, tokens_BT: np.ndarray, name: str) 
         return _embedded(params, model, tokens_BT, qs)
     with jax.enable_x64(True):
         params = jax.tree.map(lambda leaf: leaf.astype("float64"), params)
-        return _embedded(params, model.replace(dtype="float64"), tokens_BT, executed(qs))
+        return _embedded(params, model.replace(dtype="float64"), tokens_BT, qs)
 
 
 def _embedded(

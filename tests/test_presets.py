@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given
 
 from qs_jax import ConfigError, presets
 from qs_jax.config import (
@@ -14,7 +15,9 @@ from qs_jax.config import (
     KVSkipConfig,
     QuickSilverConfig,
 )
+from qs_jax.mechanisms.shipped_maps import shipped_maps
 from qs_jax.testing import tiny_model
+from tests.oracle.strategies import any_case
 
 MODEL = tiny_model("llama", num_layers=6)
 DEEP = tiny_model("llama", num_layers=30)
@@ -42,7 +45,7 @@ def test_the_shipped_preset_is_for_its_model_and_comes_with_its_maps():
         mlp_size=1536,
         max_positions=8192,
     )
-    qs, maps = presets.balanced(smollm2), presets.shipped_maps(smollm2)
+    qs, maps = presets.balanced(smollm2), shipped_maps(smollm2)
     assert qs.kv_skip.policy == "extrapolate"
     assert maps.layers == qs.halting.layers
     maps.check(smollm2)
@@ -50,7 +53,7 @@ def test_the_shipped_preset_is_for_its_model_and_comes_with_its_maps():
     assert verified["within_budget"]
     assert verified["upper_bound"] <= qs.provenance["max_ppl_increase"] == 0.2
     assert all(other["within_budget"] for other in verified["also"].values())
-    assert presets.shipped_maps(DEEP) is None
+    assert shipped_maps(DEEP) is None
     assert presets.balanced(DEEP).kv_skip.policy == "skip"
 
 
@@ -62,12 +65,18 @@ def test_the_paper_preset_holds_the_papers_numbers():
     assert (qs.halting.window, qs.halting.min_layer) == ((6, 24), 5)
     assert (qs.fusion.tau_fuse, qs.fusion.first_layer) == (0.15, 12)
     assert (qs.amq.layer, qs.amq.tau_low, qs.amq.tau_high) == (15, 1.0, 2.3)
-    assert (qs.amq.entropy, qs.amq.execution) == ("latent", "auto")
+    assert (qs.amq.entropy, qs.amq.execution) == ("latent", "int8")
     lens = presets.by_name("paper-bits-vocab", DEEP).amq
     assert (lens.entropy, lens.execution) == ("vocab", "fake")
     assert presets.by_name("paper-drift-0.045", DEEP).halting.tau_drift == 0.045
     minmax = presets.by_name("paper-bits-minmax", DEEP).amq
     assert (minmax.normalization, minmax.tau_low, minmax.tau_high) == ("minmax", 0.3, 0.6)
+
+
+@given(any_case())
+def test_settings_survive_json(case):
+    qs = case["quicksilver"]
+    assert QuickSilverConfig.from_dict(json.loads(json.dumps(qs.to_dict()))) == qs
 
 
 def test_files_that_are_no_presets(tmp_path):
@@ -76,15 +85,19 @@ def test_files_that_are_no_presets(tmp_path):
         presets.by_name("fast", MODEL)
     with pytest.raises(ConfigError, match="cannot read"):
         presets.load(path, MODEL)
-    for text, told in (
+    for text, message in (
         ("{", "cannot read"),
         ("[]", "not a preset"),
         ('{"format": "qs-jax preset", "version": 2}', "version 2"),
         ('{"format": "qs-jax preset", "version": 1}', "no quicksilver"),
-        ('{"format": "qs-jax preset", "version": 1, "provenance": []}', "not an object"),
+        ('{"format": "qs-jax preset", "version": 1, "quicksilver": []}', "no quicksilver"),
+        (
+            '{"format": "qs-jax preset", "version": 1, "quicksilver": {}, "provenance": []}',
+            "provenance objects",
+        ),
     ):
         path.write_text(text)
-        with pytest.raises(ConfigError, match=told):
+        with pytest.raises(ConfigError, match=message):
             presets.load(path, MODEL)
     presets.save(path, presets.paper(DEEP), DEEP)
     with pytest.raises(ConfigError, match="num_layers 30"):
@@ -93,7 +106,12 @@ def test_files_that_are_no_presets(tmp_path):
     content["provenance"] = {}
     content["quicksilver"]["halting"]["tau_dift"] = 1.0
     path.write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match="tau_dift"):
+    with pytest.raises(ConfigError, match=r"p\.json: halting\.tau_dift is unknown"):
+        presets.load(path, DEEP)
+    del content["quicksilver"]["halting"]["tau_dift"]
+    content["quicksilver"]["amq"]["execution"] = "auto"  # of older versions
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"amq\.execution must be 'fake' or 'int8', got 'auto'"):
         presets.load(path, DEEP)
 
 
@@ -105,8 +123,8 @@ QUOTA = {"rule": "quota", "layers": (2,), "quota": (0.5,), "entropy": None}
 MINMAX = AMQConfig(2, normalization="minmax", tau_low=0.3, tau_high=0.6, group=8)
 REFUSED = {
     "tau_low.*above": lambda: AMQConfig(2, tau_low=3.0, tau_high=1.0),
-    "must be a number": lambda: HaltingConfig(tau_drift=float("nan")),
-    "one of 'raw'": lambda: HaltingConfig(drift="L2"),
+    "halting.tau_drift must be a number, got nan": lambda: HaltingConfig(tau_drift=float("nan")),
+    "halting.drift must be 'raw', 'relative' or 'cosine'": lambda: HaltingConfig(drift="L2"),
     "rising layer numbers": lambda: HaltingConfig(layers=(3, 2)),
     "needs halting.layers": lambda: HaltingConfig(rule="quota"),
     "rising shares": lambda: HaltingConfig(rule="quota", layers=(1, 2), quota=(0.5, 0.2)),
@@ -122,7 +140,7 @@ REFUSED = {
     "nothing would be quantised": lambda: AMQConfig(2, targets=()),
     "power of two": lambda: AMQConfig(2, group=12, rotate=True),
     "symmetric and rotated": lambda: AMQConfig(2, execution="int8", symmetric=False),
-    "rotate=False": lambda: AMQConfig(2, execution="auto", rotate=False),
+    "rotate=False": lambda: AMQConfig(2, execution="int8", rotate=False),
     "is for products and the KV cache": lambda: AMQConfig(2, targets=("hidden",), execution="int8"),
     "switch halting on": lambda: QuickSilverConfig(kv_skip=KVSkipConfig()),
     "freeze=False does nothing": lambda: halting(freeze=False),
@@ -161,18 +179,19 @@ REFUSED = {
     "a prompt, which runs in one pass": lambda: Config(
         MODEL, halting(entropy="final_prev"), protocol="continuation"
     ),
-    "protocol must be one of": lambda: Config(MODEL, protocol="prefill"),
-    "protect_ids must be a list": lambda: QuickSilverConfig(protect_ids=5),
-    "protect_ids must be an integer": lambda: QuickSilverConfig(protect_ids=(3.9,)),
-    "forced_ids must be a list": lambda: HaltingConfig(forced_ids=(None,), forced_layer=2),
-    "sink_tokens must be an integer": lambda: QuickSilverConfig(sink_tokens=4.7),
-    "recent_tokens must be an integer": lambda: QuickSilverConfig(recent_tokens="3"),
-    "min_layer must be 1 or more": lambda: HaltingConfig(min_layer=None),
-    "amq.layer must be 0 or more": lambda: AMQConfig(layer=None),
-    "list of shares": lambda: HaltingConfig(rule="quota", layers=(1,), quota=0.5),
-    "freeze must be true or false": lambda: HaltingConfig(freeze="no"),
-    "from 0 to below 1": lambda: KVSkipConfig("attended", tau_kv=7),
-    "halting must be a HaltingConfig": lambda: QuickSilverConfig(halting=True),
+    "protocol must be 'teacher-forced' or": lambda: Config(MODEL, protocol="prefill"),
+    "protect_ids must be a valid tuple, got 5": lambda: QuickSilverConfig(protect_ids=5),
+    "protect_ids.0 must be a valid integer, got 3.9": lambda: QuickSilverConfig(protect_ids=(3.9,)),
+    "halting.forced_ids.0 must be a valid integer": lambda: HaltingConfig(forced_ids=[None]),
+    "sink_tokens must be a valid integer, got 4.7": lambda: QuickSilverConfig(sink_tokens=4.7),
+    "recent_tokens must be a valid integer, got '3'": lambda: QuickSilverConfig(recent_tokens="3"),
+    "min_layer must be a valid integer": lambda: HaltingConfig(min_layer=None),
+    "min_layer must be greater than or equal to 1": lambda: HaltingConfig(min_layer=0),
+    "amq.layer must be a valid integer": lambda: AMQConfig(layer=None),
+    "halting.quota must be a valid tuple": lambda: HaltingConfig(quota=0.5),
+    "halting.freeze must be a valid boolean": lambda: HaltingConfig(freeze="no"),
+    "kv_skip.tau_kv must be less than 1": lambda: KVSkipConfig("attended", tau_kv=7),
+    "halting must be .* an instance of HaltingConfig": lambda: QuickSilverConfig(halting=True),
 }
 
 
@@ -182,8 +201,10 @@ def test_contradictions_are_refused_with_the_reason(reason):
         REFUSED[reason]()
 
 
-def test_numpy_thresholds_are_taken():
+def test_numpy_numbers_are_accepted():
     assert HaltingConfig(tau_drift=np.ones(6)).tau_drift == (1.0,) * 6
+    halts = HaltingConfig(tau_halt=np.float32(0.5), window=[1, np.int64(3)], freeze=np.bool_(True))
+    assert halts == HaltingConfig(tau_halt=0.5, window=(1, 3))
     assert AMQConfig(2, targets="kv").targets == ("kv",)
 
 

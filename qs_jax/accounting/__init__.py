@@ -17,9 +17,9 @@ from jaxtyping import Float, Int
 from qs_jax.accounting import flops
 from qs_jax.config import AMQConfig, ModelConfig, QuickSilverConfig
 from qs_jax.errors import ConfigError
-from qs_jax.halves import exact_dtype
 from qs_jax.mechanisms.kv_maps import MapSizes
 from qs_jax.record import Record
+from qs_jax.state import exact_dtype
 
 _SAVED = {
     "layer_tokens_saved": ("layer_tokens", "layer_tokens_dense"),

@@ -1,6 +1,7 @@
 """Calibration to a quality budget: what to spend it on, found on one text, checked on another."""
 
 from qs_jax.calibration.climb import Point
+from qs_jax.calibration.fit_maps import fit_kv_maps
 from qs_jax.calibration.observe import Observed, observe
 from qs_jax.calibration.search import Calibration, calibrate, search
 
@@ -9,6 +10,7 @@ __all__ = [
     "Observed",
     "Point",
     "calibrate",
+    "fit_kv_maps",
     "observe",
     "search",
 ]

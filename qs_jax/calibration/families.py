@@ -91,9 +91,10 @@ class Space(NamedTuple):
         count = len(self.layers)
         halting, fusion_level, bits = levels[:count], levels[count], levels[count + 1]
         halts = any(halting)
+        skip = KVSkipConfig(policy=self.policy)  # pyright: ignore[reportArgumentType]
         return QuickSilverConfig(
             halting=self._halting(halting, lean) if halts or not lean else None,
-            kv_skip=KVSkipConfig(policy=self.policy) if halts or not lean else None,
+            kv_skip=skip if halts or not lean else None,
             fusion=self._fusion(fusion_level) if fusion_level else None,
             amq=self._amq() if bits else None,
         )

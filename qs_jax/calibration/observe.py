@@ -19,11 +19,11 @@ from tqdm import tqdm
 from qs_jax.config import ModelConfig
 from qs_jax.engine import dense
 from qs_jax.engine.attention import attention
-from qs_jax.engine.checks import check_params
+from qs_jax.engine.weights import check_params
 from qs_jax.errors import InputError
-from qs_jax.halves import bits_of
 from qs_jax.mechanisms import fusion, signals
 from qs_jax.models import Params
+from qs_jax.models.cpu import stored_params
 
 PERCENTS = (1, 5, 10, 15, 25, 50, 75, 90, 95, 99)
 _HALTED_PERCENT, _KV_PERCENT, _FUSE_PERCENT = 25, 95, 15
@@ -121,7 +121,7 @@ def observe(
     sample_WP = np.stack(
         [np.sort(rng.choice(width - 2, count, replace=False)) + 1 for _ in range(windows)]
     ).astype(np.int32)
-    program, held = jax.jit(_signals, static_argnames="model"), bits_of(params)
+    program, held = jax.jit(_signals, static_argnames="model"), stored_params(params)
     found = []
     for start in tqdm(range(0, windows, batch_size), "observing", disable=not progress):
         rows = slice(start, start + batch_size)
@@ -194,4 +194,4 @@ def _signals(params: Params, tokens_BT, sample_BP, model: ModelConfig) -> dict[s
             "received": take(received_BT),
         }
 
-    return dense.look_at_layers(params, tokens_BT, model, look, attend)
+    return dense.look_at_layers(params, tokens_BT, model, look, attend)[1]

@@ -40,13 +40,14 @@ from qs_jax.calibration.climb import (
 from qs_jax.calibration.families import Space, halting_layers
 from qs_jax.calibration.observe import Observed, observe
 from qs_jax.config import Config, ModelConfig, QuickSilverConfig
-from qs_jax.engine import batching
-from qs_jax.engine.checks import check_params
+from qs_jax.engine import inputs
 from qs_jax.engine.generate import generate
-from qs_jax.engine.scoring import score
+from qs_jax.engine.score import score
+from qs_jax.engine.weights import check_params
 from qs_jax.errors import ConfigError, InputError
 from qs_jax.evaluation.journal import write_json
 from qs_jax.mechanisms.kv_maps import KVMaps
+from qs_jax.mechanisms.shipped_maps import maps_path
 from qs_jax.models import Params
 
 
@@ -88,7 +89,7 @@ class Calibration:
         searched = path.with_name(f"{path.stem}.search.json")
         write_json(searched, self.to_dict())
         files = [presets.save(path, self.preset, model), searched]
-        return files if self.maps is None else [*files, self.maps.save(presets.maps_path(path))]
+        return files if self.maps is None else [*files, self.maps.save(maps_path(path))]
 
     def to_dict(self) -> dict[str, Any]:
         """The whole search as plain JSON types."""
@@ -103,14 +104,14 @@ class Calibration:
 
 def search(
     params: Params,
-    tokens: batching.TokensLike,
+    tokens: inputs.TokensLike,
     cfg: Config,
     *,
     max_ppl_increase: float,
     objective: str = "exact_flops",
     confidence: float = 0.95,
     verify_share: float = 0.5,
-    also: Mapping[str, batching.TokensLike] | None = None,
+    also: Mapping[str, inputs.TokensLike] | None = None,
     policies: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
     fusion: bool = True,
@@ -190,7 +191,7 @@ def search(
 
 def calibrate(
     params: Params,
-    tokens: batching.TokensLike,
+    tokens: inputs.TokensLike,
     cfg: Config,
     *,
     max_ppl_increase: float,
@@ -215,7 +216,7 @@ def _check_budget(max_ppl_increase: float, objective: str) -> None:
 
 
 def split(
-    tokens: batching.TokensLike, cfg: Config, verify_share: float
+    tokens: inputs.TokensLike, cfg: Config, verify_share: float
 ) -> tuple[Int[np.ndarray, "C T"], Int[np.ndarray, "V T"]]:
     """Windows to calibrate on and windows to verify on, in the order of the text.
 
@@ -223,7 +224,7 @@ def split(
       InputError: Rows of several lengths, windows without a prompt, or fewer than two windows for
         either: a bound needs two.
     """
-    batch = batching.make_batch(tokens, cfg.model)
+    batch = inputs.make_batch(tokens, cfg.model)
     lengths = np.unique(batch.lengths_B)
     if len(lengths) > 1:
         raise InputError(

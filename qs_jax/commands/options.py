@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from qs_jax.errors import InputError
 from qs_jax.evaluation import journal, perplexity
 from qs_jax.evaluation.datasets import read_text
 from qs_jax.mechanisms.kv_maps import KVMaps
+from qs_jax.mechanisms.shipped_maps import find_maps, reads_maps
 from qs_jax.models import Params
 
 
@@ -53,7 +55,10 @@ class RunOptions:
 
     def find_maps(self, cfg: Config, preset: str | None = None) -> tuple[KVMaps | None, str | None]:
         """Maps of a preset and their file's SHA-256; None twice where it reads none."""
-        return presets.find_maps(cfg, self.ckpt, self.kv_maps, preset or self.preset)
+        if self.kv_maps is not None and not reads_maps(cfg):
+            raise InputError("--kv-maps is for presets whose kv_skip.policy is 'extrapolate'.")
+        maps, path = find_maps(cfg, self.ckpt, self.kv_maps, preset or self.preset)
+        return maps, path and hashlib.sha256(path.read_bytes()).hexdigest()
 
     def load(self, maps: KVMaps | None = None) -> Params:
         """The parameters, with the maps that a call reads."""

@@ -1,9 +1,8 @@
-"""Frozen, hashable configuration: what a model is, which mechanisms run, what a call should do."""
+"""Frozen, hashable configuration: what a model is, which mechanisms run, what a call does."""
 
-from qs_jax.config.call import Config
 from qs_jax.config.mechanisms import AMQConfig, FusionConfig, HaltingConfig, KVSkipConfig
 from qs_jax.config.model import ROPE_SCALINGS, ModelConfig, RopeScaling
-from qs_jax.config.quicksilver import PROTOCOLS, QuickSilverConfig
+from qs_jax.config.quicksilver import PROTOCOLS, Config, QuickSilverConfig
 
 __all__ = [
     "AMQConfig",

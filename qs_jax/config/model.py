@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from typing import Any
+from typing import Annotated, Literal
 
-from qs_jax.config.checks import require
+from pydantic import Field
+
+from qs_jax.config.fields import Flag, Integer, Integers, Number, Positive, Settings
 from qs_jax.errors import ConfigError
 
 # What each RoPE scaling needs besides its factor.
@@ -18,8 +18,7 @@ ROPE_SCALINGS: dict[str, tuple[str, ...]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
+class RopeScaling(Settings, path="rope_scaling"):
     """How rotary frequencies are stretched beyond the length a model was first trained on.
 
     Attributes:
@@ -40,39 +39,35 @@ class RopeScaling:
     """
 
     rope_type: str
-    factor: float
-    original_max_positions: int | None = None
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True
+    factor: Annotated[Number, Field(ge=1, allow_inf_nan=False)]
+    original_max_positions: Integer | None = None
+    low_freq_factor: Number | None = None
+    high_freq_factor: Number | None = None
+    beta_fast: Number = 32.0
+    beta_slow: Number = 1.0
+    attention_factor: Number | None = None
+    mscale: Number | None = None
+    mscale_all_dim: Number | None = None
+    truncate: Flag = True
 
     def __post_init__(self) -> None:
-        require(
-            self.rope_type in ROPE_SCALINGS,
-            f"RoPE scaling {self.rope_type!r} is not implemented "
-            f"(known: {', '.join(ROPE_SCALINGS)}).",
-        )
+        if self.rope_type not in ROPE_SCALINGS:
+            known = ", ".join(ROPE_SCALINGS)
+            raise ConfigError(
+                f"RoPE scaling {self.rope_type!r} is not implemented (known: {known})."
+            )
         missing = [name for name in ROPE_SCALINGS[self.rope_type] if getattr(self, name) is None]
-        require(not missing, f"RoPE scaling {self.rope_type!r} needs {', '.join(missing)}.")
-        require(
-            math.isfinite(self.factor) and self.factor >= 1.0,
-            f"RoPE scaling factor must be a number >= 1, got {self.factor}.",
-        )
-        if self.low_freq_factor is not None and self.high_freq_factor is not None:
-            require(
-                0 < self.low_freq_factor < self.high_freq_factor,
+        if missing:
+            raise ConfigError(f"RoPE scaling {self.rope_type!r} needs {', '.join(missing)}.")
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if low is not None and high is not None and not 0 < low < high:
+            raise ConfigError(
                 "llama3 RoPE scaling needs 0 < low_freq_factor < high_freq_factor, got "
-                f"{self.low_freq_factor} and {self.high_freq_factor}.",
+                f"{low} and {high}."
             )
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Settings):
     """The architecture of a frozen checkpoint; every size comes from the checkpoint itself.
 
     Attributes:
@@ -103,66 +98,42 @@ class ModelConfig:
     """
 
     model_type: str
-    vocab_size: int
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    mlp_size: int
-    max_positions: int
-    norm_eps: float
+    vocab_size: Positive
+    num_layers: Positive
+    hidden_size: Positive
+    num_heads: Positive
+    num_kv_heads: Positive
+    head_dim: Positive
+    mlp_size: Positive
+    max_positions: Positive
+    norm_eps: Annotated[Number, Field(gt=0)]
     activation: str
-    tie_embeddings: bool
-    attention_bias: bool
-    mlp_bias: bool
-    rope_theta: float | None = None
+    tie_embeddings: Flag
+    attention_bias: Flag
+    mlp_bias: Flag
+    rope_theta: Number | None = None
     rope_scaling: RopeScaling | None = None
-    dtype: str = "float32"
-    bos_token_id: int | None = None
-    eos_token_ids: tuple[int, ...] = ()
-    pad_token_id: int | None = None
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    bos_token_id: Integer | None = None
+    eos_token_ids: Integers = ()
+    pad_token_id: Integer | None = None
 
     def __post_init__(self) -> None:
-        for name in [
-            "vocab_size",
-            "num_layers",
-            "hidden_size",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "mlp_size",
-            "max_positions",
-        ]:
-            value = getattr(self, name)
-            require(value >= 1, f"{name} must be at least 1, got {value}.")
-        require(
-            self.num_heads % self.num_kv_heads == 0,
-            f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
-            f"({self.num_kv_heads}).",
-        )
-        require(self.norm_eps > 0, f"norm_eps must be positive, got {self.norm_eps}.")
-        require(
-            self.dtype in ("float32", "bfloat16", "float64"),
-            f"dtype {self.dtype!r} is not supported: float32 or bfloat16 (or float64, to check "
-            "results, with jax_enable_x64).",
-        )
-        if self.model_type == "llama":
-            require(
-                self.rope_theta is not None and self.rope_theta > 0,
-                f"a llama model needs a positive rope_theta, got {self.rope_theta}.",
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        if heads % kv_heads:
+            raise ConfigError(
+                f"num_heads ({heads}) must be a multiple of num_kv_heads ({kv_heads})."
             )
-            require(self.head_dim % 2 == 0, f"RoPE needs an even head_dim, got {self.head_dim}.")
-        for name in ("bos_token_id", "pad_token_id"):
-            self._check_token_id(name, getattr(self, name))
-        for token in self.eos_token_ids:
-            self._check_token_id("eos_token_ids", token)
-
-    def _check_token_id(self, name: str, token: int | None) -> None:
-        require(
-            token is None or 0 <= token < self.vocab_size,
-            f"{name} {token} is outside the vocabulary of {self.vocab_size}.",
-        )
+        if self.model_type == "llama" and (self.rope_theta is None or self.rope_theta <= 0):
+            raise ConfigError(f"a llama model needs a positive rope_theta, got {self.rope_theta}.")
+        if self.model_type == "llama" and self.head_dim % 2:
+            raise ConfigError(f"RoPE needs an even head_dim, got {self.head_dim}.")
+        for name in ("bos_token_id", "pad_token_id", "eos_token_ids"):
+            value = getattr(self, name)
+            for token in value if isinstance(value, tuple) else (value,):
+                if token is not None and not 0 <= token < self.vocab_size:
+                    size = self.vocab_size
+                    raise ConfigError(f"{name} {token} is outside the vocabulary of {size}.")
 
     @property
     def q_size(self) -> int:
@@ -173,27 +144,3 @@ class ModelConfig:
     def kv_size(self) -> int:
         """Columns of the key (or the value) projection, K * H."""
         return self.num_kv_heads * self.head_dim
-
-    def replace(self, **changes: Any) -> ModelConfig:
-        """A copy with `changes` applied and checked again."""
-        return dataclasses.replace(self, **changes)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `from_dict` is the inverse."""
-        return dataclasses.asdict(self) | {"eos_token_ids": list(self.eos_token_ids)}
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> ModelConfig:
-        """Inverse of `to_dict`.
-
-        Raises:
-          ConfigError: Unknown or missing fields, or values that do not fit.
-        """
-        try:
-            fields = dict(fields)
-            if fields.get("rope_scaling") is not None:
-                fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
-            fields["eos_token_ids"] = tuple(fields.get("eos_token_ids", ()))
-            return cls(**fields)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"not a model configuration: {error}") from error

@@ -1,27 +1,33 @@
-"""All mechanisms together: what runs, what is exempt, and which combinations make sense."""
+"""All mechanisms together, and one call under them."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping
-from typing import Any, no_type_check
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
 
-import numpy as np
+from pydantic import BeforeValidator, Field
 
-from qs_jax.config.checks import as_count, as_integers, require
-from qs_jax.config.mechanisms import AMQConfig, FusionConfig, HaltingConfig, KVSkipConfig
+from qs_jax.config.fields import (
+    ONE_OR_MORE,
+    Count,
+    Flag,
+    Integer,
+    Integers,
+    Number,
+    Positive,
+    Settings,
+    Threshold,
+)
+from qs_jax.config.mechanisms import AMQConfig, Entropy, FusionConfig, HaltingConfig, KVSkipConfig
 from qs_jax.config.model import ModelConfig
 from qs_jax.errors import ConfigError
 
-PROTOCOLS = ("teacher-forced", "continuation")
-_PARTS = {"halting": HaltingConfig, "kv_skip": KVSkipConfig, "fusion": FusionConfig}
-_PARTS["amq"] = AMQConfig
+Protocol = Literal["teacher-forced", "continuation"]
+PROTOCOLS: tuple[Protocol, Protocol] = ("teacher-forced", "continuation")
 
 
-@no_type_check
-@dataclasses.dataclass(frozen=True)
-class QuickSilverConfig:
+class QuickSilverConfig(Settings):
     """Which mechanisms run, and which tokens they leave alone.
 
     Attributes:
@@ -32,9 +38,9 @@ class QuickSilverConfig:
       protect_ids: Token ids that never halt, fuse, lose their keys or go below 8 bits.
       protect_special: The same for the model's BOS, EOS and padding ids.
       sink_tokens: The same for the first positions of a row: attention sinks look converged first.
-      recent_tokens: Under "continuation": the last tokens of a prompt are left alone altogether, so
-        a prompt no longer than that runs dense. The last one always does, because the first new
-        token is read from it.
+      recent_tokens: Under "continuation": the same for the last tokens of a prompt, so a prompt no
+        longer than that runs dense. The last one is always exempt: the first new token is read
+        from it.
       shortlist_layer: Layer whose logit lens picks the ids of the "shortlist" entropy.
       shortlist_size: How many ids.
       provenance: Where the numbers come from; plays no part in equality.
@@ -47,69 +53,46 @@ class QuickSilverConfig:
     kv_skip: KVSkipConfig | None = None
     fusion: FusionConfig | None = None
     amq: AMQConfig | None = None
-    protect_ids: tuple[int, ...] = ()
-    protect_special: bool = True
-    sink_tokens: int = 4
-    recent_tokens: int = 32
-    shortlist_layer: int | None = None
-    shortlist_size: int = 32
+    protect_ids: Integers = ()
+    protect_special: Flag = True
+    sink_tokens: Count = 4
+    recent_tokens: Count = 32
+    shortlist_layer: Integer | None = None
+    shortlist_size: Annotated[Integer, Field(ge=2)] = 32
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "protect_ids", as_integers("protect_ids", self.protect_ids))
-        for name, least in (("sink_tokens", 0), ("recent_tokens", 0), ("shortlist_size", 2)):
-            object.__setattr__(self, name, as_count(name, getattr(self, name), least))
-        for name, part in _PARTS.items():
-            value = getattr(self, name)
-            require(
-                value is None or isinstance(value, part),
-                f"{name} must be a {part.__name__} or None, got {value!r}.",
+        halting, skip, amq = self.halting, self.kv_skip, self.amq
+        if skip is not None and halting is None:
+            raise ConfigError(
+                "kv_skip acts on the keys of halted tokens: switch halting on (freeze=False lets "
+                "tokens keep computing)."
             )
-        halting, skip = self.halting, self.kv_skip
-        require(
-            skip is None or halting is not None,
-            "kv_skip acts on the keys of halted tokens: switch halting on (with freeze=False if "
-            "tokens should keep computing).",
-        )
-        if halting is not None and not halting.freeze:
-            require(
-                skip is not None and skip.policy in ("skip", "attended"),
-                "halting with freeze=False does nothing unless kv_skip skips keys.",
-            )
-        if skip is not None and skip.policy == "extrapolate":
-            assert halting is not None  # required above
-            require(
-                halting.layers is not None,
-                "kv_skip.policy 'extrapolate' has one set of maps per halting layer: name the few "
-                "halting.layers.",
-            )
-            assert halting.layers is not None
-            require(
-                halting.forced_layer is None or halting.forced_layer in halting.layers,
-                "kv_skip.policy 'extrapolate' needs forced_layer to be one of halting.layers.",
-            )
-        require(
-            "final_prev" not in self.entropies
-            or self.amq is None
-            or self.amq.normalization != "minmax",
-            "final_prev runs token by token, min-max looks at all tokens at once: not both.",
-        )
-        require(
-            "shortlist" not in self.entropies or self.shortlist_layer is not None,
-            "the shortlist entropy needs shortlist_layer, the layer whose lens picks the ids.",
-        )
+        skips = skip is not None and skip.policy in ("skip", "attended")
+        if halting is not None and not halting.freeze and not skips:
+            raise ConfigError("halting.freeze=False does nothing unless kv_skip skips keys.")
+        if halting is not None and skip is not None and skip.policy == "extrapolate":
+            if halting.layers is None:
+                raise ConfigError(
+                    "'extrapolate' has maps for each layer: name the few halting.layers."
+                )
+            if halting.forced_layer not in (None, *halting.layers):
+                raise ConfigError("policy 'extrapolate' needs forced_layer among halting.layers.")
+        if "final_prev" in self.entropies and amq is not None and amq.normalization == "minmax":
+            raise ConfigError("final_prev runs token by token, minmax on all tokens: not both.")
+        if "shortlist" in self.entropies and self.shortlist_layer is None:
+            raise ConfigError("entropy 'shortlist' needs shortlist_layer: its lens picks the ids.")
 
     @property
-    def entropies(self) -> tuple[str, ...]:
+    def entropies(self) -> tuple[Entropy, ...]:
         """The estimators in use."""
-        used = [self.halting.entropy_used if self.halting else None]
-        used.append(self.amq.entropy if self.amq else None)
+        used = (self.halting and self.halting.entropy_used, self.amq and self.amq.entropy)
         return tuple(name for name in used if name is not None)
 
     @property
     def is_off(self) -> bool:
         """No mechanism runs: the dense model."""
-        return all(getattr(self, name) is None for name in _PARTS)
+        return (self.halting, self.kv_skip, self.fusion, self.amq) == (None,) * 4
 
     @property
     def prompts_only(self) -> str | None:
@@ -133,151 +116,185 @@ class QuickSilverConfig:
         Raises:
           ConfigError: With the reason.
         """
-        require(protocol in PROTOCOLS, f"protocol must be one of {PROTOCOLS}, got {protocol!r}.")
-        reason = self.prompts_only
-        require(
-            protocol == "continuation" or reason is None,
-            f"teacher-forced scoring refuses this configuration: {reason}. Use "
-            "protocol='continuation'.",
-        )
-        require(
-            protocol == "teacher-forced" or "final_prev" not in self.entropies,
-            "the final_prev entropy is the previous step's output: a prompt, which runs in one "
-            "pass, has none. Use protocol='teacher-forced'.",
-        )
-        deepest = model.num_layers - 1
-        if not self.is_off:
-            require(deepest >= 1, "a model of one layer has no layers to save.")
-        _check_layers(self, deepest)
-        _check_lengths(self, model.num_layers)
+        if protocol not in PROTOCOLS:
+            raise ConfigError(f"protocol must be one of {PROTOCOLS}, got {protocol!r}.")
+        if protocol == "teacher-forced" and self.prompts_only is not None:
+            raise ConfigError(
+                f"teacher-forced scoring refuses this configuration: {self.prompts_only}. Use "
+                "protocol='continuation'."
+            )
+        if protocol == "continuation" and "final_prev" in self.entropies:
+            raise ConfigError(
+                "the final_prev entropy is the previous step's output: a prompt, which runs in one "
+                "pass, has none. Use protocol='teacher-forced'."
+            )
+        if model.num_layers == 1 and not self.is_off:
+            raise ConfigError("a model of one layer has no layers to save.")
+        _check_layers(self, model.num_layers)
+        _check_thresholds(self, model.num_layers)
         if self.amq is not None:
             _check_group(self.amq, model)
         ids = [*self.protect_ids, *(self.halting.forced_ids if self.halting else ())]
         ids += self.kv_skip.retain_ids if self.kv_skip else ()
-        for token in ids:
-            require(
-                0 <= token < model.vocab_size,
-                f"token id {token} is outside the vocabulary of {model.vocab_size}.",
-            )
-        require(
-            "shortlist" not in self.entropies or self.shortlist_size <= model.vocab_size,
-            f"shortlist_size {self.shortlist_size} exceeds the vocabulary.",
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, infinite numbers as "inf" and "-inf"; `from_dict` is the inverse."""
-        return _plain(dataclasses.asdict(self))
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> QuickSilverConfig:
-        """Inverse of `to_dict`.
-
-        Raises:
-          ConfigError: Unknown fields, or values that do not fit.
-        """
-        try:
-            fields = dict(fields)
-            for name, part in _PARTS.items():
-                if fields.get(name) is not None:
-                    fields[name] = part(**{k: _tuples(v) for k, v in fields[name].items()})
-            return cls(**{k: _tuples(v) for k, v in fields.items()})
-        except (TypeError, ValueError, AttributeError) as error:
-            raise ConfigError(f"not a QuickSilver configuration: {error}") from error
+        _check_ids("token id", ids, model.vocab_size)
+        if "shortlist" in self.entropies and self.shortlist_size > model.vocab_size:
+            raise ConfigError(f"shortlist_size {self.shortlist_size} exceeds the vocabulary.")
 
 
-def _within(name: str, layer: int | None, deepest: int) -> None:
-    require(
-        layer is None or 1 <= layer <= deepest,
-        f"{name} is layer {layer}, but only layers 1 to {deepest} leave any to save.",
-    )
-
-
-def _check_layers(qs: QuickSilverConfig, deepest: int) -> None:
-    halting, fusion, amq = qs.halting, qs.fusion, qs.amq
-    first_uses: list[tuple[str, int, str | None]] = []
+def _check_layers(qs: QuickSilverConfig, depth: int) -> None:
+    """Layers must be those of the model, and in order."""
+    halting, fusion, amq, deepest = qs.halting, qs.fusion, qs.amq, depth - 1
+    layers: dict[str, int | None] = {}
+    readers: dict[str, int] = {}  # first layers that read the shortlist
     if halting is not None:
         first, last = halting.window or (1, deepest)
-        _within("the start of halting.window", first, deepest)
-        _within("the end of halting.window", last, deepest)
-        _within("halting.forced_layer", halting.forced_layer, deepest)
+        layers |= {"the start of halting.window": first, "the end of halting.window": last}
+        layers |= {"halting.forced_layer": halting.forced_layer}
         first = max(first, halting.min_layer)
-        require(
-            first <= last,
-            f"halting.min_layer {halting.min_layer} leaves no layer of the window up to {last}.",
-        )
+        if first > last:
+            raise ConfigError(f"halting.min_layer {first} leaves no layer up to {last}.")
         for layer in halting.layers or ():
-            require(
-                first <= layer <= last,
-                f"halting.layers holds {layer}, outside the window from {first} to {last}.",
-            )
-        start = halting.layers[0] if halting.layers else first
-        first_uses.append(("halting", start, halting.entropy_used))
+            if not first <= layer <= last:
+                raise ConfigError(
+                    f"halting.layers: {layer} is outside the window {first} to {last}."
+                )
+        if halting.entropy_used == "shortlist":
+            readers["halting"] = halting.layers[0] if halting.layers else first
     if fusion is not None:
-        _within("fusion.first_layer", fusion.first_layer, deepest)
-        _within("fusion.last_layer", fusion.last_layer, deepest)
-        require(
-            fusion.first_layer <= (fusion.last_layer or deepest),
-            f"fusion.last_layer {fusion.last_layer} comes before fusion.first_layer "
-            f"{fusion.first_layer}.",
-        )
+        layers |= {"fusion.first_layer": fusion.first_layer, "fusion.last_layer": fusion.last_layer}
+        if fusion.first_layer > (fusion.last_layer or deepest):
+            raise ConfigError(
+                f"fusion.last_layer {fusion.last_layer} comes before fusion.first_layer "
+                f"{fusion.first_layer}."
+            )
     if amq is not None:
-        _within("amq.layer", amq.layer, deepest)
-        first_uses.append(("amq", amq.layer, amq.entropy))
-    if "shortlist" in qs.entropies:
-        _within("shortlist_layer", qs.shortlist_layer, deepest)
-    for name, start, entropy in first_uses:
-        if entropy != "shortlist":
-            continue
-        assert qs.shortlist_layer is not None  # required by __post_init__
-        require(
-            qs.shortlist_layer <= start,
-            f"{name} reads the shortlist at layer {start}, before shortlist_layer "
-            f"{qs.shortlist_layer} has picked it.",
-        )
+        layers["amq.layer"] = amq.layer
+        if amq.entropy == "shortlist":
+            readers["amq"] = amq.layer
+    if readers:
+        layers["shortlist_layer"] = qs.shortlist_layer
+    for name, layer in layers.items():
+        if layer is not None and not 1 <= layer <= deepest:
+            raise ConfigError(
+                f"{name} is layer {layer}, but only layers 1 to {deepest} leave any to save."
+            )
+    for name, start in readers.items():
+        if start < (qs.shortlist_layer or 0):
+            raise ConfigError(
+                f"{name} reads the shortlist at layer {start}, before shortlist_layer "
+                f"{qs.shortlist_layer} has picked it."
+            )
 
 
-def _check_lengths(qs: QuickSilverConfig, layers: int) -> None:
-    named = {}
+def _check_thresholds(qs: QuickSilverConfig, depth: int) -> None:
+    named: dict[str, Threshold] = {}
     if qs.halting is not None:
-        named |= {"halting.tau_drift": qs.halting.tau_drift}
-        named |= {"halting.tau_halt": qs.halting.tau_halt}
+        named |= {
+            "halting.tau_drift": qs.halting.tau_drift,
+            "halting.tau_halt": qs.halting.tau_halt,
+        }
     if qs.fusion is not None:
-        named["fusion.tau_fuse"] = qs.fusion.tau_fuse
-    for name, value in named.items():
-        require(
-            not isinstance(value, tuple) or len(value) == layers,
-            f"{name} has {len(value) if isinstance(value, tuple) else 1} entries for {layers} "
-            "layers.",
-        )
+        named |= {"fusion.tau_fuse": qs.fusion.tau_fuse}
+    for name, taus in named.items():
+        if isinstance(taus, tuple) and len(taus) != depth:
+            raise ConfigError(f"{name} has {len(taus)} entries for {depth} layers.")
+
+
+def _check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
+    for token in ids:
+        if not 0 <= token < vocab_size:
+            raise ConfigError(f"{name} {token} is outside the vocabulary of {vocab_size}.")
 
 
 def _check_group(amq: AMQConfig, model: ModelConfig) -> None:
     widths = {}
     if "linear" in amq.targets:
-        widths |= {"hidden_size": model.hidden_size, "q_size": model.q_size}
-        widths["mlp_size"] = model.mlp_size
-    if "hidden" in amq.targets:
+        widths |= {"q_size": model.q_size, "mlp_size": model.mlp_size}
+    if "linear" in amq.targets or "hidden" in amq.targets:
         widths["hidden_size"] = model.hidden_size
     if "kv" in amq.targets:
         widths["head_dim"] = model.head_dim
     for name, width in widths.items():
-        require(
-            width % amq.group == 0,
-            f"amq.group {amq.group} does not divide this model's {name} of {width}.",
-        )
+        if width % amq.group:
+            raise ConfigError(f"amq.group {amq.group} does not divide the model's {name}, {width}.")
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, float) and math.isinf(value):
-        return "inf" if value > 0 else "-inf"
-    return value.item() if isinstance(value, np.generic) else value
+def _made_by(source: str, kind: type) -> BeforeValidator:
+    """Refuse other types, and name what makes this one."""
+
+    def check(value: Any) -> Any:
+        if not isinstance(value, kind):
+            raise ConfigError(f"{kind.__name__} must come from {source}, got {value!r}.")
+        return value
+
+    return BeforeValidator(check)
 
 
-def _tuples(value: Any) -> Any:
-    if isinstance(value, list):
-        return tuple(_tuples(entry) for entry in value)
-    return float(value) if value in ("inf", "-inf") else value
+class Config(Settings):
+    """What one call of `generate`, `stream` or `score` does.
+
+    Attributes:
+      model: Architecture, from `qs_jax.load`.
+      quicksilver: Mechanisms, from `qs_jax.presets`; None is the dense model.
+      protocol: What the mechanisms act on. "teacher-forced": every token, prompt or new, as if it
+        had just been generated. "continuation": the prompt only; the tokens after it run dense.
+        None takes what the mechanisms can do: see `effective_protocol`.
+      continuation_tokens: `score` under "continuation" takes the last tokens of each row as the
+        continuation, unless it is given prompt lengths.
+      max_new_tokens: Longest continuation of a row, in tokens.
+      temperature: Divides the logits; 0 is greedy.
+      top_k: Sample among the k most likely tokens only; None for all.
+      top_p: Sample among the smallest set that holds this probability; None for all.
+      repetition_penalty: Above 1 makes tokens of the prompt and continuation less likely
+        (Keskar et al. 2019, the rule Hugging Face uses); 1 is off.
+      seed: Row b of a batch draws from `fold_in(key(seed), b)`.
+      eos_token_ids: Tokens that end a row; None takes the model's, () never stops.
+      engine: What runs the mechanisms. "masked": the definition, dense work with decisions as
+        masks; savings are simulated. "compact": the fast engines for prompts and new tokens, which
+        take the same decisions, compute active tokens only and cache only what later queries see.
+        "auto" is "compact" wherever it can run.
+      decode_weights: "stacked": decoding scans over the stacked layers. "separate": it runs layer
+        after layer on arrays of their own, copied once and kept as long as the parameters; XLA's
+        CPU backend would otherwise copy every layer's weights at every token of several rows.
+        "auto" is "separate" for several rows on CPU.
+
+    Raises:
+      ConfigError: A value is outside its range.
+    """
+
+    model: Annotated[ModelConfig, _made_by("qs_jax.load", ModelConfig)]
+    quicksilver: (
+        Annotated[QuickSilverConfig, _made_by("qs_jax.presets", QuickSilverConfig)] | None
+    ) = None
+    protocol: Protocol | None = None
+    continuation_tokens: Positive = 128
+    max_new_tokens: Positive = 64
+    temperature: Annotated[Number, Field(ge=0, allow_inf_nan=False)] = 0.0
+    top_k: Positive | None = None
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    repetition_penalty: Annotated[Number, Field(gt=0, allow_inf_nan=False)] = 1.0
+    seed: Annotated[Integer, Field(ge=0, lt=2**32)] = 0
+    eos_token_ids: Annotated[Integers, ONE_OR_MORE] | None = None
+    engine: Literal["auto", "masked", "compact"] = "auto"
+    decode_weights: Literal["auto", "stacked", "separate"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.quicksilver is not None:
+            self.quicksilver.check(self.model, self.effective_protocol)
+        _check_ids("eos_token_ids: id", self.eos_token_ids or (), self.model.vocab_size)
+
+    @property
+    def effective_protocol(self) -> Protocol:
+        """The protocol of this call.
+
+        As given; else "teacher-forced", unless the mechanisms can act on prompts only
+        (`QuickSilverConfig.prompts_only`).
+        """
+        if self.protocol is not None:
+            return self.protocol
+        return PROTOCOLS[self.quicksilver is not None and bool(self.quicksilver.prompts_only)]
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The token ids that end a row of this call."""
+        return self.model.eos_token_ids if self.eos_token_ids is None else self.eos_token_ids

@@ -30,7 +30,7 @@ from qs_jax.engine.weights import check_finite, prepare_params
 from qs_jax.mechanisms import Mechanisms, Overrides, resolve
 from qs_jax.models import Params, cpu, head
 from qs_jax.record import Record, decided
-from qs_jax.state import NEVER, Decisions, evidence
+from qs_jax.state import FULL_BITS, NEVER, Decisions, evidence
 
 @dataclasses.dataclass(frozen=True)
 class GenerateOutput:
@@ -570,17 +570,19 @@ def _pack(
         packed = (cache, span, held_LBS[span], capacity, bits, keeps_all)
         caches.append(SlotCache.pack(*packed))
 
-    def widen(array: Array) -> Array:
+    def widen(array: Array | None, empty: Any) -> Array | None:
+        if array is None:
+            return None
         widths = [(0, 0)] * (array.ndim - 1) + [(0, width - array.shape[-1])]
-        empty = jnp.nan if jnp.issubdtype(array.dtype, jnp.floating) else 0
         return jnp.pad(array, widths, constant_values=empty)
 
     noted = None
     if not off:
-        noted = jax.tree.map(widen, decisions)
-        never = noted.fused_BT.at[:, cache.k_LBSKH.shape[2] :].set(NEVER)
-        after = noted.fused_after_BT.at[:, cache.k_LBSKH.shape[2] :].set(NEVER)
-        noted = noted.replace(fused_BT=never, fused_after_BT=after)
+        layers = cache.k_LBSKH.shape[0]
+        empty = Decisions(layers, NEVER, NEVER, FULL_BITS, False, jnp.nan, jnp.nan)
+        fields = (field.name for field in dataclasses.fields(Decisions))
+        pairs = {name: (getattr(decisions, name), getattr(empty, name)) for name in fields}
+        noted = Decisions(**{name: widen(*pair) for name, pair in pairs.items()})
     return DecodeState(text, tuple(caches), noted, jnp.zeros((), bool))
 
 

@@ -20,11 +20,12 @@ from tqdm import tqdm
 from qs_jax import accounting, presets
 from qs_jax.checkpoint import load, load_tokenizer
 from qs_jax.config import Config
-from qs_jax.engine.batching import bucket_size
+from qs_jax.engine.inputs import bucket_size
 from qs_jax.engine.devices import local_devices, replicate
 from qs_jax.engine.generate import stream
 from qs_jax.errors import InputError
 from qs_jax.evaluation.rows import ScoredBatch, score_rows
+from qs_jax.mechanisms.shipped_maps import find_maps
 from qs_jax.models import Params, count_params, head
 
 try:
@@ -97,10 +98,9 @@ class QSJaxLM(TemplateLM):
         self.folder = Path(ckpt)
         self.tokenizer: Any = load_tokenizer(self.folder)
         params, model = load(self.folder, dtype=dtype)
-        self.cfg = Config(model, presets.by_name(preset, model), protocol=protocol, engine=engine)
-        maps, _ = presets.find_maps(
-            self.cfg, self.folder, Path(kv_maps) if kv_maps else None, preset
-        )
+        settings: dict[str, Any] = {"protocol": protocol, "engine": engine}
+        self.cfg = Config(model, presets.by_name(preset, model), **settings)
+        maps, _ = find_maps(self.cfg, self.folder, Path(kv_maps) if kv_maps else None, preset)
         if maps is not None:
             params["kv_maps"] = maps
         found = local_devices(str(devices))

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from qs_jax import accounting
 from qs_jax.config import Config
 from qs_jax.engine.devices import replicate
-from qs_jax.engine.scoring import score
+from qs_jax.engine.score import score
 from qs_jax.errors import InputError
 from qs_jax.evaluation.datasets import Text, read_text
 from qs_jax.evaluation.journal import Journal

@@ -11,7 +11,7 @@ import numpy as np
 
 from qs_jax import accounting
 from qs_jax.config import Config
-from qs_jax.engine.scoring import ScoreOutput, score
+from qs_jax.engine.score import ScoreOutput, score
 from qs_jax.errors import InputError
 from qs_jax.mechanisms.kv_maps import MapSizes, sizes_of
 from qs_jax.models import Params

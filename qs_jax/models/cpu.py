@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import flax.struct
@@ -30,6 +31,8 @@ from jaxtyping import Array, Float, Shaped, UInt16
 
 from qs_jax.state import exact_dtype
 
+# Where Linux tells what the processor can do.
+CPU_INFO = Path("/proc/cpuinfo")
 # Terms of a written-out sum: fewer are no faster, more take longer to compile.
 MOST_TERMS = 24
 # Fewest rows of a block of a kernel, and fewest lanes of a block of a table.
@@ -43,6 +46,15 @@ MOST_HEADS = 16
 def on_cpu() -> bool:
     """Whether programs run on CPU by default."""
     return jax.default_backend() == "cpu"
+
+
+@functools.cache
+def processor_multiplies() -> bool:
+    """Whether this processor has instructions for bfloat16 products, as far as Linux says so.
+
+    Where it has none, XLA multiplies float32 and converts around it.
+    """
+    return CPU_INFO.exists() and "avx512_bf16" in CPU_INFO.read_text(encoding="utf-8").split()
 
 
 # --- bfloat16 storage ---------------------------------------------------------------------------

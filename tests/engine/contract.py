@@ -123,13 +123,6 @@ BY_DEFAULT = {
 }
 
 
-def executed(qs: QuickSilverConfig) -> QuickSilverConfig:
-    """With int8 where the machine would choose between it and no bits at all."""
-    if qs.amq is None or qs.amq.execution != "auto":
-        return qs
-    return dataclasses.replace(qs, amq=dataclasses.replace(qs.amq, execution="int8"))
-
-
 def contract(by_default=BY_DEFAULT):
     """Parameters of a test that holds for every case; those of one case run in one process."""
     return [

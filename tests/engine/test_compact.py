@@ -20,13 +20,12 @@ from qs_jax.engine import (
     token_loop,
     tokenwise,
 )
-from qs_jax.errors import ConfigError, InputError, InternalError
+from qs_jax.errors import ConfigError
 from qs_jax.mechanisms.plan import bind
 from tests.engine.contract import (
     CASES,
     MATRIX,
     contract,
-    executed,
     model_of,
     params_of,
     settings,
@@ -83,7 +82,7 @@ def test_same_decisions_and_logits_as_the_masked_engine(name):
         pytest.skip("there are no decisions")
     with jax.enable_x64(True):
         model = model_of(kind, dtype="float64")
-        params, qs = params_of(model), executed(qs)
+        params = params_of(model)
         theirs = score(params, model, qs, protocol, engine="masked")
         assert theirs.record.simulated
         assert_same(score(params, model, qs, protocol, engine="compact"), theirs)
@@ -108,12 +107,11 @@ STAGED = settings(
 )
 
 
-@pytest.mark.parametrize("capacity", ["dynamic", pytest.param("planned", marks=pytest.mark.slow)])
-def test_layers_run_on_as_many_slots_as_tokens_compute(capacity, monkeypatch):
+def test_layers_run_on_as_many_slots_as_tokens_compute(monkeypatch):
     """Whole rows up to layer 2, then what the quotas leave, rounded up by less than a granule."""
     model = model_of("llama")
     params, widths = params_of(model), widths_traced(monkeypatch)
-    out = score(params, model, STAGED, None, capacity=capacity, continuation_tokens=9)
+    out = score(params, model, STAGED, None, continuation_tokens=9)
     most = out.record.active.sum(-1).max(-1)
     expected = [32, *(-(-most[layer] // 4) * 4 for layer in (2, 4))]
     assert most[4] < most[2] < most[0]
@@ -122,60 +120,11 @@ def test_layers_run_on_as_many_slots_as_tokens_compute(capacity, monkeypatch):
     assert_same(out, theirs, atol=1e-4)
 
 
-UNMET = settings(
-    halting=dataclasses.replace(MATRIX["HK"].halting, tau_drift=0.0, entropy=None),
-    kv_skip=KVSkipConfig("skip"),
-)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["unmet", "quota"])
-def test_planned_capacity_halts_the_lowest_scores(name):
-    """At most the stated share of each prompt runs on, the masked engine agrees, and where nobody
-    halts by the rule itself, who leaves has a lower score, here the drift, than who stays."""
-    qs, prompts = (UNMET if name == "unmet" else STAGED), np.array(PROMPTS)
-    retention = ((3, 0.6), (5, 0.45))
-    with jax.enable_x64(True):
-        model = model_of("llama", dtype="float64")
-        params = params_of(model)
-        fields = {"capacity": "planned", "retention": retention}
-        ours = score(params, model, qs, "continuation", **fields)
-        assert_same(ours, score(params, model, qs, "continuation", engine="masked", **fields))
-    depth, pos = ours.record.depth, np.arange(31)[None]
-    for last, share in retention:
-        running = (depth > last) & (pos < prompts[:, None])
-        allowed = np.ceil(share * prompts)
-        assert (running.sum(1) <= allowed).all()
-        assert name == "quota" or (running.sum(1) == allowed).all()
-    if name == "unmet":
-        may = (pos >= qs.sink_tokens) & (pos < prompts[:, None] - qs.recent_tokens)
-        for row, drift in enumerate(ours.record.drift[2]):
-            gone, stays = drift[depth[row] == 3], drift[may[row] & (depth[row] > 3)]
-            assert gone.max() <= stays.min()
-
-
-def test_planned_capacities_refuse_what_they_cannot_hold():
+def test_entropies_of_the_previous_step_are_refused():
     model = model_of("llama")
-    with pytest.raises(InputError, match=r"keeps 1 of the 9 prompt tokens of row 1 .* 4 are exemp"):
-        score(params_of(model), model, STAGED, None, capacity="planned", retention=((2, 0.1),))
-    with pytest.raises(ConfigError, match="it is for protocol 'continuation'"):
-        Config(model, MATRIX["HK"], capacity="planned", retention=((2, 0.5),))
-    with pytest.raises(ConfigError, match="it needs halting"):
-        Config(model, MATRIX["F"], protocol="continuation", capacity="planned")
-    with pytest.raises(ConfigError, match="needs retention"):
-        Config(model, MATRIX["H"], protocol="continuation", capacity="planned")
-    with pytest.raises(ConfigError, match="falling shares"):
-        Config(model, STAGED, capacity="planned", retention=((2, 0.5), (3, 0.6)))
     last = settings(halting=HaltingConfig(entropy="final_prev"))
     with pytest.raises(ConfigError, match="token by token"):
         score(params_of(model), model, last, None, engine="compact")
-
-
-def test_a_capacity_that_is_too_small_is_an_error_not_a_loss(monkeypatch):
-    model = model_of("llama")
-    monkeypatch.setattr(schedule, "_entering", lambda first, left, prompts: 8)
-    with pytest.raises(InternalError, match="planned capacity was too small"):
-        score(params_of(model), model, STAGED, None, capacity="planned")
 
 
 @pytest.mark.parametrize(
@@ -222,20 +171,20 @@ def test_a_sweep_and_near_lengths_share_a_program(monkeypatch):
         qs_jax.score(params, random_tokens(model, 2, width), Config(model, qs))
 
 
-@pytest.mark.parametrize("capacity", ["dynamic", "planned"])
-def test_the_program_lowers_for_cuda(capacity):
+@pytest.mark.parametrize("name", ["HKFQ", "quota"])
+def test_the_program_lowers_for_cuda(name):
     model = model_of("llama")
-    qs = STAGED if capacity == "planned" else MATRIX["HKFQ"]
-    cfg = Config(model, qs, protocol="continuation", capacity=capacity)
+    qs = STAGED if name == "quota" else MATRIX["HKFQ"]
+    cfg = Config(model, qs, protocol="continuation")
     batch = batching.make_batch(random_tokens(model, 2, 32), model)
-    plan, numbers = bind(qs, model, "continuation", cfg.retention)
+    plan, numbers = bind(qs, model, "continuation")
     cut, segments = schedule.arrange(cfg, batch, batch.lengths_B, None, plan)
     prompt = tokenwise.Prompt(*batch, batch.lengths_B, None)
     run = jax.jit(compact.run_prompt, static_argnames=("model", "plan", "schedule", "capacity"))
     traced = run.trace(params_of(model), prompt, model, plan, numbers, cut, segments, capacity=48)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "stablehlo.dot_general" in text
-    assert ("stablehlo.case" in text) or capacity == "planned"
+    assert ("stablehlo.case" in text) or name == "quota"
 
 
 @pytest.mark.parametrize("score", ["random", pytest.param("drift", marks=pytest.mark.slow)])

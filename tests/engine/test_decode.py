@@ -23,7 +23,7 @@ from qs_jax.engine import decode, pack, token_loop, weights
 from qs_jax.engine import generate as engine
 from qs_jax.engine.cache import position_dtype
 from qs_jax.testing import tiny_model, tiny_params
-from tests.engine.contract import CASES, HALT, LAYERS, executed, model_of, params_of, settings
+from tests.engine.contract import CASES, HALT, LAYERS, model_of, params_of, settings
 from tests.support import OPTIMISED, random_tokens, row_of
 
 HALF = HaltingConfig(drift="relative", tau_drift=float("inf"), entropy=None, layers=(3,))
@@ -74,7 +74,6 @@ def config(name, **changes):
     model = model_of(kind)
     if qs is not None and qs.amq is not None:  # a code's edge may fall either side in float32
         model = model.replace(dtype="float64")
-        qs = executed(qs)
     given = {"max_new_tokens": 8, "eos_token_ids": (), "decode_weights": "stacked"} | changes
     return Config(model, qs, protocol=protocol, **given)
 

@@ -159,7 +159,7 @@ def test_the_last_position_can_be_used(model, params):
 
 def retrace_scoring(monkeypatch, function=scoring.score_dense):
     """Let changed constants act: a program of its own."""
-    static = ("model", "count", "return_logits", "return_states", "unroll")
+    static = ("model", "count", "return_logits", "return_states")
     program = jax.jit(lambda *a, **k: function(*a, **k), static_argnames=static)
     monkeypatch.setattr(scoring, "jit_score", program)
 

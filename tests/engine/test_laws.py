@@ -22,7 +22,6 @@ from tests.engine.contract import (
     CASES,
     MATRIX,
     contract,
-    executed,
     model_of,
     params_of,
 )
@@ -55,7 +54,6 @@ def open_case(name, engine="masked"):
     kind, qs, protocol = CASES[name]
     model = model_of(kind, dtype="float64")
     given = {"max_new_tokens": NEW, "eos_token_ids": (), "decode_weights": "stacked"}
-    qs = executed(qs) if engine == "compact" else qs
     return params_of(model), Config(model, qs, protocol=protocol, engine=engine, **given)
 
 

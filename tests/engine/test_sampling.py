@@ -122,7 +122,7 @@ def test_settings_may_be_numpy_scalars_and_lists():
     assert cfg == Config(MODEL, max_new_tokens=3, top_k=5, eos_token_ids=(2, 3))
     assert hash(cfg) == hash(Config(MODEL, max_new_tokens=3, top_k=5, eos_token_ids=(2, 3)))
     assert Config(MODEL, eos_token_ids=7).stop_ids == (7,)
-    with pytest.raises(ConfigError, match="must be the ModelConfig"):
+    with pytest.raises(ConfigError, match=r"ModelConfig must come from qs_jax\.load"):
         Config("ckpt")
 
 
@@ -137,8 +137,8 @@ def test_settings_may_be_numpy_scalars_and_lists():
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"seed": -1}, "seed"),
-        ({"seed": 1.5}, "seed must be an integer"),
-        ({"temperature": "warm"}, "temperature must be a number"),
+        ({"seed": 1.5}, "seed must be a valid integer"),
+        ({"temperature": "warm"}, "temperature must be a valid number"),
         ({"quicksilver": "paper"}, "must come from qs_jax.presets"),
         ({"eos_token_ids": (97,)}, "outside the vocabulary"),
     ],

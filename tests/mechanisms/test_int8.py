@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import qs_jax
-from qs_jax.config import AMQConfig, Config, QuickSilverConfig
+from qs_jax.config import AMQConfig, Config
 from qs_jax.errors import ConfigError
 from qs_jax.mechanisms import execution, int8
 from qs_jax.models import init_params
@@ -158,7 +158,7 @@ def test_logits_stay_near_fake_quantisation(kind):
     model = model_of(kind)
     params = params_of(model)
     setting = AMQConfig.uniform(8, 2, group=8, execution="int8")
-    fake = AMQConfig.uniform(8, 2, group=8, execution="auto")  # the masked engine simulates it
+    fake = AMQConfig.uniform(8, 2, group=8, symmetric=True, rotate=True)
     dense, simulated, found = (logits(params, model, each) for each in (None, fake, setting))
     spread = dense.std()
     assert 0 < np.abs(found - simulated).mean() < 0.02 * spread
@@ -202,44 +202,6 @@ def test_given_codes_change_nothing():
     given = execution.quantize_weights(params)
     np.testing.assert_array_equal(logits(given, MODEL, setting), logits(params, MODEL, setting))
     np.testing.assert_array_equal(logits(given, MODEL, None), logits(params, MODEL, None))
-
-
-def test_auto_is_int8_where_it_is_faster_and_nothing_elsewhere():
-    auto = AMQConfig(2, execution="auto")
-    qs = QuickSilverConfig(amq=auto)
-    asked = []
-
-    def faster(model, tokens):
-        asked.append(tokens)
-        return tokens > 1
-
-    assert execution.resolve_execution(qs, MODEL, "masked", faster) is qs
-    assert not asked
-    assert execution.resolve_execution(qs, MODEL, "compact", faster).amq.execution == "int8"
-    assert execution.resolve_execution(qs, MODEL, "decode", faster).amq is None
-    assert asked == [512, 512, 1]
-    assert execution.resolve_execution(qs, MODEL, "compact", lambda *_: False).is_off
-    for chosen in ("fake", "int8"):
-        named = QuickSilverConfig(amq=AMQConfig(2, execution=chosen))
-        assert execution.resolve_execution(named, MODEL, "decode", faster) is named
-
-
-def test_the_measurement_is_kept(monkeypatch):
-    calls = []
-
-    def seconds(inputs, outputs, tokens, dtypes):
-        calls.append((inputs, outputs))
-        return {"float32": 1.3, "int8": 1.0}
-
-    execution._gain.cache_clear()
-    monkeypatch.setattr(execution, "product_seconds", seconds)
-    assert execution.is_faster(MODEL, 7)
-    assert execution.is_faster(MODEL, 7)
-    assert len(calls) == 4
-    execution._gain.cache_clear()
-    kernels = params_of(MODEL)["layers"]
-    named = {name: kernels[name]["kernel"].shape[1:] for name in execution.shapes(MODEL)}
-    assert named == execution.shapes(MODEL)
 
 
 def test_products_are_timed():

@@ -1,0 +1,144 @@
+"""Types of fields, checked by pydantic, and the base class of every configuration."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Self, dataclass_transform, no_type_check
+
+import numpy as np
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    Strict,
+    TypeAdapter,
+    ValidationError,
+)
+from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
+
+from qs_jax.errors import ConfigError
+
+
+def _from_numpy(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+
+
+def _not_nan(value: float) -> float:
+    if math.isnan(value):
+        raise PydanticCustomError("nan", "Input should be a number")
+    return value
+
+
+def _in_tuple(value: Any) -> Any:
+    value = _from_numpy(value)
+    return (value,) if isinstance(value, str | int) else value
+
+
+def _threshold(value: Any) -> Any:
+    return TypeAdapter(Number if np.ndim(value) == 0 else Numbers).validate_python(value)
+
+
+_NumPy = BeforeValidator(_from_numpy)
+ONE_OR_MORE = BeforeValidator(_in_tuple)
+Flag = Annotated[bool, _NumPy, Strict()]
+Integer = Annotated[int, _NumPy, Strict()]
+Count = Annotated[Integer, Field(ge=0)]
+Positive = Annotated[Integer, Field(ge=1)]
+Integers = Annotated[tuple[Integer, ...], _NumPy]
+Number = Annotated[float, _NumPy, AfterValidator(_not_nan)]
+Numbers = Annotated[tuple[Number, ...], _NumPy]
+# One number, or one for each layer.
+Threshold = Annotated[float | tuple[float, ...], PlainValidator(_threshold)]
+
+
+@contextlib.contextmanager
+def _config_errors(path: str, names: Sequence[str] = ()) -> Iterator[None]:
+    """Turn pydantic's errors into a `ConfigError` that names fields by their path.
+
+    Args:
+      path: Of the object.
+      names: Its fields, in the order of positional arguments.
+    """
+    try:
+        yield
+    except ValidationError as error:
+        raise ConfigError(
+            " ".join(_message(path, names, each) for each in error.errors(include_url=False))
+        ) from error
+
+
+def _message(path: str, names: Sequence[str], error: Mapping[str, Any]) -> str:
+    if error["type"] == "value_error":  # a ConfigError
+        return str(error["ctx"]["error"])
+    first, *rest = error["loc"] or ("",)
+    first = names[first] if isinstance(first, int) and names else first
+    name = ".".join(str(part) for part in (path, first, *rest) if part != "")
+    if error["type"] in ("missing", "missing_argument"):
+        return f"{name} is missing."
+    if error["type"] == "unexpected_keyword_argument":
+        return f"{name} is unknown."
+    _, should, rule = error["msg"].partition(" should ")
+    return f"{name} must {rule}, got {error['input']!r}." if should else f"{name}: {error['msg']}."
+
+
+def parse(name: str, value: Any, kind: Any) -> Any:
+    """Check one value, an argument called `name`, against one of the types above.
+
+    Raises:
+      ConfigError: It is something else.
+    """
+    with _config_errors(name):
+        return TypeAdapter(kind).validate_python(value)
+
+
+@no_type_check  # it converts lists and NumPy's numbers itself
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Base class that makes its subclasses frozen dataclasses, checked when they are made."""
+
+    def __init_subclass__(cls, path: str = "") -> None:
+        dataclass(cls, frozen=True, config=ConfigDict(extra="forbid"))
+        validate = cls.__init__
+
+        @functools.wraps(validate)
+        def init(self: Any, *args: Any, **fields: Any) -> None:
+            with _config_errors(path, tuple(cls.__dataclass_fields__)):
+                validate(self, *args, **fields)
+
+        cls.__init__ = init
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with `changes` applied and checked again."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, infinite numbers as "inf" and "-inf"; `from_dict` is the inverse."""
+        return _to_json(dataclasses.asdict(self))
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """Inverse of `to_dict`.
+
+        Raises:
+          ConfigError: Unknown or missing fields, or values that do not fit.
+        """
+        if not isinstance(fields, Mapping):
+            raise ConfigError(f"settings must be an object, got {fields!r}.")
+        return cls(**fields)
+
+
+def _to_json(value: Any) -> Any:
+    value = _from_numpy(value)
+    if isinstance(value, Mapping):
+        return {key: _to_json(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_json(entry) for entry in value]
+    return str(value) if isinstance(value, float) and math.isinf(value) else value
