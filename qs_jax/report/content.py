@@ -17,7 +17,7 @@ from jaxtyping import Int
 from markupsafe import Markup
 
 from qs_jax import accounting
-from qs_jax.config import Config, ModelConfig, QuickSilverConfig
+from qs_jax.config import Config, QuickSilverConfig
 from qs_jax.evaluation.perplexity import SAVED
 from qs_jax.mechanisms.kv_maps import MapSizes
 from qs_jax.mechanisms.signals import largest_entropy
@@ -135,7 +135,7 @@ def to_json(report: Report) -> dict[str, Any]:
 def _text(text: TextRuns) -> dict[str, Any]:
     return {
         "labels": list(text.labels),
-        "ids": packed(text.ids, "i4"),
+        "ids": packed(text.ids),
         "tokens": len(text.ids),
         "layers": text.presets[0].cfg.model.num_layers,
         "presets": [
@@ -143,7 +143,7 @@ def _text(text: TextRuns) -> dict[str, Any]:
                 "name": preset.name,
                 "letters": letters_of(preset.quicksilver),
                 "signals": signal_names(preset.quicksilver),
-                "thresholds": thresholds(preset.quicksilver, preset.cfg.model),
+                "thresholds": thresholds(preset),
                 "settings": preset.quicksilver.to_dict(),
                 "runs": {run.letters: _run(run, preset) for run in preset.runs},
             }
@@ -156,27 +156,22 @@ def _run(run: Run, preset: PresetRuns) -> dict[str, Any]:
     record, model, sizes = run.record, preset.cfg.model, preset.map_sizes
     saved = accounting.summary(accounting.tally(record, model, run.quicksilver, sizes))
     active_L, eligible_T = active_tokens(record), record.subject[0]
-    flags = {
+    arrays = {
         "ran": record.active[:, 0],
         "written": record.kv_written[:, 0],
         "held": record.kv_held[:, 0],
         "merged": record.weighed[:, 0],
         "bits": record.bits[:, 0],
-        "eligible": eligible_T,
-        "scored": run.mask,
-    }
-    counts = {
-        "depth": record.depth[0],
         "visible": record.visible_keys[:, 0],
         "fused": record.fused[:, 0],
+        "depth": record.depth[0],
+        "eligible": eligible_T,
+        "scored": run.mask,
+        "logprobs": run.logprobs,
     }
     return {
-        "arrays": {
-            **{name: packed(array, "u1") for name, array in flags.items()},
-            **{name: packed(array, "i4") for name, array in counts.items()},
-            "logprobs": packed(run.logprobs, "f4"),
-        },
-        "signals": {name: packed(array, "f4") for name, array in run.signals.items()},
+        "arrays": {name: packed(array) for name, array in arrays.items()},
+        "signals": {name: packed(array) for name, array in run.signals.items()},
         "active": active_L.tolist(),
         "decay": fit_decay(active_L),
         "costs": costs(record, model, run.quicksilver, sizes),
@@ -197,13 +192,14 @@ def finite(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def thresholds(qs: QuickSilverConfig, model: ModelConfig) -> dict[str, list[Any] | None]:
-    """What decisions compare signals with.
+def thresholds(preset: PresetRuns) -> dict[str, list[Any] | None]:
+    """What decisions of a preset compare signals with.
 
     Returns:
       "drift" and "halt" (nats): a number for each layer where the dual rule may halt, else None.
       "bits" (nats): the two cutoffs of AMQ. None where a mechanism is off or compares nothing.
     """
+    qs, model = preset.quicksilver, preset.cfg.model
     limits: dict[str, list[Any] | None] = dict.fromkeys(["drift", "halt", "bits"])
     if qs.halting is not None and qs.halting.rule == "dual":
         may_L = qs.halting.may_halt(model.num_layers)
@@ -218,8 +214,9 @@ def thresholds(qs: QuickSilverConfig, model: ModelConfig) -> dict[str, list[Any]
     return limits
 
 
-def packed(array: np.ndarray, kind: str) -> dict[str, str]:
+def packed(array: np.ndarray) -> dict[str, str]:
     """An array as little-endian numbers ("u1", "i4" or "f4"), deflated, in base 64."""
+    kind = {"b": "u1", "f": "f4"}.get(array.dtype.kind, "i4")
     raw = np.ascontiguousarray(array, dtype="<" + kind)
     # Bytes of one significance next to each other compress better.
     planes = raw.reshape(-1, 1).view(np.uint8).T.tobytes()

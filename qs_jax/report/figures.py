@@ -10,7 +10,7 @@ import numpy as np
 from qs_jax.errors import InputError
 from qs_jax.report import measures
 from qs_jax.report.content import PresetRuns, Report, TextRuns, thresholds
-from qs_jax.report.measures import COMPONENTS, costs, decayed, fit_decay
+from qs_jax.report.measures import decayed, fit_decay
 from qs_jax.report.trace import signal_names
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, told apart by the colour-blind too.
 BLUE, GREEN, ORANGE, RED = "#0072B2", "#009E73", "#E69F00", "#D55E00"
 PURPLE, SKY, GREY = "#CC79A7", "#56B4E9", "#E3E6EA"
-MARKERS = {"skip": "o", "extrapolate": "s", "propagate": "^"}
 # Beyond this many tokens their names do not fit under a picture.
 _NAMED = 60
 
@@ -56,14 +55,12 @@ def save(report: Report, folder: Path) -> list[Path]:
     for preset in report.text.presets if report.text is not None else ():
         for draw in (halting_timeline, kv_writes, fusion_flow, bit_widths):
             drawn[f"{preset.name}.{draw.__name__}"] = draw(report.text, preset)
-        for draw in (entropy_by_layer, drift_curves, active_tokens, cost):
+        for draw in (entropy_by_layer, drift_curves, active_tokens):
             drawn[f"{preset.name}.{draw.__name__}"] = draw(preset)
     for number, row in enumerate(report.results, start=1):
         of = f"{row['preset']}, {row['data']} ({'simulated' if row['simulated'] else 'counted'})"
         counts = row["per_layer"]["layer_tokens"]
-        each = {row["preset"]: row["costs"]}
         drawn[f"results-{number}.active_tokens"] = _decay(counts, row["preset"], of)
-        drawn[f"results-{number}.cost"] = _costs(each, row["dense_flops"], of)
     if report.front is not None:
         drawn["pareto_front"] = pareto_front(report.front)
     written = []
@@ -140,17 +137,13 @@ def _score(preset: PresetRuns) -> tuple[str, np.ndarray]:
     The paper's score max(tau - drift, 0) where some token reaches it; else the quota's attention;
     else the drift.
     """
-    signals, tau = preset.runs[-1].signals, _limits(preset)["drift"]
+    signals, tau = preset.runs[-1].signals, thresholds(preset)["drift"]
     if tau is not None:
         score = np.maximum(np.array(tau, float)[:, None] - signals["drift"], 0)
         if np.nanmax(score, initial=0) > 0:
             return "halting score max(τ - drift, 0)", score
     name = "received" if "received" in signals else "drift"
     return signal_names(preset.quicksilver)[name], signals[name]
-
-
-def _limits(preset: PresetRuns) -> dict[str, list[Any] | None]:
-    return thresholds(preset.quicksilver, preset.cfg.model)
 
 
 def kv_writes(text: TextRuns, preset: PresetRuns) -> Figure:
@@ -214,7 +207,7 @@ def entropy_by_layer(preset: PresetRuns) -> Figure:
     bins = np.histogram_bin_edges(np.concatenate(values), 40)
     for layer, row, color in zip(chosen, values, (BLUE, RED, GREEN), strict=False):
         axes.hist(row, bins.tolist(), histtype="step", color=color, label=f"layer {layer}")
-    for limit in _limits(preset)["bits"] or ():
+    for limit in thresholds(preset)["bits"] or ():
         if bins[0] <= limit <= bins[-1]:
             axes.axvline(limit, color="black", linestyle=":", linewidth=1)
     axes.set_xlabel(f"{signal_names(preset.quicksilver)[name]}, nats")
@@ -235,7 +228,7 @@ def drift_curves(preset: PresetRuns) -> Figure:
             faint = {"linewidth": 0.4, "alpha": min(1, 20 / where.sum())}
             axes.plot(layers, drift[:, where], color=color, **faint)
             axes.plot([], [], color=color, label=name)
-    if (tau := _limits(preset)["drift"]) is not None:
+    if (tau := thresholds(preset)["drift"]) is not None:
         axes.plot(layers, np.array(tau, float), color="black", linestyle="--", label="τ drift")
     axes.set_yscale("log")
     axes.set_xlabel("layer")
@@ -266,30 +259,6 @@ def _decay(active_L: Any, name: str, of: str) -> Figure:
     return figure
 
 
-def cost(preset: PresetRuns) -> Figure:
-    """FLOPs by component, of the dense model and of the preset (compare paper Table 7)."""
-    model, sizes = preset.cfg.model, preset.map_sizes
-    ends = {"dense": preset.runs[0], preset.name: preset.runs[-1]}
-    each = {name: costs(r.record, model, r.quicksilver, sizes) for name, r in ends.items()}
-    return _costs(each, sum(each["dense"].values()), f"{preset.name} (simulated)")
-
-
-def _costs(runs: dict[str, dict[str, float]], dense: float, of: str) -> Figure:
-    """Bars of each component, as percentages of the dense FLOPs."""
-    figure, axes = _plot(f"Cost by component, {of}", 8.0)
-    parts = [part for part in COMPONENTS if any(part in each for each in runs.values())]
-    width = 0.8 / len(runs)
-    for index, (name, each) in enumerate(runs.items()):
-        left = np.arange(len(parts)) + (index - (len(runs) - 1) / 2) * width
-        heights = [100 * each.get(part, 0) / dense for part in parts]
-        axes.bar(left, heights, width, color=(BLUE, RED)[index], label=name)
-    labels = [COMPONENTS[part].replace(" ", "\n") for part in parts]
-    axes.set_xticks(range(len(parts)), labels, fontsize=8)
-    axes.set_ylabel("% of dense FLOPs, exact count")
-    axes.legend(fontsize=8)
-    return figure
-
-
 def pareto_front(front: dict[str, Any]) -> Figure:
     """Candidates of a search, the front, and what was verified."""
     figure, axes = _plot()
@@ -299,7 +268,7 @@ def pareto_front(front: dict[str, Any]) -> Figure:
 
     for family in dict.fromkeys(point["family"] for point in front["points"]):
         points = [point for point in front["points"] if point["family"] == family]
-        axes.scatter(*columns(points), marker=MARKERS.get(family, "x"), alpha=0.45, label=family)
+        axes.scatter(*columns(points), alpha=0.45, label=family)
     along = sorted(front["front"], key=lambda point: point["saving"])
     axes.plot(*columns(along), color="#555555", label="Pareto front")
     if front["verified"]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import functools
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -29,7 +28,11 @@ def labels(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
       tokenizer: Of the checkpoint.
       ids: One row.
     """
-    table = _byte_table() if _is_byte_level(tokenizer) else {}
+    backend, table = getattr(tokenizer, "backend_tokenizer", None), {}
+    if backend is not None and "ByteLevel" in repr(backend.decoder):
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+        table = {character: byte for byte, character in bytes_to_unicode().items()}
     pieces = [_piece(tokenizer, int(token), table) for token in ids]
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     shown = []
@@ -73,16 +76,3 @@ def _piece(tokenizer: Any, token: int, table: dict[str, int]) -> str | bytes:
         return bytes(table[character] for character in name)
     # SentencePiece marks a leading space; a token decoded alone would lose it.
     return name.replace("▁", " ") if "▁" in name else str(tokenizer.decode([token]))
-
-
-def _is_byte_level(tokenizer: Any) -> bool:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return backend is not None and "ByteLevel" in repr(backend.decoder)
-
-
-@functools.lru_cache(maxsize=1)
-def _byte_table() -> dict[str, int]:
-    """Byte of each character of byte-level vocabularies (GPT-2's alphabet)."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    return {character: byte for byte, character in bytes_to_unicode().items()}

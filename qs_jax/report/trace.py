@@ -6,6 +6,7 @@ every layer, for display.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -25,7 +26,7 @@ from qs_jax.engine import past as pasts
 from qs_jax.engine.checks import check_finite, check_maps, check_params
 from qs_jax.engine.schedule import bind_call
 from qs_jax.engine.scoring import next_logprobs
-from qs_jax.errors import InputError
+from qs_jax.errors import ConfigError, InputError
 from qs_jax.halves import bits_of
 from qs_jax.mechanisms import halting, signals
 from qs_jax.mechanisms.execution import with_weights
@@ -103,22 +104,17 @@ def reduced(qs: QuickSilverConfig, letters: str) -> QuickSilverConfig:
     return dataclasses.replace(qs, **off)
 
 
-def combinations(qs: QuickSilverConfig) -> list[str]:
-    """What can be switched on together, from the dense model "" to everything.
+def combinations(qs: QuickSilverConfig) -> dict[str, QuickSilverConfig]:
+    """Mechanisms of a preset that can be on together, from the dense model "" to everything.
 
-    KV skipping acts on halted tokens only, so it needs halting. Halting that lets flagged tokens
-    compute on (`freeze=False`) needs KV skipping.
+    KV skipping, for one, needs halting.
     """
-    letters = letters_of(qs)
-    subsets = (
-        "".join(s) for n in range(len(letters) + 1) for s in itertools.combinations(letters, n)
-    )
-    flags_only = qs.halting is not None and not qs.halting.freeze
-    return [
-        s
-        for s in subsets
-        if ("H" in s or "K" not in s) and ("K" in s or "H" not in s or not flags_only)
-    ]
+    letters, valid = letters_of(qs), {}
+    for count in range(len(letters) + 1):
+        for chosen in map("".join, itertools.combinations(letters, count)):
+            with contextlib.suppress(ConfigError):
+                valid[chosen] = reduced(qs, chosen)
+    return valid
 
 
 def trace(
@@ -162,8 +158,8 @@ def trace(
     ends_B = batching.split_prompts(batch.lengths_B, None, cfg)
     arrays: Any = (*padded, ends_B)  # NumPy arrays until the program takes them
     prompt = tokenwise.Prompt(*arrays, overrides=None)
-    ends = dict.fromkeys(["", letters_of(qs)])
-    chosen = combinations(qs) if all_combinations else list(ends)
+    ends = {"", letters_of(qs)}
+    chosen = [letters for letters in combinations(qs) if all_combinations or letters in ends]
     mask_T = np.arange(int(batch.lengths_B[0])) >= max(int(ends_B[0]), 1)
     for letters in tqdm(chosen, unit="run", disable=not progress):
         kinds = {k: v for k, v in signal_kinds(qs).items() if letters in ends or v != "vocab"}

@@ -15,10 +15,10 @@ def evaluated(case, tmp_path_factory):
     entry = {
         "nll": [-float(run.logprobs.sum())],
         "tokens": [int(run.mask.sum())],
-        "counts": accounting.tally(run.record, case.model, run.quicksilver),
+        "counts": accounting.tally(run.record, case.cfg.model, run.quicksilver),
     }
     config = {"preset": "tiny", "protocol": "teacher-forced", "seq_len": 39}
-    return results_file(path, entry, case.model, **config)
+    return results_file(path, entry, case.cfg.model, **config)
 
 
 @pytest.fixture(scope="session")

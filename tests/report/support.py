@@ -10,43 +10,25 @@ from typing import Any
 import numpy as np
 
 from qs_jax import Config, report, testing
-from qs_jax.config import (
-    AMQConfig,
-    FusionConfig,
-    HaltingConfig,
-    KVSkipConfig,
-    ModelConfig,
-    QuickSilverConfig,
-)
+from qs_jax.config import AMQConfig, FusionConfig, HaltingConfig, KVSkipConfig, QuickSilverConfig
 from qs_jax.evaluation.perplexity import results
 from qs_jax.report.trace import Run
 
 LAYERS = 6
 TEXT = "He did <b>not</b> complain, not at all."
+SKIP = {"family": "skip", "saving": 0.1, "ppl_increase": 0.05, "levels": [0]}
+EXTRAPOLATE = {"family": "extrapolate", "saving": 0.2, "ppl_increase": 4.0, "levels": [1]}
 SEARCH = {
-    "preset": {
-        "provenance": {
-            "objective": "exact_flops",
-            "max_ppl_increase": 0.2,
-            "calibrated_on": "toy",
-            "protocol": "continuation",
-        }
-    },
-    "points": [
-        {"family": "skip", "saving": 0.1, "ppl_increase": 0.05, "levels": [0]},
-        {"family": "extrapolate", "saving": 0.2, "ppl_increase": 4.0, "levels": [1]},
-    ],
-    "front": [{"family": "skip", "saving": 0.1, "ppl_increase": 0.05, "levels": [0]}],
-    "verified": [
-        {"family": "skip", "exact_flops_saved": 0.09, "ppl_increase": 0.1, "upper_bound": 0.15}
-    ],
+    "preset": {"provenance": {"objective": "exact_flops", "max_ppl_increase": 0.2}},
+    "points": [SKIP, EXTRAPOLATE],
+    "front": [SKIP],
+    "verified": [{"family": "skip", "exact_flops_saved": 0.09, "ppl_increase": 0.1}],
 }
 
 
 @dataclasses.dataclass
 class Case:
     params: Any
-    model: ModelConfig
     cfg: Config
     tokenizer: Any
     ids: np.ndarray
@@ -67,11 +49,8 @@ def make_case() -> Case:
     model = testing.tiny_model(num_layers=LAYERS)
     params, tokenizer = testing.tiny_params(model), testing.toy_tokenizer()
     ids = np.asarray(tokenizer(TEXT).input_ids, np.int32)
-    halting = HaltingConfig(
-        drift="relative", tau_drift=0.66, tau_halt=4.2, entropy="vocab", window=(2, 5)
-    )
     quicksilver = QuickSilverConfig(
-        halting=halting,
+        halting=HaltingConfig(drift="relative", tau_drift=0.66, tau_halt=4.2, window=(2, 5)),
         kv_skip=KVSkipConfig(),
         fusion=FusionConfig(tau_fuse=0.8, distance="relative", first_layer=3),
         amq=AMQConfig(layer=3, entropy="latent", tau_low=2.7, tau_high=2.9, group=8),
@@ -84,7 +63,7 @@ def make_case() -> Case:
     assert (record.fused[-1] != np.arange(len(ids))).any()
     assert {2, 4, 8} & set(np.unique(record.bits[-1]))
     assert not record.kv_written.all()
-    return Case(params, model, cfg, tokenizer, ids, runs)
+    return Case(params, cfg, tokenizer, ids, runs)
 
 
 class Page(HTMLParser):

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-import qs_jax
-from qs_jax import Config, accounting, report, testing
+from qs_jax import accounting, report, testing
 from qs_jax.errors import InputError
 from tests.report.support import SEARCH, Page, results_file, written
 
@@ -14,7 +13,7 @@ pytestmark = pytest.mark.xdist_group("report")
 def test_results_of_evaluate(case, evaluated):
     found, run = report.read_results(evaluated), case.run("HKFQ")
     assert found["perplexity"] == pytest.approx(run.perplexity)
-    counted = accounting.tally(run.record, case.model, run.quicksilver)
+    counted = accounting.tally(run.record, case.cfg.model, run.quicksilver)
     assert sum(found["costs"].values()) == pytest.approx(counted["prefill"]["exact_flops"])
     assert found["dense_flops"] == counted["prefill"]["exact_flops_dense"]
     assert found["per_layer"]["layer_tokens"] == run.record.active.sum((1, 2)).tolist()
@@ -23,12 +22,10 @@ def test_results_of_evaluate(case, evaluated):
     assert found["decay"]["rate"] > 0
 
 
-def test_under_continuation_the_layers_are_the_prompts(case, tmp_path):
+def test_under_continuation_the_layers_are_the_prompts(tmp_path):
     model, lengths = testing.tiny_model(), np.array([20, 20])
-    cfg = Config(model=model, protocol="continuation", continuation_tokens=8)
-    scored = qs_jax.score(testing.tiny_params(model), np.full((2, 20), 5, np.int32), cfg)
     counts = accounting.dense_tally(lengths, lengths - 8, model)
-    entry = {"nll": (-scored.logprobs.sum(1)).tolist(), "tokens": [8, 8], "counts": counts}
+    entry = {"nll": [30.0, 31.0], "tokens": [8, 8], "counts": counts}
     config = {"preset": "off", "protocol": "continuation", "seq_len": 20}
     found = report.read_results(results_file(tmp_path / "dense.json", entry, model, **config))
     assert found["tokens"] == 24

@@ -6,7 +6,6 @@ import re
 import numpy as np
 import pytest
 
-import qs_jax
 from qs_jax import accounting, report
 from qs_jax.report import content, measures
 from tests.report.support import LAYERS, Page
@@ -24,11 +23,9 @@ ODD = [
 
 
 @pytest.mark.parametrize("letters", ["HF", "HKFQ"])
-def test_values_equal_the_record_of_score(case, letters):
-    run = Page(report.render(case.report())).run(letters)
-    cfg = case.cfg.replace(quicksilver=case.run(letters).quicksilver)
-    scored = qs_jax.score(case.params, case.ids, cfg)
-    record = scored.record
+def test_values_equal_those_of_the_run(case, letters):
+    shown, run = Page(report.render(case.report())).run(letters), case.run(letters)
+    record = run.record
     layers = {
         "ran": record.active,
         "written": record.kv_written,
@@ -38,25 +35,23 @@ def test_values_equal_the_record_of_score(case, letters):
         "visible": record.visible_keys,
         "fused": record.fused,
     }
-    for name, expected in layers.items():
-        np.testing.assert_array_equal(run[name], expected[:, 0], name)
-    np.testing.assert_array_equal(run["depth"], record.depth[0])
-    np.testing.assert_allclose(run["logprobs"], scored.logprobs[0], atol=1e-5)
-    read = ~np.isnan(record.drift[:, 0])
-    np.testing.assert_allclose(run["drift"][read], record.drift[:, 0][read], rtol=1e-6)
-    assert run["active"] == record.active.sum((1, 2)).tolist()
-    saved = accounting.summary(accounting.tally(record, case.model, cfg.quicksilver))
+    rows = {name: values[:, 0] for name, values in layers.items()} | run.signals
+    rows |= {"depth": record.depth[0], "logprobs": run.logprobs, "scored": run.mask}
+    for name, expected in rows.items():
+        np.testing.assert_array_equal(shown[name], expected, name)
+    assert shown["active"] == record.active.sum((1, 2)).tolist()
+    saved = accounting.summary(accounting.tally(record, case.cfg.model, run.quicksilver))
     for name in ("exact_flops_saved", "paper_flops_saved", "kv_bytes_saved"):
-        assert run["summary"][name] == pytest.approx(saved[name])
-    assert run["summary"]["perplexity"] == pytest.approx(scored.perplexity, rel=1e-5)
-    assert run["summary"]["halted"] == (record.depth < LAYERS).sum()
+        assert shown["summary"][name] == pytest.approx(saved[name])
+    assert shown["summary"]["perplexity"] == pytest.approx(run.perplexity, rel=1e-5)
+    assert shown["summary"]["halted"] == (record.depth < LAYERS).sum()
 
 
 def test_components_add_up_to_the_exact_count(case):
     for run in case.runs:
-        counted = accounting.tally(run.record, case.model, run.quicksilver)
+        counted = accounting.tally(run.record, case.cfg.model, run.quicksilver)
         exact = counted["prefill"]["exact_flops"] + counted["decode"]["exact_flops"]
-        found = measures.costs(run.record, case.model, run.quicksilver)
+        found = measures.costs(run.record, case.cfg.model, run.quicksilver)
         assert sum(found.values()) == pytest.approx(exact, rel=1e-9)
         assert ("halting" in found) == ("H" in run.letters)
         assert ("fusion" in found) == ("F" in run.letters)

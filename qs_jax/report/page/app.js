@@ -1,6 +1,8 @@
 // State, controls and drawing. Everything shown follows from `state`.
 const SIDES = ["a", "b"];
-const state = { a: { preset: 0, letters: "" }, b: { preset: 0, letters: "" }, layer: 1, token: 0, start: 0, span: 1, colour: "" };
+const state = {
+  a: { preset: 0, letters: "" }, b: { preset: 0, letters: "" }, layer: 1, token: 0, start: 0, span: 1, colour: "",
+};
 const STEP = 350; // milliseconds a layer while playing
 let runs = [], ids = [], timer = null, waiting = false;
 
@@ -8,21 +10,17 @@ async function chooseRuns() {
   runs = await Promise.all(SIDES.map((side) => runOf(state[side])));
   const offered = new Map(runs.flatMap((run) => signalsOf(run.preset))), select = byId("colour");
   select.replaceChildren(...[...offered].map(([name, label]) => element("option", { value: name }, label)));
-  if (!offered.has(state.colour)) state.colour = preferred([...offered.keys()]);
+  // What the rule reads, unless it is the same everywhere: where nothing is near its threshold.
+  if (!offered.has(state.colour)) state.colour = [...offered.keys()].find(colourRange) ?? [...offered.keys()][0];
   select.value = state.colour;
   SIDES.forEach((side, i) => {
     showSwitches(side);
-    for (const caption of document.querySelectorAll(`figcaption[data-name="${side}"]`)) caption.textContent = runs[i].title;
+    const captions = document.querySelectorAll(`figcaption[data-name="${side}"]`);
+    for (const caption of captions) caption.textContent = runs[i].title;
   });
   compare(runs);
   drawCounts(runs);
   draw();
-}
-
-// What the rule reads, unless it is the same everywhere: where nothing is near its threshold.
-function preferred(names) {
-  const ends = (name) => colourRange(name) ?? [0, 0];
-  return names.find((name) => ends(name)[1] > ends(name)[0]) ?? names[0];
 }
 
 function draw() {
@@ -37,7 +35,6 @@ function drawNow() {
   byId("start").max = text.tokens - state.span;
   byId("start").value = state.start;
   byId("start-value").textContent = `${state.start}–${state.start + state.span - 1} of ${text.tokens}`;
-  for (const place of document.querySelectorAll("[data-layer]")) place.textContent = state.layer;
   drawLegends();
   SIDES.forEach((side, i) => {
     paintText(side, runs[i]);
@@ -90,7 +87,6 @@ function play(on) {
   const button = byId("play");
   button.textContent = on ? "❚❚" : "▶";
   button.setAttribute("aria-pressed", String(on));
-  button.setAttribute("aria-label", on ? "Pause" : "Play through the layers");
   if (!on) return;
   if (state.layer === text.layers) moveTo(state.token, 1);
   timer = setInterval(() => (state.layer >= text.layers ? play(false) : moveTo(state.token, state.layer + 1)), STEP);
@@ -100,7 +96,7 @@ const boxesOf = (side) => Object.keys(PARTS).map((letter) => [letter, byId(`${le
 
 // The run nearest to the chosen one that has a mechanism on or off: KV skipping brings halting along.
 function nearest({ preset, letters }, letter, on) {
-  const apart = (other) => Object.keys(PARTS).filter((l) => l !== letter && letters.includes(l) !== other.includes(l)).length;
+  const apart = (other) => Object.keys(PARTS).filter((l) => letters.includes(l) !== other.includes(l)).length;
   const fitting = Object.keys(text.presets[preset].runs).filter((other) => other.includes(letter) === on);
   return fitting.sort((x, y) => apart(x) - apart(y))[0];
 }
@@ -117,7 +113,7 @@ function wireSwitches(side) {
   select.append(...text.presets.map((preset, i) => element("option", { value: i }, preset.name)));
   const choose = (preset, letters) => {
     state[side] = { preset, letters };
-    chooseRuns().catch(report);
+    chooseRuns().catch(showProblem);
   };
   select.addEventListener("change", () => {
     const preset = text.presets[+select.value], { letters } = state[side];
@@ -162,18 +158,16 @@ function wire() {
   }
 }
 
-function report(error) {
-  const place = byId("problem");
-  place.hidden = false;
-  place.textContent = typeof DecompressionStream === "undefined"
-    ? "This browser is too old for this page: it needs Chrome 111, Firefox 113 or Safari 16.4."
-    : `This page could not be drawn: ${error.message}`;
+function showProblem(error) {
+  byId("problem").hidden = false;
+  byId("problem").textContent =
+    `This page could not be drawn; it needs Chrome 111, Firefox 113 or Safari 16.4, or later. ${error.message}`;
   throw error;
 }
 
 function redraw() {
   drawFiles();
-  if (runs.length) chooseRuns().catch(report);
+  if (runs.length) chooseRuns().catch(showProblem);
 }
 
 async function start() {
@@ -194,4 +188,4 @@ async function start() {
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
   document.body.dataset.ready = "yes";
 }
-start().catch(report);
+start().catch(showProblem);

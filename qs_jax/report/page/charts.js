@@ -1,7 +1,6 @@
 // Charts: signals, active tokens and cost of two runs; evaluations and a search.
 const DASHES = ["none", "6 3"];
 const COLORS = ["a", "b", "third", "fourth"];
-const POLICIES = { skip: ["a", "●"], extrapolate: ["halted", "■"], propagate: ["third", "▲"] };
 const MISSING = "This signal is not stored for these two runs: it is for the dense model and the whole preset.";
 const nameOf = (run, i) => `${"AB"[i]} · ${run.title}`;
 const styleOf = (i) => ({ color: css(COLORS[i % 4]), dash: DASHES[Math.floor(i / 4) % 2] });
@@ -19,7 +18,8 @@ function layerChart(series, { layer, withNumbers, ...options }) {
     .filter((value) => Number.isFinite(value) && (value > 0 || !options.log));
   const least = Math.min(...all), most = Math.max(...all), count = series[0].values.length;
   const y = options.log ? [least * 0.9, most * 1.1] : [Math.min(0, least), most * 1.08];
-  const plot = frame({ height: 280, x: [1, Math.max(count, 2)], y, xLabel: "layer", ...options });
+  const xTicks = ticks(1, count, 10).filter(Number.isInteger);
+  const plot = frame({ height: 280, x: [1, Math.max(count, 2)], y, xLabel: "layer", xTicks, ...options });
   const points = (values) => values.map((value, l) => [l + 1, value]);
   for (const { values, low, high, color, dash } of series) {
     if (low) {
@@ -29,7 +29,8 @@ function layerChart(series, { layer, withNumbers, ...options }) {
     line(plot, points(values), color, dash);
   }
   if (layer) line(plot, y.map((end) => [layer, end]), css("soft"), "5 4");
-  const rows = series[0].values.map((_, l) => [l + 1, ...series.map(({ values }) => (options.format ?? format)(values[l]))]);
+  const write = options.format ?? format;
+  const rows = series[0].values.map((_, l) => [l + 1, ...series.map(({ values }) => write(values[l]))]);
   const table = withNumbers ? [numbers(["layer", ...series.map(({ name }) => name)], rows)] : [];
   return [plot.root, legendRow(series), ...table];
 }
@@ -54,7 +55,7 @@ function signalChart(runs, name, options) {
   if (thresholds.bits && name === (signals.bits_entropy ? "bits_entropy" : "entropy"))
     ["τ low", "τ high"].forEach((label, i) => (limits[label] = Array(text.layers).fill(thresholds.bits[i])));
   for (const [label, values] of Object.entries(limits))
-    if (values) series.push({ name: label, color: css("fourth"), dash: "2 3", values: values.map((value) => value ?? NaN) });
+    if (values) series.push({ name: label, values: values.map((tau) => tau ?? NaN), color: css("fourth"), dash: "2 3" });
   const yLabel = signals[name] ?? name;
   return layerChart(series, { yLabel, label: `${yLabel} by layer`, layer: state.layer, ...options });
 }
@@ -76,13 +77,15 @@ function decaySeries({ name, color, dash }, active, decay, whole = 1) {
 
 // FLOPs of each component as bars in a table; entries: {name, color, costs}, bars in shares of `dense`.
 function costTable(entries, dense) {
-  const cell = (flops, color) => element("div", { class: "bar", style: `--share: ${(100 * flops) / dense}%; --color: ${color}` },
-    `${percent(flops / dense)} · ${format(flops / 1e9, 4)}`);
+  const cell = (flops, color) => {
+    const style = `--share: ${(100 * flops) / dense}%; --color: ${color}`;
+    return element("div", { class: "bar", style }, `${percent(flops / dense)} · ${format(flops / 1e9, 4)}`);
+  };
   const names = Object.keys(content.components).filter((name) => entries.some(({ costs }) => costs[name]));
   const rows = names.map((name) =>
     [content.components[name], ...entries.map(({ costs, color }) => cell(costs[name] ?? 0, color))]);
   const sums = entries.map(({ costs, color }) => cell(sum(costs), color));
-  return table(["", ...entries.map(({ name }) => `${name}: of dense · GFLOPs`)], [...rows, ["together", ...sums]]);
+  return table(["of dense · GFLOPs", ...entries.map(({ name }) => name)], [...rows, ["together", ...sums]]);
 }
 
 const sum = (costs) => Object.values(costs).reduce((a, b) => a + b, 0);
@@ -100,7 +103,7 @@ function resultsTable() {
     windows: (row) => `${row.windows} × ${row.seq_len}`,
     perplexity: (row) => format(row.perplexity, 4),
     "95 % interval": (row) => row.perplexity_interval?.map((end) => format(end, 4)).join(" to ") ?? "one window",
-    ...Object.fromEntries(Object.entries(SAVINGS).map(([name, key]) => [name, (row) => percent(row[key])])),
+    ...SAVINGS,
     savings: (row) => (row.simulated ? "simulated" : "counted"),
   };
   return table(["", ...Object.keys(columns)],
@@ -109,15 +112,16 @@ function resultsTable() {
 
 // What tokens did at each layer of an evaluation, as shares, and what it cost.
 function resultsCharts(row, width) {
-  const names = { kv_written: "keys written", halted: "halted", fused: "fused into another", bits_8: "8 bits", bits_4: "4 bits", bits_2: "2 bits" };
+  const names = { kv_written: "keys written", halted: "halted", fused: "fused into another" };
+  for (const bits of [8, 4, 2]) names[`bits_${bits}`] = `${bits} bits`;
   const shown = Object.keys(names).filter((name) => name === "kv_written" || row.per_layer[name].some(Boolean));
   const series = shown.map((name, i) =>
     ({ name: names[name], ...styleOf(i + 1), values: row.per_layer[name].map((count) => count / row.tokens) }));
   const active = decaySeries({ name: "active", ...styleOf(0) }, row.per_layer.layer_tokens, row.decay, row.tokens);
-  const options = { yLabel: "share of tokens", label: `Share of tokens by layer, ${row.file}`, format: percent, withNumbers: true };
+  const label = `Share of tokens by layer, ${row.file}`, options = { width, format: share, withNumbers: true };
   return [
     element("h3", {}, `${row.preset} (${row.file})`),
-    ...layerChart([...active, ...series], { width, ...options }),
+    ...layerChart([...active, ...series], { yLabel: "share of tokens", label, ...options }),
     costTable([{ name: row.preset, color: css("a"), costs: row.costs }], row.dense_flops),
   ];
 }
@@ -130,36 +134,30 @@ function frontChart(width) {
   const high = Math.min(Math.max(...costs, budget), most) * 1.08, low = Math.min(0, ...costs);
   const right = Math.max(0.01, ...all.map((point) => point.saving)) * 1.06;
   const plot = frame({
-    width, height: 320, x: [0, right], y: [low - 0.05 * (high - low), high], xFormat: percent, yLabel: "perplexity increase",
-    xLabel: `${objective.replaceAll("_", " ")} saved, simulated`, label: "Pareto front of the calibration",
+    width, height: 320, x: [0, right], y: [low - 0.05 * (high - low), high], xFormat: share, yLabel: "perplexity increase",
+    xLabel: `${objective.replaceAll("_", " ")} saved, simulated`, label: "Pareto front",
   });
   const place = ({ saving, ppl_increase }) => [saving, ppl_increase];
   const along = [...front].sort((a, b) => a.saving - b.saving);
   line(plot, along.map(place), css("soft"));
   line(plot, [[0, budget], [right, budget]], css("fourth"), "5 4");
-  const draw = (group, prefix, style) => {
-    const title = (point) => `${prefix}${point.family}: ${percent(point.saving)} saved, perplexity +${format(point.ppl_increase)}`;
-    for (const point of group.filter((point) => point.ppl_increase <= high)) mark(plot, place(point), style(point), title(point));
-  };
-  const styleOfPolicy = ({ family }) => {
-    const [color, glyph] = POLICIES[family] ?? ["soft", "▲"];
-    return { color: css(color), glyph };
-  };
-  const star = { color: css("token"), glyph: "★" };
-  draw(points, "", styleOfPolicy);
-  draw(verified, "verified, ", () => star);
   const families = [...new Set(points.map((point) => point.family))];
+  const styles = families.map((family, i) => ({ name: family, color: css(COLORS[i % 4]), glyph: "●■▲"[i % 3] }));
+  const star = { name: "verification windows", color: css("token"), glyph: "★" };
+  const draw = (point, style) => {
+    const title = `${style.name}: ${percent(point.saving)} saved, perplexity +${format(point.ppl_increase)}`;
+    if (point.ppl_increase <= high) mark(plot, place(point), style, title);
+  };
+  for (const point of points) draw(point, styles[families.indexOf(point.family)]);
+  for (const point of verified) draw(point, { ...star, name: `${point.family}, verified` });
   const hidden = points.filter((point) => point.ppl_increase > high).length;
   return [
     plot.root,
     legendRow([
-      ...families.map((family) => ({ name: `${family}, calibration windows`, ...styleOfPolicy({ family }) })),
-      { name: "Pareto front", color: css("soft"), dash: "none" }, { name: "verification windows", ...star },
+      ...styles, star, { name: "Pareto front", color: css("soft"), dash: "none" },
       { name: `budget ${format(budget)}`, color: css("fourth"), dash: "5 4" },
     ]),
-    hidden ? `${hidden} candidates cost more than the axis shows.` : "",
-    numbers(["policy", "saved", "perplexity increase"],
-      along.map((point) => [point.family, percent(point.saving), format(point.ppl_increase)])),
+    hidden ? `Candidates that cost more than the axis shows: ${hidden}.` : "",
   ];
 }
 

@@ -58,7 +58,7 @@ const signalsOf = ({ thresholds, signals }) =>
 function stateOf(run, layer, token) {
   if (layer > run.depth[token]) return "halted";
   if (isAbsorbed(run, layer, token)) return "absorbed";
-  return run.eligible[token] ? "runs" : "other";
+  return run.eligible[token] ? "runs" : "exempt";
 }
 
 function kvState(run, layer, token) {
@@ -80,11 +80,16 @@ function format(value, digits = 3) {
     ? value.toExponential(digits - 1)
     : value.toPrecision(digits);
 }
-const SAVINGS = {
-  "layer-tokens saved": "layer_tokens_saved", "FLOPs saved, exact": "exact_flops_saved",
-  "FLOPs saved, paper": "paper_flops_saved", "KV bytes saved": "kv_bytes_saved",
-};
+const share = (value) => `${+(100 * value).toFixed(1)} %`;
 const percent = (value) => (value === null ? "–" : `${(100 * value).toFixed(1)} %`);
+
+// Of a run or an evaluation, for tables.
+const SAVINGS = {
+  "layer-tokens saved": (row) => percent(row.layer_tokens_saved),
+  "FLOPs saved, exact": (row) => percent(row.exact_flops_saved),
+  "FLOPs saved, paper": (row) => percent(row.paper_flops_saved),
+  "KV bytes saved": (row) => percent(row.kv_bytes_saved),
+};
 
 const byId = (id) => document.getElementById(id);
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();

@@ -18,9 +18,12 @@ const MAPS = {
     cell(run, layer, token, [low, high]) {
       if (!run.ran[at(layer, token)]) return "stopped";
       const value = signalAt(run, state.colour, layer, token);
-      return Number.isNaN(value) ? "unknown" : viridis((value - low) / (high - low || 1));
+      return Number.isNaN(value) ? "unknown" : viridis((value - low) / (high - low));
     },
-    names: { stopped: "does not run this layer", unknown: "no such score here", cut: "cut-off: halted", absorbed: "cut-off: absorbed" },
+    names: {
+      stopped: "does not run this layer", unknown: "no such score here", cut: "cut-off: halted",
+      absorbed: "cut-off: absorbed",
+    },
   },
   kv: { height: 240, cell: kvState, names: KV_NAMES },
   bits: {
@@ -167,12 +170,12 @@ function cellAt(canvas, kind, event) {
   return inside ? { token, layer } : null;
 }
 
-// Ends of a signal's colour scale, over both runs; null where neither has the signal.
+// Ends of a signal's colour scale, over both runs; null where it is the same everywhere or not stored.
 function colourRange(name = state.colour) {
   return once(`range ${runs.map((run) => run.key)} ${name}`, () => {
     const values = runs.flatMap((run) => [...(run.signals[name] ?? [])]);
     const ends = [quantile(values, 0.01), quantile(values, 0.95)];
-    return Number.isNaN(ends[0]) ? null : ends;
+    return ends[1] > ends[0] ? ends : null;
   });
 }
 
@@ -180,10 +183,10 @@ function drawLegends() {
   const entries = (names) => Object.entries(names).map(([key, name]) => ({ name, color: css(key) }));
   for (const [kind, { names }] of Object.entries(MAPS)) byId(kind + "-legend").replaceChildren(...legend(entries(names)));
   byId("words-legend").replaceChildren(...legend(entries({
-    runs: "runs", halted: "halted", absorbed: "absorbed by a later token", paper: "not looked at by the mechanisms",
+    runs: "runs", halted: "halted", absorbed: "absorbed by a later token", paper: "exempt: the mechanisms do not act on it",
   })));
   const scale = element("i", { class: "scale", style: `background: linear-gradient(to right, ${VIRIDIS})` });
   const name = byId("colour").selectedOptions[0].textContent, ends = colourRange()?.map((end) => format(end));
-  const parts = ends ? [`${name}: ${ends[0]}`, scale, `${ends[1]} (1st to 95th percentile)`] : [`${name}: not stored for these runs`];
-  byId("timeline-legend").prepend(element("span", {}, ...parts));
+  const known = () => [`${name}: ${ends[0]}`, scale, `${ends[1]} (1st to 95th percentile)`];
+  byId("timeline-legend").prepend(element("span", {}, ...(ends ? known() : [`${name}: the same everywhere, or not stored`])));
 }

@@ -36,7 +36,7 @@ function frame({ width, height, x: [xLow, xHigh], y: [yLow, yHigh], log, ...opti
     root.append(svg("line", { class: "grid", x1: left, x2: right, y1: y(value), y2: y(value) }));
     write((options.format ?? plain)(value), { x: left - 6, y: y(value) + 4, "text-anchor": "end" });
   }
-  for (const value of ticks(xLow, xHigh, clamp((right - left) / 90, 3, 10)))
+  for (const value of options.xTicks ?? ticks(xLow, xHigh, clamp((right - left) / 90, 3, 10)))
     write((options.xFormat ?? plain)(value), { x: x(value), y: bottom + 17 });
   root.append(svg("path", { class: "axis", d: `M${left},${top}V${bottom}H${right}` }));
   const middle = (top + bottom) / 2;
@@ -61,18 +61,17 @@ function line(plot, points, color, dash = "none") {
 }
 
 function mark(plot, [x, y], { glyph, color }, title) {
-  const place = { x: plot.x(x), y: plot.y(y), fill: color, class: "mark" };
+  const place = { x: plot.x(x), y: plot.y(y), style: `fill: ${color}`, class: "mark" };
   plot.root.append(svg("text", place, glyph, svg("title", {}, title)));
 }
 
 // entries: {name, color, dash or glyph}; a box without either.
 function legend(entries) {
   return entries.map(({ name, color, dash, glyph }) => {
-    const sample = dash
-      ? svg("svg", { width: 24, height: 12, "aria-hidden": "true" },
-        svg("path", { d: "M0,6H24", stroke: color, "stroke-width": 2.5, "stroke-dasharray": dash }))
-      : element("i", { style: glyph ? `color: ${color}` : `background: ${color}`, class: glyph ? "glyph" : "box" }, glyph ?? "");
-    return element("span", {}, sample, name);
+    const stroke = svg("path", { d: "M0,6H24", stroke: color, "stroke-width": 2.5, "stroke-dasharray": dash });
+    if (dash) return element("span", {}, svg("svg", { width: 24, height: 12, "aria-hidden": "true" }, stroke), name);
+    const style = glyph ? `color: ${color}` : `background: ${color}`;
+    return element("span", {}, element("i", { style, class: glyph ? "glyph" : "" }, glyph ?? ""), name);
   });
 }
 

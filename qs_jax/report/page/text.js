@@ -20,10 +20,10 @@ function paintText(side, run) {
 function tokenRows(runs, layer, token) {
   const i = at(layer, token), yes = (flag) => (flag ? "yes" : "no");
   const rows = {
-    decision: (run) => ({ other: "not looked at" })[stateOf(run, layer, token)] ?? stateOf(run, layer, token),
+    decision: (run) => stateOf(run, layer, token),
     "runs this layer": (run) => yes(run.ran[i]),
     "layers before it halted": (run) => run.depth[token],
-    representative: (run) => (isAbsorbed(run, layer, token) ? `${run.fused[i]} ${text.labels[run.fused[i]].trim()}` : "itself"),
+    representative: (run) => (run.fused[i] === token ? "itself" : `${run.fused[i]} ${text.labels[run.fused[i]].trim()}`),
     "merged after this layer": (run) => yes(run.merged[i]),
     KV: (run) => KV_NAMES[kvState(run, layer, token)],
     "keys it saw": (run) => run.visible[i],
@@ -67,9 +67,9 @@ function compare(runs) {
     "of them halted": (s) => format(s.halted),
     "of them fused into another": (s) => format(s.fused),
     "layers run, mean over all tokens": (s) => format(s.mean_depth),
+    ...SAVINGS,
     "FLOPs of signals and tests, of dense": (s) => percent(s.added_flops_share),
   };
-  for (const [name, key] of Object.entries(SAVINGS)) rows[`${name}, simulated`] = (s) => percent(s[key]);
   const cells = Object.entries(rows).map(([name, value]) => [name, ...runs.map((run) => value(run.summary))]);
   byId("compare").replaceChildren(...tableParts(["", ...runs.map(nameOf)], cells));
 }
