@@ -6,7 +6,7 @@ import base64
 import dataclasses
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -121,21 +121,27 @@ def embedded(content: dict[str, Any]) -> Markup:
 
 
 def to_json(report: Report) -> dict[str, Any]:
-    """The report as plain JSON types; arrays are `packed`."""
+    """The report as plain JSON types; an array is its place in "arrays"."""
+    arrays: dict[tuple[str, str], int] = {}
+
+    def store(array: np.ndarray) -> int:
+        return arrays.setdefault(packed(array), len(arrays))
+
     return {
         "title": report.title,
         "about": report.about,
-        "text": None if report.text is None else _text(report.text),
+        "text": None if report.text is None else _text(report.text, store),
         "results": list(report.results),
         "front": report.front,
         "components": COMPONENTS,
+        "arrays": list(arrays),
     }
 
 
-def _text(text: TextRuns) -> dict[str, Any]:
+def _text(text: TextRuns, store: Callable[[np.ndarray], int]) -> dict[str, Any]:
     return {
         "labels": list(text.labels),
-        "ids": packed(text.ids),
+        "ids": store(text.ids),
         "tokens": len(text.ids),
         "layers": text.presets[0].cfg.model.num_layers,
         "presets": [
@@ -145,14 +151,14 @@ def _text(text: TextRuns) -> dict[str, Any]:
                 "signals": signal_names(preset.quicksilver),
                 "thresholds": thresholds(preset),
                 "settings": preset.quicksilver.to_dict(),
-                "runs": {run.letters: _run(run, preset) for run in preset.runs},
+                "runs": {run.letters: _run(run, preset, store) for run in preset.runs},
             }
             for preset in text.presets
         ],
     }
 
 
-def _run(run: Run, preset: PresetRuns) -> dict[str, Any]:
+def _run(run: Run, preset: PresetRuns, store: Callable[[np.ndarray], int]) -> dict[str, Any]:
     record, model, sizes = run.record, preset.cfg.model, preset.map_sizes
     saved = accounting.summary(accounting.tally(record, model, run.quicksilver, sizes))
     active_L, eligible_T = active_tokens(record), record.subject[0]
@@ -170,8 +176,8 @@ def _run(run: Run, preset: PresetRuns) -> dict[str, Any]:
         "logprobs": run.logprobs,
     }
     return {
-        "arrays": {name: packed(array) for name, array in arrays.items()},
-        "signals": {name: packed(array) for name, array in run.signals.items()},
+        "arrays": {name: store(array) for name, array in arrays.items()},
+        "signals": {name: store(array) for name, array in run.signals.items()},
         "active": active_L.tolist(),
         "decay": fit_decay(active_L),
         "costs": costs(record, model, run.quicksilver, sizes),
@@ -214,10 +220,10 @@ def thresholds(preset: PresetRuns) -> dict[str, list[Any] | None]:
     return limits
 
 
-def packed(array: np.ndarray) -> dict[str, str]:
-    """An array as little-endian numbers ("u1", "i4" or "f4"), deflated, in base 64."""
+def packed(array: np.ndarray) -> tuple[str, str]:
+    """The kind of an array ("u1", "i4" or "f4"), and its numbers deflated, in base 64."""
     kind = {"b": "u1", "f": "f4"}.get(array.dtype.kind, "i4")
     raw = np.ascontiguousarray(array, dtype="<" + kind)
     # Bytes of one significance next to each other compress better.
     planes = raw.reshape(-1, 1).view(np.uint8).T.tobytes()
-    return {"kind": kind, "data": base64.b64encode(zlib.compress(planes, 6)).decode("ascii")}
+    return kind, base64.b64encode(zlib.compress(planes, 6)).decode("ascii")

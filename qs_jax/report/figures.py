@@ -52,11 +52,12 @@ def save(report: Report, folder: Path) -> list[Path]:
 
     folder.mkdir(parents=True, exist_ok=True)
     drawn: dict[str, Figure] = {}
-    for preset in report.text.presets if report.text is not None else ():
-        for draw in (halting_timeline, kv_writes, fusion_flow, bit_widths):
-            drawn[f"{preset.name}.{draw.__name__}"] = draw(report.text, preset)
-        for draw in (entropy_by_layer, drift_curves, active_tokens):
-            drawn[f"{preset.name}.{draw.__name__}"] = draw(preset)
+    if (text := report.text) is not None:
+        for preset in text.presets:
+            for draw in (halting_timeline, kv_writes, fusion_flow, bit_widths):
+                drawn[f"{preset.name}.{draw.__name__}"] = draw(text, preset)
+            for draw in (entropy_by_layer, drift_curves, active_tokens):
+                drawn[f"{preset.name}.{draw.__name__}"] = draw(preset)
     for number, row in enumerate(report.results, start=1):
         of = f"{row['preset']}, {row['data']} ({'simulated' if row['simulated'] else 'counted'})"
         counts = row["per_layer"]["layer_tokens"]
@@ -132,11 +133,7 @@ def halting_timeline(text: TextRuns, preset: PresetRuns) -> Figure:
 
 
 def _score(preset: PresetRuns) -> tuple[str, np.ndarray]:
-    """What the preset's rule reads, `[L, T]`, and its name.
-
-    The paper's score max(tau - drift, 0) where some token reaches it; else the quota's attention;
-    else the drift.
-    """
+    """What the preset's rule reads, `[L, T]`, and its name; the drift where no token comes near."""
     signals, tau = preset.runs[-1].signals, thresholds(preset)["drift"]
     if tau is not None:
         score = np.maximum(np.array(tau, float)[:, None] - signals["drift"], 0)

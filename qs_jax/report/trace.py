@@ -66,12 +66,11 @@ class Run:
 
 
 def signal_kinds(qs: QuickSilverConfig) -> dict[str, str]:
-    """Signals of a preset's runs, and how each is computed; those that halting reads come first.
+    """Signals of a preset's runs, and how each is computed; what halting reads comes first.
 
-    "drift" is of the preset's kind. "entropy" is by the estimator that halting reads, else the
-    exact logit lens. "bits_entropy" is of the state after fusion, where AMQ reads another
-    estimator. "received" is the most attention from the prompt's last queries, where a quota ranks
-    by it.
+    "received" is the most attention from the prompt's last queries, where a quota ranks by it.
+    "entropy" is by the estimator that halting reads, else the exact logit lens. "bits_entropy" is
+    of the state after fusion, where AMQ reads another estimator.
     """
     rule, kinds = qs.halting or HaltingConfig(entropy=None), {}
     if (rule.rule, rule.score) == ("quota", "attention"):

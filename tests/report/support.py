@@ -85,10 +85,10 @@ class Page(HTMLParser):
             self.data = json.loads(data)
             self._inside = False
 
-    def array(self, packed: dict[str, str]) -> np.ndarray:
-        raw, size = zlib.decompress(base64.b64decode(packed["data"])), int(packed["kind"][1])
-        planes = np.frombuffer(raw, np.uint8).reshape(size, -1)
-        return np.ascontiguousarray(planes.T).view("<" + packed["kind"])[:, 0]
+    def array(self, place: int) -> np.ndarray:
+        kind, data = self.data["arrays"][place]
+        planes = np.frombuffer(zlib.decompress(base64.b64decode(data)), np.uint8)
+        return np.ascontiguousarray(planes.reshape(int(kind[1]), -1).T).view("<" + kind)[:, 0]
 
     def run(self, letters: str) -> dict[str, Any]:
         """A run with its arrays unpacked, those of layers as `[L, T]`."""

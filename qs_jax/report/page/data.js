@@ -10,7 +10,8 @@ function once(key, compute) {
   return cache.get(key);
 }
 
-async function unpack({ kind, data }) {
+async function unpack(place) {
+  const [kind, data] = content.arrays[place];
   const packed = Uint8Array.from(atob(data), (c) => c.charCodeAt(0));
   const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
   const planes = new Uint8Array(await new Response(stream).arrayBuffer());
@@ -18,9 +19,9 @@ async function unpack({ kind, data }) {
   return new READERS[kind](planes.map((_, i) => planes[(i % size) * count + Math.floor(i / size)]).buffer);
 }
 
-async function unpackAll(packed) {
-  const arrays = await Promise.all(Object.values(packed).map(unpack));
-  return Object.fromEntries(Object.keys(packed).map((name, i) => [name, arrays[i]]));
+async function unpackAll(places) {
+  const arrays = await Promise.all(Object.values(places).map(unpack));
+  return Object.fromEntries(Object.keys(places).map((name, i) => [name, arrays[i]]));
 }
 
 const runOf = ({ preset, letters }) => once(`run ${preset} ${letters}`, () => loadRun(preset, letters));
