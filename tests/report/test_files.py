@@ -11,15 +11,15 @@ pytestmark = pytest.mark.xdist_group("report")
 
 
 def test_results_of_evaluate(case, evaluated):
-    found, run = report.read_results(evaluated), case.run("HKFQ")
-    assert found["perplexity"] == pytest.approx(run.perplexity)
+    content, run = report.read_results(evaluated), case.run("HKFQ")
+    assert content["perplexity"] == pytest.approx(run.perplexity)
     counted = accounting.tally(run.record, case.cfg.model, run.quicksilver)
-    assert sum(found["costs"].values()) == pytest.approx(counted["prefill"]["exact_flops"])
-    assert found["dense_flops"] == counted["prefill"]["exact_flops_dense"]
-    assert found["per_layer"]["layer_tokens"] == run.record.active.sum((1, 2)).tolist()
-    assert found["tokens"] == len(case.ids)
-    assert found["simulated"]
-    assert found["decay"]["rate"] > 0
+    assert sum(content["costs"].values()) == pytest.approx(counted["prefill"]["exact_flops"])
+    assert content["dense_flops"] == counted["prefill"]["exact_flops_dense"]
+    assert content["per_layer"]["layer_tokens"] == run.record.active.sum((1, 2)).tolist()
+    assert content["tokens"] == len(case.ids)
+    assert content["simulated"]
+    assert content["decay"]["rate"] > 0
 
 
 def test_under_continuation_the_layers_are_the_prompts(tmp_path):
@@ -27,11 +27,11 @@ def test_under_continuation_the_layers_are_the_prompts(tmp_path):
     counts = accounting.dense_tally(lengths, lengths - 8, model)
     entry = {"nll": [30.0, 31.0], "tokens": [8, 8], "counts": counts}
     config = {"preset": "off", "protocol": "continuation", "seq_len": 20}
-    found = report.read_results(results_file(tmp_path / "dense.json", entry, model, **config))
-    assert found["tokens"] == 24
-    assert found["per_layer"]["layer_tokens"] == [24, 24, 24]
-    assert found["decay"] == {"start": 24.0, "rate": 0.0, "r_squared": None}
-    assert sum(found["costs"].values()) == pytest.approx(found["dense_flops"])
+    content = report.read_results(results_file(tmp_path / "dense.json", entry, model, **config))
+    assert content["tokens"] == 24
+    assert content["per_layer"]["layer_tokens"] == [24, 24, 24]
+    assert content["decay"] == {"start": 24.0, "rate": 0.0, "r_squared": None}
+    assert sum(content["costs"].values()) == pytest.approx(content["dense_flops"])
 
 
 def test_a_page_of_files_only(evaluated, tmp_path):

@@ -36,7 +36,8 @@ def test_values_equal_those_of_the_run(case, letters):
         "fused": record.fused,
     }
     rows = {name: values[:, 0] for name, values in layers.items()} | run.signals
-    rows |= {"depth": record.depth[0], "logprobs": run.logprobs, "scored": run.mask}
+    rows |= {"depth": record.depth[0], "logprobs": run.logprobs}
+    rows |= {"scored": run.mask, "eligible": record.subject[0]}
     for name, expected in rows.items():
         np.testing.assert_array_equal(shown[name], expected, name)
     assert shown["active"] == record.active.sum((1, 2)).tolist()
@@ -51,12 +52,11 @@ def test_components_add_up_to_the_exact_count(case):
     for run in case.runs:
         counted = accounting.tally(run.record, case.cfg.model, run.quicksilver)
         exact = counted["prefill"]["exact_flops"] + counted["decode"]["exact_flops"]
-        found = measures.costs(run.record, case.cfg.model, run.quicksilver)
-        assert sum(found.values()) == pytest.approx(exact, rel=1e-9)
-        assert ("halting" in found) == ("H" in run.letters)
-        assert ("fusion" in found) == ("F" in run.letters)
-        assert ("amq" in found) == ("Q" in run.letters)
-        assert "signals" not in found
+        flops = measures.costs(run.record, case.cfg.model, run.quicksilver)
+        assert sum(flops.values()) == pytest.approx(exact, rel=1e-9)
+        for letter, name in {"H": "halting", "F": "fusion", "Q": "amq"}.items():
+            assert (name in flops) == (letter in run.letters)
+        assert "signals" not in flops
 
 
 def test_the_fit_finds_an_exponential():

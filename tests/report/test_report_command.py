@@ -42,15 +42,15 @@ def test_the_page_holds_what_score_finds(command, tmp_path, capsys):
     prompt = len(ids) - scored
     assert page.data["about"]["protocol"] == f"continuation, last {scored} tokens scored"
     cfg = qs_jax.Config(model, PRESET, engine="masked", continuation_tokens=scored)
-    found = qs_jax.score(params, ids, cfg)
+    scores = qs_jax.score(params, ids, cfg)
     shown = page.run("HK")
-    np.testing.assert_array_equal(shown["depth"], found.record.depth[0])
+    np.testing.assert_array_equal(shown["depth"], scores.record.depth[0])
     assert 0 < shown["summary"]["halted"] < len(ids)
-    assert shown["summary"]["perplexity"] == pytest.approx(found.perplexity, rel=1e-5)
+    assert shown["summary"]["perplexity"] == pytest.approx(scores.perplexity, rel=1e-5)
     received = shown["received"]
     assert np.isnan(received[:, prompt:]).all()
     # At the halting layer the quota took those that got the least attention.
-    stopped = found.record.depth[0] == 1
+    stopped = scores.record.depth[0] == 1
     spared = ~stopped & (np.arange(len(ids)) >= 4) & (np.arange(len(ids)) < prompt - 4)
     assert received[0][stopped].max() <= received[0][spared].min()
 

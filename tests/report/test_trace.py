@@ -43,26 +43,22 @@ def test_a_run_is_what_score_gives_for_its_settings(case, letters):
 
 
 def test_the_dense_run_is_the_dense_model(case):
-    run, length = case.run(""), np.array([len(case.ids)])
-    expected = qs_jax.score(case.params, case.ids, case.cfg.replace(quicksilver=None))
+    run, length, dense = case.run(""), np.array([len(case.ids)]), case.cfg.replace(quicksilver=None)
+    expected = qs_jax.score(case.params, case.ids, dense, return_logits=True)
     np.testing.assert_allclose(run.logprobs, expected.logprobs[0], atol=1e-5)
     _same(run.record, accounting.dense_record(length, np.array([0]), case.cfg.model))
+    probabilities_TV = scipy.special.softmax(np.float64(expected.logits[0]), axis=-1)
+    entropy_T = scipy.stats.entropy(probabilities_TV, axis=-1)
+    np.testing.assert_allclose(run.signals["entropy"][-1], entropy_T, rtol=1e-3)
 
 
 def _same(record, expected):
     for field in dataclasses.fields(expected):
-        there, wanted = getattr(record, field.name), getattr(expected, field.name)
+        actual, wanted = getattr(record, field.name), getattr(expected, field.name)
         if isinstance(wanted, np.ndarray) and wanted.dtype.kind == "f":
-            np.testing.assert_allclose(there, wanted, atol=1e-5, err_msg=field.name)
+            np.testing.assert_allclose(actual, wanted, atol=1e-5, err_msg=field.name)
         else:
-            np.testing.assert_array_equal(there, wanted, err_msg=field.name)
-
-
-def test_the_last_entropy_of_the_dense_run_is_that_of_the_logits(case):
-    dense = case.cfg.replace(quicksilver=None)
-    logits = qs_jax.score(case.params, case.ids, dense, return_logits=True).logits[0]
-    expected = scipy.stats.entropy(scipy.special.softmax(np.float64(logits), axis=-1), axis=-1)
-    np.testing.assert_allclose(case.run("").signals["entropy"][-1], expected, rtol=1e-3)
+            np.testing.assert_array_equal(actual, wanted, err_msg=field.name)
 
 
 def test_signals_are_those_of_tokens_that_run(case):

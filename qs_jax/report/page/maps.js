@@ -1,5 +1,6 @@
 // Maps of tokens and layers on canvases: halting timeline, KV writes, bit widths, fusion flow.
-const VIRIDIS = "440154 482878 3e4989 31688e 26828e 1f9e89 35b779 6ece58 b5de2b fde725".split(" ").map((hex) => "#" + hex);
+const rgb = (hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
+const VIRIDIS = "#440154 #482878 #3e4989 #31688e #26828e #1f9e89 #35b779 #6ece58 #b5de2b #fde725".split(" ").map(rgb);
 const LEFT = 34, TOP = 6;
 const KV_NAMES = {
   written: "written by a token that runs", kept: "written for a token that does not run",
@@ -8,7 +9,7 @@ const KV_NAMES = {
 
 function viridis(share) {
   const place = clamp(share, 0, 1) * (VIRIDIS.length - 1), low = Math.min(Math.floor(place), VIRIDIS.length - 2);
-  return `color-mix(in srgb, ${VIRIDIS[low]}, ${VIRIDIS[low + 1]} ${Math.round(100 * (place - low))}%)`;
+  return VIRIDIS[low].map((value, i) => value + (place - low) * (VIRIDIS[low + 1][i] - value));
 }
 
 // Of each map: its height, the colour of a cell, and what the colours mean.
@@ -78,15 +79,14 @@ function drawMap(canvas, kind, run) {
 
 function drawCells(pen, shape, kind, run) {
   const { span, start } = state, { cell, names } = MAPS[kind], range = colourRange() ?? [0, 1];
-  const colours = Object.fromEntries(Object.keys(names).map((name) => [name, css(name)]));
-  const grid = (width) => element("canvas", { width, height: text.layers }).getContext("2d");
-  const small = grid(span);
-  for (let layer = 1; layer <= text.layers; layer++)
-    for (let i = 0; i < span; i++) {
-      const colour = cell(run, layer, start + i, range);
-      small.fillStyle = colours[colour] ?? colour;
-      small.fillRect(i, text.layers - layer, 1, 1);
-    }
+  const colours = Object.fromEntries(Object.keys(names).map((name) => [name, rgb(css(name))]));
+  const image = new ImageData(span, text.layers);
+  for (let i = 0; i < span * text.layers; i++) {
+    const colour = cell(run, text.layers - Math.floor(i / span), start + (i % span), range);
+    image.data.set([...(typeof colour === "string" ? colours[colour] : colour), 255], 4 * i);
+  }
+  const grid = (width) => element("canvas", { width, height: text.layers }).getContext("2d"), small = grid(span);
+  small.putImageData(image, 0, 0);
   // Where several tokens share a pixel their colours are averaged, but layers never are.
   const across = Math.min(span, Math.round(shape.cell * span)), narrow = grid(across);
   narrow.drawImage(small.canvas, 0, 0, across, text.layers);
@@ -185,7 +185,7 @@ function drawLegends() {
   byId("words-legend").replaceChildren(...legend(entries({
     runs: "runs", halted: "halted", absorbed: "absorbed by a later token", paper: "exempt: the mechanisms do not act on it",
   })));
-  const scale = element("i", { class: "scale", style: `background: linear-gradient(to right, ${VIRIDIS})` });
+  const scale = element("i", { class: "scale", style: `background: linear-gradient(to right, ${VIRIDIS.map((c) => `rgb(${c})`)})` });
   const name = byId("colour").selectedOptions[0].textContent, ends = colourRange()?.map((end) => format(end));
   const known = () => [`${name}: ${ends[0]}`, scale, `${ends[1]} (1st to 95th percentile)`];
   byId("timeline-legend").prepend(element("span", {}, ...(ends ? known() : [`${name}: the same everywhere, or not stored`])));
