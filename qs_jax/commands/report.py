@@ -28,9 +28,6 @@ class Report(TextOptions):
     """Presets to compare on the text: names, or FILE.json, one after another."""
     all_combinations: bool = True
     """Run every combination of a preset's mechanisms; otherwise the dense model and the preset."""
-    every_signal: bool = False
-    """Compute logit-lens entropies of every layer for every combination, not for the dense model
-    and the whole preset only; they cost several times the forward pass."""
     results: tuple[Path, ...] = ()
     """Results files of `evaluate`, to show as well, or instead of a text."""
     search: Path | None = None
@@ -38,7 +35,7 @@ class Report(TextOptions):
     figures: Path | None = None
     """Folder for the same figures as PNG and SVG (extra "plots")."""
     title: str = "QuickSilver report"
-    """Of the page."""
+    """Title of the page."""
 
     def run(self) -> None:
         """Check, run, write."""
@@ -88,7 +85,7 @@ class Report(TextOptions):
             "versions": ", ".join(f"{name} {of}" for name, of in origin["versions"].items()),
             "commit": origin["git"] or "not from a repository",
         }
-        return about, TextRuns(np.asarray(ids), reports.labels(tokenizer, ids), prompt, runs)
+        return about, TextRuns(np.asarray(ids), reports.labels(tokenizer, ids), runs)
 
     def _preset(self, name: str, params: Params, row: Any, cfg: Config) -> PresetRuns:
         maps, _ = self.find_maps(cfg, name)
@@ -97,7 +94,6 @@ class Report(TextOptions):
             row,
             cfg,
             all_combinations=self.all_combinations,
-            every_signal=self.every_signal,
             progress=True,
         )
         sizes = None if maps is None else maps.sizes

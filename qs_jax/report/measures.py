@@ -1,8 +1,7 @@
-"""Numbers of a run: quality, savings, cost by component, and the decay of active tokens."""
+"""Numbers of a run: cost by component, and the decay of active tokens."""
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from qs_jax.config import ModelConfig, QuickSilverConfig
 from qs_jax.mechanisms.kv_maps import MapSizes
 from qs_jax.models import family_of
 from qs_jax.record import Record
+from qs_jax.report.trace import reduced
 
 # Components in the order they are drawn, and what they are.
 COMPONENTS = {
@@ -30,26 +30,15 @@ COMPONENTS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Decay:
-    """N(l) = start * exp(-rate * l), fitted to the active tokens of layers l = 1 to L.
-
-    Attributes:
-      start: Tokens.
-      rate: Per layer; the paper reports 0.05 to 0.1 (J, K).
-      r_squared: Share of the variance explained; None where every layer has as many tokens.
-    """
-
-    start: float
-    rate: float
-    r_squared: float | None
-
-
-def fit_decay(active_L: Sequence[Any] | np.ndarray) -> Decay:
-    """Least-squares fit of the exponential, by `scipy.optimize.curve_fit`.
+def fit_decay(active_L: Sequence[Any] | np.ndarray) -> dict[str, Any]:
+    """Fit N(l) = start * exp(-rate * l) to the active tokens of layers l = 1 to L.
 
     Args:
       active_L: Active tokens of each layer.
+
+    Returns:
+      "start" in tokens; "rate" per layer, which the paper reports as 0.05 to 0.1; "r_squared", the
+      share of the variance explained, None where every layer has as many tokens.
 
     Source: QuickSilver J and K, "Active Token Decay".
     """
@@ -59,21 +48,22 @@ def fit_decay(active_L: Sequence[Any] | np.ndarray) -> Decay:
     layer_L = np.arange(1, len(count_L) + 1)
     spread = float(((count_L - count_L.mean()) ** 2).sum())
     if spread == 0:
-        return Decay(float(count_L[0]), 0.0, None)
-
-    def curve(layer: np.ndarray, start: float, rate: float) -> np.ndarray:
-        return start * np.exp(-rate * layer)
-
+        return {"start": float(count_L[0]), "rate": 0.0, "r_squared": None}
     guess = (count_L.max(), np.log(count_L[0] / max(count_L[-1], 0.5)) / len(count_L))
     with warnings.catch_warnings():  # two layers give no covariance, which is not read
         warnings.simplefilter("ignore", OptimizeWarning)
-        (start, rate), _ = curve_fit(curve, layer_L, count_L, p0=guess, maxfev=10_000)
-    missed = float(((count_L - curve(layer_L, start, rate)) ** 2).sum())
-    return Decay(float(start), float(rate), 1 - missed / spread)
+        (start, rate), _ = curve_fit(decayed, layer_L, count_L, p0=guess, maxfev=10_000)
+    missed = float(((count_L - decayed(layer_L, start, rate)) ** 2).sum())
+    return {"start": float(start), "rate": float(rate), "r_squared": 1 - missed / spread}
+
+
+def decayed(layer_L: np.ndarray, start: float, rate: float) -> np.ndarray:
+    """Active tokens of the fitted exponential at each layer."""
+    return start * np.exp(-rate * layer_L)
 
 
 def active_tokens(record: Record) -> np.ndarray:
-    """Tokens that ran each layer, `[L]`, of those the mechanisms may look at."""
+    """Tokens that ran each layer, `[L]`, of those the mechanisms may act on."""
     return (record.active & record.subject).sum((1, 2))
 
 
@@ -88,29 +78,24 @@ def costs(
       qs: Mechanisms that ran.
       sizes: Of the extrapolation maps, where the policy reads them.
     """
-    counted = accounting.tally(record, model, qs, sizes)
-    policy = qs.kv_skip.policy if qs.kv_skip is not None else None
-    sizes = sizes if policy == "extrapolate" else None
-    found = counted_costs(counted, model)
+    flops_of = counted_costs(accounting.tally(record, model, qs, sizes), model)
+    if qs.kv_skip is None or qs.kv_skip.policy != "extrapolate":
+        sizes = None
     # Each mechanism is charged what it adds to those before it.
-    steps = {"kv_only": {"halting": None, "kv_skip": None, "fusion": None, "amq": None}}
-    steps["halting"] = {"fusion": None, "amq": None}
-    steps["fusion"], steps["amq"] = {"amq": None}, {}
     before = 0.0
-    for name, without in steps.items():
-        part = dataclasses.replace(qs, **without)
-        added = float(flops.added_flops(record, model, part, sizes).sum())
-        found[name], before = added - before, added
-    found["signals"] -= before
-    return {name: found[name] for name in COMPONENTS if found.get(name)}
+    steps = {"kv_only": "", "halting": "HK", "fusion": "HKF", "amq": "HKFQ"}
+    for name, letters in steps.items():
+        added = float(flops.added_flops(record, model, reduced(qs, letters), sizes).sum())
+        flops_of[name], before = added - before, added
+    flops_of["signals"] -= before
+    return {name: flops_of[name] for name in COMPONENTS if flops_of.get(name)}
 
 
 def counted_costs(counted: dict[str, Any], model: ModelConfig) -> dict[str, float]:
-    """The same from a tally, which does not tell the mechanisms' own costs apart ("signals")."""
-    both = [counted["prefill"], counted["decode"]]
+    """FLOPs of each component from a tally, in which all costs of mechanisms are "signals"."""
 
     def total(name: str) -> float:
-        return float(sum(part[name] for part in both))
+        return float(sum(counted[phase][name] for phase in ("prefill", "decode")))
 
     mlp = 2 * model.hidden_size * model.mlp_size * family_of(model).mlp_products
     return {

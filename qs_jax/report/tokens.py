@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import functools
-import json
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -30,36 +28,33 @@ def labels(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
       tokenizer: Of the checkpoint.
       ids: One row.
     """
-    table = _byte_table() if _is_byte_level(tokenizer) else {}
-    special = set(tokenizer.all_special_ids)
-    pieces = [_piece(tokenizer, int(token), table, special) for token in ids]
+    backend, table = getattr(tokenizer, "backend_tokenizer", None), {}
+    if backend is not None and "ByteLevel" in repr(backend.decoder):
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+        table = {character: byte for byte, character in bytes_to_unicode().items()}
+    pieces = [_piece(tokenizer, int(token), table) for token in ids]
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    found = []
-    for index, piece in enumerate(pieces):
+    shown = []
+    for piece, following in zip(pieces, [*pieces[1:], ""], strict=True):
         if isinstance(piece, str):
-            decoder.reset()
-            found.append(visible(piece))
+            shown.append(visible(piece))
             continue
         waiting = bool(decoder.getstate()[0])
-        last = index + 1 == len(pieces) or isinstance(pieces[index + 1], str)
-        text = decoder.decode(piece, final=last)
+        text = decoder.decode(piece, final=isinstance(following, str))
         if waiting or "\ufffd" in text:
-            found.append(_bytes(piece) + visible(text.replace("\ufffd", "")))
+            shown.append(_bytes(piece) + visible(text.replace("\ufffd", "")))
         else:
-            found.append(visible(text) + _bytes(piece[len(text.encode()) :]))
-        if last:
-            decoder.reset()
-    return found
+            shown.append(visible(text) + _bytes(piece[len(text.encode()) :]))
+    return shown
 
 
 def visible(text: str) -> str:
     """Text with a sign or a code point for every character that shows nothing."""
 
     def show(character: str) -> str:
-        if character in _SIGNS:
-            return _SIGNS[character]
         unseen = unicodedata.category(character) in _UNSEEN
-        return f"⟨U+{ord(character):04X}⟩" if unseen else character
+        return _SIGNS.get(character, f"⟨U+{ord(character):04X}⟩" if unseen else character)
 
     return "".join(map(show, text))
 
@@ -68,12 +63,12 @@ def _bytes(piece: bytes) -> str:
     return f"⟨{piece.hex(' ').upper()}⟩" if piece else ""
 
 
-def _piece(tokenizer: Any, token: int, table: dict[str, int], special: set[int]) -> str | bytes:
+def _piece(tokenizer: Any, token: int, table: dict[str, int]) -> str | bytes:
     """The bytes of a token; its text where the tokenizer works on text."""
     name = tokenizer.convert_ids_to_tokens(token)
     if name is None:
         return f"⟨{token}⟩"
-    if token in special:
+    if token in tokenizer.all_special_ids:
         return str(name)
     if match := _BYTE.fullmatch(name):
         return bytes([int(match[1], 16)])
@@ -81,18 +76,3 @@ def _piece(tokenizer: Any, token: int, table: dict[str, int], special: set[int])
         return bytes(table[character] for character in name)
     # SentencePiece marks a leading space; a token decoded alone would lose it.
     return name.replace("▁", " ") if "▁" in name else str(tokenizer.decode([token]))
-
-
-def _is_byte_level(tokenizer: Any) -> bool:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return False
-    return '"ByteLevel"' in json.dumps(json.loads(backend.to_str())["decoder"])
-
-
-@functools.lru_cache(maxsize=1)
-def _byte_table() -> dict[str, int]:
-    """Byte of each character of byte-level vocabularies (GPT-2's alphabet)."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    return {character: byte for byte, character in bytes_to_unicode().items()}

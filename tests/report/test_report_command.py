@@ -1,4 +1,4 @@
-"""`qs-jax report` on a tiny model: its page, and mistakes."""
+"""`python -m qs_jax report` on a tiny model: its page, and mistakes."""
 
 import dataclasses
 import sys
@@ -38,26 +38,25 @@ def test_the_page_holds_what_score_finds(command, tmp_path, capsys):
     text = page.data["text"]
     np.testing.assert_array_equal(page.array(text["ids"]), ids)
     assert "".join(text["labels"]) == TEXT
-    assert text["protocol"] == "continuation"
     scored = len(ids) // 4
-    assert text["prompt"] == len(ids) - scored
+    prompt = len(ids) - scored
     assert page.data["about"]["protocol"] == f"continuation, last {scored} tokens scored"
     cfg = qs_jax.Config(model, PRESET, engine="masked", continuation_tokens=scored)
-    found = qs_jax.score(params, ids, cfg)
+    scores = qs_jax.score(params, ids, cfg)
     shown = page.run("HK")
-    np.testing.assert_array_equal(shown["depth"], found.record.depth[0])
+    np.testing.assert_array_equal(shown["depth"], scores.record.depth[0])
     assert 0 < shown["summary"]["halted"] < len(ids)
-    assert shown["summary"]["perplexity"] == pytest.approx(found.perplexity, rel=1e-5)
+    assert shown["summary"]["perplexity"] == pytest.approx(scores.perplexity, rel=1e-5)
     received = shown["received"]
-    assert np.isnan(received[:, text["prompt"] :]).all()
+    assert np.isnan(received[:, prompt:]).all()
     # At the halting layer the quota took those that got the least attention.
-    stopped = found.record.depth[0] == 1
-    spared = ~stopped & (np.arange(len(ids)) >= 4) & (np.arange(len(ids)) < text["prompt"] - 4)
+    stopped = scores.record.depth[0] == 1
+    spared = ~stopped & (np.arange(len(ids)) >= 4) & (np.arange(len(ids)) < prompt - 4)
     assert received[0][stopped].max() <= received[0][spared].min()
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"text": None}, "--text, --results"),
         ({"ckpt": None}, "needs --ckpt"),
@@ -68,8 +67,8 @@ def test_the_page_holds_what_score_finds(command, tmp_path, capsys):
         ({"preset": ()}, "names nothing"),
     ],
 )
-def test_mistakes_are_named(command, changes, told):
-    with pytest.raises((InputError, qs_jax.errors.ConfigError), match=told):
+def test_mistakes_are_named(command, changes, message):
+    with pytest.raises((InputError, qs_jax.errors.ConfigError), match=message):
         dataclasses.replace(command, **changes).run()
     assert not command.out.exists()
 

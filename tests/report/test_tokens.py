@@ -1,4 +1,4 @@
-"""Tokens that are parts of characters, that show nothing, or that turn the writing around."""
+"""Labels of tokens: parts of characters, invisible characters, characters that turn the writing."""
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -35,10 +35,10 @@ def test_bytes_of_characters(by_bytes, text, count, expected):
 
 def test_every_byte_is_known(by_bytes):
     every = "".join(map(chr, range(1, 0x250)))
-    told = "".join(labels(by_bytes, by_bytes(every).input_ids))
+    shown = "".join(labels(by_bytes, by_bytes(every).input_ids))
     for code in range(0xC0, 0x250):
         raw = chr(code).encode()
-        assert f"⟨{raw[0]:02X}⟩⟨{raw[1]:02X}⟩{chr(code)}" in told
+        assert f"⟨{raw[0]:02X}⟩⟨{raw[1]:02X}⟩{chr(code)}" in shown
 
 
 def test_sentencepiece_bytes_and_spaces():
@@ -48,6 +48,6 @@ def test_sentencepiece_bytes_and_spaces():
     assert labels(tokenizer, [1, 2, 3, 4, 0]) == [" the", "⟨C3⟩", "⟨A9⟩é", "x", "<unk>"]
 
 
-def test_what_shows_nothing_is_named():
+def test_invisible_characters_are_code_points():
     assert visible("a\u202eb\u200dc\x00") == "a⟨U+202E⟩b⟨U+200D⟩c⟨U+0000⟩"
     assert visible("tab\t, café, مرحبا, 漢字, 🌈") == "tab⇥\t, café, مرحبا, 漢字, 🌈"

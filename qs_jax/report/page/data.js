@@ -1,134 +1,104 @@
 // What the page holds: arrays are unpacked when they are first needed.
 const content = JSON.parse(document.getElementById("qs-data").textContent);
 const text = content.text;
-const BITS = [16, 8, 4, 2];
-const ACTIVE = 1, WRITTEN = 2, HELD = 4, WEIGHED = 8;
 const PARTS = { H: "halting", K: "KV skipping", F: "fusion", Q: "quantization" };
-const byId = (id) => document.getElementById(id);
+const READERS = { u1: Uint8Array, i4: Int32Array, f4: Float32Array };
 
-function halfToFloat(half) {
-  const sign = half & 0x8000 ? -1 : 1, exponent = (half >> 10) & 31, fraction = half & 1023;
-  if (exponent === 31) return fraction ? NaN : sign * Infinity;
-  if (exponent === 0) return sign * fraction * 2 ** -24;
-  return sign * (1 + fraction / 1024) * 2 ** (exponent - 15);
+const cache = new Map();
+function once(key, compute) {
+  if (!cache.has(key)) cache.set(key, compute());
+  return cache.get(key);
 }
 
-const READERS = {
-  u1: (bytes) => bytes,
-  u2: (bytes) => new Uint16Array(bytes.buffer),
-  i4: (bytes) => new Int32Array(bytes.buffer),
-  f4: (bytes) => new Float32Array(bytes.buffer),
-  f2: (bytes) => Float32Array.from(new Uint16Array(bytes.buffer), halfToFloat),
-};
-
-async function unpack(stored) {
-  const packed = Uint8Array.from(atob(stored.data), (c) => c.charCodeAt(0));
+async function unpack(place) {
+  const [kind, data] = content.arrays[place];
+  const packed = Uint8Array.from(atob(data), (c) => c.charCodeAt(0));
   const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
   const planes = new Uint8Array(await new Response(stream).arrayBuffer());
-  const size = Number(stored.kind[1]), count = planes.length / size;
-  const bytes = new Uint8Array(planes.length);
-  for (let k = 0; k < size; k++)
-    for (let j = 0; j < count; j++) bytes[j * size + k] = planes[k * count + j];
-  return READERS[stored.kind](bytes);
+  const size = Number(kind[1]), count = planes.length / size;
+  return new READERS[kind](planes.map((_, i) => planes[(i % size) * count + Math.floor(i / size)]).buffer);
 }
 
-const unpacked = new Map();
-function arrayAt(place) {
-  if (!unpacked.has(place)) unpacked.set(place, unpack(content.arrays[place]));
-  return unpacked.get(place);
+async function unpackAll(places) {
+  const arrays = await Promise.all(Object.values(places).map(unpack));
+  return Object.fromEntries(Object.keys(places).map((name, i) => [name, arrays[i]]));
 }
 
-// The representative of every token in every layer, from where it changes.
-function fusedMap(changes) {
-  const { layers, tokens } = text, fused = new Int32Array(layers * tokens);
-  let next = 0;
-  for (let l = 0; l < layers; l++) {
-    for (let t = 0; t < tokens; t++) fused[l * tokens + t] = l ? fused[(l - 1) * tokens + t] : t;
-    for (; next < changes.length && changes[next] === l + 1; next += 3)
-      fused[l * tokens + changes[next + 1]] = changes[next + 2];
-  }
-  return fused;
-}
+const runOf = ({ preset, letters }) => once(`run ${preset} ${letters}`, () => loadRun(preset, letters));
 
-// Layers each token had run when it was first absorbed, and when it first absorbed; L for never.
-function fusionLayers(changes) {
-  const absorbed = new Int32Array(text.tokens).fill(text.layers);
-  const merged = new Int32Array(text.tokens).fill(text.layers);
-  for (let i = 0; i < changes.length; i += 3) {
-    const [layer, from, to] = [changes[i] - 1, changes[i + 1], changes[i + 2]];
-    absorbed[from] = Math.min(absorbed[from], layer);
-    merged[to] = Math.min(merged[to], layer);
-  }
-  return { absorbed, merged };
-}
-
-const loaded = new Map();
-// A run with its arrays; signals that are not stored for it are null.
-function runOf(preset, letters) {
-  const key = preset + "/" + letters;
-  if (!loaded.has(key)) loaded.set(key, loadRun(preset, letters));
-  return loaded.get(key);
-}
-
+// A run with its arrays. `absorbed` and `absorbs`: layers a token had run when it was first absorbed, and when it
+// first absorbed another; the number of layers for never.
 async function loadRun(index, letters) {
   const preset = text.presets[index], stored = preset.runs[letters];
-  const names = Object.keys(stored.arrays);
-  const arrays = await Promise.all(names.map((name) => arrayAt(stored.arrays[name])));
-  const run = { ...stored, preset, signals: {} };
-  names.forEach((name, i) => (run[name] = arrays[i]));
-  for (const name of Object.keys(preset.signals)) run.signals[name] = run[name] ?? null;
-  run.fusedMap = fusedMap(run.fused);
-  Object.assign(run, fusionLayers(run.fused));
-  run.title = letters
-    ? `${preset.name}: ${[...letters].map((letter) => PARTS[letter]).join(", ")}`
-    : "dense model";
+  const run = { ...stored, ...(await unpackAll(stored.arrays)), preset, key: `${index} ${letters}` };
+  run.signals = await unpackAll(stored.signals);
+  const tau = preset.thresholds.drift;
+  if (tau)
+    run.signals.score = run.signals.drift.map((drift, i) => Math.max((tau[Math.floor(i / text.tokens)] ?? NaN) - drift, 0));
+  run.absorbed = new Int32Array(text.tokens).fill(text.layers);
+  run.absorbs = run.absorbed.slice();
+  run.fused.forEach((to, i) => {
+    const layer = Math.floor(i / text.tokens), token = i % text.tokens;
+    if (to === token) return;
+    run.absorbed[token] = Math.min(run.absorbed[token], layer);
+    run.absorbs[to] = Math.min(run.absorbs[to], layer);
+  });
+  const parts = [...letters].map((letter) => PARTS[letter]).join(", ");
+  run.title = letters ? `${preset.name}: ${parts}` : "dense model";
   return run;
 }
 
 // Layers count from 1.
 const at = (layer, token) => (layer - 1) * text.tokens + token;
-const flag = (run, layer, token, which) => (run.cells[at(layer, token)] & which) !== 0;
-const bitsOf = (run, layer, token) => BITS[run.cells[at(layer, token)] >> 4];
-const isHalted = (run, layer, token) => layer > run.depth[token];
-const isAbsorbed = (run, layer, token) => run.fusedMap[at(layer, token)] !== token;
+const isAbsorbed = (run, layer, token) => run.fused[at(layer, token)] !== token;
+const signalAt = (run, name, layer, token) => run.signals[name]?.[at(layer, token)] ?? NaN;
+// Signals and their names; the first is what the preset's rule reads.
+const signalsOf = ({ thresholds, signals }) =>
+  Object.entries({ ...(thresholds.drift && { score: "halting score max(τ − drift, 0)" }), ...signals });
 
 function stateOf(run, layer, token) {
-  if (isHalted(run, layer, token)) return "halted";
+  if (layer > run.depth[token]) return "halted";
   if (isAbsorbed(run, layer, token)) return "absorbed";
-  return run.subject[token] ? "runs" : "other";
+  return run.eligible[token] ? "runs" : "exempt";
 }
 
-// Signals on offer as the colour of the timeline; the first is what the preset's rule reads.
-function colourings(preset) {
-  const names = { ...preset.signals };
-  const found = [];
-  if (preset.thresholds.drift) found.push(["score", "halting score max(τ − drift, 0)"]);
-  for (const name of ["received", "drift", "entropy", "bits_entropy"])
-    if (names[name]) found.push([name, names[name]]);
-  return found;
+function kvState(run, layer, token) {
+  const i = at(layer, token);
+  if (!run.written[i]) return "skipped";
+  if (!run.held[i]) return "freed";
+  return run.ran[i] ? "written" : "kept";
 }
 
-function signalAt(run, name, layer, token) {
-  if (name !== "score") return run.signals[name] ? run.signals[name][at(layer, token)] : NaN;
-  const tau = run.preset.thresholds.drift?.[layer - 1];
-  if (tau === null || tau === undefined || !run.signals.drift) return NaN;
-  const drift = run.signals.drift[at(layer, token)];
-  return Number.isNaN(drift) ? NaN : Math.max(tau - drift, 0);
+function quantile(values, share) {
+  const sorted = Float64Array.from(values.filter((value) => !Number.isNaN(value))).sort();
+  return sorted[Math.min(sorted.length - 1, Math.floor(share * sorted.length))] ?? NaN;
 }
 
-function told(value, digits = 3) {
+function format(value, digits = 3) {
   if (value === null || value === undefined || Number.isNaN(value)) return "–";
   if (Number.isInteger(value) && Math.abs(value) < 1e6) return value.toLocaleString("en");
   return Math.abs(value) >= 1e4 || (value !== 0 && Math.abs(value) < 1e-3)
     ? value.toExponential(digits - 1)
     : value.toPrecision(digits);
 }
+const share = (value) => `${+(100 * value).toFixed(1)} %`;
 const percent = (value) => (value === null ? "–" : `${(100 * value).toFixed(1)} %`);
-const variable = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+
+// Of a run or an evaluation, for tables.
+const SAVINGS = {
+  "layer-tokens saved": (row) => percent(row.layer_tokens_saved),
+  "FLOPs saved, exact": (row) => percent(row.exact_flops_saved),
+  "FLOPs saved, paper": (row) => percent(row.paper_flops_saved),
+  "KV bytes saved": (row) => percent(row.kv_bytes_saved),
+};
+
+const byId = (id) => document.getElementById(id);
+const css = (name) => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
+const clamp = (value, low, high) => Math.min(Math.max(value, low), Math.max(low, high));
 
 function element(name, attributes = {}, ...children) {
-  const made = document.createElement(name);
-  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-  made.append(...children);
-  return made;
+  const node = document.createElement(name);
+  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
+  node.append(...children);
+  return node;
 }
