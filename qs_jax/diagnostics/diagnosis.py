@@ -15,20 +15,15 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.config import Config, ModelConfig
-from qs_jax.engine import batching, dense, layer, opening, tokenwise
-from qs_jax.engine import past as pasts
-from qs_jax.engine.call import Call
-from qs_jax.engine.checks import check_finite, check_maps, check_params
-from qs_jax.engine.overrides import TokenOverrides, arrays_of
-from qs_jax.engine.schedule import bind_call
-from qs_jax.engine.scoring import next_logprobs
+from qs_jax.engine import dense, inputs, masked
+from qs_jax.engine.inputs import TokenOverrides
+from qs_jax.engine.score import next_logprobs
+from qs_jax.engine.weights import Weights, check_finite, layer_weights, prepare_params
 from qs_jax.errors import InputError
-from qs_jax.halves import bits_of, exact_dtype
-from qs_jax.mechanisms.execution import with_weights
-from qs_jax.mechanisms.plan import Numbers, Plan
+from qs_jax.mechanisms import Mechanisms, Overrides, Rows, resolve
 from qs_jax.models import Params, family_of, head
 from qs_jax.record import Record
-from qs_jax.state import LayerRecord, TokenState
+from qs_jax.state import LayerRecord, TokenState, evidence, exact_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +97,7 @@ class Diagnosis:
 
 def diagnose(
     params: Params,
-    tokens: batching.TokensLike,
+    tokens: inputs.TokensLike,
     cfg: Config,
     *,
     prompt_lengths: Sequence[int] | np.ndarray | None = None,
@@ -116,7 +111,7 @@ def diagnose(
         attribution(t)     = || d (L_preset - L_dense) / d x_t ||_2 ,  x_t the input embedding.
 
     The gradient is `jax.grad` through the masked engine. Decisions are piecewise constant and have
-    none; rounding and merging are passed straight through (`Straight`). Memory grows with
+    none; rounding and merging are passed straight through (`masked_states`). Memory grows with
     L x B x T x D and with the attention weights of all layers, L x B x N x T x T.
 
     Args:
@@ -136,31 +131,26 @@ def diagnose(
 
     Source: QuickSilver R.3 and figure 21.
     """
-    model = cfg.model
-    check_params(params, model)
-    bound = bind_call(cfg, "masked")
-    if bound is None:
+    model, mech = cfg.model, resolve(cfg.quicksilver, cfg.model, cfg.effective_protocol)
+    if mech.is_off:
         raise InputError("there is nothing to diagnose: every mechanism is off.")
-    plan, numbers = bound
-    if plan.sequential:
+    if mech.reads_previous:
         raise InputError(
             "the final_prev entropy runs token by token, which has no gradient over whole rows: "
             "diagnose a preset with another estimator."
         )
-    check_maps(params, plan, model)
-    batch, padded = batching.prepare_batch(tokens, model)
-    ends_B = batching.split_prompts(batch.lengths_B, prompt_lengths, cfg)
+    params = prepare_params(params, model, mech)
+    batch, padded = inputs.prepare_batch(tokens, model)
+    ends_B = inputs.split_prompts(batch.lengths_B, prompt_lengths, cfg)
     width = batch.tokens_BT.shape[1]
     column_1T = np.arange(padded.tokens_BT.shape[1])[None]
     ends_B1 = np.maximum(ends_B, 1)[:, None]
     mask_BT = (column_1T >= ends_B1) & (column_1T < batch.lengths_B[:, None])
     if not mask_BT.any(1).all():
         raise InputError("a row of one token predicts nothing: give at least two.")
-    chosen = arrays_of(overrides, padded.tokens_BT.shape, width, cfg)
-    host: Any = (*padded, ends_B)  # NumPy arrays until the program takes them
-    prompt = tokenwise.Prompt(*host, overrides=chosen)
-    held = bits_of(with_weights(params, plan))
-    out = jax.device_get(_compare(held, prompt, mask_BT, numbers, model=model, plan=plan))
+    chosen = inputs.override_arrays(overrides, padded.tokens_BT.shape, width, cfg)
+    text = (padded, ends_B, chosen)
+    out = jax.device_get(_compare(params, *text, mask_BT, mech, model=model))
     check_finite(np.isfinite(out["attribution"]).all(1) & np.isfinite(out["kl"]).all(1))
     record = Record.of(out.pop("evidence"), width, batch.lengths_B, ends_B, cfg.effective_protocol)
     mask_BT = mask_BT[:, :width]
@@ -170,26 +160,28 @@ def diagnose(
     return Diagnosis(batch.tokens_BT, batch.lengths_B, **cut, mask=mask_BT, record=record)
 
 
-@jax.jit(static_argnames=("model", "plan"))
+@jax.jit(static_argnames=("model",))
 def _compare(
     params: Params,
-    prompt: tokenwise.Prompt,
+    batch: inputs.Batch,
+    ends_B: Int[Array, "B"],
+    overrides: Overrides | None,
     mask_BT: Bool[Array, "B T"],
-    numbers: Numbers,
+    mech: Mechanisms,
     model: ModelConfig,
-    plan: Plan,
 ) -> dict[str, Any]:
     """Arrays of a `Diagnosis` and the evidence of its record."""
     scored_BT = mask_BT / mask_BT.sum(1, keepdims=True)
+    rows = inputs.whole_rows(batch, ends_B, overrides, mech)
 
     def loss_difference(nudge_BTD: Array) -> tuple[Array, dict[str, Any]]:
         with nudged(model, nudge_BTD):
-            theirs_LBTD = dense_states(params, prompt.tokens_BT, model)
-            ours_LBTD, state, record = masked_states(params, prompt, numbers, model, plan)
+            theirs_LBTD = dense_states(params, batch.tokens_BT, model)
+            ours_LBTD, state, record = masked_states(params, rows, model, mech)
         last = (head.normed(params, states[-1], model) for states in (theirs_LBTD, ours_LBTD))
         dense_BTD, preset_BTD = last
-        dense_logprobs = next_logprobs(params, dense_BTD, prompt.tokens_BT)
-        logprobs = next_logprobs(params, preset_BTD, prompt.tokens_BT)
+        dense_logprobs = next_logprobs(params, dense_BTD, batch.tokens_BT)
+        logprobs = next_logprobs(params, preset_BTD, batch.tokens_BT)
         kl_BT, agrees_BT = _divergence(params, dense_BTD, preset_BTD)
         norms_LBT, apart_LBT = (_norm(x) for x in (theirs_LBTD, theirs_LBTD - ours_LBTD))
         found = {
@@ -199,11 +191,11 @@ def _compare(
             "logprobs": jnp.where(mask_BT, logprobs, 0),
             "kl": jnp.where(mask_BT, kl_BT, 0),
             "agrees": mask_BT & agrees_BT,
-            "evidence": tokenwise.evidence_of(state, record),
+            "evidence": evidence(state, record),
         }
         return ((dense_logprobs - logprobs) * scored_BT).sum(), found
 
-    shape = (*prompt.tokens_BT.shape, model.hidden_size)
+    shape = (*batch.tokens_BT.shape, model.hidden_size)
     nothing_BTD = jnp.zeros(shape, model.dtype)
     gradient_BTD, found = jax.grad(loss_difference, has_aux=True)(nothing_BTD)
     return found | {"attribution": _norm(gradient_BTD)}
@@ -244,68 +236,43 @@ def nudged(model: ModelConfig, nudge_BTD: Float[Array, "B T D"]) -> Iterator[Non
         yield
 
 
-class Straight(Call):
-    """A call that sees what fusion hid, but neither merges nor rounds.
-
-    Merging runs in a loop of unknown length and rounding is a step: JAX has no gradient for the
-    first, and the second's is zero. Gradients go through both as if they changed nothing (the
-    straight-through estimator, Bengio et al. 2013).
-    """
-
-    @property
-    def quantizes(self) -> bool:
-        return False
-
-    @property
-    def fuses(self) -> bool:
-        return False
-
-
 def dense_states(
     params: Params, tokens_BT: Int[Array, "B T"], model: ModelConfig
 ) -> Float[Array, "L B T D"]:
     """States after each layer of the dense model."""
 
-    def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
-        return dense.causal_attention(q, k, v), None
-
-    return dense.look_at_layers(params, tokens_BT, model, lambda _, after, __: after, attend)
+    return dense.look_at_layers(params, tokens_BT, model, lambda _, after, __: after)[1]
 
 
 def masked_states(
-    params: Params,
-    prompt: tokenwise.Prompt,
-    numbers: Numbers,
-    model: ModelConfig,
-    plan: Plan,
+    params: Params, rows: Rows, model: ModelConfig, mech: Mechanisms
 ) -> tuple[Float[Array, "L B T D"], TokenState, LayerRecord]:
     """States after each layer of the masked engine; `masked.run` gives their last one, normed.
 
-    Decisions are steps, so they have no gradient; see `Straight` for fusion and few bits.
+    Decisions are steps, so they have no gradient. Merging runs in a loop of unknown length and
+    rounding is a step: gradients go through both as if they changed nothing (the straight-through
+    estimator, Bengio et al. 2013).
 
     Args:
-      params: As a program of this plan takes them (`execution.with_weights`).
-      prompt: Right-padded rows.
-      numbers: Traced half of the mechanisms.
+      params: As a program takes them (`weights.prepare_params`).
+      rows: Right-padded rows.
       model: Architecture.
-      plan: Static half; not one that reads the previous step's output.
+      mech: Mechanisms; not one that reads the previous step's output.
 
     Returns:
-      The states, the final carry, and the evidence `[L, B, T]`.
+      The states, the final carry, and the record `[L, B, T]`.
     """
-    rows = tokenwise.whole_rows(prompt, plan, numbers)
-    call = opening.open_call(
-        params, rows, model, plan, numbers, None, False, prompt.prompt_lengths_B
-    )
+    call = masked.open_call(params, rows, model, mech)
+    # Sees what fusion hid, but neither merges nor rounds.
+    straight = call._replace(mech=mech.replace(fusion=None, amq=None))
 
-    def run(state: TokenState, scanned: Any) -> tuple[TokenState, LayerRecord]:
-        if not (call.quantizes or call.fuses):
-            after, _, record, _ = layer.run(call, state, None, *scanned)
-            return after, record
+    def run(state: TokenState, scanned: tuple[Array, Weights]) -> tuple[TokenState, LayerRecord]:
+        if mech.fusion is None and mech.amq is None:
+            return masked.run_layer(call, state, *scanned)[:2]
         fixed, frozen = jax.tree.map(lax.stop_gradient, (state, call.embedded_BTD))
         acting = call._replace(embedded_BTD=frozen)
-        after, _, record, _ = layer.run(acting, fixed, None, *scanned)
-        smooth = layer.run(Straight(*call), state, None, *scanned)[0].h_BTD
+        after, record, _ = masked.run_layer(acting, fixed, *scanned)
+        smooth = masked.run_layer(straight, state, *scanned)[0].h_BTD
         # Adds exactly nothing to the value.
         passed = smooth - lax.stop_gradient(smooth)
         return after.replace(h_BTD=lax.stop_gradient(after.h_BTD) + passed), record
@@ -315,7 +282,7 @@ def masked_states(
         after, record = run(state, scanned)
         return after, (after.h_BTD, record)
 
-    weights = layer.weights_of(call, params["layers"])
-    scanned = (numbers.layers, weights, pasts.by_layer(None))
-    state, (states_LBTD, record) = lax.scan(body, opening.start(call), scanned)
+    numbers = jnp.arange(1, model.num_layers + 1, dtype=jnp.int32)
+    scanned = (numbers, layer_weights(params))
+    state, (states_LBTD, record) = lax.scan(body, masked.start(call), scanned)
     return states_LBTD, state, record

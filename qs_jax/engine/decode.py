@@ -25,7 +25,7 @@ from qs_jax.mechanisms import Mechanisms, Rows, halting, kv_maps, signals
 from qs_jax.models import Params, family_of, head, rope
 from qs_jax.models.cpu import InPlace, as_state, layer_weights
 from qs_jax.models.layers import dense_product
-from qs_jax.state import FULL_BITS, NEVER, Decisions, TokenState, exact_dtype
+from qs_jax.state import NEVER, Decisions, TokenState, exact_dtype
 
 
 class Call(NamedTuple):
@@ -140,24 +140,8 @@ def take_back(
 
 
 def _start(call: Call) -> TokenState:
-    mech, model, shape = call.mech, call.model, call.rows.pos_BT.shape
-    extra = {}
-    if mech.shortlist_size:
-        extra["shortlist_BTX"] = jnp.zeros((*shape, mech.shortlist_size), jnp.int32)
-    if call.extrapolates:
-        size = call.params["kv_maps"].code_size
-        extra["code_BTR"] = jnp.zeros((*shape, size), model.dtype)
-    never_BT = jnp.full(shape, NEVER, jnp.int32)
-    return TokenState(
-        h_BTD=call.embedded_BTD,
-        active_BT=call.rows.real_BT,
-        fused_BT=never_BT,
-        bits_BT=jnp.full(shape, FULL_BITS, jnp.int32),
-        depth_BT=jnp.full(shape, model.num_layers, jnp.int32),
-        fused_after_BT=never_BT,
-        size_BT=jnp.ones(shape, exact_dtype(model.dtype)),
-        **extra,
-    )
+    size = call.params["kv_maps"].code_size if call.extrapolates else 0
+    return call.mech.start(call.embedded_BTD, call.rows, call.model, code_size=size)
 
 
 def _segment(call: Call, state: TokenState, cache: SlotCache, first: int):
@@ -315,25 +299,12 @@ def _halt(call: Call, state: TokenState, before: TokenState, layer: Array):
 
 
 def _entropy(call: Call, state: TokenState, kind: str, needed_BT: Array) -> Array:
-    def compute() -> Array:
-        with jax.named_scope("signals"):
-            lists = (state.shortlist_BTX, None)
-            return signals.entropy(kind, state.h_BTD, call.params, call.model, *lists)
-
-    nothing = jnp.zeros(needed_BT.shape, exact_dtype(call.model.dtype))
-    return lax.cond(needed_BT.any(), compute, lambda: nothing)
+    return signals.entropy_where(needed_BT, kind, state, call.params, call.model)
 
 
 def _pick_shortlist(call: Call, state: TokenState, layer: Array) -> TokenState:
-    if not call.mech.shortlist_size or call.mech.continuation:
-        return state
-
-    def pick() -> Array:
-        size = call.mech.shortlist_size
-        return signals.pick_shortlist(state.h_BTD, call.params, call.model, size)
-
-    here = layer == call.mech.shortlist_layer
-    return state.replace(shortlist_BTX=lax.cond(here, pick, lambda: state.shortlist_BTX))
+    here = (layer == call.mech.shortlist_layer) & (not call.mech.continuation)
+    return signals.pick_shortlist_at(here, state, call.params, call.model)
 
 
 def _assign_bits(call: Call, state: TokenState, layer: Array) -> TokenState:

@@ -32,7 +32,7 @@ from qs_jax.mechanisms import Mechanisms, Rows, fusion, halting, kv_maps, kv_ski
 from qs_jax.models import Params, family_of, head, rope
 from qs_jax.models.cpu import as_state, from_storage
 from qs_jax.models.layers import dense_product
-from qs_jax.state import FULL_BITS, NEVER, LayerRecord, TokenState, exact_dtype
+from qs_jax.state import NEVER, LayerRecord, TokenState, exact_dtype
 
 
 class Call(NamedTuple):
@@ -56,8 +56,16 @@ class Call(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """A layer's attention, as signals read it."""
+    """What signals read of a layer's block.
 
+    Attributes:
+      h_BTD: States after it, before fusion.
+      q_BTNH: Queries.
+      k_BTKH: Keys.
+      weights_BNTS: Attention weights.
+    """
+
+    h_BTD: Float[Array, "B T D"] | None
     q_BTNH: Float[Array, "B T N H"]
     k_BTKH: Float[Array, "B T K H"]
     weights_BNTS: Float[Array, "B N T S"]
@@ -133,28 +141,11 @@ def open_call(
 
 
 def start(call: Call) -> TokenState:
-    """The carry before the first layer: everybody active, nobody fused, nothing quantised."""
-    mech, model, shape = call.mech, call.model, call.rows.pos_BT.shape
-    exact, extra = exact_dtype(model.dtype), {}
-    if mech.fusion is not None and mech.fusion.window > 1:
-        extra["similarity_BTW"] = jnp.zeros((*shape, mech.fusion.window), exact)
-    if mech.kv_skip.policy == "attended":
-        extra["received_BTS"] = jnp.zeros((*shape, shape[1]), exact)
-    if mech.shortlist_size:
-        extra["shortlist_BTX"] = jnp.zeros((*shape, mech.shortlist_size), jnp.int32)
-    if mech.kv_skip.policy == "extrapolate":
-        size = call.params["kv_maps"].code_size
-        extra["code_BTR"] = jnp.zeros((*shape, size), model.dtype)
-    return TokenState(
-        h_BTD=call.embedded_BTD,
-        active_BT=call.rows.real_BT,
-        fused_BT=jnp.full(shape, NEVER, jnp.int32),
-        bits_BT=jnp.full(shape, FULL_BITS, jnp.int32),
-        depth_BT=jnp.full(shape, model.num_layers, jnp.int32),
-        fused_after_BT=jnp.full(shape, NEVER, jnp.int32),
-        size_BT=jnp.ones(shape, exact),
-        **extra,
-    )
+    """The carry before the first layer."""
+    mech, policy = call.mech, call.mech.kv_skip.policy
+    size = call.params["kv_maps"].code_size if policy == "extrapolate" else 0
+    extra = {"code_size": size, "receives": policy == "attended"}
+    return mech.start(call.embedded_BTD, call.rows, call.model, **extra)
 
 
 def run_layer(
@@ -173,16 +164,14 @@ def run_layer(
     """
     mech, before = call.mech, state
     mask_BTS = attention_mask(call, state, layer)
-    h_BTD, attended = _block(call, state, layer, weights, mask_BTS)
-    h_BTD = jnp.where(state.active_BT[..., None], h_BTD, state.h_BTD)
-    state = state.replace(h_BTD=h_BTD)
-    if mech.shortlist_size:
-        state = _pick_shortlist(call, state, layer)
+    state, attended = _block(call, state, layer, weights, mask_BTS)
+    here = layer == mech.shortlist_layer
+    state = signals.pick_shortlist_at(here, state, call.params, call.model)
     no_BT = jnp.full(state.active_BT.shape, jnp.nan, exact_dtype(call.model.dtype))
     drift_BT, entropy_BT, weighed_BT = no_BT, no_BT, jnp.zeros_like(state.active_BT)
     if mech.halting is not None:
         with jax.named_scope("signals"):
-            drift_BT = signals.drift(mech.halting.drift, h_BTD, before.h_BTD)
+            drift_BT = signals.drift(mech.halting.drift, state.h_BTD, before.h_BTD)
         with jax.named_scope("halt"):
             state, entropy_BT = _halt(call, state, attended, drift_BT, layer)
         drift_BT = jnp.where(before.active_BT, drift_BT, jnp.nan)
@@ -239,7 +228,7 @@ def attention_mask(call: Call, state: TokenState, layer: Array) -> Bool[Array, "
 
 def _block(
     call: Call, state: TokenState, layer: Array, weights: Weights, mask_BTS: Array
-) -> tuple[Array, Attended]:
+) -> tuple[TokenState, Attended]:
     mech, model, pos_BT = call.mech, call.model, call.rows.pos_BT
     log_size_BS = None
     if mech.fusion is not None and mech.fusion.proportional_attention:
@@ -251,7 +240,7 @@ def _block(
         if mech.amq is not None:
             k, v = mech.amq.stored(k, state.bits_BT), mech.amq.stored(v, state.bits_BT)
         context_BTNH, weights_BNTS = attention(q, k, v, mask_BTS, log_size_BS)
-        return context_BTNH, Attended(q, k, weights_BNTS)
+        return context_BTNH, Attended(None, q, k, weights_BNTS)
 
     multiply = dense_product
     if mech.amq is not None:
@@ -259,7 +248,8 @@ def _block(
     block = family_of(model).block(model)
     params = {"params": from_storage(weights.params)}
     out: Any = block.apply(params, state.h_BTD, pos_BT, attend, multiply)
-    return out
+    h_BTD = jnp.where(state.active_BT[..., None], out[0], state.h_BTD)
+    return state.replace(h_BTD=h_BTD), out[1]._replace(h_BTD=h_BTD)
 
 
 def _extrapolated(
@@ -367,24 +357,8 @@ def received(call: Call, state: TokenState, attended: Attended) -> Float[Array, 
 
 
 def _entropy(call: Call, state: TokenState, kind: str, needed_BT: Array) -> Array:
-    """Entropies, computed only if some token needs one."""
-
-    def compute() -> Array:
-        with jax.named_scope("signals"):
-            lists = (state.shortlist_BTX, call.previous_BT)
-            return signals.entropy(kind, state.h_BTD, call.params, call.model, *lists)
-
-    nothing = jnp.zeros(needed_BT.shape, exact_dtype(call.model.dtype))
-    return lax.cond(needed_BT.any(), compute, lambda: nothing)
-
-
-def _pick_shortlist(call: Call, state: TokenState, layer: Array) -> TokenState:
-    def pick() -> Array:
-        size = call.mech.shortlist_size
-        return signals.pick_shortlist(state.h_BTD, call.params, call.model, size)
-
-    here = layer == call.mech.shortlist_layer
-    return state.replace(shortlist_BTX=lax.cond(here, pick, lambda: state.shortlist_BTX))
+    given = (call.params, call.model, call.previous_BT)
+    return signals.entropy_where(needed_BT, kind, state, *given)
 
 
 # --- 4. fusion, and 5. bits ---------------------------------------------------------------------

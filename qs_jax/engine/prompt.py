@@ -26,7 +26,7 @@ from qs_jax.mechanisms import Mechanisms, Rows, fusion, halting, kv_maps, signal
 from qs_jax.models import Params, family_of, head, rope
 from qs_jax.models.cpu import as_state, from_storage, to_storage
 from qs_jax.models.layers import dense_product
-from qs_jax.state import FULL_BITS, NEVER, Decisions, TokenState, exact_dtype
+from qs_jax.state import NEVER, Decisions, TokenState, exact_dtype
 
 FILL = 32  # stopped tokens of a row whose keys are filled in at a time, where their number varies
 
@@ -177,22 +177,9 @@ def run(
 
 def _start(call: Call) -> Carry:
     mech, model, shape = call.mech, call.model, call.rows.pos_BT.shape
-    exact, extra = exact_dtype(model.dtype), {}
-    if mech.fusion is not None and mech.fusion.window > 1:
-        extra["similarity_BTW"] = jnp.zeros((*shape, mech.fusion.window), exact)
-    if mech.shortlist_size:
-        extra["shortlist_BTX"] = jnp.zeros((*shape, mech.shortlist_size), jnp.int32)
-    state = TokenState(
-        h_BTD=call.embedded_BTD,
-        active_BT=call.rows.real_BT,
-        fused_BT=jnp.full(shape, NEVER, jnp.int32),
-        bits_BT=jnp.full(shape, FULL_BITS, jnp.int32),
-        depth_BT=jnp.full(shape, model.num_layers, jnp.int32),
-        fused_after_BT=jnp.full(shape, NEVER, jnp.int32),
-        size_BT=jnp.ones(shape, exact),
-        **extra,
-    )
-    rule, unread = mech.halting, jnp.full((model.num_layers, *shape), jnp.nan, exact)
+    state = mech.start(call.embedded_BTD, call.rows, model)
+    rule, exact = mech.halting, exact_dtype(model.dtype)
+    unread = jnp.full((model.num_layers, *shape), jnp.nan, exact)
     return Carry(
         state,
         KVCache.zeros(model, *shape),
@@ -342,8 +329,9 @@ def _run_layer(
     active_BT = state.active_BT
     h_BTD = jnp.where(active_BT[..., None], h_BTD, before_BTD)
     carry = carry._replace(state=state.replace(h_BTD=h_BTD), cache=cache)
-    if mech.shortlist_size:
-        carry = carry._replace(state=_pick_shortlist(call, carry.state, layer))
+    here = layer == mech.shortlist_layer
+    picked = signals.pick_shortlist_at(here, carry.state, call.params, model)
+    carry = carry._replace(state=picked)
     if not call.decides_inside:
         return carry
     if mech.halting is not None:
@@ -521,22 +509,7 @@ def _received(call, carry, chosen, whole, before_BCD, layer) -> Float[Array, "B 
 
 
 def _entropy(call: Call, state: TokenState, kind: str, needed_BT: Array) -> Array:
-    def compute() -> Array:
-        with jax.named_scope("signals"):
-            lists = (state.shortlist_BTX, None)
-            return signals.entropy(kind, state.h_BTD, call.params, call.model, *lists)
-
-    nothing = jnp.zeros(needed_BT.shape, exact_dtype(call.model.dtype))
-    return lax.cond(needed_BT.any(), compute, lambda: nothing)
-
-
-def _pick_shortlist(call: Call, state: TokenState, layer: Array) -> TokenState:
-    def pick() -> Array:
-        size = call.mech.shortlist_size
-        return signals.pick_shortlist(state.h_BTD, call.params, call.model, size)
-
-    here = layer == call.mech.shortlist_layer
-    return state.replace(shortlist_BTX=lax.cond(here, pick, lambda: state.shortlist_BTX))
+    return signals.entropy_where(needed_BT, kind, state, call.params, call.model)
 
 
 def _fuse(

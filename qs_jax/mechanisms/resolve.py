@@ -6,13 +6,13 @@ token that has halted neither absorbs nor is absorbed (paper 2.4, D.6, I.4).
 
 from __future__ import annotations
 
-from typing import NamedTuple, no_type_check
+from typing import Any, NamedTuple, no_type_check
 
 import flax.struct
 import jax.numpy as jnp
 import numpy as np
 from flax.struct import field
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.config import ModelConfig, QuickSilverConfig
 from qs_jax.mechanisms.amq import AMQ
@@ -20,7 +20,7 @@ from qs_jax.mechanisms.fusion import Fusion
 from qs_jax.mechanisms.halting import Halting
 from qs_jax.mechanisms.kv_skip import KVSkip
 from qs_jax.mechanisms.signals import largest_entropy
-from qs_jax.state import NEVER, exact_dtype
+from qs_jax.state import FULL_BITS, NEVER, TokenState, exact_dtype
 
 
 class Overrides(NamedTuple):
@@ -131,6 +131,46 @@ class Mechanisms(flax.struct.PyTreeNode):
         scoring_BT = real_BT & (pos_BT >= ends_B1 - count) & (pos_BT < ends_B1)
         exempt = (subject_BT, full_BT, forced_BT, retain_BT, scoring_BT)
         return Rows(tokens_BT, pos_BT, real_BT, *exempt)
+
+
+    def start(
+        self,
+        embedded_BTD: Float[Array, "B T D"],
+        rows: Rows,
+        model: ModelConfig,
+        *,
+        code_size: int = 0,
+        receives: bool = False,
+    ) -> TokenState:
+        """The carry before the first layer: everybody active, nobody fused, nothing quantised.
+
+        Args:
+          embedded_BTD: Input embeddings.
+          rows: The tokens.
+          model: Architecture.
+          code_size: Numbers that extrapolation maps read of a token; 0 where none are kept.
+          receives: Attention received is kept for every query and key.
+        """
+        shape, exact = rows.pos_BT.shape, exact_dtype(model.dtype)
+        never_BT = jnp.full(shape, NEVER, jnp.int32)
+
+        def zeros(size: int, dtype: Any) -> Array | None:
+            return jnp.zeros((*shape, size), dtype) if size else None
+
+        window = self.fusion.window if self.fusion is not None else 0
+        return TokenState(
+            h_BTD=embedded_BTD,
+            active_BT=rows.real_BT,
+            fused_BT=never_BT,
+            bits_BT=jnp.full(shape, FULL_BITS, jnp.int32),
+            depth_BT=jnp.full(shape, model.num_layers, jnp.int32),
+            fused_after_BT=never_BT,
+            size_BT=jnp.ones(shape, exact),
+            similarity_BTW=zeros(window if window > 1 else 0, exact),
+            received_BTS=zeros(shape[1] if receives else 0, exact),
+            shortlist_BTX=zeros(self.shortlist_size, jnp.int32),
+            code_BTR=zeros(code_size, model.dtype),
+        )
 
 
 def resolve(qs: QuickSilverConfig | None, model: ModelConfig, protocol: str) -> Mechanisms:

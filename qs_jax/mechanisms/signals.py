@@ -9,10 +9,10 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.config import ModelConfig
-from qs_jax.state import exact_dtype
+from qs_jax.state import TokenState, exact_dtype
 from qs_jax.models import Params, head
 
 _TINY = 1e-12
@@ -97,10 +97,42 @@ def entropy(
     return previous_BT
 
 
+def entropy_where(
+    needed_BT: Bool[Array, "B T"],
+    kind: str,
+    state: TokenState,
+    params: Params,
+    model: ModelConfig,
+    previous_BT: Float[Array, "B T"] | None = None,
+) -> Float[Array, "B T"]:
+    """`entropy` of states after a layer, computed only if some token needs it; else zeros."""
+
+    def compute() -> Array:
+        with jax.named_scope("signals"):
+            return entropy(kind, state.h_BTD, params, model, state.shortlist_BTX, previous_BT)
+
+    nothing_BT = jnp.zeros(needed_BT.shape, exact_dtype(model.dtype))
+    return jax.lax.cond(needed_BT.any(), compute, lambda: nothing_BT)
+
+
 def largest_entropy(kind: str, model: ModelConfig, shortlist_size: int) -> float:
     """The largest value an estimator can give, in nats."""
     sizes = {"shortlist": shortlist_size, "latent": model.hidden_size}
     return math.log(sizes.get(kind, model.vocab_size))
+
+
+def pick_shortlist_at(
+    here: Bool[Array, ""], state: TokenState, params: Params, model: ModelConfig
+) -> TokenState:
+    """The state with its shortlists picked, if this is the layer to do it at."""
+    ids_BTX = state.shortlist_BTX
+    if ids_BTX is None:
+        return state
+
+    def pick() -> Array:
+        return pick_shortlist(state.h_BTD, params, model, ids_BTX.shape[-1])
+
+    return state.replace(shortlist_BTX=jax.lax.cond(here, pick, lambda: ids_BTX))
 
 
 def pick_shortlist(

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -21,21 +21,20 @@ from jaxtyping import Array, Bool, Float, Int
 from tqdm import tqdm
 
 from qs_jax.config import Config, HaltingConfig, ModelConfig, QuickSilverConfig
-from qs_jax.engine import batching, decisions, layer, opening, tokenwise
-from qs_jax.engine import past as pasts
-from qs_jax.engine.checks import check_finite, check_maps, check_params
-from qs_jax.engine.schedule import bind_call
-from qs_jax.engine.scoring import next_logprobs
+from qs_jax.engine import inputs, masked
+from qs_jax.engine.score import next_logprobs
+from qs_jax.engine.weights import check_finite, layer_weights, prepare_params
 from qs_jax.errors import ConfigError, InputError
-from qs_jax.halves import bits_of
-from qs_jax.mechanisms import halting, signals
-from qs_jax.mechanisms.execution import with_weights
-from qs_jax.mechanisms.plan import NEVER, Numbers, Plan
+from qs_jax.mechanisms import Mechanisms, resolve, signals
 from qs_jax.models import Params, head
 from qs_jax.record import Record
+from qs_jax.state import NEVER, evidence
 
 # The paper's letters (P).
 PARTS = {"H": "halting", "K": "kv_skip", "F": "fusion", "Q": "amq"}
+
+
+Text: TypeAlias = tuple[inputs.Batch, Int[np.ndarray, "B"]]  # one row, and its prompt's length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,30 +146,27 @@ def trace(
       NonFiniteError: The model produced NaN or infinity.
     """
     qs = cfg.quicksilver or QuickSilverConfig()
-    check_params(params, cfg.model)
     if "final_prev" in qs.entropies:
         raise InputError(
             "the final_prev entropy runs token by token, and a report looks at whole rows: use a "
             "preset with another estimator."
         )
-    batch, padded = batching.prepare_batch(tokens, cfg.model)
-    ends_B = batching.split_prompts(batch.lengths_B, None, cfg)
-    arrays: Any = (*padded, ends_B)  # NumPy arrays until the program takes them
-    prompt = tokenwise.Prompt(*arrays, overrides=None)
+    batch, padded = inputs.prepare_batch(tokens, cfg.model)
+    text = (padded, inputs.split_prompts(batch.lengths_B, None, cfg))
     ends = {"", letters_of(qs)}
     chosen = [letters for letters in combinations(qs) if all_combinations or letters in ends]
-    mask_T = np.arange(int(batch.lengths_B[0])) >= max(int(ends_B[0]), 1)
+    mask_T = np.arange(int(batch.lengths_B[0])) >= max(int(text[1][0]), 1)
     for letters in tqdm(chosen, unit="run", disable=not progress):
         kinds = {k: v for k, v in signal_kinds(qs).items() if letters in ends or v != "vocab"}
-        out = _run(params, prompt, cfg, letters, kinds)
-        yield _as_run(out, prompt, cfg, letters, mask_T)
+        out = _run(params, text, cfg, letters, kinds)
+        yield _as_run(out, text, cfg, letters, mask_T)
 
 
 def _as_run(
-    out: dict[str, Any], prompt: tokenwise.Prompt, cfg: Config, letters: str, mask_T: np.ndarray
+    out: dict[str, Any], text: Text, cfg: Config, letters: str, mask_T: np.ndarray
 ) -> Run:
     qs, width = cfg.quicksilver or QuickSilverConfig(), len(mask_T)
-    lengths_B, ends_B = np.asarray(prompt.lengths_B), np.asarray(prompt.prompt_lengths_B)
+    lengths_B, ends_B = text[0].lengths_B, text[1]
     record = Record.of(out["evidence"], width, lengths_B, ends_B, cfg.effective_protocol)
     if "H" not in letters:  # the program computed the drift of a rule that is off
         record = dataclasses.replace(record, drift=np.full_like(record.drift, np.nan))
@@ -186,7 +182,7 @@ def _as_run(
 
 
 def _run(
-    params: Params, prompt: tokenwise.Prompt, cfg: Config, letters: str, kinds: dict[str, str]
+    params: Params, text: Text, cfg: Config, letters: str, kinds: dict[str, str]
 ) -> dict[str, Any]:
     """Run one combination; those that skip keys share a program, and all others share one."""
     qs = cfg.quicksilver or QuickSilverConfig()
@@ -194,76 +190,63 @@ def _run(
         rule = qs.halting or (HaltingConfig() if qs.is_off else None)
         rule = rule and dataclasses.replace(rule, freeze=True)
         qs = dataclasses.replace(qs, halting=rule, kv_skip=None)
-    bound = bind_call(cfg.replace(quicksilver=qs), "masked")
-    assert bound is not None
-    plan, numbers = bound
-    check_maps(params, plan, cfg.model)
-    params, numbers = bits_of(with_weights(params, plan)), switch_off(numbers, letters)
-    static = {"model": cfg.model, "plan": plan, "kinds": tuple(kinds.items())}
-    return jax.device_get(_look(params, prompt, numbers, **static))
+    mech = resolve(qs, cfg.model, cfg.effective_protocol)
+    params = prepare_params(params, cfg.model, mech)
+    static = {"model": cfg.model, "kinds": tuple(kinds.items())}
+    return jax.device_get(_look(params, *text, switch_off(mech, letters), **static))
 
 
-def switch_off(numbers: Numbers, letters: str) -> Numbers:
-    """Numbers under which no other mechanism than `letters` acts: no layer is one of theirs.
+def switch_off(mech: Mechanisms, letters: str) -> Mechanisms:
+    """The same program with no other mechanism than `letters` acting: no layer is one of theirs.
 
     Whether keys are skipped is in the program itself.
     """
-    layers = numbers.layers
-    nowhere = jnp.zeros_like(layers.may_halt)
-    if "H" not in letters:
-        layers = layers._replace(may_halt=nowhere)
-        numbers = numbers._replace(forced_layer=jnp.full_like(numbers.forced_layer, NEVER))
-    if "F" not in letters:
-        layers = layers._replace(may_fuse=nowhere)
-    if "Q" not in letters:
-        layers = layers._replace(assign_bits=nowhere, has_bits=nowhere)
-    return numbers._replace(layers=layers)
+    rule, fusion, amq = mech.halting, mech.fusion, mech.amq
+    if rule is not None and "H" not in letters:
+        never = jnp.full_like(rule.forced_layer, NEVER)
+        rule = rule.replace(may_halt_L=jnp.zeros_like(rule.may_halt_L), forced_layer=never)
+    if fusion is not None and "F" not in letters:
+        fusion = fusion.replace(may_fuse_L=jnp.zeros_like(fusion.may_fuse_L))
+    if amq is not None and "Q" not in letters:
+        amq = amq.replace(layer=jnp.full_like(amq.layer, NEVER))
+    return mech.replace(halting=rule, fusion=fusion, amq=amq)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "plan", "kinds"))
+@functools.partial(jax.jit, static_argnames=("model", "kinds"))
 def _look(
     params: Params,
-    prompt: tokenwise.Prompt,
-    numbers: Numbers,
+    batch: inputs.Batch,
+    ends_B: Int[Array, "B"],
+    mech: Mechanisms,
     model: ModelConfig,
-    plan: Plan,
     kinds: tuple[tuple[str, str], ...],
 ) -> dict[str, Any]:
     """`masked.run` with the signals of every layer: evidence, log-probabilities and signals."""
-    rows = tokenwise.whole_rows(prompt, plan, numbers)
-    call = opening.open_call(
-        params, rows, model, plan, numbers, None, False, prompt.prompt_lengths_B
-    )
+    rows = inputs.whole_rows(batch, ends_B, None, mech)
+    call = masked.open_call(params, rows, model, mech)
 
     def body(state, scanned):
-        at, weights, past_l = scanned
-        before_BTD = state.h_BTD
-        state, attended, ran_BT, drift_BT = layer._block(call, state, None, at, weights, past_l)
-        after_BTD = state.h_BTD
-        state, record, _ = decisions.decide_layer(
-            call, state, attended, ran_BT, drift_BT, at, past_l
-        )
+        before = state
+        state, record, attended = masked.run_layer(call, state, *scanned)
 
         def signal(name: str, kind: str) -> Array:
             if name == "drift":
-                return signals.drift(kind, after_BTD, before_BTD)
+                return signals.drift(kind, attended.h_BTD, before.h_BTD)
             if name == "received":
-                own_BQ = jnp.broadcast_to(jnp.arange(ran_BT.shape[1]), ran_BT.shape)
-                queries_BQ = call.rows.asking_BT & ran_BT
-                return halting.attention_received(attended.weights().max(1), queries_BQ, own_BQ)
-            h_BTD = after_BTD if name == "entropy" else state.h_BTD
+                return masked.received(call, before, attended)
+            h_BTD = attended.h_BTD if name == "entropy" else state.h_BTD
             with jax.named_scope("signals"):
                 return signals.entropy(kind, h_BTD, params, model, state.shortlist_BTX, None)
 
+        ran_BT = before.active_BT
         seen = {name: jnp.where(ran_BT, signal(name, kind), jnp.nan) for name, kind in kinds}
         return state, (record, seen)
 
-    weights = layer.weights_of(call, params["layers"])
-    scanned = (numbers.layers, weights, pasts.by_layer(None))
-    state, (record, seen) = lax.scan(body, opening.start(call), scanned)
+    numbers = jnp.arange(1, model.num_layers + 1, dtype=jnp.int32)
+    state, (record, seen) = lax.scan(body, masked.start(call), (numbers, layer_weights(params)))
     h_BTD = head.normed(params, state.h_BTD, model)
     return {
-        "evidence": tokenwise.evidence_of(state, record),
-        "logprobs": next_logprobs(params, h_BTD, prompt.tokens_BT),
+        "evidence": evidence(state, record),
+        "logprobs": next_logprobs(params, h_BTD, batch.tokens_BT),
         "signals": seen,
     }
