@@ -67,7 +67,6 @@ def blocked_attention(
     v_BSKH: Float[Array, "B S K H"],
     query_pos_BT: Int[Array, "B T"] | None = None,
     first_BS: Int[Array, "B S"] | None = None,
-    log_size_BS: Float[Array, "B S"] | None = None,
     *,
     rising: bool = True,
 ) -> Float[Array, "B T N H"]:
@@ -82,7 +81,6 @@ def blocked_attention(
       v_BSKH: Values.
       query_pos_BT: Positions of the queries; None where queries and keys are whole rows.
       first_BS: Position of the first query that sees each key; None with `query_pos_BT`.
-      log_size_BS: Added to a key's logits (proportional attention), or None.
       rising: Query positions rise, each another one: query slot i is then at most at position
         S - T + i, and a block reads the keys up to its last query's only.
     """
@@ -101,18 +99,16 @@ def blocked_attention(
         out = []
         for start, end in spans:
             keys, mask_BTS = mask_of((start, end), query_pos_BT, first_BS)
-            bias = None if log_size_BS is None else log_size_BS[:, None, None, :keys]
-            operands = (q_BTNH[:, start:end], k_BSKH[:, :keys], v_BSKH[:, :keys], bias)
+            operands = (q_BTNH[:, start:end], k_BSKH[:, :keys], v_BSKH[:, :keys])
             out.append(jax.nn.dot_product_attention(*operands, mask=mask_BTS[:, None]))
         return jnp.concatenate(out, axis=1)
 
-    def attend(q_BKGTH, k_BKSH, v_BKSH, pos_BT, first_BS, log_size_BS):
+    def attend(q_BKGTH, k_BKSH, v_BKSH, pos_BT, first_BS):
         out = []
         for start, end in spans:
             keys, mask_BTS = mask_of((start, end), pos_BT, first_BS)
-            bias_BS = None if log_size_BS is None else log_size_BS[:, :keys]
             block = (q_BKGTH[:, :, :, start:end], k_BKSH[:, :, :keys], v_BKSH[:, :, :keys])
-            out.append(_attend_block(*block, mask_BTS, bias_BS))
+            out.append(_attend_block(*block, mask_BTS))
         return jnp.concatenate(out, axis=3)
 
     # Heads that share keys become rows of one product; T stays inside, for the blocks to cut.
@@ -121,12 +117,12 @@ def blocked_attention(
     operands = (q_BTKGH.transpose(0, 2, 3, 1, 4), *(x.transpose(0, 2, 1, 3) for x in (k_BSKH, v_BSKH)))
     bytes_of_one = jnp.dtype(exact_dtype(q_BTNH.dtype)).itemsize
     logits_bytes = batch * heads * size * slots * bytes_of_one
-    others = (query_pos_BT, first_BS, log_size_BS)
+    others = (query_pos_BT, first_BS)
     context_BKGTH = cpu.map_heads(attend, logits_bytes, operands, others)
     return context_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
 
 
-def _attend_block(q_BKGTH: Array, k_BKSH: Array, v_BKSH: Array, mask: Array, bias_BS: Array | None):
+def _attend_block(q_BKGTH: Array, k_BKSH: Array, v_BKSH: Array, mask: Array) -> Array:
     """One block of queries over all its keys; `mask` is `[B or 1, T, S]`.
 
     Products have one leading axis, rows and heads in one: with two, XLA on CPU converts bfloat16
@@ -138,8 +134,6 @@ def _attend_block(q_BKGTH: Array, k_BKSH: Array, v_BKSH: Array, mask: Array, bia
     k_XSH, v_XSH = (leaf.reshape(both, -1, dim) for leaf in (k_BKSH, v_BKSH))
     logits = jnp.einsum("xrh,xsh->xrs", q_XRH, k_XSH, preferred_element_type=exact)
     logits = logits.reshape(batch, kv_heads, groups, width, -1) / math.sqrt(dim)
-    if bias_BS is not None:
-        logits = logits + bias_BS[:, None, None, None, :]
     logits = jnp.where(mask[:, None, None], logits, jnp.finfo(exact).min)
     # Normalised after the product with the values: S divisions a query become H.
     weights = jnp.exp(logits - logits.max(-1, keepdims=True))

@@ -23,7 +23,7 @@ from qs_jax.engine.attention import step_attention
 from qs_jax.engine.cache import SlotCache
 from qs_jax.mechanisms import Mechanisms, Rows, halting, kv_maps, signals
 from qs_jax.models import Params, family_of, head, rope
-from qs_jax.models.cpu import InPlace, as_state, layer_weights
+from qs_jax.models.cpu import InPlace, layer_weights
 from qs_jax.models.layers import dense_product
 from qs_jax.state import NEVER, Decisions, TokenState, exact_dtype
 
@@ -51,12 +51,6 @@ class Call(NamedTuple):
     def halts(self) -> bool:
         """New tokens may halt."""
         return self.mech.halting is not None and not self.mech.continuation
-
-    @property
-    def quantizes(self) -> bool:
-        """New tokens have bits; in int8 also those that no mechanism may touch."""
-        amq = self.mech.amq
-        return amq is not None and (amq.narrow or not self.mech.continuation)
 
     @property
     def extrapolates(self) -> bool:
@@ -240,11 +234,6 @@ def _run_layer(call: Call, state: TokenState, cache: SlotCache, offset: Any, ind
     if call.halts:
         state, read = _halt(call, state, before, layer)
     state = _assign_bits(call, state, layer)
-    if call.quantizes and "hidden" in mech.amq.targets:
-        coarse = mech.amq.quantize(state.h_BTD.astype(model.dtype), state.bits_BT)
-        h_BTD = as_state(coarse, model.dtype)
-        h_BTD = jnp.where(before.active_BT[..., None], h_BTD, state.h_BTD)
-        state = state.replace(h_BTD=h_BTD)
     if call.extrapolates:
         state = _encode(call, state, layer)
     return state, (read, keys_values, keep_BT)
@@ -252,7 +241,7 @@ def _run_layer(call: Call, state: TokenState, cache: SlotCache, offset: Any, ind
 
 def _multiply(call: Call, bits_BT: Array, index: Any):
     amq = call.mech.amq
-    if amq is None or not call.quantizes:
+    if amq is None:
         return dense_product
     codes = _at(call.params["int8"], index) if amq.multiplies_int8 else None
     return amq.multiply(bits_BT, codes, jnp.int32(index) + 1)
@@ -270,7 +259,7 @@ def _stored(call: Call, state: TokenState, k: Array, v: Array, layer: Array):
             k_mapped = rope.rotate(k_mapped, call.rows.pos_BT, model)
         halted = (state.depth_BT < layer)[..., None, None]
         k, v = jnp.where(halted, k_mapped, k), jnp.where(halted, v_mapped, v)
-    if mech.amq is None or not call.quantizes:
+    if mech.amq is None:
         return k, v
     return mech.amq.stored(k, state.bits_BT), mech.amq.stored(v, state.bits_BT)
 
@@ -309,7 +298,7 @@ def _pick_shortlist(call: Call, state: TokenState, layer: Array) -> TokenState:
 
 def _assign_bits(call: Call, state: TokenState, layer: Array) -> TokenState:
     amq, rows = call.mech.amq, call.rows
-    if amq is None or not call.quantizes:
+    if amq is None:
         return state
     here = layer == amq.layer
     entropy_BT = jnp.zeros(rows.pos_BT.shape, exact_dtype(call.model.dtype))

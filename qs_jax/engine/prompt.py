@@ -24,7 +24,7 @@ from qs_jax.engine.cache import KVCache
 from qs_jax.engine.weights import Weights, layer_weights
 from qs_jax.mechanisms import Mechanisms, Rows, fusion, halting, kv_maps, signals
 from qs_jax.models import Params, family_of, head, rope
-from qs_jax.models.cpu import as_state, from_storage, to_storage
+from qs_jax.models.cpu import from_storage, to_storage
 from qs_jax.models.layers import dense_product
 from qs_jax.state import NEVER, Decisions, TokenState, exact_dtype
 
@@ -75,11 +75,9 @@ class Call(NamedTuple):
 
     @property
     def decides_inside(self) -> bool:
-        """Decisions fall, or states are rounded, in every layer: not at the ends of segments."""
-        mech = self.mech
-        dual = mech.halting is not None and mech.halting.rule == "dual"
-        hidden = mech.amq is not None and "hidden" in mech.amq.targets
-        return dual or mech.fusion is not None or hidden
+        """Decisions fall in every layer, not only at the ends of segments."""
+        rule = self.mech.halting
+        return self.mech.fusion is not None or (rule is not None and rule.rule == "dual")
 
 
 class Carry(NamedTuple):
@@ -245,7 +243,7 @@ def _segment(
     loop = (carry._replace(state=state), state.h_BTD if remembers else None)
     carry, before_BCD = lax.fori_loop(first - 1, last, body, loop)
     if at_end:
-        carry = _decide(call, carry, chosen, whole, before_BCD, None, last)
+        carry = _decide(call, carry, chosen, whole, before_BCD, last)
     return carry._replace(state=_scatter(whole, carry.state, chosen.index_BC))
 
 
@@ -302,10 +300,6 @@ def _run_layer(
     layer, weights = index + 1, _at(call.weights, index)
     gathered = chosen.index_BC is not None
     among_all = gathered and call.plan.keeps_keys
-    log_size = None
-    if mech.fusion is not None and mech.fusion.proportional_attention:
-        sizes = _everywhere(whole.size_BT, chosen, state.size_BT) if among_all else state.size_BT
-        log_size = jnp.log(sizes)
 
     def attend(q: Array, k: Array, v: Array):
         k, v = _stored(mech, k, v, state.bits_BT)
@@ -317,17 +311,15 @@ def _run_layer(
         if among_all or (slots_BC is not None and not gathered):
             k, v = cache.layer(index - chosen.offset)
         first_BS = _first_queries(call, chosen, whole, state, layer, among_all)
-        context = blocked_attention(q, k, v, rows.pos_BT, first_BS, log_size)
-        return context, (cache, q, k, first_BS)
+        return blocked_attention(q, k, v, rows.pos_BT, first_BS), cache
 
     block = family_of(model).block(model)
     params = {"params": from_storage(weights.params)}
     multiply = _multiply(call, state.bits_BT, weights, layer)
     out: Any = block.apply(params, state.h_BTD, rows.pos_BT, attend, multiply)
-    h_BTD, (cache, *attended) = out
+    h_BTD, cache = out
     before_BTD = state.h_BTD
-    active_BT = state.active_BT
-    h_BTD = jnp.where(active_BT[..., None], h_BTD, before_BTD)
+    h_BTD = jnp.where(state.active_BT[..., None], h_BTD, before_BTD)
     carry = carry._replace(state=state.replace(h_BTD=h_BTD), cache=cache)
     here = layer == mech.shortlist_layer
     picked = signals.pick_shortlist_at(here, carry.state, call.params, model)
@@ -335,13 +327,10 @@ def _run_layer(
     if not call.decides_inside:
         return carry
     if mech.halting is not None:
-        carry = _decide_if_asked(call, carry, chosen, whole, before_BTD, attended, layer)
+        carry = _decide_if_asked(call, carry, chosen, whole, before_BTD, layer)
     if mech.fusion is not None:
         with jax.named_scope("fuse"):
-            fused = _fuse(call, carry.state, chosen, whole, attended, log_size, layer)
-            carry = carry._replace(state=fused)
-    if mech.amq is not None and "hidden" in mech.amq.targets:
-        carry = carry._replace(state=_round_states(call, carry.state, active_BT))
+            carry = carry._replace(state=_fuse(call, carry.state, chosen.rows, layer))
     return carry
 
 
@@ -389,21 +378,15 @@ def _last_layer(call: Call, carry: Carry, read_BQ: Array) -> tuple[Array, KVCach
     k, v = cache.layer(jnp.int32(index))
     everyone = Slots(None, rows, None, 1)
     first_BS = _first_queries(call, everyone, state, state, layer, among_all=True)
-    log_size = None
-    if call.mech.fusion is not None and call.mech.fusion.proportional_attention:
-        log_size = jnp.log(state.size_BT)
 
     def attend(q: Array, *_: Array):
-        return blocked_attention(q, k, v, read_BQ, first_BS, log_size, rising=False), None
+        return blocked_attention(q, k, v, read_BQ, first_BS, rising=False), None
 
-    h_BQD, bits_BQ = (jnp.take_along_axis(x, i, axis=1) for x, i in (
-        (state.h_BTD, read_BQ[..., None]), (state.bits_BT, read_BQ)))
+    rows_B1 = jnp.arange(len(read_BQ))[:, None]
+    own = (state.h_BTD, state.bits_BT, state.active_BT)
+    h_BQD, bits_BQ, active_BQ = (array_BT[rows_B1, read_BQ] for array_BT in own)
     multiply = _multiply(call, bits_BQ, weights, layer)
     read: Any = block.apply(params, h_BQD, read_BQ, attend, multiply)
-    active_BQ = jnp.take_along_axis(state.active_BT, read_BQ, axis=1)
-    if call.mech.amq is not None and "hidden" in call.mech.amq.targets:
-        rounded = _rounded(call, read[0], bits_BQ)
-        return jnp.where(active_BQ[..., None], rounded, h_BQD), cache
     return jnp.where(active_BQ[..., None], read[0], h_BQD), cache
 
 
@@ -414,7 +397,7 @@ def _eligible(rows: Rows, state: TokenState, call: Call) -> Bool[Array, "B T"]:
     return rows.subject_BT & ~rows.full_BT & (state.fused_BT == NEVER)
 
 
-def _decide_if_asked(call, carry, chosen, whole, before_BCD, attended, layer) -> Carry:
+def _decide_if_asked(call, carry, chosen, whole, before_BCD, layer) -> Carry:
     rule = call.mech.halting
     asked = rule.may_halt_L[layer - 1] | (chosen.rows.forced_layer_BT == layer).any()
     if rule.reads_drift:
@@ -424,7 +407,7 @@ def _decide_if_asked(call, carry, chosen, whole, before_BCD, attended, layer) ->
         asked &= ~(drift_BT < -1).any()
 
     def decide(carry: Carry) -> tuple[TokenState, Any, Any]:
-        after = _decide(call, carry, chosen, whole, before_BCD, attended, layer)
+        after = _decide(call, carry, chosen, whole, before_BCD, layer)
         return after.state, after.drift_LBT, after.entropy_LBT
 
     def keep(carry: Carry) -> tuple[TokenState, Any, Any]:
@@ -440,7 +423,6 @@ def _decide(
     chosen: Slots,
     whole: TokenState,
     before_BCD: Array | None,
-    attended: Any,
     layer: Array,
 ) -> Carry:
     """Halting after a layer, as `masked._halt`."""
@@ -500,10 +482,7 @@ def _received(call, carry, chosen, whole, before_BCD, layer) -> Float[Array, "B 
     k_BSKH, _ = carry.cache.layer(layer - 1 - chosen.offset)
     first_BS = _first_queries(call, chosen, whole, state, layer, among_all=True)
     mask_BQS = first_BS[:, None, :] <= pos_BQ[..., None]
-    log_size = None
-    if call.mech.fusion is not None and call.mech.fusion.proportional_attention:
-        log_size = jnp.log(_everywhere(whole.size_BT, chosen, state.size_BT))
-    weights_BQS = attention_weights(q_BQNH, k_BSKH, mask_BQS, log_size).max(1)
+    weights_BQS = attention_weights(q_BQNH, k_BSKH, mask_BQS).max(1)
     received_BS = halting.attention_received(weights_BQS, counted_BQ, pos_BQ)
     return received_BS if chosen.index_BC is None else _take(received_BS, chosen.index_BC)
 
@@ -512,70 +491,18 @@ def _entropy(call: Call, state: TokenState, kind: str, needed_BT: Array) -> Arra
     return signals.entropy_where(needed_BT, kind, state, call.params, call.model)
 
 
-def _fuse(
-    call: Call,
-    state: TokenState,
-    chosen: Slots,
-    whole: TokenState,
-    attended: Any,
-    log_size: Array | None,
-    layer: Array,
-) -> TokenState:
-    """Fusion after a layer, as `masked._fuse`; slots stand for positions."""
-    rule, rows = call.mech.fusion, chosen.rows
-    q, k, first_BS = attended
+def _fuse(call: Call, state: TokenState, rows: Rows, layer: Array) -> TokenState:
+    """Fusion of adjacent tokens after a layer, as `masked._fuse`; absorbed tokens stop."""
+    rule = call.mech.fusion
     assert rule is not None
-    tokens = fusion.Tokens(
-        pos_BT=rows.pos_BT,
-        h_BTD=state.h_BTD,
-        ready_BT=_eligible(rows, state, call) & (layer < state.depth_BT) & state.active_BT,
-        hidden_from_BT=state.fused_BT,
-    )
-    if rule.filters_context:
-        contexts_BTD = fusion.contexts(call.embedded_BTD, call.rows.real_BT, rule.context)
-        own_BTD = contexts_BTD if chosen.index_BC is None else _take(contexts_BTD, chosen.index_BC)
-        tokens = tokens._replace(context_BTD=own_BTD)
-    among_all = k.shape[1] != q.shape[1]
-    mean_BTW = None
-    if rule.window > 1:
-        own = _take(k, chosen.index_BC) if among_all else k
-        found_BTW = fusion.similarity(q, own, rows.pos_BT, rule.window)
-        state = state.replace(similarity_BTW=state.similarity_BTW + found_BTW)
-        mean_BTW = state.similarity_BTW / layer.astype(found_BTW.dtype)
-
-    def find() -> Array:
-        return rule.pairs(tokens, mean_BTW, layer)
-
-    nobody_BTW = jnp.zeros((*rows.pos_BT.shape, rule.window), bool)
+    ready_BT = _eligible(rows, state, call) & (layer < state.depth_BT)
+    tokens = fusion.Tokens(rows.pos_BT, state.h_BTD, ready_BT, state.fused_BT)
+    nobody_BTW = jnp.zeros((*rows.pos_BT.shape, 1), bool)
+    find = lambda: rule.pairs(tokens, None, layer)  # noqa: E731
     pairs_BTW = lax.cond(rule.may_fuse_L[layer - 1], find, lambda: nobody_BTW)
-    weight_BT, paid_BTW = state.size_BT, None
-    if rule.alpha == "probability":
-
-        def weigh() -> Array:
-            before_BTD = fusion.back(_everywhere(whole.h_BTD, chosen, state.h_BTD), 1)
-            if chosen.index_BC is not None:
-                before_BTD = _take(before_BTD, chosen.index_BC)
-            ids = (rows.tokens_BT, call.params, call.model)
-            found_BT = signals.token_probability(before_BTD, *ids)
-            return jnp.where(rows.pos_BT == 0, 1.0 / call.model.vocab_size, found_BT)
-
-        nothing_BT = jnp.zeros_like(state.size_BT)
-        weight_BT = weight_BT * lax.cond(pairs_BTW.any(), weigh, lambda: nothing_BT)
-    elif rule.alpha == "attention":
-        width = rows.pos_BT.shape[1]
-        slots_BT = rows.pos_BT if among_all else jnp.broadcast_to(jnp.arange(width), (len(q), width))
-
-        def pay() -> Array:
-            mask_BTS = first_BS[:, None, :] <= rows.pos_BT[..., None]
-            mean_BTS = attention_weights(q, k, mask_BTS, log_size).mean(1)
-            back = [fusion.back(slots_BT, d) for d in range(rule.window + 1)]
-            return jnp.take_along_axis(mean_BTS, jnp.stack(back, axis=-1), axis=-1)
-
-        nothing = jnp.zeros((*slots_BT.shape, rule.window + 1), state.size_BT.dtype)
-        found_BTW = lax.cond(pairs_BTW.any(), pay, lambda: nothing)
-        weight_BT, paid_BTW = found_BTW[..., 0], found_BTW[..., 1:]
+    size_BT = state.size_BT
     merged, takes_BTW = fusion.merge(
-        state.h_BTD, pairs_BTW, weight_BT, paid_BTW, state.size_BT, call.model.dtype
+        state.h_BTD, pairs_BTW, size_BT, None, size_BT, call.model.dtype
     )
     absorbed_BT = fusion.absorbers(takes_BTW, rows.pos_BT)
     now_BT = absorbed_BT != NEVER
@@ -588,17 +515,6 @@ def _fuse(
     )
 
 
-def _rounded(call: Call, h_BTD: Array, bits_BT: Array) -> Array:
-    amq, dtype = call.mech.amq, call.model.dtype
-    assert amq is not None
-    return as_state(amq.quantize(h_BTD.astype(dtype), bits_BT), dtype)
-
-
-def _round_states(call: Call, state: TokenState, ran_BT: Array) -> TokenState:
-    rounded_BTD = _rounded(call, state.h_BTD, state.bits_BT)
-    return state.replace(h_BTD=jnp.where(ran_BT[..., None], rounded_BTD, state.h_BTD))
-
-
 # --- the end of a segment -----------------------------------------------------------------------
 
 
@@ -606,34 +522,21 @@ def _end_segment(
     call: Call, carry: Carry, first: Array, last: Array, fill: int | None
 ) -> Carry:
     """Bits of every token, at the layer that assigns them; deeper keys of tokens that stopped."""
-    if call.mech.amq is not None:
+    amq, rows, state = call.mech.amq, call.rows, carry.state
+    if amq is not None:
+
+        def assign() -> Array:
+            entropy_BT = jnp.zeros(rows.pos_BT.shape, exact_dtype(call.model.dtype))
+            if amq.entropy is not None:
+                entropy_BT = _entropy(call, state, amq.entropy, rows.subject_BT)
+            return amq.assign(entropy_BT, rows.subject_BT, rows.full_BT)
+
         with jax.named_scope("amq"):
-            here = last == call.mech.amq.layer
-            assign = lambda state: _assign_bits(call, state, last)  # noqa: E731
-            state = lax.cond(here, assign, lambda state: state, carry.state)
-            carry = carry._replace(state=state)
+            bits_BT = lax.cond(last == amq.layer, assign, lambda: state.bits_BT)
+        carry = carry._replace(state=state.replace(bits_BT=bits_BT))
     if call.plan.keeps_keys and fill != 0:
         carry = carry._replace(cache=_fill(call, carry, first, last, fill))
     return carry
-
-
-def _assign_bits(call: Call, state: TokenState, layer: Array) -> TokenState:
-    amq, rows = call.mech.amq, call.rows
-    assert amq is not None
-    entropy_BT = jnp.zeros(rows.pos_BT.shape, exact_dtype(call.model.dtype))
-    if amq.entropy == "shortlist":  # of tokens that had stopped where the others' was picked
-        ids = signals.pick_shortlist(
-            state.h_BTD, call.params, call.model, call.mech.shortlist_size
-        )
-        early_BT1 = (state.depth_BT < call.mech.shortlist_layer)[..., None]
-        state = state.replace(shortlist_BTX=jnp.where(early_BT1, ids, state.shortlist_BTX))
-    if amq.entropy is not None:
-        entropy_BT = _entropy(call, state, amq.entropy, rows.subject_BT)
-    state = state.replace(bits_BT=amq.assign(entropy_BT, rows.subject_BT, rows.full_BT))
-    if "hidden" not in amq.targets:
-        return state
-    ran_BT = rows.real_BT & (state.depth_BT >= layer) & (state.fused_after_BT >= layer)
-    return _round_states(call, state, ran_BT)
 
 
 def _fill(call: Call, carry: Carry, first: Array, last: Array, fill: int | None) -> KVCache:

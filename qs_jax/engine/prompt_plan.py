@@ -44,8 +44,17 @@ def refusal(cfg: Config, *, generates: bool) -> str | None:
         return "halting with freeze=False leaves no work out"
     if fusion is not None and not prompts_only:
         return "fusion of new tokens is the masked engine's: use protocol='continuation'"
-    if fusion is not None and fusion.proportional_attention and generates:
-        return "proportional attention needs the size of every key at every layer"
+    if fusion is not None and (
+        fusion.window > 1
+        or fusion.alpha != "uniform"
+        or fusion.tau_ctx is not None
+        or fusion.proportional_attention
+    ):
+        return "fusion beyond the uniform mean of adjacent tokens is the masked engine's"
+    if amq is not None and (amq.execution == "fake" or "hidden" in amq.targets):
+        return "only int8 products and keys are executed: other quantization is simulated"
+    if amq is not None and amq.entropy == "shortlist":
+        return "bits by the shortlist entropy are the masked engine's"
     if amq is not None and amq.normalization == "minmax" and not prompts_only:
         return "min-max entropy looks at all tokens of a batch at once"
     if amq is not None and skip is not None and skip.policy == "extrapolate":
