@@ -207,17 +207,11 @@ def test_a_fitted_head_is_the_minimum():
         fit_head(x, y, ("a", "b", "c"), l2=-1.0)
 
 
-@pytest.mark.parametrize("engine", ["masked", "compact"])
-def test_states_are_what_the_head_reads(params, model, prompts, engine):
-    """For both engines: the states times the head's table are the logits."""
-    cfg = Config(model, QUOTA, engine=engine)
-    prompts, ends = prompts[:4], [14] * 4
-    out = qs_jax.score(
-        params, prompts, cfg, prompt_lengths=ends, return_logits=True, return_states=True
-    )
+def test_states_are_what_the_head_reads(params, model, prompts):
+    """The states times the head's table are the logits."""
+    cfg, ends = config(model, "quota"), [14] * 4
+    options = {"return_logits": True, "return_states": True}
+    out = qs_jax.score(params, prompts[:4], cfg, prompt_lengths=ends, **options)
     table = np.asarray(params["head"]["tokens"])
-    for row, length in enumerate(LENGTHS[:4]):
-        np.testing.assert_allclose(
-            out.states[row, :length] @ table.T, out.logits[row, :length], atol=1e-3
-        )
-    assert qs_jax.score(params, prompts, cfg, prompt_lengths=ends).states is None
+    for states, logits, length in zip(out.states, out.logits, LENGTHS, strict=False):
+        np.testing.assert_allclose(states[:length] @ table.T, logits[:length], atol=1e-3)

@@ -82,7 +82,7 @@ def model_of(folder):
     @functools.cache
     def model_of(name, **options):
         preset = name if name == "off" else str(folder / f"{name}.json")
-        given = {"engine": "masked", "batch_size": 4, "rolling_block": 16} | options
+        given = {"engine": "masked", "batch_size": 4} | options
         return QSJaxLM(str(folder / "ckpt"), preset, **given)
 
     return model_of
@@ -159,39 +159,30 @@ def test_words_of_one_token_share_a_row(model_of, name):
 
 @pytest.mark.parametrize("name", ["off", "half"])
 def test_rolling_predicts_every_token_once(model_of, name):
-    lm = model_of(name)
+    lm = model_of(name, max_length=128 if name == "off" else 32)
     text = "abcdefg hijklmn opqrstu vwxyz and so on"
     ids = [lm.prefix_token_id, *lm.tok_encode(text)]
     (found,) = lm.loglikelihood_rolling([request(text)], disable_tqdm=True)
     if name == "off":
         expected = logprobs_of(lm, ids, 1)[0].sum()
-    else:  # blocks of 16, each with all before it as its prompt
-        blocks = [(ids[: end + 16], end) for end in range(1, len(ids), 16)]
+    else:  # blocks of 16, each with what fits before it as its prompt
+        blocks = [(ids[max(end - 16, 0) : end + 16], min(end, 16)) for end in (1, 17, 33)]
         expected = sum(logprobs_of(lm, row, end)[0].sum() for row, end in blocks)
     assert found == pytest.approx(expected, abs=1e-3)
     assert lm.loglikelihood_rolling([request("")], disable_tqdm=True) == [0.0]
 
 
-def test_windows_fit_the_model(model_of):
-    lm = model_of("half", max_length=24)
-    ids = list(range(2, 62))
-    for block in lm._windows(ids):
-        assert 1 <= len(block[0]) <= 8
-        assert len(block[0]) + len(block[1]) <= 24
-    assert [token for _, block in lm._windows(ids) for token in block] == ids
+def test_requests_fit_the_model(model_of):
+    lm = model_of("half", max_length=32)
     before = lm.truncated
-    assert lm._cut(list(range(30)), [1, 2]) == (list(range(8, 30)), [1, 2])
+    assert lm._fit(list(range(40)), [1, 2]) == (list(range(10, 40)), [1, 2])
     assert lm.truncated == before + 1
     with pytest.raises(InputError, match="leaves no room for its context"):
-        lm._cut([1], list(range(24)))
+        lm._fit([1], list(range(32)))
     with pytest.raises(InputError, match="has no tokens"):
-        lm._cut([1], [])
-    for options, message in (
-        ({"batch_size": "auto"}, "--batch_size must be a number"),
-        ({"rolling_block": 128}, "rolling_block must lie between 1 and 127"),
-    ):
-        with pytest.raises(InputError, match=message):
-            model_of("off", **options)
+        lm._fit([1], [])
+    with pytest.raises(InputError, match="--batch_size must be a number"):
+        model_of("off", batch_size="auto")
 
 
 def test_generation_settings(model_of):
