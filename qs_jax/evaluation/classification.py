@@ -8,7 +8,7 @@ over examples (Efron 1979); differences are paired by example. McNemar's test is
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -137,8 +137,6 @@ def measure_heads(
     tokenizer: Any,
     *,
     head: Head | None = None,
-    bare: bool = False,
-    fit_on: Literal["dense", "preset"] = "dense",
     train_share: float = 0.5,
     seed: int = 0,
     l2: float = 0.1,
@@ -151,9 +149,8 @@ def measure_heads(
       cfg: Model, mechanisms and protocol.
       examples: Of each task.
       tokenizer: Of the checkpoint.
-      head: A stored one; None fits one on a share of each task's examples.
-      bare: As `encode_examples`.
-      fit_on: Model whose states a head is fitted on.
+      head: A stored one, which reads bare texts. None fits one, which reads prompts, on the dense
+        model's states of a share of each task's examples.
       train_share: Share of the examples it is fitted on; it is evaluated on the others.
       seed: Of that split.
       l2: As `fit_head`.
@@ -173,13 +170,12 @@ def measure_heads(
         task, about, task_head = TASKS[name], {}, head
         if task_head is None:
             train, given = split_examples(task, given, train_share, seed)
-            rows, _ = encode_examples(task, train, tokenizer, room, bare=bare)
-            fit_cfg = off if fit_on == "dense" else cfg
-            states_ED, _ = last_states(params, fit_cfg, rows, title=f"{name}, features", **options)
+            rows, _ = encode_examples(task, train, tokenizer, room)
+            states_ED, _ = last_states(params, off, rows, title=f"{name}, features", **options)
             task_head, fit = fit_head(states_ED, train.labels, task.labels, l2=l2)
             about = {"fit": fit, "train": train.describe()}
         task_head = task_head.for_task(task)
-        rows, cut = encode_examples(task, given, tokenizer, room, bare=bare)
+        rows, cut = encode_examples(task, given, tokenizer, room, bare=head is not None)
         dense = with_head(params, off, rows, task_head, title=f"{name}, dense", **options)
         other = None
         if cfg.quicksilver is not None and not cfg.quicksilver.is_off:

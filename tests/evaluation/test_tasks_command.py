@@ -91,9 +91,6 @@ def test_a_fitted_head(run, capsys):
     assert "toy, preset" in told
     with pytest.raises(InputError, match="--overwrite"):
         run()
-    other = run(l2=0.01, fit_on="preset", overwrite=True)["tasks"]["toy"]
-    assert other["train"] == task["train"]
-    assert other["per_example"]["dense"] != task["per_example"]["dense"]
 
 
 @pytest.mark.slow
@@ -133,11 +130,8 @@ def test_a_stored_head(run, tiny_checkpoint, tmp_path, capsys):
         ({"tasks": ("toy", "squad")}, "--tasks squad: the tasks are mnli"),
         ({"tasks": ()}, "the tasks are mnli"),
         ({"tasks": ("toy", "rte"), "data": __file__}, "for several tasks give their folder"),
-        ({"data": "nothing.jsonl"}, "no such file"),
-        ({"limit": 0}, "--limit must be at least 1"),
         ({"batch_size": 0}, "--batch-size must be at least 1"),
         ({"devices": "9"}, "devices must be 'all' or between 1 and 4"),
-        ({"train_share": 2.0}, "--train-share"),
     ],
 )
 def test_mistakes(run, tmp_path, options, message):
