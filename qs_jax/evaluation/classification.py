@@ -89,15 +89,8 @@ def last_states(
     """Normed final state of each prompt's last token, float32, and the tally of the prompts.
 
     One more token stands after each prompt, so that the mechanisms see it as a whole, as a prefill
-    does; no state depends on it, and it is not counted.
-
-    Args:
-      params: From `qs_jax.load`.
-      cfg: Model, mechanisms and protocol.
-      prompts: Token ids.
-      batch_size: Rows at a time.
-      devices: As `score_rows`.
-      title: Of a progress bar on standard error; None shows none.
+    does; no state depends on it, and it is not counted. Args are those of `score_rows`; a `title`
+    shows a progress bar on standard error.
     """
     pairs = [(prompt, [cfg.model.pad_token_id or 0]) for prompt in prompts]
     states, counts = np.zeros((len(prompts), cfg.model.hidden_size), np.float32), None

@@ -26,8 +26,8 @@ def check_target(
 
     Args:
       out: File to be written.
-      overwrite: The caller may replace what exists.
-      resume: The caller will continue a run, or find it complete; None where it cannot.
+      overwrite: Replace what exists.
+      resume: Continue a run, or find it complete; None where the caller cannot.
       option: Name of the target on the command line.
 
     Raises:

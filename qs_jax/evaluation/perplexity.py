@@ -125,13 +125,7 @@ def score_windows(
 ) -> Iterator[dict[str, Any]]:
     """Score batch after batch; a window's result depends on no other window.
 
-    Args:
-      params: From `qs_jax.load`.
-      tokens_WT: Windows, all of one length.
-      cfg: Model, mechanisms and protocol.
-      batch_size: Windows at a time.
-      batches: Which to score, by index; None is all.
-      devices: Split each batch over these; None is the default device.
+    Args are those of `score_rows`, for windows of one length.
 
     Yields:
       Per batch: "nll", each window's total negative log-likelihood in nats (float64); "tokens",

@@ -53,7 +53,7 @@ def score_rows(
       pairs: What to score; under "continuation" a prompt has at least one token.
       cfg: Model, mechanisms and protocol.
       batch_size: Rows at a time.
-      batches: Which batches to score; None is all.
+      batches: Indices of the batches to score; None is all.
       devices: Split each batch over these; None is the default device.
       return_states: As `score`.
     """

@@ -97,14 +97,13 @@ def test_a_hub_out_of_reach(monkeypatch, name, load_dataset):
     assert "give a local file" in message
 
 
-def test_a_text_file_is_read_as_it_stands(tmp_path):
-    content = "Ein Satz.\r\nNoch einer: \u00e4\u2028\n"
-    (tmp_path / "a.txt").write_bytes(content.encode())
-    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(content.encode()))
-    plain, packed = (read_text(str(tmp_path / name)) for name in ("a.txt", "b.txt.gz"))
-    assert plain.text == packed.text == content
-    assert plain.sha256 == packed.sha256
-    assert (plain.name, packed.name) == ("a.txt", "b.txt.gz")
+@pytest.mark.parametrize("name", ["a.txt", "b.txt.gz"])
+def test_a_text_file_is_read_as_it_stands(tmp_path, name):
+    content = "Ein Satz.\r\nNoch einer: \u00e4\u2028\n".encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    text = read_text(str(tmp_path / name))
+    assert (text.name, text.text.encode()) == (name, content)
+    assert text.sha256 == hashlib.sha256(content).hexdigest()
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "c4-validation.json.gz"])
@@ -145,10 +144,8 @@ def test_bad_files(tmp_path, name):
     ("count", "seq_len", "limit", "shape", "left_over"),
     [
         (30, 10, None, (3, 10), 0),
-        (39, 10, None, (3, 10), 9),
         (39, 10, 2, (2, 10), 9),
         (7, 10, None, (1, 7), 0),
-        (2, 10, 5, (1, 2), 0),
     ],
 )
 def test_windows(count, seq_len, limit, shape, left_over):
