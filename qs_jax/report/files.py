@@ -15,7 +15,7 @@ from qs_jax.evaluation.perplexity import SAVED
 from qs_jax.report.measures import counted_costs, fit_decay
 
 _CONFIG = ("preset", "protocol", "data", "seq_len", "dtype", "engine")
-_MEASURED = ("perplexity", "perplexity_interval", "windows", "tokens_scored", "simulated", "note")
+_MEASURED = ("perplexity", "perplexity_interval", "windows", "tokens_scored", "simulated")
 _PARTS = ("prefill", "decode")
 _COUNTED = ("layer_tokens", "kv_written", "halted", "fused", "bits_2", "bits_4", "bits_8")
 
