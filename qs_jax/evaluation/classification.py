@@ -61,8 +61,8 @@ def encode_examples(
         texts = [fields[names[0]] for names in task.fields] if bare else [task.prompt(fields)]
         return list(tokenizer(*texts, verbose=False).input_ids)
 
-    for number, item in enumerate(examples.items):
-        fields, row = item.fields, encode(item.fields)
+    for number, fields in enumerate(examples.fields):
+        row = encode(fields)
         cut += len(row) > room
         while len(row) > room and fields[task.passage]:
             # A character for each token too many; most tokens have several, so this repeats.
@@ -165,7 +165,7 @@ def measure_heads(
             train, given = split_examples(task, given, train_share, seed)
             rows, _ = encode_examples(task, train, tokenizer, room)
             states_ED, _ = last_states(params, off, rows, title=f"{name}, features", **options)
-            task_head, fit = fit_head(states_ED, train.labels, task.labels, l2=l2)
+            task_head, fit = fit_head(states_ED, train.labels_E, task.labels, l2=l2)
             about = {"fit": fit, "train": train.describe()}
         task_head = task_head.for_task(task)
         rows, cut = encode_examples(task, given, tokenizer, room, bare=head is not None)
@@ -182,7 +182,7 @@ def task_results(
     task: Task, examples: Examples, dense: Outcome, other: Outcome | None
 ) -> dict[str, Any]:
     """Compare the dense model and a preset, if there is one, in plain JSON types."""
-    labels_E = examples.labels
+    labels_E = examples.labels_E
     share = np.bincount(labels_E, minlength=len(task.labels)) / len(labels_E)
     predicted_E = dense.scores_EC.argmax(-1)
     out: dict[str, Any] = {

@@ -78,9 +78,8 @@ def _run_task(
 def _harness_task(manager: lm_eval.tasks.TaskManager, task: Task, examples: Examples) -> Any:
     """The harness's own task of that name, on these rows instead of the hub's."""
     rows = [
-        {name: item.fields[names[0]] for names in task.fields for name in names}
-        | {"label": item.label}
-        for item in examples.items
+        {name: fields[names[0]] for names in task.fields for name in names} | {"label": label}
+        for fields, label in zip(examples.fields, examples.labels_E.tolist(), strict=True)
     ]
     changes = {
         "task": task.name,

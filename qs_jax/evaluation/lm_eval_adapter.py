@@ -194,16 +194,15 @@ class QSJaxLM(TemplateLM):
 
     def _fit(self, context: list[int], after: list[int]) -> Pair:
         """Cut the beginning of a context that leaves no room for what follows."""
-        room = self.max_length - len(after)
-        if not after:
-            raise InputError("a continuation of the task has no tokens.")
-        if room < 1:
+        if not 1 <= len(after) < self.max_length:
             raise InputError(
-                f"a continuation of {len(after)} tokens leaves no room for its context in "
-                f"{self.max_length} positions."
+                f"a continuation must have 1 to {self.max_length - 1} tokens, got {len(after)}."
             )
+        return self._cut(context, self.max_length - len(after)), after
+
+    def _cut(self, context: list[int], room: int) -> list[int]:
         self.truncated += len(context) > room
-        return context[-room:], after
+        return context[-room:]
 
     def _read(self, batch: ScoredBatch, asked: list[Any]) -> Iterator[tuple[float, bool]]:
         """Log-likelihood of each continuation, and whether greedy decoding would produce it.
@@ -266,7 +265,8 @@ class QSJaxLM(TemplateLM):
             batches: Any = groups.get_batched(self.batch_size)
             for number, batch in enumerate(batches):
                 cfg, until = self._settings(batch[0][1])
-                rows = [self._context(context, cfg) for context, _ in batch]
+                contexts = [self.tok_encode(text) or [self.prefix_token_id] for text, _ in batch]
+                rows = [self._cut(ids, self.max_length - cfg.max_new_tokens) for ids in contexts]
                 cfg = cfg.replace(seed=(self.seed + number) % 2**32)
                 for args, text in zip(batch, self._continue(rows, cfg, until), strict=True):
                     texts.append(text)
@@ -299,12 +299,6 @@ class QSJaxLM(TemplateLM):
             eos_token_ids=tuple(sorted(stops)),
         )
         return cfg, until
-
-    def _context(self, text: str, cfg: Config) -> list[int]:
-        ids = self.tok_encode(text) or [self.prefix_token_id]
-        room = self.max_length - cfg.max_new_tokens
-        self.truncated += len(ids) > room
-        return ids[-room:]
 
     def _continue(self, rows: list[list[int]], cfg: Config, until: list[str]) -> list[str]:
         """Texts of a batch; stops once every row has ended or met a stop string."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from qs_jax.errors import InputError
 from qs_jax.evaluation.datasets import hub_rows, json_records
@@ -67,37 +68,31 @@ class Task:
 
 
 @dataclasses.dataclass(frozen=True)
-class Example:
-    """One row of a task: its fields by their names in the template, and its class."""
-
-    fields: Mapping[str, str]
-    label: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Examples:
-    """Rows of a task.
+    """Rows of a task, in the order of their file.
 
     Attributes:
-      items: In the order of the file.
+      fields: Texts of each row, by their names in the template.
+      labels_E: Class of each row.
       name: Of the file without its folder, or of the hub's data set.
-      rows: Number of rows of the file, of which the items may be a sample.
+      available: Number of rows of the file, of which these may be a sample.
     """
 
-    items: tuple[Example, ...]
+    fields: tuple[dict[str, str], ...]
+    labels_E: Int[np.ndarray, "E"]
     name: str
-    rows: int
+    available: int
 
-    @property
-    def labels(self) -> np.ndarray:
-        """Class of each item, int `[E]`."""
-        return np.array([item.label for item in self.items])
+    def take(self, index: np.ndarray) -> Examples:
+        """The rows at these places."""
+        fields = tuple(self.fields[i] for i in index)
+        return dataclasses.replace(self, fields=fields, labels_E=self.labels_E[index])
 
     def describe(self) -> dict[str, Any]:
-        """Origin, number and digest of the items, for a results file."""
-        content = json.dumps([[dict(item.fields), item.label] for item in self.items])
-        digest = hashlib.sha256(content.encode()).hexdigest()
-        return {"name": self.name, "rows": self.rows, "used": len(self.items), "sha256": digest}
+        """Origin, number and digest of the rows, for a results file."""
+        content = json.dumps([*map(list, zip(self.fields, self.labels_E.tolist(), strict=True))])
+        digest, used = hashlib.sha256(content.encode()).hexdigest(), len(self.fields)
+        return {"name": self.name, "rows": self.available, "used": used, "sha256": digest}
 
 
 _PAIR = (("premise", "sentence1"), ("hypothesis", "sentence2"))
@@ -181,14 +176,12 @@ def read_examples(task: Task, data: str, limit: int | None = None, seed: int = 0
     else:
         path = _find_file(task, Path(data))
         name, unit, rows = path.name, "line", json_records(path)
-    items = [_example(task, row, f"{name}, {unit} {number}") for number, row in rows]
-    if not items:
+    pairs = [_parse(task, row, f"{name}, {unit} {number}") for number, row in rows]
+    if not pairs:
         raise InputError(f"{name} is empty: {task.name} needs labelled rows.")
-    count = len(items)
-    if limit is not None and limit < count:
-        drawn = np.random.default_rng(seed).permutation(count)[:limit]
-        items = [items[index] for index in np.sort(drawn)]
-    return Examples(tuple(items), name, count)
+    fields, labels = zip(*pairs, strict=True)
+    drawn = np.random.default_rng(seed).permutation(len(pairs))[:limit]
+    return Examples(fields, np.array(labels), name, len(pairs)).take(np.sort(drawn))
 
 
 def split_examples(
@@ -204,17 +197,16 @@ def split_examples(
     """
     if not 0 < train_share < 1:
         raise InputError(f"--train-share must lie between 0 and 1, got {train_share}.")
-    parts: tuple[list[Example], list[Example]] = [], []
-    for item in examples.items:
-        digest = hashlib.sha256(f"{seed} {item.fields[task.passage]}".encode()).digest()
-        parts[int.from_bytes(digest[:8], "big") >= train_share * 2**64].append(item)
-    classes = {item.label for item in examples.items}
-    if any({item.label for item in part} != classes for part in parts):
+    keys = [f"{seed} {fields[task.passage]}".encode() for fields in examples.fields]
+    hashes = [int.from_bytes(hashlib.sha256(key).digest()[:8], "big") for key in keys]
+    trains_E = np.array([value < train_share * 2**64 for value in hashes])
+    train, test = (examples.take(np.flatnonzero(part_E)) for part_E in (trains_E, ~trains_E))
+    classes = set(examples.labels_E)
+    if set(train.labels_E) != classes or set(test.labels_E) != classes:
         raise InputError(
-            f"{examples.name}: a split of {len(examples.items)} rows at {train_share} leaves a "
-            "part without some class; take more rows or another --seed."
+            f"{examples.name}: a split of {len(keys)} rows at {train_share} leaves a part without "
+            "some class; take more rows or another --seed."
         )
-    train, test = (dataclasses.replace(examples, items=tuple(part)) for part in parts)
     return train, test
 
 
@@ -234,7 +226,7 @@ def _find_file(task: Task, path: Path) -> Path:
     return path
 
 
-def _example(task: Task, row: Any, where: str) -> Example:
+def _parse(task: Task, row: Any, where: str) -> tuple[dict[str, str], int]:
     if not isinstance(row, Mapping):
         raise InputError(f"{where} is not a JSON object.")
     fields = {}
@@ -246,6 +238,6 @@ def _example(task: Task, row: Any, where: str) -> Example:
     if "label" not in row:
         raise InputError(f'{where} has no field "label".')
     try:
-        return Example(fields, task.class_of(row["label"]))
+        return fields, task.class_of(row["label"])
     except InputError as error:
         raise InputError(f"{where}: {error}") from None

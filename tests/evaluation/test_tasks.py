@@ -45,10 +45,10 @@ def test_a_folder_or_a_file(tmp_path, name):
     path = write(tmp_path / name, RTE)
     for data in (tmp_path, path):
         found = read_examples(TASKS["rte"], str(data))
-        assert found.labels.tolist() == [0, 1]
+        assert found.labels_E.tolist() == [0, 1]
         assert found.name == name
-        assert [item.fields["premise"] for item in found.items] == ["Dogs bark.", "It rains."]
-    assert TASKS["rte"].prompt(found.items[1].fields) == (
+        assert [fields["premise"] for fields in found.fields] == ["Dogs bark.", "It rains."]
+    assert TASKS["rte"].prompt(found.fields[1]) == (
         "It rains.\nQuestion: It is dry. True or False?\nAnswer:"
     )
 
@@ -96,14 +96,14 @@ def test_a_limit_draws_rows(tmp_path):
     path = str(write(tmp_path / "toy.jsonl", toy_rows(40)))
     whole = read_examples(TOY, path)
     drawn = [read_examples(TOY, path, limit=10, seed=seed) for seed in (0, 0, 1)]
-    numbers = [[int(item.fields["question"]) for item in part.items] for part in drawn]
+    numbers = [[int(fields["question"]) for fields in part.fields] for part in drawn]
     assert numbers[0] == numbers[1] == sorted(set(numbers[0]))
     assert numbers[0] != numbers[2]
     assert max(numbers[0]) > 10, "not the first rows"
-    assert drawn[0].rows == 40
+    assert drawn[0].available == 40
     assert drawn[0].describe() == drawn[1].describe()
     assert drawn[0].describe()["sha256"] != whole.describe()["sha256"]
-    assert read_examples(TOY, path, limit=99) == whole
+    assert read_examples(TOY, path, limit=99).describe() == whole.describe()
     with pytest.raises(InputError, match="--limit must be at least 1"):
         read_examples(TOY, path, limit=0)
 
@@ -122,8 +122,8 @@ def test_rows_of_the_hub_go_through_datasets(tmp_path, monkeypatch):
     )
     task = dataclasses.replace(TASKS["rte"], hub=str(tmp_path / "glue"))
     found = read_examples(task, "hub")
-    assert found.labels.tolist() == [0, 1]
-    assert found.items[0].fields == {k: RTE[0][k] for k in ("premise", "hypothesis")}
+    assert found.labels_E.tolist() == [0, 1]
+    assert found.fields[0] == {k: RTE[0][k] for k in ("premise", "hypothesis")}
     absent = dataclasses.replace(task, split="test")
     with pytest.raises(InputError, match="could not be read from the Hugging Face Hub"):
         read_examples(absent, "hub")
@@ -132,13 +132,13 @@ def test_rows_of_the_hub_go_through_datasets(tmp_path, monkeypatch):
 def test_a_split_shares_no_passage(tmp_path):
     whole = read_examples(TOY, str(write(tmp_path / "toy.jsonl", toy_rows(120, passages=30))))
     train, test = split_examples(TOY, whole, 0.5)
-    passages = [{item.fields["text"] for item in part.items} for part in (train, test)]
+    passages = [{fields["text"] for fields in part.fields} for part in (train, test)]
     assert not passages[0] & passages[1]
-    assert len(train.items) + len(test.items) == 120
-    assert 30 < len(train.items) < 90
-    assert split_examples(TOY, whole, 0.5, seed=1)[0] != train
+    assert len(train.fields) + len(test.fields) == 120
+    assert 30 < len(train.fields) < 90
+    assert split_examples(TOY, whole, 0.5, seed=1)[0].fields != train.fields
     with pytest.raises(InputError, match="leaves a part without some class"):
-        split_examples(TOY, dataclasses.replace(whole, items=whole.items[:2]), 0.5)
+        split_examples(TOY, whole.take(np.arange(2)), 0.5)
     with pytest.raises(InputError, match="--train-share"):
         split_examples(TOY, whole, 1.0)
 
@@ -203,4 +203,4 @@ def test_the_research_data(research_data):
     }
     for name, counts in expected.items():
         examples = read_examples(TASKS[name], str(research_data / "glue"))
-        assert np.bincount(examples.labels).tolist() == counts
+        assert np.bincount(examples.labels_E).tolist() == counts
