@@ -1,4 +1,4 @@
-"""The search itself: candidates measured one by one, and how much worse they are than dense."""
+"""Search steps: measure candidates, climb, and verify the front against the dense model."""
 
 from __future__ import annotations
 

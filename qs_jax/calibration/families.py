@@ -93,11 +93,11 @@ class Space(NamedTuple):
         pairs = list(zip(self.layers, levels, strict=True))
         if self.rule == "quota":
             before = (0, *levels)
-            used = [pair for i, pair in enumerate(pairs) if not lean or levels[i] > before[i]]
+            steps = [pair for i, pair in enumerate(pairs) if not lean or levels[i] > before[i]]
             return HaltingConfig(
                 rule="quota",
-                layers=tuple(layer for layer, _ in used),
-                quota=tuple(SHARES[level] for _, level in used),
+                layers=tuple(layer for layer, _ in steps),
+                quota=tuple(SHARES[level] for _, level in steps),
                 entropy=None,
             )
         tau_drift = [float("-inf")] * self.model.num_layers

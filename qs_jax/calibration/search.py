@@ -246,7 +246,7 @@ def _space(
             f"policies can be 'skip', 'propagate' and 'extrapolate', got {policy!r}: 'attended' "
             "has a threshold of its own (Observed.tau_kv)."
         )
-    chosen = set(layers or halting_layers(model))
+    places = set(layers or halting_layers(model))
     if policy == "extrapolate":
         if maps is None:
             raise ConfigError(
@@ -254,14 +254,14 @@ def _space(
                 "text, into params['kv_maps']."
             )
         maps.check(model)
-        chosen = chosen & set(maps.layers) if layers else set(maps.layers)
-    if not chosen or min(chosen) < 1 or max(chosen) > model.num_layers - 1:
+        places = places & set(maps.layers) if layers else set(maps.layers)
+    if not places or min(places) < 1 or max(places) > model.num_layers - 1:
         raise ConfigError(
-            f"layers must be between 1 and {model.num_layers - 1}, got {sorted(chosen)}."
+            f"layers must be between 1 and {model.num_layers - 1}, got {sorted(places)}."
         )
     rule = "quota" if task.cfg.effective_protocol == "continuation" else "dual"
     narrows = task.objective == "paper_flops"
-    return Space(policy, rule, tuple(sorted(chosen)), observed, model, fusion, narrows)
+    return Space(policy, rule, tuple(sorted(places)), observed, model, fusion, narrows)
 
 
 def _provenance(task: Task, verified: dict[str, Any], data: str) -> dict[str, Any]:

@@ -159,22 +159,22 @@ def measure_heads(
     # The same protocol, so that the same positions are read.
     off = cfg.replace(quicksilver=None, protocol=cfg.effective_protocol)
     room, results = cfg.model.max_positions - 1, {}
-    for name, given in examples.items():
+    for name, sample in examples.items():
         task, about, task_head = TASKS[name], {}, head
         if task_head is None:
-            train, given = split_examples(task, given, train_share, seed)
+            train, sample = split_examples(task, sample, train_share, seed)
             rows, _ = encode_examples(task, train, tokenizer, room)
             states_ED, _ = last_states(params, off, rows, title=f"{name}, features", **options)
             task_head, fit = fit_head(states_ED, train.labels_E, task.labels, l2=l2)
             about = {"fit": fit, "train": train.describe()}
         task_head = task_head.for_task(task)
-        rows, cut = encode_examples(task, given, tokenizer, room, bare=head is not None)
+        rows, cut = encode_examples(task, sample, tokenizer, room, bare=head is not None)
         dense = with_head(params, off, rows, task_head, title=f"{name}, dense", **options)
         other = None
         if cfg.quicksilver is not None and not cfg.quicksilver.is_off:
             other = with_head(params, cfg, rows, task_head, title=f"{name}, preset", **options)
         about |= {"truncated": cut, "mean_prompt_tokens": sum(map(len, rows)) / len(rows)}
-        results[name] = about | task_results(task, given, dense, other)
+        results[name] = about | task_results(task, sample, dense, other)
     return results
 
 
@@ -184,19 +184,19 @@ def task_results(
     """Compare the dense model and a preset, if there is one, in plain JSON types."""
     labels_E = examples.labels_E
     share = np.bincount(labels_E, minlength=len(task.labels)) / len(labels_E)
-    predicted_E = dense.scores_EC.argmax(-1)
+    dense_E = dense.scores_EC.argmax(-1)
     out: dict[str, Any] = {
         "data": examples.describe(),
         "metric": task.metric,
         "examples": len(labels_E),
         "class_shares": dict(zip(task.labels, share.tolist(), strict=True)),
-        "dense": measure(task.metric, labels_E, predicted_E),
+        "dense": measure(task.metric, labels_E, dense_E),
     }
     columns = {"label": labels_E.tolist(), "dense": dense.scores_EC.round(6).tolist()}
     if other is not None:
         other_E, saved = other.scores_EC.argmax(-1), accounting.summary(other.counts)
         out["quicksilver"] = measure(task.metric, labels_E, other_E) | {"saved": saved}
-        out["difference"] = compare(task.metric, labels_E, predicted_E, other_E)
+        out["difference"] = compare(task.metric, labels_E, dense_E, other_E)
         columns["quicksilver"] = other.scores_EC.round(6).tolist()
     return out | {"per_example": columns}
 

@@ -37,10 +37,10 @@ def measure_words(
     dense = _run_harness(settings, examples)
     other = {} if mechanisms is None else _run_harness(settings | mechanisms, examples)
     results = {}
-    for name, given in examples.items():
+    for name, sample in examples.items():
         outcome, about = dense[name]
-        changed = other[name][0] if other else None
-        results[name] = about | task_results(TASKS[name], given, outcome, changed)
+        preset = other[name][0] if other else None
+        results[name] = about | task_results(TASKS[name], sample, outcome, preset)
     return results
 
 
@@ -53,7 +53,9 @@ def _run_harness(
     manager = lm_eval.tasks.TaskManager(
         include_path=[shipped / "glue", shipped / "super_glue"], include_defaults=False
     )
-    return {name: _run_task(model, manager, TASKS[name], given) for name, given in examples.items()}
+    return {
+        name: _run_task(model, manager, TASKS[name], sample) for name, sample in examples.items()
+    }
 
 
 def _run_task(
@@ -61,14 +63,14 @@ def _run_task(
 ) -> tuple[Outcome, dict[str, Any]]:
     vars(model).update(counts=None, truncated=0)
     evaluate: Any = lm_eval.simple_evaluate  # its decorator hides its arguments from checkers
-    given = _harness_task(manager, task, examples)
-    found = evaluate(model, tasks=[given], task_manager=manager, bootstrap_iters=0)
-    samples = sorted(found["samples"][task.name], key=lambda sample: sample["doc_id"])
+    harness_task = _harness_task(manager, task, examples)
+    report = evaluate(model, tasks=[harness_task], task_manager=manager, bootstrap_iters=0)
+    samples = sorted(report["samples"][task.name], key=lambda sample: sample["doc_id"])
     scores = [[value for value, _ in sample["filtered_resps"]] for sample in samples]
     lengths = [len(model.tok_encode(sample["arguments"][0][0])) for sample in samples]
-    results = found["results"][task.name]
+    results = report["results"][task.name]
     return Outcome(np.array(scores, np.float64), model.counts), {
-        "version": found["versions"][task.name],
+        "version": report["versions"][task.name],
         "metrics": {name: results[name] for name in ("acc,none", "mcc,none") if name in results},
         "truncated": model.truncated,
         "mean_prompt_tokens": float(np.mean(lengths)),

@@ -90,8 +90,8 @@ class QSJaxLM(TemplateLM):
         file = Path(kv_maps) if kv_maps else None
         maps, _ = presets.find_maps(self.cfg, self.folder, file, preset)
         self.params: Params = params if maps is None else {**params, "kv_maps": maps}
-        chosen = local_devices(str(devices))
-        self.devices = chosen if len(chosen) > 1 else None
+        group = local_devices(str(devices))
+        self.devices = group if len(group) > 1 else None
         self.batch_size = int(batch_size)
         self.max_length = min(max_length or model.max_positions, model.max_positions)
         if self.max_length < 2:
@@ -181,9 +181,9 @@ class QSJaxLM(TemplateLM):
         options = {"batch_size": self.batch_size, "devices": self.devices}
         with tqdm(total=len(rows), desc="loglikelihood", disable=disable_tqdm) as bar:
             for batch in score_rows(self.params, rows, self.cfg, return_states=True, **options):
-                asked = [(row, i) for row, at in enumerate(batch.index) for i in members[at]]
-                read = self._read(batch, [(row, *pairs[i]) for row, i in asked])
-                for (_row, index), result in zip(asked, read, strict=True):
+                targets = [(row, i) for row, at in enumerate(batch.index) for i in members[at]]
+                read = self._read(batch, [(row, *pairs[i]) for row, i in targets])
+                for (_row, index), result in zip(targets, read, strict=True):
                     results[index] = result
                     if requests[index][0] is not None:
                         self.cache_hook.add_partial("loglikelihood", requests[index][0], result)
@@ -204,24 +204,24 @@ class QSJaxLM(TemplateLM):
         self.truncated += len(context) > room
         return context[-room:]
 
-    def _read(self, batch: ScoredBatch, asked: list[Any]) -> Iterator[tuple[float, bool]]:
+    def _read(self, batch: ScoredBatch, targets: list[Any]) -> Iterator[tuple[float, bool]]:
         """Log-likelihood of each continuation, and whether greedy decoding would produce it.
 
         Args:
           batch: Of `score_rows`, with states.
-          asked: Row of the batch, context and continuation of each request.
+          targets: Row of the batch, context and continuation of each request.
         """
         assert batch.out.states is not None
         before = [
             batch.out.states[row, len(context) - 1 : len(context) + len(after) - 1]
-            for row, context, after in asked
+            for row, context, after in targets
         ]
-        ids_M = np.concatenate([after for _, _, after in asked])
+        ids_M = np.concatenate([after for _, _, after in targets])
         pad = bucket_size(len(ids_M)) - len(ids_M)
         h_1MD = np.pad(np.concatenate(before), ((0, pad), (0, 0)))[None]
         h_1MD = jnp.asarray(h_1MD, self.cfg.model.dtype)
         read_1M2 = _read_tokens(self.params, h_1MD, jnp.asarray(np.pad(ids_M, (0, pad)))[None])
-        ends = np.cumsum([len(after) for _, _, after in asked])
+        ends = np.cumsum([len(after) for _, _, after in targets])
         for part_C2 in np.split(np.asarray(read_1M2[0], np.float64), ends)[:-1]:
             yield float(part_C2[:, 0].sum()), bool(part_C2[:, 1].all())
 
@@ -234,8 +234,8 @@ class QSJaxLM(TemplateLM):
         """
         windows = [self._windows(self.tok_encode(request.args[0])) for request in requests]
         flat = [(None, *window) for each in windows for window in each]
-        scored = iter(self._loglikelihood_tokens(flat, disable_tqdm) if flat else [])
-        totals = [sum((next(scored)[0] for _ in each), 0.0) for each in windows]
+        scores = iter(self._loglikelihood_tokens(flat, disable_tqdm) if flat else [])
+        totals = [sum((next(scores)[0] for _ in each), 0.0) for each in windows]
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
@@ -259,8 +259,8 @@ class QSJaxLM(TemplateLM):
         """
         for request in requests:
             self._settings(request.args[1])
-        asked = [request.args for request in requests]
-        groups, texts = Collator(asked, lambda args: -len(args[0]), group_by="gen_kwargs"), []
+        arguments = [request.args for request in requests]
+        groups, texts = Collator(arguments, lambda args: -len(args[0]), group_by="gen_kwargs"), []
         with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm) as bar:
             batches: Any = groups.get_batched(self.batch_size)
             for number, batch in enumerate(batches):
@@ -274,14 +274,14 @@ class QSJaxLM(TemplateLM):
                 bar.update(len(batch))
         return groups.get_original(texts)
 
-    def _settings(self, asked: dict[str, Any]) -> tuple[Config, list[str]]:
+    def _settings(self, request: dict[str, Any]) -> tuple[Config, list[str]]:
         """How to generate what a request asks for, and the strings that end it."""
-        left: dict[str, Any] = dict(normalize_gen_kwargs(asked, self.max_gen_toks))
-        until = [stop for stop in left.pop("until") if stop]
-        length, samples = left.pop("max_gen_toks"), left.pop("do_sample")
-        temperature, top_k = left.pop("temperature", 1.0), left.pop("top_k", None)
-        top_p, penalty = left.pop("top_p", None), left.pop("repetition_penalty", None)
-        other = {k: v for k, v in left.items() if k not in _NEUTRAL or v != _NEUTRAL[k]}
+        kwargs: dict[str, Any] = dict(normalize_gen_kwargs(request, self.max_gen_toks))
+        until = [stop for stop in kwargs.pop("until") if stop]
+        length, samples = kwargs.pop("max_gen_toks"), kwargs.pop("do_sample")
+        temperature, top_k = kwargs.pop("temperature", 1.0), kwargs.pop("top_k", None)
+        top_p, penalty = kwargs.pop("top_p", None), kwargs.pop("repetition_penalty", None)
+        other = {k: v for k, v in kwargs.items() if k not in _NEUTRAL or v != _NEUTRAL[k]}
         if other:
             raise InputError(f"generation settings that qs-jax does not have: {other}.")
         if not 1 <= length < self.max_length:
@@ -302,17 +302,17 @@ class QSJaxLM(TemplateLM):
 
     def _continue(self, rows: list[list[int]], cfg: Config, until: list[str]) -> list[str]:
         """Texts of a batch; stops once every row has ended or met a stop string."""
-        made: list[list[int]] = [[] for _ in rows]
+        new: list[list[int]] = [[] for _ in rows]
         ended = [False] * len(rows)
         for step in stream(self.params, rows, cfg):
             for row, token in enumerate(step.tokens.tolist()):
                 if not ended[row]:
-                    made[row] += [token] if step.is_new[row] else []
-                    stopped = any(stop in self._text(made[row]) for stop in until)
+                    new[row] += [token] if step.is_new[row] else []
+                    stopped = any(stop in self._text(new[row]) for stop in until)
                     ended[row] = stopped or bool(step.done[row])
             if all(ended):
                 break
-        return [postprocess_generated_text(self._text(ids), until, None) for ids in made]
+        return [postprocess_generated_text(self._text(ids), until, None) for ids in new]
 
     def _text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)

@@ -176,12 +176,12 @@ def evaluate(
     append = entries.append if journal is None else journal.append
     tokens_WT, count = windows.tokens_WT, len(windows.tokens_WT)
     share = processes.share(range(-(-count // batch_size)))
-    left = share[len(entries) :]
+    batches = share[len(entries) :]
     total = sum(min(batch_size, count - at * batch_size) for at in share)
     done = sum(len(entry["tokens"]) for entry in entries)
     with tqdm(total=total, initial=done, unit="window", disable=not progress) as bar:
         for entry in score_windows(
-            params, tokens_WT, cfg, batch_size=batch_size, batches=left, devices=devices
+            params, tokens_WT, cfg, batch_size=batch_size, batches=batches, devices=devices
         ):
             append(entry)
             perplexity = exp(mean_nll(entries)) or math.inf

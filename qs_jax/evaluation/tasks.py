@@ -91,8 +91,9 @@ class Examples:
     def describe(self) -> dict[str, Any]:
         """Origin, number and digest of the rows, for a results file."""
         content = json.dumps([*map(list, zip(self.fields, self.labels_E.tolist(), strict=True))])
-        digest, used = hashlib.sha256(content.encode()).hexdigest(), len(self.fields)
-        return {"name": self.name, "rows": self.available, "used": used, "sha256": digest}
+        digest = hashlib.sha256(content.encode()).hexdigest()
+        count = len(self.fields)
+        return {"name": self.name, "rows": self.available, "used": count, "sha256": digest}
 
 
 _PAIR = (("premise", "sentence1"), ("hypothesis", "sentence2"))
@@ -180,8 +181,8 @@ def read_examples(task: Task, data: str, limit: int | None = None, seed: int = 0
     if not pairs:
         raise InputError(f"{name} is empty: {task.name} needs labelled rows.")
     fields, labels = zip(*pairs, strict=True)
-    drawn = np.random.default_rng(seed).permutation(len(pairs))[:limit]
-    return Examples(fields, np.array(labels), name, len(pairs)).take(np.sort(drawn))
+    sample = np.random.default_rng(seed).permutation(len(pairs))[:limit]
+    return Examples(fields, np.array(labels), name, len(pairs)).take(np.sort(sample))
 
 
 def split_examples(

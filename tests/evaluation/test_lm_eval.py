@@ -129,10 +129,10 @@ def test_the_harness_runs_every_kind_of_task(model_of, folder):
     right = np.mean([b == d["label"] for b, d in zip(best, DOCUMENTS, strict=True)])
     assert results["results"]["choice_here"]["acc,none"] == pytest.approx(right)
     assert results["results"]["rolling_here"]["bits_per_byte,none"] > 0
-    told = results["config"]["qs_jax"]
-    assert told["preset"] == "half.json"
-    assert told["protocol"] == "continuation"
-    assert 0 < told["saved_scoring"]["layer_tokens_saved"] < 1
+    info = results["config"]["qs_jax"]
+    assert info["preset"] == "half.json"
+    assert info["protocol"] == "continuation"
+    assert 0 < info["saved_scoring"]["layer_tokens_saved"] < 1
     for sample, document in zip(results["samples"]["until_here"], DOCUMENTS, strict=True):
         cfg = lm.cfg.replace(max_new_tokens=12)
         out = qs_jax.generate(lm.params, [lm.tok_encode(document["text"])], cfg)
@@ -142,7 +142,7 @@ def test_the_harness_runs_every_kind_of_task(model_of, folder):
 
 @pytest.mark.parametrize("name", ["off", "half", pytest.param("dual", marks=pytest.mark.slow)])
 def test_words_of_one_token_share_a_row(model_of, name):
-    """Their context runs once; every value is that of a row of its own, and greedy is told."""
+    """Their context runs once; every value is that of a row of its own, and greedy is right."""
     lm, asked = model_of(name), [([5, 6, 7, 8, 9], [word]) for word in (3, 4)]
     asked += [([5, 6, 7, 8, 9], [3, 4]), ([6, 7, 8, 9, 9], [3])]
     best = logprobs_of(lm, [*asked[0][0], 3], 5)[1].tolist()

@@ -28,12 +28,12 @@ def run(tiny_checkpoint, tmp_path, monkeypatch):
     """Runs the command on 24 rows of a toy task; returns the results."""
     monkeypatch.setattr(console, "detect_legacy_windows", lambda: False)
     monkeypatch.setitem(tasks.TASKS, "toy", TOY)
-    mine = str(presets.save(tmp_path / "mine.json", SETTINGS))
+    preset = str(presets.save(tmp_path / "mine.json", SETTINGS))
     write(tmp_path / "toy.jsonl", toy_rows(24))
     write(tmp_path / "rte.jsonl", RTE * 4)
 
     def run(**options):
-        given = {"tasks": ("toy",), "data": str(tmp_path), "preset": mine, "batch_size": 8}
+        given = {"tasks": ("toy",), "data": str(tmp_path), "preset": preset, "batch_size": 8}
         given |= {"head": "linear"} | options
         Tasks(ckpt=tiny_checkpoint, out=tmp_path / "out.json", **given).run()
         return json.loads((tmp_path / "out.json").read_text())
@@ -86,9 +86,9 @@ def test_a_fitted_head(run, capsys):
     task = results["tasks"]["toy"]
     assert task["examples"] + task["train"]["used"] == 24
     assert task["fit"]["gradient_norm"] < 1e-3
-    told = capsys.readouterr().err
-    assert "toy, dense" in told
-    assert "toy, preset" in told
+    printed = capsys.readouterr().err
+    assert "toy, dense" in printed
+    assert "toy, preset" in printed
     with pytest.raises(InputError, match="--overwrite"):
         run()
 
