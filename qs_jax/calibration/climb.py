@@ -21,7 +21,6 @@ from qs_jax.models import Params
 OBJECTIVES = ("exact_flops", "paper_flops", "layer_tokens")
 # Steps are tried up to this multiple of the budget: the front shows what a little more would buy.
 _BEYOND = 1.5
-_TINY = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +162,7 @@ def climb(task: Task, space: Space, max_evaluations: int, *, progress: bool = Fa
                     points[steps[knob]] = _point(task, space, steps[knob])
                     bar.update()
                 point = points[steps[knob]]
-                cost = max(point.ppl_increase - here.ppl_increase, _TINY)
+                cost = max(point.ppl_increase - here.ppl_increase, 1e-6)
                 within = point.ppl_increase <= ceiling
                 gains[knob] = (point.saving - here.saving) / cost if within else -math.inf
                 fresh.add(knob)
