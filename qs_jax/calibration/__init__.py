@@ -1,4 +1,4 @@
-"""Calibration to a quality budget: what to spend it on, found on one text, checked on another."""
+"""Calibration to a quality budget: a search on one text, verified on another."""
 
 from qs_jax.calibration.climb import Point
 from qs_jax.calibration.fit_maps import fit_kv_maps

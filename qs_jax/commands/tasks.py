@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from qs_jax.checkpoint import read_manifest
 from qs_jax.commands.options import ScoringOptions, print_table
@@ -29,12 +29,8 @@ class Tasks(ScoringOptions):
     """Of the draw and of --head linear's split."""
     head: str = "none"
     """none: by the likelihood of label words, through lm-evaluation-harness. linear: a head fitted
-    on frozen states of a share of the examples, evaluated on the others. DIR: one made by
-    convert.classifier."""
-    head_input: Literal["pair", "prompt"] = "pair"
-    """--head DIR: feed it the bare text or pair of texts, or the task's prompt."""
-    fit_on: Literal["dense", "preset"] = "dense"
-    """--head linear: whose states it is fitted on; both models are evaluated with the same head."""
+    on the dense model's states of a share of the examples, evaluated on the others. DIR: one made
+    by convert.classifier."""
     train_share: float = 0.5
     """--head linear: share of the examples it is fitted on."""
     l2: float = 0.1
@@ -82,15 +78,13 @@ class Tasks(ScoringOptions):
                 examples,
                 self.load_tokenizer(),
                 head=None if self.head == "linear" else self._load_head(),
-                bare=self.head != "linear" and self.head_input == "pair",
-                fit_on=self.fit_on,
                 train_share=self.train_share,
                 seed=self.seed,
                 l2=self.l2,
                 batch_size=self.batch_size,
                 devices=devices,
             )
-        names = "batch_size head_input fit_on train_share l2 limit seed".split()
+        names = "batch_size train_share l2 limit seed".split()
         others = {name: getattr(self, name) for name in names}
         config = self.settings(cfg, head=Path(self.head).name, kv_maps_sha256=digest, **others)
         simulated = self.engine == "masked" and not cfg.quicksilver.is_off

@@ -1,8 +1,7 @@
-"""Measuring quality: perplexity on public or local texts, with what the mechanisms saved."""
+"""Quality: perplexity and classification tasks, with what the mechanisms saved."""
 
 from qs_jax.evaluation.datasets import Text, read_text
 from qs_jax.evaluation.perplexity import (
-    Evaluation,
     Windows,
     cut_windows,
     evaluate,
@@ -12,7 +11,6 @@ from qs_jax.evaluation.perplexity import (
 )
 
 __all__ = [
-    "Evaluation",
     "Text",
     "Windows",
     "cut_windows",

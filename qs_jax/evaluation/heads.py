@@ -11,13 +11,13 @@ import numpy as np
 import scipy.optimize
 import scipy.special
 from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from qs_jax.errors import CheckpointError, InputError
 from qs_jax.evaluation.tasks import Task
 
 FILE_NAME = "classifier.safetensors"
-_MAX_ITERATIONS = 500
-_GRADIENT = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Head:
       weight_CD: float32.
       bias_C: float32.
       labels: Name of each class, in the head's own order.
-      backbone: `fingerprint` of the parameters it was trained with; None if unknown.
+      backbone: Fingerprint of the parameters it was trained with; None if unknown.
     """
 
     weight_CD: Float[np.ndarray, "C D"]
@@ -41,7 +41,7 @@ class Head:
         return states_ED.astype(np.float32) @ self.weight_CD.T + self.bias_C
 
     def for_task(self, task: Task) -> Head:
-        """The same head with its classes in the task's order.
+        """The head with its classes in the task's order.
 
         Labels that are only numbered (LABEL_0, ...) are taken to be in the data set's order.
 
@@ -49,23 +49,20 @@ class Head:
           InputError: The classes are not the task's.
         """
         names = [label.lower() for label in self.labels]
-        wanted = [label.lower() for label in task.labels]
-        if names == [f"label_{index}" for index in range(len(wanted))]:
-            return dataclasses.replace(self, labels=task.labels)
-        if sorted(names) != sorted(wanted):
+        if names == [f"label_{index}" for index in range(len(task.labels))]:
+            names = list(task.labels)
+        if sorted(names) != sorted(task.labels):
             raise InputError(
                 f"the head's classes are {', '.join(self.labels)}; {task.name} has "
                 f"{', '.join(task.labels)}."
             )
-        order = [names.index(label) for label in wanted]
+        order = [names.index(label) for label in task.labels]
         return dataclasses.replace(
             self, weight_CD=self.weight_CD[order], bias_C=self.bias_C[order], labels=task.labels
         )
 
     def save(self, folder: Path) -> Path:
         """Write `classifier.safetensors` into a folder; returns the file."""
-        from safetensors.numpy import save_file
-
         about = {"labels": list(self.labels), "backbone": self.backbone}
         path = folder / FILE_NAME
         tensors = {"weight": np.ascontiguousarray(self.weight_CD), "bias": self.bias_C}
@@ -79,8 +76,6 @@ class Head:
         Raises:
           CheckpointError: There is no such file, or it is damaged.
         """
-        from safetensors import SafetensorError, safe_open
-
         path = folder / FILE_NAME
         if not path.is_file():
             raise CheckpointError(
@@ -105,14 +100,8 @@ def fit_head(
 ) -> tuple[Head, dict[str, Any]]:
     """Fit multinomial logistic regression on frozen states by L-BFGS.
 
-    States are standardised channel by channel; the loss is the mean cross-entropy plus
-    `l2 / 2` times the squared weights on that scale. Both are folded into the head.
-
-    Args:
-      states_ED: Frozen features, finite.
-      labels_E: Class of each.
-      labels: Name of each class.
-      l2: At least 0.
+    States are standardised channel by channel, which is folded into the head; the loss is the mean
+    cross-entropy plus `l2 / 2` times the squared weights on that scale.
 
     Returns:
       The head, and "iterations", "loss" and "gradient_norm" where it stopped.
@@ -138,7 +127,7 @@ def fit_head(
         return value, np.column_stack([gradient_CD, error_EC.sum(0)]).ravel()
 
     start = np.zeros(classes * (x_ED.shape[1] + 1))
-    options = {"maxiter": _MAX_ITERATIONS, "gtol": _GRADIENT}
+    options = {"maxiter": 500, "gtol": 1e-6}
     best = scipy.optimize.minimize(loss, start, jac=True, method="L-BFGS-B", options=options)
     weight_CD, bias_C = np.split(best.x.reshape(classes, -1), [-1], axis=1)
     weight_CD, bias_C = weight_CD / std_D, bias_C[:, 0] - (weight_CD / std_D) @ mean_D
