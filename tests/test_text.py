@@ -13,7 +13,7 @@ TEXT = st.text(st.sampled_from("the thé 12 \n😀عx"), max_size=30)
 
 def tokenizer_of(metadata):
     values = {f"tokenizer.ggml.{key}": value for key, value in metadata.items()}
-    return build_tokenizer(lambda name, default=None: values.get(name, default), "test")
+    return build_tokenizer(lambda name, default=None: values.get(name, default))
 
 
 @pytest.fixture(scope="module", params=[byte_level_tokenizer, sentencepiece_tokenizer])

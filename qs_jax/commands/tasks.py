@@ -30,7 +30,7 @@ class Tasks(ScoringOptions):
     head: str = "none"
     """none: by the likelihood of label words, through lm-evaluation-harness. linear: a head fitted
     on frozen states of a share of the examples, evaluated on the others. DIR: one made by
-    convert.classifier."""
+    convert.hf_to_flax --classifier."""
     head_input: Literal["pair", "prompt"] = "pair"
     """--head DIR: feed it the bare text or pair of texts, or the task's prompt."""
     fit_on: Literal["dense", "preset"] = "dense"

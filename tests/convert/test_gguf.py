@@ -7,7 +7,7 @@ import pytest
 
 import qs_jax
 from convert.errors import ConversionError
-from convert.gguf_source import GGUFFile
+from convert.gguf_source import open_gguf
 from convert.hf_to_flax import convert
 from qs_jax.models.rope import inverse_frequencies
 from tests.convert.folders import LLAMA_CONFIG, assert_same_tree, llama_tensors
@@ -46,9 +46,9 @@ def test_a_float_file_gives_back_every_tensor(tmp_path, tensors):
 def test_quantised_tensors_are_dequantised(tmp_path, tensors, kind, tolerance):
     whole = {name: t for name, t in tensors.items() if t.shape[-1] % 32 == 0}
     path = write_gguf(tmp_path / "m.gguf", whole, LLAMA_CONFIG, quantization=kind)
-    source = GGUFFile(path)
+    source = open_gguf(path)
     for name, tensor in whole.items():
-        read = source.read(name)
+        read = source.tensors[name].read()
         assert read.dtype == np.float32
         np.testing.assert_allclose(read, tensor, atol=tolerance * np.abs(tensor).max())
 
