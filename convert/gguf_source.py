@@ -130,6 +130,7 @@ def open_gguf(path: Path, description: str | None = None) -> Source:
     names = {_hf_name(name): name for name in file.stored if name != _FREQUENCIES}
     try:
         config = _config(file, names)
+        tensors = {name: _tensor(file, name, stored, config) for name, stored in names.items()}
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ConversionError(f"{path}: metadata is incomplete or damaged: {error!r}") from error
     # llama.cpp ends on any of these.
@@ -140,7 +141,7 @@ def open_gguf(path: Path, description: str | None = None) -> Source:
         description,
         config,
         {"eos_token_id": ends} if len(ends) > 1 else {},
-        {name: _tensor(file, name, stored, config) for name, stored in names.items()},
+        tensors,
         functools.partial(_write_tokenizer, file, description),
     )
 
@@ -156,15 +157,14 @@ def _hf_name(name: str) -> str:
 
 def _tensor(file: GGUFFile, name: str, stored: str, config: dict[str, Any]) -> StoredTensor:
     """A tensor under its Hugging Face name, with rotary pairs in Hugging Face order."""
-    heads = None
-    if ".q_proj." in name or ".k_proj." in name:
-        heads = config["num_attention_heads"]
-    if ".k_proj." in name:
-        heads = config.get("num_key_value_heads") or heads
+    q_heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or q_heads
 
     def read() -> np.ndarray:
         tensor = file.dequantize(stored)
-        return tensor if heads is None else unpermute(tensor, heads)
+        if ".q_proj." in name or ".k_proj." in name:
+            return unpermute(tensor, q_heads if ".q_proj." in name else kv_heads)
+        return tensor
 
     shape = tuple(int(size) for size in reversed(file.stored[stored].shape))
     return StoredTensor(shape, "float32", read)

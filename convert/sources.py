@@ -33,9 +33,6 @@ _TOKENIZER_SETS = (
     {"tokenizer.model", "tokenizer_config.json"},
     {"vocab.json", "merges.txt"},
 )
-_CONFIGS = ["config.json", "generation_config.json"]
-_SAFETENSORS = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
-_PICKLES = ["pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"]
 _SAFETENSORS_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
@@ -105,13 +102,13 @@ def download(repo_id: str, revision: str | None = None) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    def fetch(patterns: list[str]) -> Path:
-        patterns = [*_CONFIGS, *TOKENIZER_FILES, *patterns]
+    def fetch(weights: str) -> Path:
+        patterns = ["config.json", "generation_config.json", *TOKENIZER_FILES, weights]
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
 
     try:
-        folder = fetch(_SAFETENSORS)
-        return folder if any(folder.glob("model*.safetensors")) else fetch(_PICKLES)
+        folder = fetch("model*.safetensors*")
+        return folder if any(folder.glob("model*.safetensors")) else fetch("pytorch_model*.bin*")
     except Exception as error:  # huggingface_hub and its HTTP client raise many kinds
         raise ConversionError(
             f"{repo_id} is no folder here, and could not be fetched from the Hub as a model id "
