@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qs_jax import diagnostics, presets
+from qs_jax.checkpoint import load_tokenizer
 from qs_jax.commands.options import TextOptions, print_table
 from qs_jax.config import Config
 from qs_jax.diagnostics import Diagnosis, Flags
@@ -20,7 +21,8 @@ _ROWS = {
     "top1_agreement": ("same likeliest token as dense", "{:.1%}"),
     "layer_tokens_saved": ("layer-tokens saved, simulated", "{:.1%}"),
 }
-_TOKEN_COLUMNS = ("at", "token", "layers\nrun", "bits", "drift\nindex", "relative", "attribution")
+_TOKEN_COLUMNS = ("at", "token", "layers\nrun", "bits", "drift\nindex", "attribution", "flagged by")
+_SHOWN = 20  # rows of the table of tokens
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -40,13 +42,17 @@ class Diagnose(TextOptions):
     """Flag tokens whose drift index or attribution score is above this percentile of the text."""
     max_protect: int = 16
     """Suggest at most N ids."""
-    show: int = 20
-    """Rows of the table of tokens; the file has all."""
 
     def run(self) -> None:
         """Check, compare, suggest, write, report."""
-        self._check()
-        tokenizer = self.load_tokenizer()
+        self.check_out()
+        if self.suggest_protect is not None:
+            check_target(self.suggest_protect, overwrite=self.overwrite, option="--suggest-protect")
+            if self.suggest_protect.suffix != ".json":
+                raise InputError("--suggest-protect is a preset: its name must end in .json.")
+        if self.max_protect < 1:
+            raise InputError("--max-protect must be at least 1.")
+        tokenizer = load_tokenizer(self.ckpt)
         ids, left_out = self.encode_text(tokenizer)
         cfg = self.config(continuation_tokens=self.scored_tokens(len(ids)), engine="masked")
         maps, _ = self.find_maps(cfg)
@@ -60,16 +66,6 @@ class Diagnose(TextOptions):
         )
         write_json(self.out, content | self.origin(cfg))
         self._print(content)
-
-    def _check(self) -> None:
-        self.check_out()
-        if self.suggest_protect is not None:
-            check_target(self.suggest_protect, overwrite=self.overwrite, option="--suggest-protect")
-            if self.suggest_protect.suffix != ".json":
-                raise InputError("--suggest-protect is a preset: its name must end in .json.")
-        for name in ("max_protect", "show"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} must be at least 1.")
 
     def _protect(
         self, params: Params, cfg: Config, found: Diagnosis, flags: Flags, tokenizer: Any
@@ -94,9 +90,9 @@ class Diagnose(TextOptions):
         return protect | {"after": after}
 
     def _print(self, content: dict[str, Any]) -> None:
-        summary, protect = content["summary"], content["protect"]
+        summary, protect = content["summary"], content["protect"] or {"tokens": [], "after": None}
         columns = {"dense": {"perplexity": summary["dense_perplexity"]}, "preset": summary}
-        if protect is not None and protect["after"] is not None:
+        if protect["after"] is not None:
             columns["protected"] = protect["after"]
         rows = [
             [label, *(form.format(of[key]) if key in of else "" for of in columns.values())]
@@ -109,27 +105,24 @@ class Diagnose(TextOptions):
             print("The preset touched no token of this text.")
         flagged = [row for row in content["tokens"] if row["flagged_by"]]
         flagged.sort(key=lambda row: -row["attribution"])
-        title = f"{len(flagged)} flagged tokens by attribution, {self.show} at most"
-        print_table(title, (*_TOKEN_COLUMNS, "flagged by"), map(_cells, flagged[: self.show]))
-        if protect is not None:
-            for token in protect["tokens"]:
-                print(f"protect {token['id']} {token['text']!r}")
-            if protect["tokens"]:
-                print(f"wrote {self.suggest_protect}; check it on other text with `evaluate`")
-            else:
-                print("There is nothing to protect: no flagged token was touched.")
+        title = f"{len(flagged)} flagged tokens by attribution, {_SHOWN} at most"
+        print_table(title, _TOKEN_COLUMNS, map(_cells, flagged[:_SHOWN]))
+        for token in protect["tokens"]:
+            print(f"protect {token['id']} {token['text']!r}")
+        if protect["tokens"]:
+            print(f"wrote {self.suggest_protect}; check it on other text with `evaluate`")
+        elif self.suggest_protect is not None:
+            print("There is nothing to protect: no flagged token was touched.")
         print(f"wrote {self.out}")
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
-    fused = " fused" if row["representative"] != row["position"] else ""
-    return [
-        str(row["position"]),
+def _cells(row: dict[str, Any]) -> tuple[Any, ...]:
+    return (
+        row["position"],
         repr(row["text"]),
-        f"{row['layers_run']}{fused}",
-        str(row["bits"]) if row["bits"] < 16 else "",
-        f"{row['drift_index']:.4g}",
-        f"{row['relative_index']:.1%}",
+        f"{row['layers_run']}{' fused' if row['representative'] != row['position'] else ''}",
+        row["bits"] if row["bits"] < 16 else "",
+        f"{row['drift_index']:.4g} ({row['relative_index']:.1%})",
         f"{row['attribution']:.2e}",
         " ".join(row["flagged_by"]),
-    ]
+    )

@@ -6,17 +6,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from qs_jax.checkpoint import load_tokenizer
 from qs_jax.commands.options import ScoringOptions, print_table
 from qs_jax.config import Config
 from qs_jax.evaluation import journal
 from qs_jax.evaluation.datasets import Text
-from qs_jax.evaluation.perplexity import (
-    Evaluation,
-    Windows,
-    check_width,
-    evaluate,
-    read_windows,
-)
+from qs_jax.evaluation.perplexity import Windows, check_width, evaluate, read_windows
 from qs_jax.evaluation.processes import connect
 
 _SAVED = {
@@ -61,16 +56,17 @@ class Evaluate(ScoringOptions):
         cfg = self.config(continuation_tokens=self.continuation_tokens, engine=self.engine)
         check_width(self.seq_len, cfg)
         maps, digest = self.find_maps(cfg)
-        tokenizer = self.load_tokenizer()
+        tokenizer = load_tokenizer(self.ckpt)
         text, windows = read_windows(self.data, tokenizer, self.seq_len, self.limit_windows)
-        check_width(windows.tokens_WT.shape[1], cfg)
+        width = windows.tokens_WT.shape[1]
+        check_width(width, cfg)
         identity = self._identity(cfg, text, windows, digest)
         complete = self.resume and journal.is_complete(self.out, identity)
         if processes.gather([{"complete": complete}])[0]["complete"]:
             print(f"{self.out} is complete; it was left as it is.")
             return
         with journal.Journal(own, identity, resume=self.resume) as batches:
-            found = evaluate(
+            results, _ = evaluate(
                 self.load(maps),
                 windows,
                 cfg,
@@ -83,16 +79,16 @@ class Evaluate(ScoringOptions):
             counts = {"characters": len(text.text), "documents": text.documents}
             counts |= {"tokens": windows.tokens_in_text, "tokens_left_over": windows.left_over}
             if processes.index == 0:
-                journal.write_json(self.out, found.results | {"text": counts} | identity)
+                journal.write_json(self.out, results | {"text": counts} | identity)
             processes.gather([])  # nobody forgets before it is written
             batches.remove()
         if processes.index == 0:
-            self._print(found, cfg, text.name, windows.tokens_WT.shape[1])
+            self._print(results, cfg, f"{text.name} · {cfg.effective_protocol}", width)
 
     def _identity(
         self, cfg: Config, text: Text, windows: Windows, digest: str | None
     ) -> dict[str, Any]:
-        """What makes two runs the same; all of it is in the results."""
+        """Everything that two runs must share to be the same run; it is in the results."""
         continued = cfg.effective_protocol == "continuation"
         settings = self.settings(
             cfg,
@@ -107,23 +103,17 @@ class Evaluate(ScoringOptions):
         )
         return {"config": dict(sorted(settings.items())), **self.origin(cfg)}
 
-    def _print(self, found: Evaluation, cfg: Config, name: str, width: int) -> None:
-        results, rate = found
+    def _print(self, results: dict[str, Any], cfg: Config, title: str, width: int) -> None:
         rows = {"perplexity": _number(results["perplexity"])}
         if results["perplexity_interval"] is not None:
             ends = map(_number, results["perplexity_interval"])
             rows["95 % interval over windows"] = " to ".join(ends)
         rows["windows"] = f"{results['windows']:,} of {width} tokens"
         rows["tokens scored"] = f"{results['tokens_scored']:,}"
-        if rate is not None:
-            devices = len(self.local_devices() or [0])
-            each = f", {rate / devices:,.0f} on each of {devices} devices" if devices > 1 else ""
-            rows["tokens per second"] = f"{rate:,.0f}{each} (first batch not counted)"
         rows["preset"] = Path(self.preset).name
         if cfg.quicksilver and not cfg.quicksilver.is_off:
             how = "simulated" if results["simulated"] else "counted"
             rows |= {f"{_SAVED[key]}, {how}": f"{results[key]:.1%}" for key in _SAVED}
-        title = f"{name} · {cfg.effective_protocol}"
         print_table(title, (), [*rows.items(), ("results", self.out)])
 
 

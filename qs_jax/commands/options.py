@@ -1,4 +1,4 @@
-"""Options that commands share, and what they do with them."""
+"""Options that commands share, and the values that follow from them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qs_jax import presets
-from qs_jax.checkpoint import choose_dtype, load, load_tokenizer, read_manifest
+from qs_jax.checkpoint import choose_dtype, load, read_manifest
 from qs_jax.config import Config, ModelConfig
 from qs_jax.engine.devices import local_devices
 from qs_jax.errors import InputError
@@ -26,7 +26,7 @@ from qs_jax.models import Params
 
 @dataclasses.dataclass(kw_only=True)
 class RunOptions:
-    """A checkpoint under a preset: what every command that runs a model takes."""
+    """A checkpoint under a preset: the options of every command that runs a model."""
 
     ckpt: Path
     """Folder written by convert.hf_to_flax."""
@@ -45,14 +45,14 @@ class RunOptions:
     qs-jax/xla in the user's cache folder."""
 
     def config(self, preset: str | None = None, **settings: Any) -> Config:
-        """The call under a preset, by default that of --preset; the weights are not read."""
+        """The configuration of a preset, by default --preset; the weights are not read."""
         model = ModelConfig.from_dict(read_manifest(self.ckpt)["model"])
         model = model.replace(dtype=choose_dtype(self.dtype, model))
         quicksilver = presets.by_name(preset or self.preset, model)
         return Config(model, quicksilver, protocol=self.protocol, **settings)
 
     def find_maps(self, cfg: Config, preset: str | None = None) -> tuple[KVMaps | None, str | None]:
-        """Maps of a preset and their file's SHA-256; None twice where it reads none."""
+        """Maps of a preset and the SHA-256 of their file; None twice where it reads none."""
         return presets.find_maps(cfg, self.ckpt, self.kv_maps, preset or self.preset)
 
     def load(self, maps: KVMaps | None = None) -> Params:
@@ -60,12 +60,8 @@ class RunOptions:
         params, _ = load(self.ckpt, dtype=self.dtype)
         return params if maps is None else {**params, "kv_maps": maps}
 
-    def load_tokenizer(self) -> Any:
-        """The checkpoint's tokenizer."""
-        return load_tokenizer(self.ckpt)
-
     def settings(self, cfg: Config, **others: Any) -> dict[str, Any]:
-        """For a results file: what decides the numbers; paths go by their last name."""
+        """Settings that decide the numbers of a results file; paths go by their last name."""
         assert cfg.quicksilver is not None
         return others | {
             "backend": jax.default_backend(),
@@ -77,7 +73,7 @@ class RunOptions:
         }
 
     def origin(self, cfg: Config) -> dict[str, Any]:
-        """For a results file: the model, and the code that ran it."""
+        """The model and the code that produced a results file."""
         manifest = read_manifest(self.ckpt)
         model = {"source": manifest["source"], "config": cfg.model.to_dict()}
         model["fingerprint"] = manifest["params"]

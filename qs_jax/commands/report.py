@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from qs_jax import report as reports
+from qs_jax.checkpoint import load_tokenizer
 from qs_jax.commands.options import TextOptions
 from qs_jax.config import Config
 from qs_jax.errors import InputError
@@ -63,7 +64,7 @@ class Report(TextOptions):
             raise InputError("--text needs --ckpt, the model that reads it.")
         if not self.preset:
             raise InputError("--preset names nothing.")
-        tokenizer = self.load_tokenizer()
+        tokenizer = load_tokenizer(self.ckpt)
         ids, _ = self.encode_text(tokenizer)
         common = {"continuation_tokens": self.scored_tokens(len(ids)), "engine": "masked"}
         cfgs = {name: self.config(name, **common) for name in self.preset}
