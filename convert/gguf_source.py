@@ -82,8 +82,8 @@ _SPECIAL = {
 }
 
 
-class GGUFFile:
-    """The metadata and tensors of a `.gguf` file of architecture `llama`."""
+class _File:
+    """The metadata and tensors of a `.gguf` file."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -98,7 +98,7 @@ class GGUFFile:
             raise ConversionError(f"{path} is truncated or not a GGUF file: {error}") from error
         self._mapped: mmap.mmap | None = getattr(reader.data, "_mmap", None)
         self.metadata = dict(reader.fields)
-        self.stored = {tensor.name: tensor for tensor in reader.tensors}
+        self.tensors = {tensor.name: tensor for tensor in reader.tensors}
 
     def value(self, name: str, default: Any = None) -> Any:
         """Metadata by its full name."""
@@ -108,7 +108,7 @@ class GGUFFile:
         """A tensor by its GGUF name, as float32."""
         from gguf import quants
 
-        tensor = self.stored[name]
+        tensor = self.tensors[name]
         whole = np.array(quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
         if self._mapped is not None:  # pages read so far need not stay in memory
             self._mapped.madvise(mmap.MADV_DONTNEED)
@@ -121,13 +121,13 @@ def open_gguf(path: Path, description: str | None = None) -> Source:
     Raises:
       ConversionError: It is damaged, or of another architecture.
     """
-    file = GGUFFile(path)
+    file, description = _File(path), description or str(path)
     architecture = file.value("general.architecture")
     if architecture != "llama":
         raise ConversionError(
             f"{path}: GGUF architecture {architecture!r} is not supported (known: llama)."
         )
-    names = {_hf_name(name): name for name in file.stored if name != _FREQUENCIES}
+    names = {_hf_name(name): name for name in file.tensors if name != _FREQUENCIES}
     try:
         config = _config(file, names)
         tensors = {name: _tensor(file, name, stored, config) for name, stored in names.items()}
@@ -136,14 +136,9 @@ def open_gguf(path: Path, description: str | None = None) -> Source:
     # llama.cpp ends on any of these.
     ends = [file.value(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
     ends = list(dict.fromkeys(token for token in ends if token is not None))
-    description = description or str(path)
-    return Source(
-        description,
-        config,
-        {"eos_token_id": ends} if len(ends) > 1 else {},
-        tensors,
-        functools.partial(_write_tokenizer, file, description),
-    )
+    generation = {"eos_token_id": ends} if len(ends) > 1 else {}
+    write_tokenizer = functools.partial(_write_tokenizer, file, description)
+    return Source(description, config, generation, tensors, write_tokenizer)
 
 
 def _hf_name(name: str) -> str:
@@ -155,7 +150,7 @@ def _hf_name(name: str) -> str:
     return f"{layer}{_TENSORS[match[2]]}.{match[3]}"
 
 
-def _tensor(file: GGUFFile, name: str, stored: str, config: dict[str, Any]) -> StoredTensor:
+def _tensor(file: _File, name: str, stored: str, config: dict[str, Any]) -> StoredTensor:
     """A tensor under its Hugging Face name, with rotary pairs in Hugging Face order."""
     q_heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or q_heads
@@ -166,11 +161,11 @@ def _tensor(file: GGUFFile, name: str, stored: str, config: dict[str, Any]) -> S
             return unpermute(tensor, q_heads if ".q_proj." in name else kv_heads)
         return tensor
 
-    shape = tuple(int(size) for size in reversed(file.stored[stored].shape))
+    shape = tuple(int(size) for size in reversed(file.tensors[stored].shape))
     return StoredTensor(shape, "float32", read)
 
 
-def _config(file: GGUFFile, names: dict[str, str]) -> dict[str, Any]:
+def _config(file: _File, names: dict[str, str]) -> dict[str, Any]:
     """The metadata as a Hugging Face config; an unknown key keeps its GGUF name."""
     config: dict[str, Any] = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     rope: dict[str, Any] = {}
@@ -187,7 +182,7 @@ def _config(file: GGUFFile, names: dict[str, str]) -> dict[str, Any]:
     if (eps := config.get("rms_norm_eps")) is not None:
         config["rms_norm_eps"] = float(f"{eps:.6g}")  # stored as float32
     embedding = names.get("model.embed_tokens.weight")
-    config["vocab_size"] = int(file.stored[embedding].shape[-1]) if embedding else 0
+    config["vocab_size"] = int(file.tensors[embedding].shape[-1]) if embedding else 0
     config["tie_word_embeddings"] = "lm_head.weight" not in names
     config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in names
     for token in ("bos", "eos", "padding"):
@@ -201,13 +196,13 @@ def _config(file: GGUFFile, names: dict[str, str]) -> dict[str, Any]:
 
 
 def _rope_scaling(
-    file: GGUFFile, rope: dict[str, Any], theta: float, head_dim: int
+    file: _File, rope: dict[str, Any], theta: float, head_dim: int
 ) -> dict[str, Any] | None:
     if rope.get("factor") is not None:
         rope.setdefault("rope_type", "linear")  # llama.cpp's default
     if rope.get("rope_type") == "none":
         rope = {}
-    if _FREQUENCIES not in file.stored:
+    if _FREQUENCIES not in file.tensors:
         return rope or None
     if rope:
         return {"rope_type": f"{_FREQUENCIES} together with other scaling"}
@@ -257,15 +252,13 @@ def embedded_path() -> Path:
     )
 
 
-def _write_tokenizer(file: GGUFFile, description: str, folder: Path) -> None:
+def _write_tokenizer(file: _File, description: str, folder: Path) -> None:
     try:
         build_tokenizer(file.value).save_pretrained(str(folder))
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise ConversionError(
             f"{description}: tokenizer metadata is incomplete or damaged: {error!r}"
         ) from error
-    except ConversionError as error:
-        raise ConversionError(f"{description}: {error}") from error
 
 
 def build_tokenizer(value: Callable[..., Any]) -> PreTrainedTokenizerFast:

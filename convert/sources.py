@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from convert.errors import ConversionError
 
@@ -182,22 +183,20 @@ def _safetensors(path: Path) -> dict[str, StoredTensor]:
     with _open_safetensors(path) as file:
         for name in file.keys():  # noqa: SIM118
             header = file.get_slice(name)
-            kind = str(header.get_dtype())
+            dtype = str(header.get_dtype())
             read = functools.partial(_read_safetensors, path, name)
-            shape = tuple(header.get_shape())
-            tensors[name] = StoredTensor(shape, _SAFETENSORS_DTYPES.get(kind, kind), read)
+            tensors[name] = StoredTensor(
+                tuple(header.get_shape()), _SAFETENSORS_DTYPES.get(dtype, dtype), read
+            )
     return tensors
 
 
 def _read_safetensors(path: Path, name: str) -> np.ndarray:
-    # Opened anew for every tensor, so that pages already read do not stay mapped.
-    with _open_safetensors(path) as file:
+    with _open_safetensors(path) as file:  # anew for every tensor: its pages do not stay mapped
         return file.get_tensor(name)
 
 
 def _open_safetensors(path: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
     path.open("rb").close()  # a file without permission to read raises its own error
     try:
         return safe_open(path, framework="numpy")
@@ -206,14 +205,11 @@ def _open_safetensors(path: Path) -> Any:
 
 
 def _torch_file(path: Path) -> dict[str, StoredTensor]:
-    return {
-        name: StoredTensor(
-            tuple(tensor.shape),
-            str(tensor.dtype).removeprefix("torch."),
-            functools.partial(_read_torch, path, name),
-        )
-        for name, tensor in _load_torch(path).items()
-    }
+    def stored(name: str, tensor: Any) -> StoredTensor:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return StoredTensor(tuple(tensor.shape), dtype, lambda: _read_torch(path, name))
+
+    return {name: stored(name, tensor) for name, tensor in _load_torch(path).items()}
 
 
 def _read_torch(path: Path, name: str) -> np.ndarray:
@@ -237,8 +233,7 @@ def _load_torch(path: Path) -> dict[str, Any]:
         loaded = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except Exception as error:  # torch raises many kinds for damaged files
         raise ConversionError(f"{path} is damaged or not a PyTorch file: {error}") from error
-    if not isinstance(loaded, dict) or not all(
-        isinstance(tensor, torch.Tensor) for tensor in loaded.values()
-    ):
+    tensors = loaded.values() if isinstance(loaded, dict) else [None]
+    if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
         raise ConversionError(f"{path} is not a plain dictionary of tensors.")
     return loaded

@@ -51,7 +51,6 @@ def staging(target: Path, overwrite: bool = False) -> Iterator[Path]:
       ConversionError: Writing failed; `target` is as it was.
     """
     staged = target.parent / f".{target.name}.partial-{os.getpid()}"
-    made = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _clear_abandoned(target)
@@ -60,9 +59,6 @@ def staging(target: Path, overwrite: bool = False) -> Iterator[Path]:
         _move_into_place(staged, target, overwrite)
     except BaseException as error:
         shutil.rmtree(staged, ignore_errors=True)
-        for folder in made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
         if isinstance(error, OSError | ValueError | RuntimeError):
             raise ConversionError(f"writing {target} failed, nothing was kept: {error}") from error
         raise

@@ -31,7 +31,7 @@ from qs_jax.mechanisms.kv_maps import FILE_NAME, KVMaps
 from qs_jax.models import Params, abstract_params
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerFast
 
 MANIFEST = "qs_jax.json"
 PARAMS = "params"
@@ -164,16 +164,21 @@ def transformers() -> ModuleType:
     return transformers
 
 
-def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a folder, without network.
 
     Raises:
+      TypeError: It is not one of the `tokenizers` library.
       Exception: Whatever `transformers` raises for files it cannot read.
     """
-    return transformers().AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    library = transformers()
+    tokenizer = library.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    if not isinstance(tokenizer, library.PreTrainedTokenizerFast):
+        raise TypeError(f"{type(tokenizer).__name__} is not based on the tokenizers library")
+    return tokenizer
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer stored in a converted checkpoint; no network is used.
 
     Raises:

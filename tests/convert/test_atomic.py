@@ -170,10 +170,3 @@ def test_a_target_moved_aside_by_a_killed_overwrite_comes_back(source, tmp_path)
         convert(str(source), tmp_path / "out")
     assert_first_model(tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["hf", "out"]
-
-
-def test_parents_made_for_nothing_go_again(tmp_path, tensors):
-    source = write_folder(tmp_path / "hf", tensors, tokenizer=False)
-    with pytest.raises(ConversionError, match="has no tokenizer"):
-        convert(str(source), tmp_path / "n1" / "n2" / "out")
-    assert os.listdir(tmp_path) == ["hf"]
