@@ -98,25 +98,11 @@ def test_dtype_on_the_way_in(tiny_checkpoint):
 
 
 @pytest.mark.parametrize(
-    ("flags", "expected"),
+    ("platform", "detail", "expected"),
     [
-        ("flags : avx512f avx512_bf16 avx512_vnni", "bfloat16"),
-        ("flags : avx512f avx512_vnni", "float32"),
-        (None, "float32"),  # not Linux
-    ],
-)
-def test_the_default_dtype_of_a_processor(tmp_path, monkeypatch, flags, expected):
-    if flags is not None:
-        (tmp_path / "cpuinfo").write_text(f"processor : 0\n{flags}\n\n", encoding="utf-8")
-    monkeypatch.setattr(halves, "CPU_INFO", tmp_path / "cpuinfo")
-    halves.processor_multiplies.cache_clear()
-    assert choose_dtype("auto", tiny_model(), SimpleNamespace(platform="cpu")) == expected
-    halves.processor_multiplies.cache_clear()
-
-
-@pytest.mark.parametrize(
-    ("platform", "capability", "expected"),
-    [
+        ("cpu", "flags : avx512f avx512_bf16 avx512_vnni", "bfloat16"),
+        ("cpu", "flags : avx512f avx512_vnni", "float32"),
+        ("cpu", None, "float32"),  # not Linux
         ("gpu", "8.0", "bfloat16"),
         ("gpu", "10.0", "bfloat16"),
         ("gpu", "7.5", "float32"),  # a T4 multiplies no bfloat16
@@ -124,12 +110,17 @@ def test_the_default_dtype_of_a_processor(tmp_path, monkeypatch, flags, expected
         ("tpu", "", "bfloat16"),
     ],
 )
-def test_the_default_dtype_is_the_faster_of_the_device(platform, capability, expected):
-    device = SimpleNamespace(platform=platform, compute_capability=capability)
+def test_the_default_dtype_is_the_faster(tmp_path, monkeypatch, platform, detail, expected):
+    if platform == "cpu" and detail:
+        (tmp_path / "cpuinfo").write_text(f"processor : 0\n{detail}\n\n", encoding="utf-8")
+    monkeypatch.setattr(halves, "CPU_INFO", tmp_path / "cpuinfo")
+    halves.processor_multiplies.cache_clear()
+    device = SimpleNamespace(platform=platform, compute_capability=detail)
     stored = tiny_model(dtype="bfloat16")
     assert choose_dtype("auto", stored, device) == expected
     assert choose_dtype(None, stored, device) == "bfloat16"
     assert choose_dtype("float32", stored, device) == "float32"
+    halves.processor_multiplies.cache_clear()
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])

@@ -15,6 +15,7 @@ from convert.errors import ConversionError
 from convert.hf_to_flax import convert
 from qs_jax.errors import CheckpointError
 from tests.convert.folders import (
+    assert_converts,
     assert_same_tree,
     llama_tensors,
     refused,
@@ -31,10 +32,8 @@ def test_an_existing_target_is_kept_unless_asked(source, tmp_path):
     convert(str(source), tmp_path / "out")
     with pytest.raises(ConversionError, match="exists; pass --overwrite"):
         convert(str(source), tmp_path / "out")
-    other, expected, _ = llama_tensors(seed=1)
-    write_folder(tmp_path / "hf", other)
-    convert(str(source), tmp_path / "out", overwrite=True)
-    assert_same_tree(qs_jax.load(tmp_path / "out")[0], expected)
+    write_folder(tmp_path / "hf", llama_tensors(seed=1)[0])
+    assert_converts(source, tmp_path / "out", seed=1, overwrite=True)
     assert sorted(os.listdir(tmp_path)) == ["hf", "out"]
     with pytest.raises(ConversionError, match="not a converted checkpoint; not overwriting"):
         convert(str(source), source, overwrite=True)
@@ -136,8 +135,7 @@ def test_stopped_half_way_leaves_nothing_that_loads(source, tmp_path, sent):
     for folder in (out, *left):
         with pytest.raises(CheckpointError):
             qs_jax.load(folder)
-    convert(str(source), out)
-    assert_first_model(out)
+    assert_converts(source, out)
     assert sorted(os.listdir(tmp_path)) == ["hf", "out"]
 
 
@@ -153,9 +151,8 @@ def test_a_symbolic_link_as_target(source, tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     convert(str(source), tmp_path / "link")
-    convert(str(source), tmp_path / "link", overwrite=True)
+    assert_converts(source, tmp_path / "link", overwrite=True)
     assert (tmp_path / "link").is_symlink()
-    assert_first_model(tmp_path / "link")
     assert sorted(os.listdir(tmp_path)) == ["hf", "link", "real"]
 
 

@@ -14,6 +14,7 @@ from qs_jax.errors import CheckpointError
 from qs_jax.testing import tiny_model, tiny_params
 from tests.convert.folders import (
     LLAMA_CONFIG,
+    assert_converts,
     assert_same_tree,
     llama_tensors,
     refused,
@@ -50,9 +51,7 @@ def test_sharded_weights_with_an_index(source, tmp_path, tensors):
         weight_map |= dict.fromkeys(names[part::3], file)
     index = source / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    convert(str(source), tmp_path / "out")
-    assert_same_tree(qs_jax.load(tmp_path / "out")[0], llama_tensors()[1])
-
+    assert_converts(source, tmp_path / "out")
     (source / "model-00002-of-00003.safetensors").unlink()
     assert "model-00002-of-00003.safetensors is missing" in refused(source, tmp_path / "second")
 
@@ -67,8 +66,7 @@ def test_pytorch_weights(source, tmp_path, tensors):
     parameters = {k: torch.nn.Parameter(v) for k, v in plain.items()}
     for stored, zipped in ((plain, True), (parameters, False)):
         torch.save(stored, file, _use_new_zipfile_serialization=zipped)
-        convert(str(source), tmp_path / "out", overwrite=not zipped)
-        assert_same_tree(qs_jax.load(tmp_path / "out")[0], llama_tensors()[1])
+        assert_converts(source, tmp_path / "out", overwrite=not zipped)
     torch.save({"state_dict": parameters}, file)
     assert "is not a plain dictionary of tensors" in refused(source, tmp_path / "second")
     file.write_bytes(b"PK\x03\x04 not a model")
@@ -91,8 +89,7 @@ def test_a_hub_id_resolves_through_the_hub_cache(tmp_path, tensors, monkeypatch)
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(commit)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    convert("someone/tiny-llama", tmp_path / "out")
-    assert_same_tree(qs_jax.load(tmp_path / "out")[0], llama_tensors()[1])
+    assert_converts("someone/tiny-llama", tmp_path / "out")
     manifest = json.loads((tmp_path / "out" / "qs_jax.json").read_text())
     assert manifest["source"] == "someone/tiny-llama (Hugging Face Hub)"
     message = refused("someone/unknown", tmp_path / "second")
@@ -126,8 +123,7 @@ def test_harmless_leftovers_are_ignored(tmp_path, tensors):
         "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
     }
     config = LLAMA_CONFIG | {"use_cache": True, "dtype": "float16"} | both
-    model, _ = convert(str(write_folder(tmp_path / "hf", more, config)), tmp_path / "out")
-    assert_same_tree(qs_jax.load(tmp_path / "out")[0], llama_tensors()[1])
+    model = assert_converts(write_folder(tmp_path / "hf", more, config), tmp_path / "out")
     assert model.rope_scaling is not None
     assert model.rope_scaling.factor == 4.0
 
@@ -221,7 +217,7 @@ def test_float64_is_rounded(tmp_path, tensors):
 def test_a_missing_tokenizer(tmp_path, tensors):
     source = write_folder(tmp_path / "hf", tensors, tokenizer=False)
     assert "has no tokenizer" in refused(source, tmp_path)
-    convert(str(source), tmp_path / "out", tokenizer=False)
+    assert_converts(source, tmp_path / "out", tokenizer=False)
     with pytest.raises(CheckpointError, match="no tokenizer"):
         qs_jax.load_tokenizer(tmp_path / "out")
 
