@@ -28,7 +28,7 @@ from tqdm import tqdm
 from convert.errors import ConversionError, Problems
 from convert.gguf_source import embedded_path, open_gguf
 from convert.hf_config import HEADING, model_config
-from convert.mapping import Rule, is_tied_head, match, rules_of
+from convert.mapping import CLASSIFIER, Rule, is_tied_head, match, rules_of
 from convert.sources import Source, download, open_folder
 from convert.staging import check_target, staging, write_json
 from convert.writer import LazyArray, write_tree
@@ -39,7 +39,6 @@ from qs_jax.models import abstract_params, count_params, param_bytes
 
 Dtype = Literal["float32", "bfloat16"]
 _VERSIONED = ("qs-jax", "jax", "flax", "orbax-checkpoint", "transformers", "safetensors", "gguf")
-_CLASSIFIER = "score.weight"
 
 
 def convert(
@@ -76,13 +75,9 @@ def convert(
     opened, problems = open_source(source, revision), Problems()
     config = opened.config | ({"tie_word_embeddings": True} if classifier else {})
     model, notes = model_config(config, dtype, problems, opened.generation_config)
-    rules, names, labels = [], {}, ()
-    if model is not None:
-        rules = rules_of(model)
-        if classifier:
-            labels = _labels(opened, problems)
-            head = Rule(_CLASSIFIER, ("classifier",), (len(labels), model.hidden_size))
-        names = match([*rules, head] if classifier else rules, opened.tensors, model, problems)
+    labels = _labels(opened, problems) if classifier else ()
+    rules = [] if model is None else rules_of(model, len(labels))
+    names = {} if model is None else match(rules, opened.tensors, model, problems)
     problems.raise_if_any(opened.description)
     assert model is not None
     rounded = sum(opened.tensors[name].dtype == "float64" for name in names.values())
@@ -93,14 +88,18 @@ def convert(
         if tokenizer:
             opened.write_tokenizer(staged)
             notes += _check_tokenizer(staged, model)
-        with tqdm(total=len(names), unit="tensor", disable=not progress) as bar:
+        with tqdm(total=len(names) - classifier, unit="tensor", disable=not progress) as bar:
             write_tree(staged / PARAMS, _lazy_tree(opened, rules, names, model, bar.update))
         write_json(staged / "config.json", config)
         if opened.generation_config:
             write_json(staged / "generation_config.json", opened.generation_config)
         write_json(staged / MANIFEST, manifest := _manifest(staged, model, opened))
         if classifier:
-            _write_classifier(staged, opened, labels, manifest["params"])
+            from qs_jax.evaluation.heads import Head
+
+            weight_CD = _read(opened, CLASSIFIER, rules[0], np.dtype(np.float32))
+            bias_C = np.zeros(len(labels), np.float32)
+            Head(weight_CD, bias_C, labels, manifest["params"]).save(staged)
     return model, notes
 
 
@@ -233,25 +232,14 @@ def _manifest(folder: Path, model: ModelConfig, source: Source) -> dict[str, Any
 
 def _labels(source: Source, problems: Problems) -> tuple[str, ...]:
     """Names of a classifier's classes in its order; Hugging Face leaves default names out."""
-    if _CLASSIFIER not in source.tensors:
-        raise ConversionError(f"{source.description} has no {_CLASSIFIER}: not a classifier.")
-    classes = source.tensors[_CLASSIFIER].shape[0]
+    if CLASSIFIER not in source.tensors:
+        raise ConversionError(f"{source.description} has no {CLASSIFIER}: not a classifier.")
+    classes = source.tensors[CLASSIFIER].shape[0]
     indices = [str(index) for index in range(classes)]
     labels = source.config.get("id2label") or {index: f"LABEL_{index}" for index in indices}
     if sorted(labels) != sorted(indices):
         problems.add(HEADING, f"id2label names {sorted(labels)}, the head has {classes} classes")
     return tuple(str(labels.get(index)) for index in indices)
-
-
-def _write_classifier(
-    folder: Path, source: Source, labels: tuple[str, ...], backbone: dict[str, int]
-) -> None:
-    """Write the head of a sequence classifier, in float32, beside its backbone."""
-    from qs_jax.evaluation.heads import Head
-
-    rule = Rule(_CLASSIFIER, ("classifier",), source.tensors[_CLASSIFIER].shape)
-    weight_CD = _read(source, _CLASSIFIER, rule, np.dtype(np.float32))
-    Head(weight_CD, np.zeros(len(labels), np.float32), labels, backbone).save(folder)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -47,8 +47,9 @@ _MODULES: dict[str, dict[str, list[str]]] = {
         "head.tokens": ["lm_head"],
     },
 }
-# What may stand in front of every name but the head's.
+# Optional beginning of every name but those of heads.
 _PREFIX = {"gpt2": "transformer.", "llama": "model."}
+CLASSIFIER = "score.weight"
 # Tensors that hold no weights: masks and frequencies.
 _IGNORED = {
     "gpt2": r"h\.\d+\.attn\.(masked_)?bias",
@@ -93,14 +94,19 @@ class Rule:
         return part.T if self.transpose else part
 
 
-def rules_of(model: ModelConfig) -> list[Rule]:
-    """One rule for each tensor that a checkpoint of `model` has, in the order of their columns."""
+def rules_of(model: ModelConfig, classes: int = 0) -> list[Rule]:
+    """One rule for each tensor that a checkpoint has, in the order of their columns.
+
+    Args:
+      model: Architecture.
+      classes: Of a sequence classifier, whose head is one more tensor.
+    """
     table = _MODULES[model.model_type]
     widths = {
         "qkv": (model.q_size, model.kv_size, model.kv_size),
         "gate_up": (model.mlp_size, model.mlp_size),
     }
-    rules = []
+    rules = [Rule(CLASSIFIER, ("classifier",), (classes, model.hidden_size))] if classes else []
     leaves: dict[Any, Any] = flatten_dict(abstract_params(model))
     for target, leaf in leaves.items():
         modules = table.get(".".join(target)) or table[".".join(target[:-1])]
@@ -117,8 +123,8 @@ def rules_of(model: ModelConfig) -> list[Rule]:
 
 def full_name(name: str, model: ModelConfig) -> str:
     """The name that Hugging Face itself writes."""
-    alone = name.startswith(("lm_head.", "score."))
-    return name if alone else _PREFIX[model.model_type] + name
+    is_head = name == CLASSIFIER or name.startswith("lm_head.")
+    return name if is_head else _PREFIX[model.model_type] + name
 
 
 def match(
