@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-# The embedded model, and what installs it.
+# The embedded model, and the requirements file that installs it.
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 REQUIREMENTS = Path(__file__).with_name("embedded.txt")
 _TENSORS = {
@@ -142,7 +142,7 @@ def open_gguf(path: Path, description: str | None = None) -> Source:
 
 
 def _hf_name(name: str) -> str:
-    """The Hugging Face name of a GGUF tensor; an unknown one keeps its own and is reported."""
+    """The Hugging Face name of a GGUF tensor; an unknown one stays as it is and is reported."""
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
     if not match or match[2] not in _TENSORS:
         return name
@@ -178,7 +178,7 @@ def _config(file: _File, names: dict[str, str]) -> dict[str, Any]:
         elif key in _ROPE:
             rope[_ROPE[key]] = file.value(name)
         elif key != "rope.scaling.attn_factor" or file.value(name) != 1.0:
-            config[name] = file.value(name)  # that factor multiplies what YaRN derives
+            config[name] = file.value(name)  # that factor multiplies YaRN's own
     if (eps := config.get("rms_norm_eps")) is not None:
         config["rms_norm_eps"] = float(f"{eps:.6g}")  # stored as float32
     embedding = names.get("model.embed_tokens.weight")

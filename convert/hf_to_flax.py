@@ -2,7 +2,7 @@
 
 Everything that can be checked is checked before a byte is written: attributes, tensor names and
 shapes, the tokenizer, the free space. The folder is then built beside `DIR` and renamed into place
-as the last step, so what stands at `DIR` is always whole.
+as the last step, so that `DIR` is always whole.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def convert(
 
 
 def open_source(source: str, revision: str | None = None) -> Source:
-    """Open what `source` names: `embedded`, a .gguf file, a folder, or a hub id.
+    """Open a source by its name: `embedded`, a .gguf file, a folder, or a hub id.
 
     Raises:
       ConversionError: It names nothing, or something unreadable.

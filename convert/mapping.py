@@ -85,7 +85,7 @@ class Rule:
         return [self.name.format(layer) for layer in range(num_layers if self.per_layer else 1)]
 
     def to_flax(self, tensor: np.ndarray) -> np.ndarray:
-        """A tensor as it stands in our tree: one layer, its own columns."""
+        """A tensor in the layout of our tree: one layer, the columns it fills."""
         return tensor.T if self.transpose else tensor
 
     def to_hf(self, leaf: np.ndarray) -> np.ndarray:

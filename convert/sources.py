@@ -1,4 +1,4 @@
-"""Checkpoints in someone else's format: what they hold, and each tensor when it is needed."""
+"""Checkpoints to convert: their configuration, and each tensor when it is needed."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class StoredTensor(NamedTuple):
 
     Attributes:
       shape: Its shape.
-      dtype: NumPy's name of its dtype, or the format's own where NumPy has none.
-      read: Returns it, in memory of its own.
+      dtype: NumPy's name of its dtype, or the format's where NumPy has none.
+      read: Returns a copy of it in memory.
     """
 
     shape: tuple[int, ...]
@@ -56,7 +56,7 @@ class Source:
     """A checkpoint to convert.
 
     Attributes:
-      description: What it is, for messages and provenance.
+      description: Its name, for messages and provenance.
       config: As in a Hugging Face `config.json`.
       generation_config: As in `generation_config.json`; empty when there is none.
       tensors: Every tensor, under Hugging Face names.

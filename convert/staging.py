@@ -41,7 +41,7 @@ def check_target(target: Path, overwrite: bool | None = None) -> None:
 def staging(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """A folder beside `target` that becomes `target` on success and vanishes on failure.
 
-    What a killed process left behind for the same target is cleared up first.
+    Folders that a killed process left behind for the same target are cleared up first.
 
     Args:
       target: Absolute path without symbolic links.

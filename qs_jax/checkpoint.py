@@ -198,7 +198,7 @@ def _placed(tree: Params, devices: Sequence[jax.Device] | None) -> Params:
     """Abstract leaves with the sharding they shall be read with.
 
     Projections into heads and neurons are cut by columns, those back by rows, tables by tokens.
-    What the devices do not divide evenly, and everything else, is replicated.
+    Axes that the devices do not divide evenly, and everything else, are replicated.
     """
     mesh = None if devices is None else Mesh(np.asarray(devices), ("model",))
 

@@ -48,7 +48,7 @@ def encode_prompt(
             text = tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=False
             )
-        except Exception as error:  # templates raise what they like
+        except Exception as error:  # templates raise any kind
             raise InputError(f"the chat template refused these messages: {error}") from error
         ids = tokenizer(str(text), add_special_tokens=False).input_ids
     if not ids:
@@ -83,7 +83,7 @@ class TextStream:
             yield int(step.tokens[0])
 
     def summary(self) -> str:
-        """One line: tokens per second of prefill and decode, and what was compiled."""
+        """One line: tokens per second of prefill and decode, and the programs compiled."""
         prefill, decode = self.prefill, self.decode
         parts = [
             f"prefill {self.prompt_tokens} tokens in {prefill.run:.2f} s "

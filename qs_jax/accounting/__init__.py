@@ -1,4 +1,4 @@
-"""What a call cost and what it saved, counted from its record.
+"""Costs and savings of a call, counted from its record.
 
 A tally is a nested dict of numbers and per-layer lists, ready for JSON; tallies of batches add up.
 Everything is split into "prefill" (the prompt, or all of a row scored teacher-forced) and "decode"
@@ -56,7 +56,7 @@ def tally(
         qs = dataclasses.replace(qs, amq=None)  # execution "auto" left it out
     extrapolates = qs.kv_skip is not None and qs.kv_skip.policy == "extrapolate"
     if extrapolates and map_sizes is None:
-        raise ConfigError("give map_sizes, those of the KV maps: they decide what a key costs.")
+        raise ConfigError("give map_sizes, those of the KV maps: they decide the cost of a key.")
     added = flops.added_flops(record, model, qs, map_sizes if extrapolates else None)
     kv_bytes = entry_bytes(model, qs.amq)[record.bits]
     halted = (np.arange(1, len(record.active) + 1)[:, None, None] > record.depth) & record.real
@@ -112,7 +112,7 @@ def dense_record(lengths: np.ndarray, prompt_lengths: np.ndarray, model: ModelCo
 def _split(
     counts: dict[str, np.ndarray], record: Record, model: ModelConfig, *, every_output_read: bool
 ) -> dict[str, Any]:
-    """Sum the counts over the prompts, and over what follows them."""
+    """Sum the counts over the prompts, and over the tokens after them."""
     pos = np.arange(record.depth.shape[1])[None]
     prompted = record.prompt_lengths > 0
     ends = np.where(prompted, record.prompt_lengths, record.lengths)[:, None]

@@ -65,7 +65,7 @@ def model_flops(record: Record, model: ModelConfig) -> Int[np.ndarray, "L B T"]:
 def added_flops(
     record: Record, model: ModelConfig, qs: QuickSilverConfig, map_sizes: MapSizes | None
 ) -> Int[np.ndarray, "L B T"]:
-    """What the mechanisms add to each (layer, token).
+    """Operations that the mechanisms add to each (layer, token).
 
     Args:
       record: Evidence.
@@ -138,7 +138,7 @@ def _fusion_flops(
 def _amq_flops(
     record: Record, model: ModelConfig, amq: AMQConfig, number: np.ndarray
 ) -> np.ndarray:
-    """Quantisation of what the targets name, a number of operations a channel."""
+    """Quantisation of the targets; a number of operations for each channel."""
     # Quantise and dequantise a channel: 6 operations; a rotation there and back: 2 G each.
     real = amq.execution != "fake"
     channel = 6 + (4 * amq.group if amq.rotate and not real else 0)
@@ -182,7 +182,7 @@ def paper_flops(record: Record, model: ModelConfig, relative_to: str) -> Float[n
     Args:
       record: Evidence.
       model: Sizes.
-      relative_to: "8bit" or "16bit": what a bit width is compared with.
+      relative_to: "8bit" or "16bit", the bit width that costs 1.
     """
     alone = record.fused == np.arange(record.fused.shape[-1])
     table = np.zeros(17)

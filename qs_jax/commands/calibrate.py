@@ -35,7 +35,7 @@ class Calibrate(FileOptions):
     protocol: Literal["teacher-forced", "continuation"] = "continuation"
     """continuation: mechanisms act on prompts; teacher-forced: on every token."""
     objective: Literal["exact_flops", "paper_flops", "layer_tokens"] = "exact_flops"
-    """What to save as much of as possible."""
+    """Cost to reduce."""
     windows: int = 16
     """Windows to search on."""
     verify_windows: int = 32
@@ -97,7 +97,7 @@ class Calibrate(FileOptions):
         params = self._with_maps(cut.tokens_WT[needed:], cfg, text.name, tokenizer)
         names = "max_ppl_increase objective confidence policies layers max_evaluations candidates"
         names += " batch_size timed_runs"
-        found = search(
+        calibration = search(
             params,
             cut.tokens_WT[:needed],
             cfg,
@@ -107,8 +107,8 @@ class Calibrate(FileOptions):
             progress=True,
             **{name: getattr(self, name) for name in names.split()},
         )
-        files = found.save(self.out, cfg.model)
-        self._print(found)
+        files = calibration.save(self.out, cfg.model)
+        self._print(calibration)
         for path in files:
             print(f"wrote {path}")
 
@@ -136,9 +136,13 @@ class Calibrate(FileOptions):
         )
         return {**params, "kv_maps": maps}
 
-    def _print(self, found: Calibration) -> None:
+    def _print(self, calibration: Calibration) -> None:
         """Print the measurements on the verification windows."""
-        columns = "KV policy, perplexity, upper bound, exact FLOPs, paper FLOPs, kept".split(", ")
+        columns = (
+            "KV policy, perplexity, upper bound, exact FLOPs, paper FLOPs, within budget".split(
+                ", "
+            )
+        )
         rows = [
             (
                 entry["family"],
@@ -148,11 +152,11 @@ class Calibrate(FileOptions):
                 f"{entry['paper_flops_saved']:.1%}",
                 "yes" if entry["within_budget"] else "no",
             )
-            for entry in found.verified
+            for entry in calibration.verified
         ]
         print_table("candidates on the verification windows", columns, rows)
-        verified = found.preset.provenance["verified"]
-        if found.preset.is_off:
+        verified = calibration.preset.provenance["verified"]
+        if calibration.preset.is_off:
             print(verified["reason"])
         elif verified["measured_time_saved"] is not None:
             print(f"time saved here, measured: {verified['measured_time_saved']:.1%}")

@@ -1,4 +1,4 @@
-"""`python -m qs_jax diagnose`: which tokens a preset hurts, and what protecting them recovers."""
+"""`python -m qs_jax diagnose`: tokens that a preset hurts, and the effect of protecting them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SHOWN = 20  # rows of the table of tokens
 
 @dataclasses.dataclass(kw_only=True)
 class Diagnose(TextOptions):
-    """Say which tokens of a text a preset hurts, and what to protect."""
+    """Name the tokens of a text that a preset hurts, and suggest which to protect."""
 
     text: str = dataclasses.field()
     """The text itself, or the name of a file that holds it; - reads standard input."""
@@ -57,10 +57,10 @@ class Diagnose(TextOptions):
         cfg = self.config(continuation_tokens=self.scored_tokens(len(ids)), engine="masked")
         maps, _ = self.find_maps(cfg)
         params = self.load(maps)
-        found = diagnostics.diagnose(params, [ids], cfg)
-        flags = diagnostics.flag(found, percentile=self.percentile)
-        content = diagnostics.describe(found, flags, tokenizer)
-        content["protect"] = self._protect(params, cfg, found, flags, tokenizer)
+        diagnosis = diagnostics.diagnose(params, [ids], cfg)
+        flags = diagnostics.flag(diagnosis, percentile=self.percentile)
+        content = diagnostics.describe(diagnosis, flags, tokenizer)
+        content["protect"] = self._protect(params, cfg, diagnosis, flags, tokenizer)
         content["config"] = self.settings(
             cfg, continuation_tokens=cfg.continuation_tokens, tokens_left_out=left_out
         )
@@ -68,20 +68,20 @@ class Diagnose(TextOptions):
         self._print(content)
 
     def _protect(
-        self, params: Params, cfg: Config, found: Diagnosis, flags: Flags, tokenizer: Any
+        self, params: Params, cfg: Config, diagnosis: Diagnosis, flags: Flags, tokenizer: Any
     ) -> dict[str, Any] | None:
         """Write the preset that protects the suspects, and run the text under it."""
         if self.suggest_protect is None:
             return None
-        suspects = diagnostics.suggest_protect(found, flags, cfg, limit=self.max_protect)
+        suspects = diagnostics.suggest_protect(diagnosis, flags, cfg, limit=self.max_protect)
         tokens = [suspect.describe(tokenizer) for suspect in suspects]
         protect = {"protect_ids": [suspect.token for suspect in suspects], "tokens": tokens}
         if not suspects:
             return protect | {"after": None}
         safer = diagnostics.protected(cfg, suspects, {})
-        after = diagnostics.diagnose(params, found.tokens, safer).summary()
+        after = diagnostics.diagnose(params, diagnosis.tokens, safer).summary()
         about = {"preset": Path(self.preset).name, "tokens": tokens}
-        about["on_the_text_they_come_from"] = {"before": found.summary(), "after": after}
+        about["on_the_text_they_come_from"] = {"before": diagnosis.summary(), "after": after}
         quicksilver = diagnostics.protected(cfg, suspects, about).quicksilver
         assert quicksilver is not None
         presets.save(self.suggest_protect, quicksilver, cfg.model)

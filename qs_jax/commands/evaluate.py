@@ -1,4 +1,4 @@
-"""`python -m qs_jax evaluate`: perplexity of a checkpoint on a text, and what a preset saves."""
+"""`python -m qs_jax evaluate`: perplexity of a checkpoint on a text, and savings of a preset."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SAVED = {
 
 @dataclasses.dataclass(kw_only=True)
 class Evaluate(ScoringOptions):
-    """Measure perplexity in fixed windows, and what a preset saves."""
+    """Measure perplexity in fixed windows, and the savings of a preset."""
 
     data: str
     """wikitext-103, c4, or a file: .jsonl, .jsonl.gz, .json.gz (field "text"), or plain text."""
@@ -49,8 +49,8 @@ class Evaluate(ScoringOptions):
     def run(self) -> None:
         """Check, score, write, report."""
         processes = connect(self.coordinator, self.num_processes, self.process_id)
-        own = Path(f"{self.out}{processes.suffix}")
-        for out in dict.fromkeys((self.out, own)):
+        journal_out = Path(f"{self.out}{processes.suffix}")
+        for out in dict.fromkeys((self.out, journal_out)):
             journal.check_target(out, resume=self.resume, overwrite=self.overwrite)
         devices = self.local_devices()
         cfg = self.config(continuation_tokens=self.continuation_tokens, engine=self.engine)
@@ -65,7 +65,7 @@ class Evaluate(ScoringOptions):
         if processes.gather([{"complete": complete}])[0]["complete"]:
             print(f"{self.out} is complete; it was left as it is.")
             return
-        with journal.Journal(own, identity, resume=self.resume) as batches:
+        with journal.Journal(journal_out, identity, resume=self.resume) as batches:
             results, _ = evaluate(
                 self.load(maps),
                 windows,

@@ -87,7 +87,7 @@ class FileOptions(RunOptions):
     out: Path
     """Results, as JSON."""
     overwrite: bool = False
-    """Replace what exists."""
+    """Replace a file that exists."""
 
     def check_out(self) -> None:
         """Refuse --out, before anything is computed, if it exists or cannot be written."""
@@ -100,7 +100,7 @@ class ScoringOptions(FileOptions):
 
     engine: Literal["masked", "compact"] = "masked"
     """masked computes everything and selects: savings are simulated. compact makes the same
-    decisions and computes active tokens only; AMQ in presets runs where int8 is faster, or not."""
+    decisions and computes active tokens only."""
     batch_size: int = 8
     """Rows scored at a time."""
     devices: str = "1"

@@ -1,4 +1,4 @@
-"""`python -m qs_jax report`: what every token did at every layer, as one HTML file."""
+"""`python -m qs_jax report`: every token at every layer, as one HTML file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qs_jax.report import PresetRuns, TextRuns, figures
 
 @dataclasses.dataclass(kw_only=True)
 class Report(TextOptions):
-    """Show what presets do to a text, token by token and layer by layer, in one HTML file."""
+    """Show a text under presets, token by token and layer by layer, in one HTML file."""
 
     out: Path
     """The page; it opens from disk and needs no network."""
@@ -45,7 +45,7 @@ class Report(TextOptions):
         """Check, run, write."""
         self.check_out()
         if not (self.text is not None or self.results or self.search):
-            raise InputError("give what to show: --text, --results or --search.")
+            raise InputError("give something to show: --text, --results or --search.")
         if self.figures is not None:
             figures.require_matplotlib()
         results = [reports.read_results(path) for path in self.results]
