@@ -104,8 +104,8 @@ def test_forced_halting_saves_what_arithmetic_says(model, params):
     assert saved["kv_bytes_saved"] == pytest.approx(10 * 4 / (22 * 6))
     assert saved["paper_flops_saved"] == pytest.approx(10 * 4 / (22 * 6))
     # Keys seen: layers 1 and 2 all, then positions 0, 1, 12.. only.
-    kept = [0, 1, *range(12, 22)]
-    keys = 2 * sum(range(1, 23)) + 4 * sum(1 + sum(k < i for k in kept) for i in kept)
+    visible = [0, 1, *range(12, 22)]
+    keys = 2 * sum(range(1, 23)) + 4 * sum(1 + sum(k < i for k in visible) for i in visible)
     assert prefill["visible_keys"] + decode["visible_keys"] == 3 * keys
     asked = 3 * sum(i + 1 for i in range(16)) * model.num_heads  # the score looks at all 16 queries
     exact = (

@@ -138,11 +138,7 @@ class Calibrate(FileOptions):
 
     def _print(self, calibration: Calibration) -> None:
         """Print the measurements on the verification windows."""
-        columns = (
-            "KV policy, perplexity, upper bound, exact FLOPs, paper FLOPs, within budget".split(
-                ", "
-            )
-        )
+        columns = "KV policy, perplexity, bound, exact FLOPs, paper FLOPs, in budget".split(", ")
         rows = [
             (
                 entry["family"],
