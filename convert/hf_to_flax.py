@@ -234,7 +234,7 @@ def _labels(source: Source, problems: Problems) -> tuple[str, ...]:
     """Names of a classifier's classes in its order; Hugging Face leaves default names out."""
     if CLASSIFIER not in source.tensors:
         raise ConversionError(f"{source.description} has no {CLASSIFIER}: not a classifier.")
-    classes = source.tensors[CLASSIFIER].shape[0]
+    classes = next(iter(source.tensors[CLASSIFIER].shape), 0)
     indices = [str(index) for index in range(classes)]
     labels = source.config.get("id2label") or {index: f"LABEL_{index}" for index in indices}
     if sorted(labels) != sorted(indices):
