@@ -1,8 +1,10 @@
-"""The one error of this package, and how several problems become one readable report."""
+"""The one error of this package, and the report that gathers several problems."""
 
 from __future__ import annotations
 
 from qs_jax.errors import QuickSilverError
+
+_SHOWN = 20  # of each heading
 
 
 class ConversionError(QuickSilverError):
@@ -10,27 +12,23 @@ class ConversionError(QuickSilverError):
 
 
 class Problems:
-    """Collects what is wrong under headings, so that all of it is reported together."""
+    """Gathers problems under headings, to report all of them together."""
 
     def __init__(self) -> None:
-        self._found: dict[str, list[str]] = {}
+        self._details: dict[str, list[str]] = {}
 
     def add(self, heading: str, detail: str) -> None:
         """Note one problem."""
-        self._found.setdefault(heading, []).append(detail)
+        self._details.setdefault(heading, []).append(detail)
 
-    def raise_if_any(self, subject: str, limit: int = 20) -> None:
-        """Raise one error with every heading and up to `limit` details under each.
-
-        Raises:
-          ConversionError: Something was noted.
-        """
-        if not self._found:
+    def raise_if_any(self, subject: str) -> None:
+        """Raise one ConversionError with everything that was noted about `subject`."""
+        if not self._details:
             return
         lines = [f"{subject} cannot be converted:"]
-        for heading, details in self._found.items():
+        for heading, details in self._details.items():
             lines.append(f"  {heading} ({len(details)}):")
-            lines += [f"    - {detail}" for detail in details[:limit]]
-            if len(details) > limit:
-                lines.append(f"    - ... and {len(details) - limit} more")
+            lines += [f"    - {detail}" for detail in details[:_SHOWN]]
+            if len(details) > _SHOWN:
+                lines.append(f"    - ... and {len(details) - _SHOWN} more")
         raise ConversionError("\n".join(lines))

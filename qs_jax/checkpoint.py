@@ -31,26 +31,11 @@ from qs_jax.models import Params, abstract_params
 from qs_jax.models.cpu import processor_multiplies
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerFast
 
 MANIFEST = "qs_jax.json"
 PARAMS = "params"
 FORMAT_VERSION = 1
-
-# Tensor-parallel axis of each parameter, by the last names of its path; the rest is replicated.
-# A dimension that the devices do not divide evenly is replicated too.
-_SHARDED_AXIS = {
-    ("qkv", "kernel"): 2,
-    ("qkv", "bias"): 1,
-    ("gate_up", "kernel"): 2,
-    ("gate_up", "bias"): 1,
-    ("up", "kernel"): 2,
-    ("up", "bias"): 1,
-    ("out", "kernel"): 1,
-    ("down", "kernel"): 1,
-    ("embed", "tokens"): 0,
-    ("head", "tokens"): 0,
-}
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
@@ -60,27 +45,27 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
       CheckpointError: The folder is missing, was not converted, was converted only in part, or by
         a version of this library that wrote another format.
     """
-    folder = Path(path)
+    folder, file = Path(path), Path(path) / MANIFEST
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder.")
-    if not (folder / MANIFEST).is_file():
+    if not file.is_file():
         raise CheckpointError(
             f"{folder} is not a converted checkpoint ({MANIFEST} is missing). "
             f"Make one with: python -m convert.hf_to_flax --source {folder} --out NEW_FOLDER"
         )
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        version = manifest["format_version"]
-        missing = {"model", "num_params", "params", "source"} - set(manifest)
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        if (version := manifest["format_version"]) != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{folder} has format {version}, this library reads {FORMAT_VERSION}. Convert "
+                "again."
+            )
+        ModelConfig.from_dict(manifest["model"])
+        missing = {"num_params", "params", "source"} - set(manifest)
+        if missing:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / MANIFEST} is damaged: {error}. Convert again.") from error
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{folder} has format {version}, this library reads {FORMAT_VERSION}. Convert again."
-        )
-    if missing or not isinstance(manifest["model"], dict):
-        lacking = ", ".join(sorted(missing)) or "a model configuration"
-        raise CheckpointError(f"{folder / MANIFEST} is damaged: it lacks {lacking}. Convert again.")
+        raise CheckpointError(f"{file} is damaged: {error}. Convert again.") from error
     return manifest
 
 
@@ -102,18 +87,15 @@ def load(
     *,
     dtype: str | None = "auto",
     devices: Sequence[jax.Device] | None = None,
-    verify: bool = True,
 ) -> tuple[Params, ModelConfig]:
-    """Read a converted checkpoint.
+    """Read a converted checkpoint, and check it against its checksum.
 
     Args:
       path: Folder written by `python -m convert.hf_to_flax`.
       dtype: "float32" or "bfloat16" to convert while reading; "auto" is the faster of the two on
-        the device (`fastest_dtype`); None keeps the stored dtype.
+        the device; None keeps the stored dtype.
       devices: Shard the parameters over these, tensor-parallel; None puts them on the default
         device.
-      verify: Compare the files with their checksum and refuse NaN and infinite weights (one pass
-        over each).
 
     Returns:
       The stacked parameter tree, and the configuration with the dtype it has now. The tree holds
@@ -126,21 +108,19 @@ def load(
       NonFiniteError: A weight is NaN or infinite.
     """
     manifest = read_manifest(path)
-    try:
-        model = ModelConfig.from_dict(manifest["model"])
-    except ConfigError as error:
-        raise CheckpointError(f"{Path(path) / MANIFEST} is damaged: {error}") from error
+    model = ModelConfig.from_dict(manifest["model"])
     if devices is not None and len(devices) == 0:
         raise ConfigError("devices is empty; None takes the default device.")
     model = model.replace(dtype=choose_dtype(dtype, model, devices[0] if devices else None))
     folder = Path(path).resolve() / PARAMS
     # TensorStore reads a missing chunk as zeros, and Orbax leaves reads pending when one fails.
-    if verify and fingerprint(folder) != manifest["params"]:
+    if fingerprint(folder) != manifest["params"]:
         raise CheckpointError(f"{folder}: files were lost or changed. Convert again.")
-    target = _placed(abstract_params(model), devices)
-    params = _restore(folder, target)
-    if verify:
-        _check_finite(params, path)
+    params = _restore(folder, _placed(abstract_params(model), devices))
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    bad = [jax.tree_util.keystr(key) for key, leaf in leaves if not _all_finite(leaf)]
+    if bad:
+        raise NonFiniteError(f"{path}: NaN or infinite weights in {', '.join(bad)}.")
     maps = _kv_maps(Path(path), manifest["source"], model)
     return params if maps is None else {**params, "kv_maps": maps}, model
 
@@ -155,24 +135,25 @@ def _kv_maps(path: Path, source: str, model: ModelConfig) -> KVMaps | None:
 
 
 def choose_dtype(dtype: str | None, model: ModelConfig, device: Any = None) -> str:
-    """What a `dtype` argument means for a stored model on a device (None: the default device)."""
-    if dtype == "auto":
-        return fastest_dtype(device if device is not None else jnp.zeros(()).device)
-    return dtype or model.dtype
+    """The dtype in which a stored model is used on a device.
 
+    "auto" is float32 on a CPU that does not multiply bfloat16 and on GPUs that do not (before
+    compute capability 8), and bfloat16 on everything else. `python -m benchmarks.latency` times the
+    dense model in both.
 
-def fastest_dtype(device: Any) -> str:
-    """The faster of float32 and bfloat16 for inference on a device.
-
-    float32 on a CPU that does not multiply bfloat16, and on GPUs that do not (before compute
-    capability 8); bfloat16 on everything else. `python -m benchmarks.latency` times the dense model
-    in both.
+    Args:
+      dtype: As for `load`.
+      model: With the stored dtype.
+      device: None is the default device.
     """
+    if dtype != "auto":
+        return dtype or model.dtype
+    device = jnp.zeros(()).device if device is None else device
     if device.platform == "cpu":
         return "bfloat16" if processor_multiplies() else "float32"
-    capability = str(getattr(device, "compute_capability", ""))
-    old = capability.partition(".")[0].isdigit() and int(capability.partition(".")[0]) < 8
-    return "float32" if device.platform in ("gpu", "cuda") and old else "bfloat16"
+    major = str(getattr(device, "compute_capability", "")).partition(".")[0]
+    old = device.platform in ("gpu", "cuda") and major.isdigit() and int(major) < 8
+    return "float32" if old else "bfloat16"
 
 
 def transformers() -> ModuleType:
@@ -183,16 +164,21 @@ def transformers() -> ModuleType:
     return transformers
 
 
-def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a folder, without network.
 
     Raises:
+      TypeError: It is not one of the `tokenizers` library.
       Exception: Whatever `transformers` raises for files it cannot read.
     """
-    return transformers().AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    library = transformers()
+    tokenizer = library.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    if not isinstance(tokenizer, library.PreTrainedTokenizerFast):
+        raise TypeError(f"{type(tokenizer).__name__} is not based on the tokenizers library")
+    return tokenizer
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer stored in a converted checkpoint; no network is used.
 
     Raises:
@@ -209,21 +195,24 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def _placed(tree: Params, devices: Sequence[jax.Device] | None) -> Params:
-    """Give every abstract leaf the sharding it shall be read with."""
-    if devices is None:
-        default = SingleDeviceSharding(jnp.zeros(()).device)
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=default), tree
-        )
-    mesh = Mesh(np.asarray(devices), ("model",))
+    """Abstract leaves with the sharding they shall be read with.
+
+    Projections into heads and neurons are cut by columns, those back by rows, tables by tokens.
+    Axes that the devices do not divide evenly, and everything else, are replicated.
+    """
+    mesh = None if devices is None else Mesh(np.asarray(devices), ("model",))
 
     def place(key_path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        names = tuple(entry.key for entry in key_path)
-        axis = _SHARDED_AXIS.get(names[-2:])
-        spec: list[str | None] = [None] * len(leaf.shape)
-        if axis is not None and leaf.shape[axis] % len(devices) == 0:
-            spec[axis] = "model"
-        sharding = NamedSharding(mesh, PartitionSpec(*spec))
+        if mesh is None:
+            sharding = SingleDeviceSharding(jnp.zeros(()).device)
+        else:
+            module, name = (entry.key for entry in key_path[-2:])
+            spec: list[str | None] = [None] * len(leaf.shape)
+            axis = {"out": 1, "down": 1, "embed": 0, "head": 0}.get(module, len(spec) - 1)
+            sharded = name in ("kernel", "tokens") or module in ("qkv", "gate_up", "up")
+            if sharded and leaf.shape[axis] % mesh.size == 0:
+                spec[axis] = "model"
+            sharding = NamedSharding(mesh, PartitionSpec(*spec))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(place, tree)
@@ -248,10 +237,3 @@ def _restore(folder: Path, target: Params) -> Params:
 @jax.jit
 def _all_finite(leaf: jax.Array) -> jax.Array:
     return jnp.isfinite(leaf).all()
-
-
-def _check_finite(params: Params, path: str | Path) -> None:
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    bad = [jax.tree_util.keystr(key) for key, leaf in leaves if not _all_finite(leaf)]
-    if bad:
-        raise NonFiniteError(f"{path}: NaN or infinite weights in {', '.join(bad)}.")

@@ -15,8 +15,8 @@ def enable_compilation_cache(folder: str | None = None) -> None:
     This changes JAX's own settings, so commands and scripts call it and the library never does.
 
     Args:
-      folder: Where to keep them, or "off". None takes $QS_JAX_CACHE, else what
-        JAX_COMPILATION_CACHE_DIR has set, else qs-jax/xla in the user's cache folder.
+      folder: Folder of the programs, or "off". None takes $QS_JAX_CACHE, else
+        JAX_COMPILATION_CACHE_DIR, else qs-jax/xla in the user's cache folder.
     """
     folder = folder or os.environ.get("QS_JAX_CACHE")
     if folder == "off":

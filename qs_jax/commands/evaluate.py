@@ -1,4 +1,4 @@
-"""`python -m qs_jax evaluate`: perplexity of a checkpoint on a text, and what a preset saves."""
+"""`python -m qs_jax evaluate`: perplexity of a checkpoint on a text, and savings of a preset."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from qs_jax.checkpoint import load_tokenizer
 from qs_jax.commands.options import ScoringOptions, print_table
 from qs_jax.config import Config
 from qs_jax.evaluation import journal
@@ -23,7 +24,7 @@ _SAVED = {
 
 @dataclasses.dataclass(kw_only=True)
 class Evaluate(ScoringOptions):
-    """Measure perplexity in fixed windows, and what a preset saves."""
+    """Measure perplexity in fixed windows, and the savings of a preset."""
 
     data: str
     """wikitext-103, c4, or a file: .jsonl, .jsonl.gz, .json.gz (field "text"), or plain text."""
@@ -48,22 +49,23 @@ class Evaluate(ScoringOptions):
     def run(self) -> None:
         """Check, score, write, report."""
         processes = connect(self.coordinator, self.num_processes, self.process_id)
-        own = Path(f"{self.out}{processes.suffix}")
-        for out in dict.fromkeys((self.out, own)):
+        journal_out = Path(f"{self.out}{processes.suffix}")
+        for out in dict.fromkeys((self.out, journal_out)):
             journal.check_target(out, resume=self.resume, overwrite=self.overwrite)
         devices = self.local_devices()
         cfg = self.config(continuation_tokens=self.continuation_tokens, engine=self.engine)
         check_width(self.seq_len, cfg)
         maps, digest = self.find_maps(cfg)
-        tokenizer = self.load_tokenizer()
+        tokenizer = load_tokenizer(self.ckpt)
         text, windows = read_windows(self.data, tokenizer, self.seq_len, self.limit_windows)
-        check_width(windows.tokens_WT.shape[1], cfg)
+        width = windows.tokens_WT.shape[1]
+        check_width(width, cfg)
         identity = self._identity(cfg, text, windows, digest)
         complete = self.resume and journal.is_complete(self.out, identity)
         if processes.gather([{"complete": complete}])[0]["complete"]:
             print(f"{self.out} is complete; it was left as it is.")
             return
-        with journal.Journal(own, identity, resume=self.resume) as batches:
+        with journal.Journal(journal_out, identity, resume=self.resume) as batches:
             results = evaluate(
                 self.load(maps),
                 windows,
@@ -81,12 +83,12 @@ class Evaluate(ScoringOptions):
             processes.gather([])  # nobody forgets before it is written
             batches.remove()
         if processes.index == 0:
-            self._print(results, cfg, text.name, windows.tokens_WT.shape[1])
+            self._print(results, cfg, f"{text.name} · {cfg.effective_protocol}", width)
 
     def _identity(
         self, cfg: Config, text: Text, windows: Windows, digest: str | None
     ) -> dict[str, Any]:
-        """What makes two runs the same; all of it is in the results."""
+        """Everything that two runs must share to be the same run; it is in the results."""
         continued = cfg.effective_protocol == "continuation"
         settings = self.settings(
             cfg,
@@ -101,7 +103,7 @@ class Evaluate(ScoringOptions):
         )
         return {"config": dict(sorted(settings.items())), **self.origin(cfg)}
 
-    def _print(self, results: dict[str, Any], cfg: Config, name: str, width: int) -> None:
+    def _print(self, results: dict[str, Any], cfg: Config, title: str, width: int) -> None:
         rows = {"perplexity": _number(results["perplexity"])}
         if results["perplexity_interval"] is not None:
             ends = map(_number, results["perplexity_interval"])
@@ -112,7 +114,6 @@ class Evaluate(ScoringOptions):
         if cfg.quicksilver and not cfg.quicksilver.is_off:
             how = "simulated" if results["simulated"] else "counted"
             rows |= {f"{_SAVED[key]}, {how}": f"{results[key]:.1%}" for key in _SAVED}
-        title = f"{name} · {cfg.effective_protocol}"
         print_table(title, (), [*rows.items(), ("results", self.out)])
 
 

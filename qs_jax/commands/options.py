@@ -1,4 +1,4 @@
-"""Options that commands share, and what they do with them."""
+"""Options that commands share, and the values that follow from them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qs_jax import presets
-from qs_jax.checkpoint import choose_dtype, load, load_tokenizer, read_manifest
+from qs_jax.checkpoint import choose_dtype, load, read_manifest
 from qs_jax.config import Config, ModelConfig
 from qs_jax.engine.devices import local_devices
 from qs_jax.errors import InputError
@@ -28,7 +28,7 @@ from qs_jax.models import Params
 
 @dataclasses.dataclass(kw_only=True)
 class RunOptions:
-    """A checkpoint under a preset: what every command that runs a model takes."""
+    """A checkpoint under a preset: the options of every command that runs a model."""
 
     ckpt: Path
     """Folder written by convert.hf_to_flax."""
@@ -47,7 +47,7 @@ class RunOptions:
     qs-jax/xla in the user's cache folder."""
 
     def config(self, preset: str | None = None, **settings: Any) -> Config:
-        """The call under a preset, by default that of --preset; the weights are not read."""
+        """The configuration of a preset, by default --preset; the weights are not read."""
         model = ModelConfig.from_dict(read_manifest(self.ckpt)["model"])
         model = model.replace(dtype=choose_dtype(self.dtype, model))
         quicksilver = presets.by_name(preset or self.preset, model)
@@ -65,12 +65,8 @@ class RunOptions:
         params, _ = load(self.ckpt, dtype=self.dtype)
         return params if maps is None else {**params, "kv_maps": maps}
 
-    def load_tokenizer(self) -> Any:
-        """The checkpoint's tokenizer."""
-        return load_tokenizer(self.ckpt)
-
     def settings(self, cfg: Config, **others: Any) -> dict[str, Any]:
-        """For a results file: what decides the numbers; paths go by their last name."""
+        """Settings that decide the numbers of a results file; paths go by their last name."""
         assert cfg.quicksilver is not None
         return others | {
             "backend": jax.default_backend(),
@@ -82,7 +78,7 @@ class RunOptions:
         }
 
     def origin(self, cfg: Config) -> dict[str, Any]:
-        """For a results file: the model, and the code that ran it."""
+        """The model and the code that produced a results file."""
         manifest = read_manifest(self.ckpt)
         model = {"source": manifest["source"], "config": cfg.model.to_dict()}
         model["fingerprint"] = manifest["params"]
@@ -96,7 +92,7 @@ class FileOptions(RunOptions):
     out: Path
     """Results, as JSON."""
     overwrite: bool = False
-    """Replace what exists."""
+    """Replace a file that exists."""
 
     def check_out(self) -> None:
         """Refuse --out, before anything is computed, if it exists or cannot be written."""
@@ -109,7 +105,7 @@ class ScoringOptions(FileOptions):
 
     engine: Literal["masked", "compact"] = "masked"
     """masked computes everything and selects: savings are simulated. compact makes the same
-    decisions and computes active tokens only; AMQ in presets runs where int8 is faster, or not."""
+    decisions and computes active tokens only."""
     batch_size: int = 8
     """Rows scored at a time."""
     devices: str = "1"

@@ -1,4 +1,4 @@
-"""`python -m qs_jax report`: what every token did at every layer, as one HTML file."""
+"""`python -m qs_jax report`: every token at every layer, as one HTML file."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from qs_jax import report as reports
+from qs_jax.checkpoint import load_tokenizer
 from qs_jax.commands.options import TextOptions
 from qs_jax.config import Config
 from qs_jax.errors import InputError
@@ -18,7 +19,7 @@ from qs_jax.report import PresetRuns, TextRuns, figures
 
 @dataclasses.dataclass(kw_only=True)
 class Report(TextOptions):
-    """Show what presets do to a text, token by token and layer by layer, in one HTML file."""
+    """Show a text under presets, token by token and layer by layer, in one HTML file."""
 
     out: Path
     """The page; it opens from disk and needs no network."""
@@ -41,7 +42,7 @@ class Report(TextOptions):
         """Check, run, write."""
         self.check_out()
         if not (self.text is not None or self.results or self.search):
-            raise InputError("give what to show: --text, --results or --search.")
+            raise InputError("give something to show: --text, --results or --search.")
         if self.figures is not None:
             figures.require_matplotlib()
         results = [reports.read_results(path) for path in self.results]
@@ -60,7 +61,7 @@ class Report(TextOptions):
             raise InputError("--text needs --ckpt, the model that reads it.")
         if not self.preset:
             raise InputError("--preset names nothing.")
-        tokenizer = self.load_tokenizer()
+        tokenizer = load_tokenizer(self.ckpt)
         ids, _ = self.encode_text(tokenizer)
         common = {"continuation_tokens": self.scored_tokens(len(ids)), "engine": "masked"}
         cfgs = {name: self.config(name, **common) for name in self.preset}

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from qs_jax.checkpoint import read_manifest
+from qs_jax.checkpoint import load_tokenizer, read_manifest
 from qs_jax.commands.options import ScoringOptions, print_table
 from qs_jax.errors import InputError
 from qs_jax.evaluation.classification import measure_heads
@@ -30,7 +30,7 @@ class Tasks(ScoringOptions):
     head: str = "none"
     """none: by the likelihood of label words, through lm-evaluation-harness. linear: a head fitted
     on the dense model's states of a share of the examples, evaluated on the others. DIR: one made
-    by convert.classifier."""
+    by convert.hf_to_flax --classifier."""
     train_share: float = 0.5
     """--head linear: share of the examples it is fitted on."""
     l2: float = 0.1
@@ -48,8 +48,8 @@ class Tasks(ScoringOptions):
         """Run all tasks.
 
         Returns:
-          "tasks", by name: what `task_results` returns, the examples' source and what was cut; and
-          all settings.
+          "tasks": the results of each by name, with the source of its examples and how many prompts
+          were cut; and all settings.
 
         Raises:
           InputError: A task is unknown, or its data or head cannot be used; lm-evaluation-harness
@@ -76,7 +76,7 @@ class Tasks(ScoringOptions):
                 self.load(maps),
                 cfg,
                 examples,
-                self.load_tokenizer(),
+                load_tokenizer(self.ckpt),
                 head=None if self.head == "linear" else self._load_head(),
                 train_share=self.train_share,
                 seed=self.seed,
@@ -112,19 +112,16 @@ class Tasks(ScoringOptions):
 
     def _print(self, results: dict[str, Any]) -> None:
         config, tasks = results["config"], results["tasks"]
-        compared = any("quicksilver" in task for task in tasks.values())
-        columns = ["task", "metric", "dense"]
-        if compared:
+        columns, rows = ["task", "metric", "dense"], []
+        if any("quicksilver" in task for task in tasks.values()):
             how = "simulated" if results["simulated"] else "counted"
             columns += [config["preset"], "change", "McNemar p", f"FLOPs saved, {how}"]
-        rows = []
         for name, task in tasks.items():
-            cells = [f"{name}\n{task['examples']:,}", task["metric"], _cell(task["dense"])]
-            if compared:
+            rows.append([f"{name}\n{task['examples']:,}", task["metric"], _cell(task["dense"])])
+            if "quicksilver" in task:
                 change, saved = task["difference"], task["quicksilver"]["saved"]
-                cells += [_cell(task["quicksilver"]), _cell(change, "+")]
-                cells += [f"{change['mcnemar_p']:.2g}", f"{saved['exact_flops_saved']:.1%}"]
-            rows.append(cells)
+                rows[-1] += [_cell(task["quicksilver"]), _cell(change, "+")]
+                rows[-1] += [f"{change['mcnemar_p']:.2g}", f"{saved['exact_flops_saved']:.1%}"]
         title = f"95 % intervals · {config['protocol']} · head: {config['head']}"
         print_table(title, columns, rows, lines=True)
         for name, task in tasks.items():

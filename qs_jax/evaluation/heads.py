@@ -79,8 +79,8 @@ class Head:
         path = folder / FILE_NAME
         if not path.is_file():
             raise CheckpointError(
-                f"{folder} has no {FILE_NAME}; python -m convert.classifier makes it from a "
-                "Hugging Face sequence classifier."
+                f"{folder} has no {FILE_NAME}; python -m convert.hf_to_flax --classifier makes it "
+                "from a Hugging Face sequence classifier."
             )
         try:
             with safe_open(path, framework="numpy") as file:

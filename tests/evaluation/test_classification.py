@@ -6,8 +6,8 @@ import scipy.optimize
 import scipy.special
 
 import qs_jax
-from convert.classifier import convert_classifier
 from convert.errors import ConversionError
+from convert.hf_to_flax import convert
 from qs_jax import accounting
 from qs_jax.config import Config
 from qs_jax.errors import CheckpointError, InputError
@@ -87,11 +87,11 @@ def test_hugging_face_sequence_classifiers(tmp_path, prompts, kind, changes):
     """Converted backbone and head give torch's logits, on rows of different lengths."""
     torch = pytest.importorskip("torch")
     hf = hf_classifier(kind, tmp_path / "hf", **changes)
-    model, head = convert_classifier(tmp_path / "hf", tmp_path / "ours", tokenizer=False)
+    model, _ = convert(str(tmp_path / "hf"), tmp_path / "ours", tokenizer=False, classifier=True)
     params, loaded = qs_jax.load(tmp_path / "ours")
     assert loaded == model
     stored = Head.load(tmp_path / "ours")
-    assert stored.labels == head.labels == tuple(hf.config.id2label.values())
+    assert stored.labels == tuple(hf.config.id2label.values())
     ours = stored.logits(last_states(params, config(model, "dense"), prompts)[0])
     for prompt, row in zip(prompts, ours, strict=True):
         with torch.no_grad():
@@ -133,7 +133,7 @@ def test_classifiers_that_cannot_be_converted(tmp_path):
     def refused(changed):
         save_file(changed, path, metadata={"format": "pt"})
         with pytest.raises(ConversionError) as caught:
-            convert_classifier(tmp_path / "hf", tmp_path / "out", tokenizer=False)
+            convert(str(tmp_path / "hf"), tmp_path / "out", tokenizer=False, classifier=True)
         assert not (tmp_path / "out").exists()
         assert [p.name for p in tmp_path.iterdir()] == ["hf"], "nothing may be left behind"
         return str(caught.value)
@@ -141,13 +141,12 @@ def test_classifiers_that_cannot_be_converted(tmp_path):
     score = tensors.pop("score.weight")
     assert "has no score.weight" in refused(tensors)
     for changed, message in (
-        (np.ones((3, 4), np.float32), "score.weight is [3, 4], the model is 32 wide"),
+        (np.ones((3, 4), np.float32), "score.weight: [3, 4], expected [3, 32]"),
         (score * np.nan, "NaN or infinite"),
+        (score.astype(np.int8), "score.weight: I8 is not implemented"),
         (np.ones((4, 32), np.float32), "the head has 4 classes"),
     ):
         assert message in refused(tensors | {"score.weight": changed})
-    with pytest.raises(ConversionError, match="is not a folder"):
-        convert_classifier(tmp_path / "nothing", tmp_path / "out")
 
 
 def test_heads_fit_the_classes_of_a_task(tmp_path):
