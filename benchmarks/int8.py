@@ -13,12 +13,12 @@ from typing import Any
 
 import jax
 import pandas as pd
+from qs_jax.mechanisms.execution import product_seconds, shapes
 
 from benchmarks import environment
 from benchmarks.tables import markdown, origin, replace_tables
 from qs_jax.checkpoint import read_manifest
 from qs_jax.config import ModelConfig
-from qs_jax.mechanisms.execution import product_seconds, shapes
 
 TOKENS = (1, 128, 2048)
 DTYPES = ("float32", "bfloat16")

@@ -23,9 +23,9 @@ from benchmarks import environment, mechanism_rows
 from benchmarks.mechanism_rows import Row
 from benchmarks.tables import markdown, origin, percent, replace_tables
 from qs_jax import accounting
+from qs_jax.calibration.fit_maps import accumulate
 from qs_jax.checkpoint import read_manifest
 from qs_jax.config import Config, ModelConfig
-from qs_jax.calibration.fit_maps import accumulate
 from qs_jax.errors import InputError
 from qs_jax.evaluation import perplexity
 from qs_jax.mechanisms.kv_maps import FEATURES, select

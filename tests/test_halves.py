@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from qs_jax.mechanisms.plan import bind
 
 import qs_jax
 from qs_jax import halves
@@ -14,7 +15,6 @@ from qs_jax.config import Config
 from qs_jax.diagnostics.diagnosis import dense_states, masked_states
 from qs_jax.engine import fit_maps, generate, token_loop, tokenwise
 from qs_jax.mechanisms import execution
-from qs_jax.mechanisms.plan import bind
 from tests.engine.contract import MATRIX, model_of, params_of
 from tests.support import OPTIMISED, random_tokens
 

@@ -42,7 +42,6 @@ from qs_jax.calibration.observe import Observed, observe
 from qs_jax.config import Config, ModelConfig, QuickSilverConfig
 from qs_jax.engine import inputs
 from qs_jax.engine.generate import generate
-from qs_jax.engine.score import score
 from qs_jax.engine.weights import check_params
 from qs_jax.errors import ConfigError, InputError
 from qs_jax.evaluation.journal import write_json

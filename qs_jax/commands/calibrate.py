@@ -11,10 +11,10 @@ import tyro
 
 from qs_jax.calibration import Calibration, search
 from qs_jax.calibration.families import halting_layers
+from qs_jax.calibration.fit_maps import fit_kv_maps
 from qs_jax.checkpoint import load_tokenizer
 from qs_jax.commands.options import FileOptions, print_table
 from qs_jax.config import Config
-from qs_jax.calibration.fit_maps import fit_kv_maps
 from qs_jax.errors import InputError
 from qs_jax.evaluation.perplexity import read_windows
 from qs_jax.mechanisms.kv_maps import FEATURES, PROMPT_FEATURES, KVMaps, feature_count

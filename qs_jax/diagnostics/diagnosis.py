@@ -229,7 +229,6 @@ def dense_states(
     params: Params, tokens_BT: Int[Array, "B T"], model: ModelConfig
 ) -> Float[Array, "L B T D"]:
     """States after each layer of the dense model."""
-
     return dense.look_at_layers(params, tokens_BT, model, lambda _, after, __: after)[1]
 
 
@@ -256,7 +255,6 @@ def masked_states(
         # Adds its gradient and exactly nothing to the value.
         zero_BTD = smooth - lax.stop_gradient(smooth)
         return after.replace(h_BTD=lax.stop_gradient(after.h_BTD) + zero_BTD), record
-
 
     @jax.checkpoint  # a layer's attention weights are computed again rather than stored
     def body(state: TokenState, scanned: Any) -> tuple[TokenState, tuple[Array, LayerRecord]]:

@@ -114,7 +114,10 @@ def blocked_attention(
     # Heads that share keys become rows of one product; T stays inside, for the blocks to cut.
     batch, kv_heads = q_BTNH.shape[0], k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(batch, width, kv_heads, heads // kv_heads, -1)
-    operands = (q_BTKGH.transpose(0, 2, 3, 1, 4), *(x.transpose(0, 2, 1, 3) for x in (k_BSKH, v_BSKH)))
+    operands = (
+        q_BTKGH.transpose(0, 2, 3, 1, 4),
+        *(x.transpose(0, 2, 1, 3) for x in (k_BSKH, v_BSKH)),
+    )
     bytes_of_one = jnp.dtype(exact_dtype(q_BTNH.dtype)).itemsize
     logits_bytes = batch * heads * size * slots * bytes_of_one
     others = (query_pos_BT, first_BS)

@@ -226,14 +226,14 @@ class SlotCache(flax.struct.PyTreeNode):
             # In place of a scatter, which is a loop of its own on CPU.
             value = value_lBTO[:, 0] if layers > 1 else value_lBTO[0, 0]
             return lax.dynamic_update_slice_in_dim(array_CO, value, slots_lBT[0, 0, 0], axis=-2)
-        l, b = jnp.arange(layers)[:, None, None], jnp.arange(batch)[None, :, None]
+        at, b = jnp.arange(layers)[:, None, None], jnp.arange(batch)[None, :, None]
         if layers == 1 and batch == 1:
             return array_CO.at[slots_lBT[0, 0]].set(value_lBTO[0, 0], mode="drop")
         if layers == 1:
             return array_CO.at[b[0], slots_lBT[0]].set(value_lBTO[0], mode="drop")
         if batch == 1:
-            return array_CO.at[l[:, 0], slots_lBT[:, 0]].set(value_lBTO[:, 0], mode="drop")
-        return array_CO.at[l, b, slots_lBT].set(value_lBTO, mode="drop")
+            return array_CO.at[at[:, 0], slots_lBT[:, 0]].set(value_lBTO[:, 0], mode="drop")
+        return array_CO.at[at, b, slots_lBT].set(value_lBTO, mode="drop")
 
     def take_back(self, kept_lB: Int[Array, "l B"]) -> SlotCache:
         """Without the last entries of each layer and row: so many of the tokens appended last."""

@@ -312,9 +312,7 @@ def _encode(call: Call, state: TokenState, layer: Array) -> TokenState:
     """What the maps of deeper layers read of tokens that halted at this one."""
     now_BT = state.depth_BT == layer
     sources = {"state": lambda: state.h_BTD, "embedding": lambda: call.embedded_BTD}
-    code_BTR = kv_maps.encode(
-        call.params["kv_maps"], sources, state.depth_BT, call.model.dtype
-    )
+    code_BTR = kv_maps.encode(call.params["kv_maps"], sources, state.depth_BT, call.model.dtype)
     return state.replace(code_BTR=jnp.where(now_BT[..., None], code_BTR, state.code_BTR))
 
 

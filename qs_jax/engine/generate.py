@@ -32,6 +32,7 @@ from qs_jax.models import Params, cpu, head
 from qs_jax.record import Record, decided
 from qs_jax.state import FULL_BITS, NEVER, Decisions, evidence
 
+
 @dataclasses.dataclass(frozen=True)
 class GenerateOutput:
     """What `generate` returns; B rows, M = max_new_tokens columns.

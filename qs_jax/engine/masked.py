@@ -274,9 +274,7 @@ def _encode(call: Call, state: TokenState, layer: Array) -> TokenState:
 
     def neurons() -> Array:
         params_l = jax.tree.map(lambda leaf: leaf[layer], call.params["layers"])  # of the next
-        out: Any = block.apply(
-            {"params": from_storage(params_l)}, h_BTD, method=block.mlp_neurons
-        )
+        out: Any = block.apply({"params": from_storage(params_l)}, h_BTD, method=block.mlp_neurons)
         return out
 
     sources: dict[str, Callable[[], Array]] = {
@@ -301,13 +299,11 @@ def _receive(
     here_BS = state.depth_BT + call.mech.kv_skip.delay == layer
     pos_BT, weights_BTS = call.rows.pos_BT, attended.weights_BNTS.max(1)
     found_BTS = kv_skip.running_maximum(weights_BTS, pos_BT, pos_BT, ran_BT)
-    return state.replace(
-        received_BTS=jnp.where(here_BS[:, None, :], found_BTS, state.received_BTS)
-    )
+    return state.replace(received_BTS=jnp.where(here_BS[:, None, :], found_BTS, state.received_BTS))
 
 
 def _written(call: Call, state: TokenState, mask_BTS: Array, layer: Array) -> Array:
-    """Tokens whose keys exist at this layer; one brought back by attention, once a query sees it."""
+    """Tokens whose keys exist at this layer; one brought back by attention once it is seen."""
     mech, rows = call.mech, call.rows
     exists_BT = mech.kv_skip.written(state.depth_BT, rows.retain_BT, layer)
     if mech.kv_skip.policy == "attended":

@@ -260,9 +260,7 @@ def _put(array_BT: Array, index_BC: Array, value_BC: Array) -> Array:
     return from_storage(at.set(value, mode="promise_in_bounds", unique_indices=True))
 
 
-def _gather(
-    call: Call, whole: TokenState, slots: int, first: Array
-) -> tuple[Slots, TokenState]:
+def _gather(call: Call, whole: TokenState, slots: int, first: Array) -> tuple[Slots, TokenState]:
     """The tokens that compute, and others in spare slots, which their masks keep still."""
     if slots == call.rows.pos_BT.shape[1]:
         return Slots(None, call.rows, None, first), whole
@@ -518,9 +516,7 @@ def _fuse(call: Call, state: TokenState, rows: Rows, layer: Array) -> TokenState
 # --- the end of a segment -----------------------------------------------------------------------
 
 
-def _end_segment(
-    call: Call, carry: Carry, first: Array, last: Array, fill: int | None
-) -> Carry:
+def _end_segment(call: Call, carry: Carry, first: Array, last: Array, fill: int | None) -> Carry:
     """Bits of every token, at the layer that assigns them; deeper keys of tokens that stopped."""
     amq, rows, state = call.mech.amq, call.rows, carry.state
     if amq is not None:

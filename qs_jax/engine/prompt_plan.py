@@ -211,4 +211,6 @@ def _stopped_by(
 
 def _after(stopped: dict[int, np.ndarray], layer: int) -> np.ndarray:
     """Tokens that have stopped after a layer."""
-    return max((gone for at, gone in stopped.items() if at <= layer), key=np.sum, default=np.array(0))
+    return max(
+        (gone for at, gone in stopped.items() if at <= layer), key=np.sum, default=np.array(0)
+    )

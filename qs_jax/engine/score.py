@@ -239,7 +239,9 @@ def score(
         "count": _columns(mask_BT, padded.tokens_BT.shape[1], cfg),
     }
     chosen = inputs.override_arrays(overrides, padded.tokens_BT.shape, width, cfg)
-    returns = tuple(n for n, asked in (("logits", return_logits), ("states", return_states)) if asked)
+    returns = tuple(
+        n for n, asked in (("logits", return_logits), ("states", return_states)) if asked
+    )
     rows, shared = (padded, ends_B, first_B, chosen), (mech,)
     if mech.is_off:
         static["returns"], rows, shared = returns, (padded.tokens_BT, first_B), ()

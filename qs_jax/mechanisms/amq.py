@@ -111,7 +111,9 @@ class AMQ(flax.struct.PyTreeNode):
             assert weights is not None
             with jax.named_scope("amq"):
                 bias_O = dense.variables["params"].get("bias")
-                columns = jax.tree.map(lambda leaf: leaf[..., start:], (weights[dense.name], bias_O))
+                columns = jax.tree.map(
+                    lambda leaf: leaf[..., start:], (weights[dense.name], bias_O)
+                )
                 return lax.cond(
                     layer > self.layer,
                     lambda: int8.product(x, bits_BT, self.group, *columns),
@@ -135,9 +137,7 @@ class AMQ(flax.struct.PyTreeNode):
             return fake_quantize(x_BTKH, bits_BTK, self)
 
 
-def code(
-    x: Float[Array, "*batch C"], amq: AMQ
-) -> tuple[Int[Array, "*batch M G"], Array, Array]:
+def code(x: Float[Array, "*batch C"], amq: AMQ) -> tuple[Int[Array, "*batch M G"], Array, Array]:
     """8-bit codes with the scale of each group: floor(256 (x - low) / range).
 
     A floor nests: the top 4 or 2 bits are floor(16 ...) and floor(4 ...), the codes a direct
@@ -187,5 +187,7 @@ def fake_quantize(
     kept = jnp.minimum(bits, 8)[..., None, None]
     out = decode(slice_code(codes, kept), kept, low, span).reshape(x.shape)
     if amq.rotate:
-        out = int8.rotate_groups(out, amq.group)  # the Sylvester matrix is symmetric: its own inverse
+        out = int8.rotate_groups(
+            out, amq.group
+        )  # the Sylvester matrix is symmetric: its own inverse
     return jnp.where((bits < FULL_BITS)[..., None], out.astype(x.dtype), x)

@@ -67,9 +67,7 @@ class Halting(flax.struct.PyTreeNode):
         """Whether decisions read how far a layer moved a token."""
         return self.rule == "dual" or self.score == "drift"
 
-    def candidates(
-        self, signals: Signals, layer: Int[Array, ""]
-    ) -> Bool[Array, "B T"]:
+    def candidates(self, signals: Signals, layer: Int[Array, ""]) -> Bool[Array, "B T"]:
         """Tokens whose entropy the decision reads: who fails the cheap test needs none."""
         may_BT = signals.eligible_BT & ~signals.halted_BT & self.may_halt_L[layer - 1]
         return may_BT & self._moved_little(signals, layer) if self.rule == "dual" else may_BT

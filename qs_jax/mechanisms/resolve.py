@@ -132,7 +132,6 @@ class Mechanisms(flax.struct.PyTreeNode):
         exempt = (subject_BT, full_BT, forced_BT, retain_BT, scoring_BT)
         return Rows(tokens_BT, pos_BT, real_BT, *exempt)
 
-
     def start(
         self,
         embedded_BTD: Float[Array, "B T D"],

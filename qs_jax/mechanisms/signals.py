@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.config import ModelConfig
-from qs_jax.state import TokenState, exact_dtype
 from qs_jax.models import Params, head
+from qs_jax.state import TokenState, exact_dtype
 
 _TINY = 1e-12
 

@@ -296,7 +296,7 @@ def map_heads(attend: Callable[..., Array], logits_bytes: int, operands: Any, ot
       operands: Queries, keys and values by KV head.
       others: What is the same for all heads; None is allowed in it.
     """
-    batch, kv_heads = operands[0].shape[:2]
+    batch = len(operands[0])
     if logits_bytes <= MOST_LOGITS or not on_cpu():
         return attend(*operands, *others)
 

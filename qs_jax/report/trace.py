@@ -162,9 +162,7 @@ def trace(
         yield _as_run(out, text, cfg, letters, mask_T)
 
 
-def _as_run(
-    out: dict[str, Any], text: Text, cfg: Config, letters: str, mask_T: np.ndarray
-) -> Run:
+def _as_run(out: dict[str, Any], text: Text, cfg: Config, letters: str, mask_T: np.ndarray) -> Run:
     qs, width = cfg.quicksilver or QuickSilverConfig(), len(mask_T)
     lengths_B, ends_B = text[0].lengths_B, text[1]
     record = Record.of(out["evidence"], width, lengths_B, ends_B, cfg.effective_protocol)

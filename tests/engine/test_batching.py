@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from qs_jax.engine.batching import bucket_size, check_positions, make_batch
+
 from qs_jax.errors import InputError
 from qs_jax.testing import tiny_model
 

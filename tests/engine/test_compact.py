@@ -7,6 +7,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+from qs_jax.mechanisms.plan import bind
 
 import qs_jax
 from qs_jax.config import Config, HaltingConfig, KVSkipConfig
@@ -21,7 +22,6 @@ from qs_jax.engine import (
     tokenwise,
 )
 from qs_jax.errors import ConfigError
-from qs_jax.mechanisms.plan import bind
 from tests.engine.contract import (
     CASES,
     MATRIX,
