@@ -332,7 +332,7 @@ def _run_layer(
     return carry
 
 
-def _at(tree: Any, index: Array) -> Any:
+def _at(tree: Any, index: Any) -> Any:
     return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False), tree)
 
 
