@@ -27,11 +27,7 @@ def attention_weights(
 ) -> Float[Array, "B N T S"]:
     """Softmax of the query-key products; a masked key weighs exactly 0.
 
-    Args:
-      q_BTNH: Queries.
-      k_BSKH: Keys.
-      mask_BTS: Each query sees at least one key.
-      log_size_BS: Added to a key's logits (proportional attention), or None.
+    `log_size_BS` is added to the keys' logits (proportional attention).
     """
     batch, width, heads, dim = q_BTNH.shape
     kv_heads, exact = k_BSKH.shape[2], exact_dtype(q_BTNH.dtype)
@@ -152,13 +148,9 @@ def step_attention(
     new: tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]],
     mask_BTX: Bool[Array, "B T X"],
 ) -> Float[Array, "B T N H"]:
-    """Attention of a few new tokens over a cache and over themselves.
+    """Attention of a few new tokens over a cache's slots `[B, C, K * H]` and over themselves.
 
-    Args:
-      q_BTNH: Queries.
-      cached: Keys and values of the cache's slots, O = K * H.
-      new: Those of the new tokens.
-      mask_BTX: Which of the X = C + T keys each query sees, the new tokens' last.
+    `mask_BTX` says which of the X = C + T keys each query sees, the new tokens' last.
     """
     batch, width, heads, dim = q_BTNH.shape
     (k_BCO, v_BCO), (k_BTKH, v_BTKH) = cached, new

@@ -40,12 +40,7 @@ def cache_bytes(caches: Any) -> int:
 
 @no_type_check
 class KVCache(flax.struct.PyTreeNode):
-    """Keys and values of a prompt; a token's slot is its position in its row.
-
-    Attributes:
-      k_LBSKH: Keys, after RoPE, in storage.
-      v_LBSKH: Values.
-    """
+    """Keys, after RoPE, and values of a prompt, in storage; a slot is a position."""
 
     k_LBSKH: Float[Array, "L B S K H"] | UInt16[Array, "L B S K H"]
     v_LBSKH: Float[Array, "L B S K H"] | UInt16[Array, "L B S K H"]
@@ -62,14 +57,7 @@ class KVCache(flax.struct.PyTreeNode):
     def write(
         self, index: Array, slots_BT: Int[Array, "B T"] | None, k_BTKH: Array, v_BTKH: Array
     ) -> KVCache:
-        """Keys and values of a layer's tokens, at distinct slots; at or past the end for nowhere.
-
-        Args:
-          index: The layer's, from 0.
-          slots_BT: Where; None for slots 0 and on.
-          k_BTKH: Keys.
-          v_BTKH: Values.
-        """
+        """Keys and values of a layer at distinct slots: None is 0 and on, past the end nowhere."""
 
         def put(old_LBSKH: Array, new_BTKH: Array) -> Array:
             new_BTKH = to_storage(new_BTKH)
@@ -141,13 +129,7 @@ class SlotCache(flax.struct.PyTreeNode):
     ) -> SlotCache:
         """A segment's entries that a later query can see, in order, then room.
 
-        Args:
-          prompt: Keys and values of all layers.
-          span: The segment's layers.
-          held_lBS: Entries to hold.
-          capacity: Slots a row.
-          bits_lBS: Hold int8 codes: bits of each token.
-          keeps_all: As the attribute.
+        With bits, the cache holds int8 codes.
         """
         fill_lB = held_lBS.sum(2, dtype=jnp.int32)
         order_lBC = _widen(jnp.argsort(~held_lBS, axis=2, stable=True), capacity, 2)
@@ -192,14 +174,7 @@ class SlotCache(flax.struct.PyTreeNode):
         keep_lBT: Bool[Array, "l B T"],
         bits_BT: Int[Array, "B T"] | None = None,
     ) -> SlotCache:
-        """Append the tokens that are kept, in place.
-
-        Args:
-          k_lBTKH: Keys.
-          v_lBTKH: Values.
-          keep_lBT: The token is kept in the layer.
-          bits_BT: Of the tokens; needed where the cache holds int8 codes.
-        """
+        """Append the tokens that are kept, in place; a cache of codes needs their bits."""
         slots_lBT = self.fill_lB[..., None] + jnp.cumsum(keep_lBT, axis=2, dtype=jnp.int32) - 1
         # What is not kept goes to the slot that the next token will overwrite.
         slots_lBT = jnp.where(keep_lBT, slots_lBT, slots_lBT + 1)

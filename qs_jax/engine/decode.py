@@ -21,7 +21,7 @@ from qs_jax.config import ModelConfig
 from qs_jax.engine import sampling
 from qs_jax.engine.attention import step_attention
 from qs_jax.engine.cache import SlotCache
-from qs_jax.mechanisms import Mechanisms, Rows, halting, kv_maps, signals
+from qs_jax.mechanisms import Mechanisms, Rows, kv_maps, signals
 from qs_jax.models import Params, family_of, head, rope
 from qs_jax.models.cpu import InPlace, layer_weights
 from qs_jax.models.layers import dense_product
@@ -31,13 +31,8 @@ from qs_jax.state import NEVER, Decisions, TokenState, exact_dtype
 class Call(NamedTuple):
     """What all layers of a step share.
 
-    Attributes:
-      params: Without the layers' own; with "int8" and "kv_maps" where they are read.
-      layers: From `cpu.decode_layers`.
-      model: Architecture.
-      mech: Mechanisms.
-      rows: The tokens; rows that have ended are not real.
-      embedded_BTD: Input embeddings.
+    `params` are without the layers' own, which `layers` has as `cpu.decode_layers` gives them; rows
+    that have ended are not real.
     """
 
     params: Params
@@ -90,19 +85,11 @@ def step(
     model: ModelConfig,
     mech: Mechanisms,
 ) -> Step:
-    """Run T tokens of each row, the first at `pos_B`.
+    """Run T tokens of each row, the first at `pos_B`, and append to the caches of each segment.
 
-    Args:
-      params: As in `Call`.
-      layers: From `cpu.decode_layers`.
-      tokens_BT: Ids.
-      pos_B: Position of the first.
-      live_B: Rows that have not ended; others append nothing.
-      caches: Of each segment, with room for T tokens.
-      model: Architecture.
-      mech: Mechanisms.
+    Rows that are not live append nothing.
     """
-    pos_BT = pos_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
+    pos_BT = pos_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
     real_BT = jnp.broadcast_to(live_B[:, None], tokens_BT.shape)
     nobody_B = jnp.zeros_like(pos_B)  # under "continuation" no new token is a subject
     rows = mech.rows(tokens_BT, pos_BT, real_BT, nobody_B)
@@ -129,7 +116,7 @@ def take_back(
     after = []
     for cache, keep_lBT in zip(caches, keeps, strict=True):
         rejected_BT = jnp.arange(keep_lBT.shape[2])[None] >= accepted_B[:, None]
-        after.append(cache.take_back((keep_lBT & rejected_BT).sum(2, dtype=jnp.int32)))
+        after.append(cache.take_back((keep_lBT & rejected_BT[None]).sum(2, dtype=jnp.int32)))
     return tuple(after)
 
 
@@ -213,7 +200,7 @@ def _run_layer(call: Call, state: TokenState, cache: SlotCache, offset: Any, ind
     layer, width = jnp.int32(index) + 1, rows.pos_BT.shape[1]
     keep_BT = mech.kv_skip.written(state.depth_BT, rows.retain_BT, layer) & rows.real_BT
     earlier_TT = jnp.tri(width, k=-1, dtype=bool)
-    own_BTT = (earlier_TT & keep_BT[:, None, :]) | jnp.eye(width, dtype=bool)
+    own_BTT = (earlier_TT[None] & keep_BT[:, None, :]) | jnp.eye(width, dtype=bool)[None]
     held_BC = cache.held(offset)
     held_BTC = jnp.broadcast_to(held_BC[:, None], (len(held_BC), width, held_BC.shape[1]))
     mask_BTX = jnp.concatenate([held_BTC, own_BTT], axis=2)
@@ -270,25 +257,18 @@ def _halt(call: Call, state: TokenState, before: TokenState, layer: Array):
     assert rule is not None
     with jax.named_scope("signals"):
         drift_BT = signals.drift(rule.drift, state.h_BTD, before.h_BTD)
-    eligible_BT, halted_BT = rows.subject_BT & ~rows.full_BT, state.depth_BT < layer
-    read = halting.Signals(rows.pos_BT, eligible_BT, halted_BT, drift_BT, None)
-    entropy_BT = None
-    if rule.entropy is not None:
-        candidates_BT = rule.candidates(read, layer)
-        entropy_BT = _entropy(call, state, rule.entropy, candidates_BT)
-        entropy_BT = jnp.where(candidates_BT, entropy_BT, jnp.nan)
-        read = read._replace(entropy_BT=entropy_BT)
     with jax.named_scope("halt"):
-        forced_BT = eligible_BT & ~halted_BT & (layer >= rows.forced_layer_BT)
-        halts_BT = rule.decide(read, layer) | forced_BT
-    state = state.replace(
-        depth_BT=jnp.where(halts_BT, layer, state.depth_BT), active_BT=state.active_BT & ~halts_BT
-    )
-    return state, (jnp.where(before.active_BT, drift_BT, jnp.nan), entropy_BT)
+        signals_read = (rows.subject_BT & ~rows.full_BT, drift_BT, layer, _entropy_of(call, state))
+        state, entropy_BT = rule.after_layer(state, rows, *signals_read)
+    drift_BT = jnp.where(before.active_BT, drift_BT, jnp.nan)
+    return state, (drift_BT, entropy_BT if rule.entropy is not None else None)
 
 
-def _entropy(call: Call, state: TokenState, kind: str, needed_BT: Array) -> Array:
-    return signals.entropy_where(needed_BT, kind, state, call.params, call.model)
+def _entropy_of(call: Call, state: TokenState):
+    def entropy_of(kind: str, needed_BT: Array) -> Array:
+        return signals.entropy_where(needed_BT, kind, state, call.params, call.model)
+
+    return entropy_of
 
 
 def _pick_shortlist(call: Call, state: TokenState, layer: Array) -> TokenState:
@@ -297,15 +277,10 @@ def _pick_shortlist(call: Call, state: TokenState, layer: Array) -> TokenState:
 
 
 def _assign_bits(call: Call, state: TokenState, layer: Array) -> TokenState:
-    amq, rows = call.mech.amq, call.rows
+    amq = call.mech.amq
     if amq is None:
         return state
-    here = layer == amq.layer
-    entropy_BT = jnp.zeros(rows.pos_BT.shape, exact_dtype(call.model.dtype))
-    if amq.entropy is not None and not call.mech.continuation:
-        entropy_BT = _entropy(call, state, amq.entropy, rows.subject_BT & here)
-    assigned_BT = amq.assign(entropy_BT, rows.subject_BT, rows.full_BT)
-    return state.replace(bits_BT=jnp.where(here, assigned_BT, state.bits_BT))
+    return amq.assign_at(layer, state, call.rows, _entropy_of(call, state))
 
 
 def _encode(call: Call, state: TokenState, layer: Array) -> TokenState:

@@ -20,13 +20,7 @@ _EXTRAS = ("kv_maps", "int8")  # they travel with the parameters; what needs the
 
 
 class Weights(NamedTuple):
-    """Arrays of one layer, or of all on a leading axis of L.
-
-    Attributes:
-      params: Of the block.
-      int8: Codes of its projections, for int8 products; else None.
-      maps: Extrapolation maps, `[X, R, O]`; None under other policies.
-    """
+    """Arrays of one layer or of all: the block's; int8 codes and maps, None where not read."""
 
     params: Any
     int8: Any
@@ -102,11 +96,7 @@ def check_params(params: Params, model: ModelConfig) -> None:
 
 
 def check_finite(finite_B: np.ndarray) -> None:
-    """Results of every row must be finite.
-
-    Raises:
-      NonFiniteError: Some row is not.
-    """
+    """Raise `NonFiniteError` unless the results of every row are finite."""
     if not finite_B.all():
         rows = np.flatnonzero(~finite_B).tolist()
         raise NonFiniteError(

@@ -143,12 +143,8 @@ class Mechanisms(flax.struct.PyTreeNode):
     ) -> TokenState:
         """The carry before the first layer: everybody active, nobody fused, nothing quantised.
 
-        Args:
-          embedded_BTD: Input embeddings.
-          rows: The tokens.
-          model: Architecture.
-          code_size: Numbers that extrapolation maps read of a token; 0 where none are kept.
-          receives: Attention received is kept for every query and key.
+        `code_size` numbers are kept of a token for extrapolation maps; `receives` keeps attention
+        received for every query and key.
         """
         shape, exact = rows.pos_BT.shape, exact_dtype(model.dtype)
         never_BT = jnp.full(shape, NEVER, jnp.int32)

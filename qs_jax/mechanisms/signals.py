@@ -21,14 +21,7 @@ _TINY = 1e-12
 def drift(
     kind: str, after_BTD: Float[Array, "B T D"], before_BTD: Float[Array, "B T D"]
 ) -> Float[Array, "B T"]:
-    """Distance a layer moved each token.
-
-    Args:
-      kind: "raw": ||after - before||_2 (the paper). "relative": over ||after||_2. "cosine":
-        1 - cos(after, before).
-      after_BTD: States after the layer.
-      before_BTD: States before it.
-    """
+    """Distance a layer moved each token: "raw" L2 (the paper), "relative", or 1 - "cosine"."""
     exact = exact_dtype(after_BTD.dtype)
     after, before = after_BTD.astype(exact), before_BTD.astype(exact)
     if kind == "cosine":

@@ -136,12 +136,7 @@ def as_two_rows(x: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
 
 @dataclasses.dataclass(frozen=True)
 class KernelInPlace:
-    """One layer's kernel `[C, O]` inside the stacked array; not a pytree, but a leaf of one.
-
-    Attributes:
-      stacked_LCO: Of all layers, in storage.
-      layer: Which, from 0.
-    """
+    """One layer's kernel `[C, O]` inside the stacked array; not a pytree, but a leaf of one."""
 
     stacked_LCO: Shaped[Array, "L C O"]
     layer: Any
@@ -219,12 +214,7 @@ class InPlace:
 
 
 def layer_weights(layers: Any, index: Any) -> Any:
-    """One layer's parameters.
-
-    Args:
-      layers: Stacked, `InPlace`, or a tuple of each layer's own.
-      index: From 0; static where there is a tuple.
-    """
+    """One layer's parameters, out of stacked or `InPlace` ones, or of each layer's own."""
     if isinstance(layers, tuple):
         return layers[index]
     if not isinstance(layers, InPlace):
@@ -238,13 +228,7 @@ def layer_weights(layers: Any, index: Any) -> Any:
 
 
 def decode_layers(params: dict[str, Any], setting: str, rows: int) -> Any:
-    """The layers as decoding takes them: stacked, `InPlace`, or separate.
-
-    Args:
-      params: Stacked tree.
-      setting: `Config.decode_weights`.
-      rows: Rows that are decoded together.
-    """
+    """The layers as decoding takes them: stacked, `InPlace` for one row, or separate."""
     if separates(setting, rows):
         return separate_layers(params)
     layers = stored_params(params)["layers"]

@@ -57,13 +57,7 @@ def normed(params: Params, h: Array, model: ModelConfig) -> Array:
 def map_positions(function: Callable[..., Array], width: int, *arrays: Array) -> Array:
     """Apply a function along T piece by piece, so that its wide intermediate stays small.
 
-    Args:
-      function: Of arrays `[B, C, ...]`, C positions at a time, to `[B, C, ...]`.
-      width: Elements of the intermediate a position needs.
-      *arrays: `[B, T, ...]`.
-
-    Returns:
-      `[B, T, ...]`.
+    `width` is how many elements of the intermediate a position needs.
     """
     batch, positions = arrays[0].shape[:2]
     chunk = max(min(HEAD_ELEMENTS // (batch * width), positions), 1)

@@ -39,13 +39,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def product(x: Float[Array, "*batch C"], kernel: Array, transposed: bool = False) -> Array:
-    """`x @ kernel`, accumulated in and returned in at least float32.
-
-    Args:
-      x: Vectors.
-      kernel: `[C, O]`, or `[O, C]` where transposed.
-      transposed: As said.
-    """
+    """`x @ kernel` (or its transpose), accumulated in and returned in at least float32."""
     rows = cpu.as_two_rows(x)
     equation = "...c,oc->...o" if transposed else "...c,co->...o"
     y = jnp.einsum(equation, rows, kernel, preferred_element_type=exact_dtype(x.dtype))
@@ -144,12 +138,7 @@ class PreNormBlock(nn.Module):
 
 
 class FinalNorm(nn.Module):
-    """The norm between the last layer and the head.
-
-    Attributes:
-      model: Architecture.
-      make_norm: `rms_norm` or `layer_norm`.
-    """
+    """The norm between the last layer and the head."""
 
     model: ModelConfig
     make_norm: Callable[[ModelConfig], nn.Module]
