@@ -261,8 +261,8 @@ class _Masked:
 @functools.partial(jax.jit, static_argnames=("model", "plan"))
 def _rescore(
     params: Params,
-    tokens_BS: Int[Array, "B S"],
-    prompt_lengths_B: Int[Array, "B"],
+    tokens_BS: Array,
+    prompt_lengths_B: Array,
     overrides: Overrides | None,
     text: sampling.Text | None,
     mech: Mechanisms,

@@ -45,11 +45,7 @@ def bucket_size(n: int, limit: int | None = None) -> int:
 
 
 def make_batch(
-    tokens: TokensLike,
-    model: ModelConfig,
-    *,
-    lengths: Any = None,
-    attention_mask: Any = None,
+    tokens: TokensLike, model: ModelConfig, *, lengths: Any = None, attention_mask: Any = None
 ) -> Batch:
     """Check and right-pad the tokens a user gave.
 
@@ -200,10 +196,7 @@ def _rows_of_lengths(rows: list[np.ndarray], lengths: np.ndarray) -> list[np.nda
 
 
 def whole_rows(
-    batch: Batch,
-    prompt_lengths_B: Int[Array, "B"],
-    overrides: Overrides | None,
-    mech: Mechanisms,
+    batch: Batch, prompt_lengths_B: Int[Array, "B"], overrides: Overrides | None, mech: Mechanisms
 ) -> Rows:
     """All tokens of a batch from position 0, with their exemptions; inside a program."""
     tokens_BT = jnp.asarray(batch.tokens_BT)

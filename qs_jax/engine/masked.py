@@ -307,7 +307,7 @@ def _entropy_of(call: Call, state: TokenState):
 
 def _fuse(
     call: Call, state: TokenState, attended: Attended, layer: Array
-) -> tuple[TokenState, Bool[Array, "B T"]]:
+) -> tuple[TokenState, Array]:
     rows, rule = call.rows, call.mech.fusion
     assert rule is not None
     tokens = fusion.Tokens(

@@ -299,13 +299,7 @@ def _everywhere(whole_BT: Array, chosen: Slots, own_BC: Array) -> Array:
 # --- one layer ----------------------------------------------------------------------------------
 
 
-def _run_layer(
-    call: Call,
-    carry: Carry,
-    chosen: Slots,
-    whole: TokenState,
-    index: Array,
-) -> Carry:
+def _run_layer(call: Call, carry: Carry, chosen: Slots, whole: TokenState, index: Array) -> Carry:
     mech, model, state, rows = call.mech, call.model, carry.state, chosen.rows
     layer, weights = index + 1, _at(call.weights, index)
     gathered = chosen.index_BC is not None
@@ -361,7 +355,7 @@ def _multiply(call: Call, bits_BT: Array, weights: Weights, layer: Array):
 
 def _first_queries(
     call: Call, chosen: Slots, whole: TokenState, state: TokenState, layer: Array, among_all: bool
-) -> Int[Array, "B S"]:
+) -> Array:
     """Position of the first query that sees each key: its own, or NEVER."""
     rows, depth_BS, absorbed_BS = chosen.rows, state.depth_BT, state.fused_BT
     if among_all:

@@ -140,10 +140,7 @@ def pick_shortlist(
 
 
 def token_probability(
-    h_BTD: Float[Array, "B T D"],
-    tokens_BT: Int[Array, "B T"],
-    params: Params,
-    model: ModelConfig,
+    h_BTD: Float[Array, "B T D"], tokens_BT: Int[Array, "B T"], params: Params, model: ModelConfig
 ) -> Float[Array, "B T"]:
     """Probability of each token by the logit lens of the state given for it."""
 
