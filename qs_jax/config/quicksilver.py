@@ -253,10 +253,6 @@ class Config(Settings):
         masks; savings are simulated. "compact": the fast engines for prompts and new tokens, which
         take the same decisions, compute active tokens only and cache only what later queries see.
         "auto" is "compact" wherever it can run.
-      decode_weights: "stacked": decoding scans over the stacked layers. "separate": it runs layer
-        after layer on arrays of their own, copied once and kept as long as the parameters; XLA's
-        CPU backend would otherwise copy every layer's weights at every token of several rows.
-        "auto" is "separate" for several rows on CPU.
 
     Raises:
       ConfigError: A value is outside its range.
@@ -276,7 +272,6 @@ class Config(Settings):
     seed: Annotated[Integer, Field(ge=0, lt=2**32)] = 0
     eos_token_ids: Annotated[Integers, ONE_OR_MORE] | None = None
     engine: Literal["auto", "masked", "compact"] = "auto"
-    decode_weights: Literal["auto", "stacked", "separate"] = "auto"
 
     def __post_init__(self) -> None:
         if self.quicksilver is not None:

@@ -24,7 +24,6 @@ from qs_jax.engine.cache import SlotCache
 from qs_jax.mechanisms import Mechanisms, Rows, kv_maps, signals
 from qs_jax.models import Params, family_of, head, rope
 from qs_jax.models.cpu import InPlace, layer_weights
-from qs_jax.models.layers import dense_product
 from qs_jax.state import NEVER, Decisions, TokenState, exact_dtype
 
 
@@ -176,7 +175,7 @@ def _stay(call: Call, stores: bool, state: TokenState, cache: SlotCache, offset:
     if stores:
         block = family_of(model).block(model)
         params = {"params": layer_weights(call.layers, index)}
-        multiply = _multiply(call, state.bits_BT, index)
+        multiply = mech.multiply(state.bits_BT, _codes(call, index), layer)
         at = (state.h_BTD, call.rows.pos_BT, multiply)
         out: Any = block.apply(params, *at, method=block.keys_values)
         k, v = _stored(call, state, *out, layer)
@@ -211,7 +210,7 @@ def _run_layer(call: Call, state: TokenState, cache: SlotCache, offset: Any, ind
 
     block = family_of(model).block(model)
     params = {"params": layer_weights(call.layers, index)}
-    multiply = _multiply(call, state.bits_BT, index)
+    multiply = mech.multiply(state.bits_BT, _codes(call, index), layer)
     out: Any = block.apply(params, state.h_BTD, rows.pos_BT, attend, multiply)
     h_BTD, keys_values = out
     before = state
@@ -226,12 +225,8 @@ def _run_layer(call: Call, state: TokenState, cache: SlotCache, offset: Any, ind
     return state, (read, keys_values, keep_BT)
 
 
-def _multiply(call: Call, bits_BT: Array, index: Any):
-    amq = call.mech.amq
-    if amq is None:
-        return dense_product
-    codes = _at(call.params["int8"], index) if amq.multiplies_int8 else None
-    return amq.multiply(bits_BT, codes, jnp.int32(index) + 1)
+def _codes(call: Call, index: Any) -> Any:
+    return _at(call.params["int8"], index) if "int8" in call.params else None
 
 
 def _stored(call: Call, state: TokenState, k: Array, v: Array, layer: Array):
@@ -246,9 +241,7 @@ def _stored(call: Call, state: TokenState, k: Array, v: Array, layer: Array):
             k_mapped = rope.rotate(k_mapped, call.rows.pos_BT, model)
         halted = (state.depth_BT < layer)[..., None, None]
         k, v = jnp.where(halted, k_mapped, k), jnp.where(halted, v_mapped, v)
-    if mech.amq is None:
-        return k, v
-    return mech.amq.stored(k, state.bits_BT), mech.amq.stored(v, state.bits_BT)
+    return mech.stored(k, v, state.bits_BT)
 
 
 def _halt(call: Call, state: TokenState, before: TokenState, layer: Array):
@@ -258,17 +251,15 @@ def _halt(call: Call, state: TokenState, before: TokenState, layer: Array):
     with jax.named_scope("signals"):
         drift_BT = signals.drift(rule.drift, state.h_BTD, before.h_BTD)
     with jax.named_scope("halt"):
-        signals_read = (rows.subject_BT & ~rows.full_BT, drift_BT, layer, _entropy_of(call, state))
+        signals_read = (
+            rows.subject_BT & ~rows.full_BT,
+            drift_BT,
+            layer,
+            signals.entropies(state, call.params, call.model),
+        )
         state, entropy_BT = rule.after_layer(state, rows, *signals_read)
     drift_BT = jnp.where(before.active_BT, drift_BT, jnp.nan)
     return state, (drift_BT, entropy_BT if rule.entropy is not None else None)
-
-
-def _entropy_of(call: Call, state: TokenState):
-    def entropy_of(kind: str, needed_BT: Array) -> Array:
-        return signals.entropy_where(needed_BT, kind, state, call.params, call.model)
-
-    return entropy_of
 
 
 def _pick_shortlist(call: Call, state: TokenState, layer: Array) -> TokenState:
@@ -280,7 +271,7 @@ def _assign_bits(call: Call, state: TokenState, layer: Array) -> TokenState:
     amq = call.mech.amq
     if amq is None:
         return state
-    return amq.assign_at(layer, state, call.rows, _entropy_of(call, state))
+    return amq.assign_at(layer, state, call.rows, signals.entropies(state, call.params, call.model))
 
 
 def _encode(call: Call, state: TokenState, layer: Array) -> TokenState:

@@ -114,7 +114,7 @@ def _prepare(
     overrides: TokenOverrides | None,
 ) -> _Masked | _Fast:
     model, mech = cfg.model, resolve(cfg.quicksilver, cfg.model, cfg.effective_protocol)
-    params = prepare_params(params, model, mech, stored=False)
+    params = prepare_params(params, model, mech)
     given = {"lengths": lengths, "attention_mask": attention_mask}
     batch, padded = inputs.prepare_batch(tokens, model, new_tokens=cfg.max_new_tokens, **given)
     chosen = inputs.override_arrays(
@@ -227,8 +227,7 @@ class _Masked:
     kv_bytes = 0  # it keeps no cache
 
     def __init__(self, call: _Call) -> None:
-        self.call, self.params = call, cpu.stored_params(call.params)
-        more = call.plan.capacity
+        self.call, more = call, call.plan.capacity
 
         def widen(array: Any, value: Any) -> Any:
             return np.pad(array, ((0, 0), (0, more)), constant_values=value)
@@ -246,7 +245,7 @@ class _Masked:
         given = (self.tokens, call.batch.lengths_B, self.overrides, self.text)
         static = {"model": call.cfg.model, "plan": call.plan}
         self.tokens, self.text, self.evidence = _rescore(
-            self.params, *given, call.mech, call.numbers, **static
+            self.call.params, *given, call.mech, call.numbers, **static
         )
         return self.text
 
@@ -327,8 +326,7 @@ class _Fast:
 
     def __init__(self, call: _Call) -> None:
         self.call, self.cfg = call, call.cfg
-        self.params = cpu.stored_params(call.params)
-        self.segments = _segments(self.cfg, call.rows)
+        self.segments = _segments(self.cfg)
         self.produced = self.limit = 0
         self.state: Any = None  # (Text, KVCache, Decisions) after the prompt, then a DecodeState
         self.static = {"model": self.cfg.model, "plan": call.plan}
@@ -336,12 +334,12 @@ class _Fast:
     @functools.cached_property
     def rest(self) -> Params:
         """Parameters of a step, without the layers' own."""
-        return {name: part for name, part in self.params.items() if name != "layers"}
+        return {name: part for name, part in self.call.params.items() if name != "layers"}
 
     @functools.cached_property
     def layers(self) -> Any:
         """The layers as a step takes them, once a second token is asked for."""
-        return cpu.decode_layers(self.call.params, self.cfg.decode_weights, self.call.rows)
+        return cpu.decode_layers(self.call.params, self.call.rows)
 
     @property
     def kv_bytes(self) -> int:
@@ -355,7 +353,7 @@ class _Fast:
         batch, lengths_B = call.padded, call.padded.lengths_B
         cut, segments = arrange(self.cfg, batch, lengths_B, call.overrides, call.mech)
         given = (batch, call.overrides, call.mech, segments, call.numbers)
-        self.state = jit_start(self.params, *given, **self.static, prompt_plan=cut)
+        self.state = jit_start(self.call.params, *given, **self.static, prompt_plan=cut)
         self.produced = self.limit = 1
         return self.state[0]
 
@@ -425,11 +423,9 @@ class _Fast:
         self.limit = self.produced + room
 
 
-def _segments(cfg: Config, rows: int) -> tuple[int, ...]:
-    """Layers of each segment: one each where weights are separate, else few."""
+def _segments(cfg: Config) -> tuple[int, ...]:
+    """Layers of each segment."""
     count, qs = cfg.model.num_layers, cfg.quicksilver
-    if cpu.separates(cfg.decode_weights, rows):
-        return (1,) * count
     edges = {0, _coded_after(cfg), count}
     if qs is not None and (qs.halting is not None or qs.fusion is not None):
         layers = (qs.halting.layers if qs.halting is not None else None) or ()

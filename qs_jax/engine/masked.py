@@ -29,8 +29,7 @@ from qs_jax.engine.attention import attention
 from qs_jax.engine.weights import Weights, layer_weights
 from qs_jax.mechanisms import Mechanisms, Rows, fusion, halting, kv_maps, kv_skip, signals
 from qs_jax.models import Params, family_of, head, rope
-from qs_jax.models.cpu import as_state, from_storage
-from qs_jax.models.layers import dense_product
+from qs_jax.models.cpu import from_storage
 from qs_jax.state import NEVER, LayerRecord, TokenState, exact_dtype
 
 
@@ -198,14 +197,11 @@ def _block(
     def attend(q: Array, k: Array, v: Array) -> tuple[Array, Attended]:
         if mech.kv_skip.policy == "extrapolate":
             k, v = _extrapolated(call, state, layer, weights, k, v)
-        if mech.amq is not None:
-            k, v = mech.amq.stored(k, state.bits_BT), mech.amq.stored(v, state.bits_BT)
+        k, v = mech.stored(k, v, state.bits_BT)
         context_BTNH, weights_BNTS = attention(q, k, v, mask_BTS, log_size_BS)
         return context_BTNH, Attended(None, q, k, weights_BNTS)
 
-    multiply = dense_product
-    if mech.amq is not None:
-        multiply = mech.amq.multiply(state.bits_BT, weights.int8, layer)
+    multiply = mech.multiply(state.bits_BT, weights.int8, layer)
     block = family_of(model).block(model)
     params = {"params": from_storage(weights.params)}
     out: Any = block.apply(params, state.h_BTD, pos_BT, attend, multiply)
@@ -282,7 +278,8 @@ def _halt(
     rule = call.mech.halting
     assert rule is not None
     received_BT = received(call, state, attended) if rule.reads_attention else None
-    signals_read = (eligible(call, state), drift_BT, layer, _entropy_of(call, state))
+    entropy_of = signals.entropies(state, call.params, call.model, call.previous_BT)
+    signals_read = (eligible(call, state), drift_BT, layer, entropy_of)
     return rule.after_layer(state, call.rows, *signals_read, received_BT=received_BT)
 
 
@@ -292,14 +289,6 @@ def received(call: Call, state: TokenState, attended: Attended) -> Float[Array, 
     own_BT = jnp.broadcast_to(jnp.arange(width)[None], call.rows.pos_BT.shape)
     counted_BT = call.rows.scoring_BT & state.active_BT
     return halting.attention_received(attended.weights_BNTS.max(1), counted_BT, own_BT)
-
-
-def _entropy_of(call: Call, state: TokenState):
-    def entropy_of(kind: str, needed_BT: Array) -> Array:
-        given = (call.params, call.model, call.previous_BT)
-        return signals.entropy_where(needed_BT, kind, state, *given)
-
-    return entropy_of
 
 
 # --- 4. fusion, and 5. bits ---------------------------------------------------------------------
@@ -354,10 +343,11 @@ def _weigh(call: Call, state: TokenState, attended: Attended, pairs_BTW: Array):
 
 
 def _quantize(call: Call, state: TokenState, ran_BT: Array, layer: Array) -> TokenState:
-    amq, dtype = call.mech.amq, call.model.dtype
+    amq = call.mech.amq
     assert amq is not None
-    state = amq.assign_at(layer, state, call.rows, _entropy_of(call, state))
+    entropy_of = signals.entropies(state, call.params, call.model, call.previous_BT)
+    state = amq.assign_at(layer, state, call.rows, entropy_of)
     if "hidden" in amq.targets:
-        coarse_BTD = as_state(amq.quantize(state.h_BTD.astype(dtype), state.bits_BT), dtype)
+        coarse_BTD = amq.quantize(state.h_BTD, state.bits_BT)
         state = state.replace(h_BTD=jnp.where(ran_BT[..., None], coarse_BTD, state.h_BTD))
     return state

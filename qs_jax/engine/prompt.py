@@ -25,7 +25,6 @@ from qs_jax.engine.weights import Weights, layer_weights
 from qs_jax.mechanisms import Mechanisms, Rows, fusion, halting, kv_maps, signals
 from qs_jax.models import Params, family_of, head, rope
 from qs_jax.models.cpu import from_storage, to_storage
-from qs_jax.models.layers import dense_product
 from qs_jax.state import NEVER, Decisions, TokenState, exact_dtype
 
 FILL = 32  # stopped tokens of a row whose keys are filled in at a time, where their number varies
@@ -148,7 +147,14 @@ def run(
     with jax.named_scope("embed"):
         embedded: Any = embed.apply({"params": params["embed"]}, rows.tokens_BT, rows.pos_BT)
     call = Call(params, model, mech, plan, rows, embedded, layer_weights(params))
-    carry = _start(call)
+    rule, shape = mech.halting, rows.pos_BT.shape
+    unread = jnp.full((model.num_layers, *shape), jnp.nan, exact_dtype(model.dtype))
+    carry = Carry(
+        mech.start(embedded, rows, model),
+        KVCache.zeros(model, *shape),
+        unread if rule is not None and rule.reads_drift else None,
+        unread if rule is not None and rule.entropy is not None else None,
+    )
     if plan.fixed:
         for s, slots in enumerate(plan.slots):
             first, last = segments.first_S[s], segments.last_S[s]
@@ -171,19 +177,6 @@ def run(
         entropy_LBT=carry.entropy_LBT,
     )
     return Result(head.normed(params, h_BQD, model), cache, decisions)
-
-
-def _start(call: Call) -> Carry:
-    mech, model, shape = call.mech, call.model, call.rows.pos_BT.shape
-    state = mech.start(call.embedded_BTD, call.rows, model)
-    rule, exact = mech.halting, exact_dtype(model.dtype)
-    unread = jnp.full((model.num_layers, *shape), jnp.nan, exact)
-    return Carry(
-        state,
-        KVCache.zeros(model, *shape),
-        unread if rule is not None and rule.reads_drift else None,
-        unread if rule is not None and rule.entropy is not None else None,
-    )
 
 
 # --- segments -----------------------------------------------------------------------------------
@@ -306,7 +299,7 @@ def _run_layer(call: Call, carry: Carry, chosen: Slots, whole: TokenState, index
     among_all = gathered and call.plan.keeps_keys
 
     def attend(q: Array, k: Array, v: Array):
-        k, v = _stored(mech, k, v, state.bits_BT)
+        k, v = mech.stored(k, v, state.bits_BT)
         slots_BC = None
         if gathered or (call.plan.keeps_keys and not chosen.leading):
             # Keys of tokens that stopped in an earlier segment are there already.
@@ -319,7 +312,7 @@ def _run_layer(call: Call, carry: Carry, chosen: Slots, whole: TokenState, index
 
     block = family_of(model).block(model)
     params = {"params": from_storage(weights.params)}
-    multiply = _multiply(call, state.bits_BT, weights, layer)
+    multiply = call.mech.multiply(state.bits_BT, weights.int8, layer)
     out: Any = block.apply(params, state.h_BTD, rows.pos_BT, attend, multiply)
     h_BTD, cache = out
     before_BTD = state.h_BTD
@@ -340,17 +333,6 @@ def _run_layer(call: Call, carry: Carry, chosen: Slots, whole: TokenState, index
 
 def _at(tree: Any, index: Any) -> Any:
     return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False), tree)
-
-
-def _stored(mech: Mechanisms, k: Array, v: Array, bits_BT: Array) -> tuple[Array, Array]:
-    if mech.amq is None:
-        return k, v
-    return mech.amq.stored(k, bits_BT), mech.amq.stored(v, bits_BT)
-
-
-def _multiply(call: Call, bits_BT: Array, weights: Weights, layer: Array):
-    amq = call.mech.amq
-    return dense_product if amq is None else amq.multiply(bits_BT, weights.int8, layer)
 
 
 def _first_queries(
@@ -374,9 +356,9 @@ def _last_layer(call: Call, carry: Carry, read_BQ: Array) -> tuple[Array, KVCach
     layer, weights = jnp.int32(model.num_layers), _at(call.weights, index)
     params = {"params": from_storage(weights.params)}
     block = family_of(model).block(model)
-    multiply = _multiply(call, state.bits_BT, weights, layer)
+    multiply = call.mech.multiply(state.bits_BT, weights.int8, layer)
     out: Any = block.apply(params, state.h_BTD, rows.pos_BT, multiply, method=block.keys_values)
-    k, v = _stored(call.mech, *out, state.bits_BT)
+    k, v = call.mech.stored(*out, state.bits_BT)
     slots_BT = jnp.where(state.active_BT, rows.pos_BT, NEVER) if call.plan.keeps_keys else None
     cache = carry.cache.write(jnp.int32(index), slots_BT, k, v)
     k, v = cache.layer(jnp.int32(index))
@@ -389,7 +371,7 @@ def _last_layer(call: Call, carry: Carry, read_BQ: Array) -> tuple[Array, KVCach
     rows_B1 = jnp.arange(len(read_BQ))[:, None]
     own = (state.h_BTD, state.bits_BT, state.active_BT)
     h_BQD, bits_BQ, active_BQ = (array_BT[rows_B1, read_BQ] for array_BT in own)
-    multiply = _multiply(call, bits_BQ, weights, layer)
+    multiply = call.mech.multiply(bits_BQ, weights.int8, layer)
     read: Any = block.apply(params, h_BQD, read_BQ, attend, multiply)
     return jnp.where(active_BQ[..., None], read[0], h_BQD), cache
 
@@ -422,7 +404,12 @@ def _decide(
             nothing = jnp.zeros_like(drift_BT)
             received_BT = lax.cond(rule.may_halt_L[layer - 1], read, lambda: nothing)
     with jax.named_scope("halt"):
-        signals_read = (_eligible(rows, state, call), drift_BT, layer, _entropy_of(call, state))
+        signals_read = (
+            _eligible(rows, state, call),
+            drift_BT,
+            layer,
+            signals.entropies(state, call.params, call.model),
+        )
         outside = {"received_BT": received_BT, "outside_B": chosen.outside_B}
         state, entropy_BT = rule.after_layer(state, rows, *signals_read, **outside)
     drift_BT = jnp.where(ran_BT, drift_BT, jnp.nan)
@@ -447,7 +434,7 @@ def _received(call, carry, chosen, whole, before_BCD, layer) -> Float[Array, "B 
     h_BQD, pos_BQ, bits_BQ, counted_BQ = (_take(x, index_BQ) for x in read)
     weights = _at(call.weights, layer - 1)
     block = family_of(call.model).block(call.model)
-    multiply = _multiply(call, bits_BQ, weights, layer)
+    multiply = call.mech.multiply(bits_BQ, weights.int8, layer)
     params = {"params": from_storage(weights.params)}
     q_BQNH: Any = block.apply(params, h_BQD, pos_BQ, multiply, method=block.queries)
     k_BSKH, _ = carry.cache.layer(layer - 1 - chosen.offset)
@@ -456,13 +443,6 @@ def _received(call, carry, chosen, whole, before_BCD, layer) -> Float[Array, "B 
     weights_BQS = attention_weights(q_BQNH, k_BSKH, mask_BQS).max(1)
     received_BS = halting.attention_received(weights_BQS, counted_BQ, pos_BQ)
     return received_BS if chosen.index_BC is None else _take(received_BS, chosen.index_BC)
-
-
-def _entropy_of(call: Call, state: TokenState):
-    def entropy_of(kind: str, needed_BT: Array) -> Array:
-        return signals.entropy_where(needed_BT, kind, state, call.params, call.model)
-
-    return entropy_of
 
 
 def _fuse(call: Call, state: TokenState, rows: Rows, layer: Array) -> TokenState:
@@ -486,7 +466,9 @@ def _end_segment(call: Call, carry: Carry, first: Array, last: Array, fill: int 
     amq, state = call.mech.amq, carry.state
     if amq is not None:
         with jax.named_scope("amq"):
-            state = amq.assign_at(last, state, call.rows, _entropy_of(call, state))
+            state = amq.assign_at(
+                last, state, call.rows, signals.entropies(state, call.params, call.model)
+            )
         carry = carry._replace(state=state)
     if call.plan.keeps_keys and fill != 0:
         carry = carry._replace(cache=_fill(call, carry, first, last, fill))
@@ -532,9 +514,9 @@ def _frozen_keys_values(call: Call, state: TokenState, index_BP: Array, last: Ar
     def propagated(index: Array) -> tuple[Array, Array]:
         weights = _at(call.weights, index)
         params = {"params": from_storage(weights.params)}
-        multiply = _multiply(call, bits_BP, weights, index + 1)
+        multiply = call.mech.multiply(bits_BP, weights.int8, index + 1)
         out: Any = block.apply(params, h_BPD, index_BP, multiply, method=block.keys_values)
-        return _stored(mech, *out, bits_BP)
+        return mech.stored(*out, bits_BP)
 
     if mech.kv_skip.policy != "extrapolate":
         return propagated
@@ -555,6 +537,6 @@ def _frozen_keys_values(call: Call, state: TokenState, index_BP: Array, last: Ar
         k, v = kv_maps.keys_values(code_BPR, map_RO, model)
         if family_of(model).rotates:
             k = rope.rotate(k, index_BP, model)
-        return _stored(mech, k, v, bits_BP)
+        return mech.stored(k, v, bits_BP)
 
     return mapped

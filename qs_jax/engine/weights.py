@@ -33,16 +33,8 @@ def layer_weights(params: Params) -> Weights:
     return Weights(params["layers"], params.get("int8"), maps)
 
 
-def prepare_params(
-    params: Params, model: ModelConfig, mech: Mechanisms, *, stored: bool = True
-) -> Params:
-    """Check parameters and add what the mechanisms read: int8 codes, maps of the halting layers.
-
-    Args:
-      params: From `qs_jax.load`.
-      model: Architecture.
-      mech: Mechanisms.
-      stored: In the form that programs take (`cpu.stored_params`).
+def prepare_params(params: Params, model: ModelConfig, mech: Mechanisms) -> Params:
+    """Check parameters; as programs take them, with the codes and maps that the mechanisms read.
 
     Raises:
       ConfigError: They are another model's, or the maps a policy needs are missing.
@@ -58,7 +50,7 @@ def prepare_params(
         require_maps(params, layers, model, prompts_only=mech.continuation)
         maps = params["kv_maps"]
         prepared["kv_maps"] = maps if maps.layers == layers else select(maps, layers)
-    return stored_params(prepared) if stored else prepared
+    return stored_params(prepared)
 
 
 @functools.lru_cache(maxsize=64)

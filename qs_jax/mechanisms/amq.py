@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.mechanisms import int8
-from qs_jax.mechanisms.halting import EntropyOf
+from qs_jax.mechanisms.signals import EntropyOf
 from qs_jax.models.layers import Multiply, dense_product
 from qs_jax.state import FULL_BITS, TokenState, exact_dtype
 

@@ -17,7 +17,6 @@ from flax.struct import field
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from qs_jax.models.cpu import as_state
 from qs_jax.state import NEVER, TokenState, exact_dtype
 
 
@@ -204,7 +203,7 @@ def merge(
         mean_BTD = sum_BTD / jnp.maximum(mass_BT, 1e-30)[..., None]
         due_BT = level_BT == number
         return Merged(
-            jnp.where(due_BT[..., None], as_state(mean_BTD, dtype), merged.h_BTD),
+            jnp.where(due_BT[..., None], mean_BTD.astype(dtype), merged.h_BTD),
             jnp.where(due_BT, mass_BT, merged.mass_BT),
             jnp.where(due_BT, size_BT, merged.size_BT),
         )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias, no_type_check
+from typing import Any, NamedTuple, no_type_check
 
 import flax.struct
 import jax
@@ -11,10 +10,8 @@ import jax.numpy as jnp
 from flax.struct import field
 from jaxtyping import Array, Bool, Float, Int
 
+from qs_jax.mechanisms.signals import EntropyOf
 from qs_jax.state import TokenState
-
-# entropy_of(estimator, needed_BT) -> [B, T] in nats.
-EntropyOf: TypeAlias = Callable[[str, Array], Array]
 
 
 class Signals(NamedTuple):

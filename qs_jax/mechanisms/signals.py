@@ -6,6 +6,8 @@ Sources: paper 2.1 and B.1 (drift, entropy), 2.5 and E.1 (entropy for AMQ), FAQ 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,9 @@ from jaxtyping import Array, Bool, Float, Int
 from qs_jax.config import ModelConfig
 from qs_jax.models import Params, head
 from qs_jax.state import TokenState, exact_dtype
+
+# entropy_of(estimator, needed_BT) -> [B, T] in nats.
+EntropyOf: TypeAlias = Callable[[str, Array], Array]
 
 _TINY = 1e-12
 
@@ -90,22 +95,23 @@ def entropy(
     return previous_BT
 
 
-def entropy_where(
-    needed_BT: Bool[Array, "B T"],
-    kind: str,
-    state: TokenState,
-    params: Params,
-    model: ModelConfig,
-    previous_BT: Float[Array, "B T"] | None = None,
-) -> Float[Array, "B T"]:
-    """`entropy` of states after a layer, computed only if some token needs it; else zeros."""
+def entropies(
+    state: TokenState, params: Params, model: ModelConfig, previous_BT: Array | None = None
+) -> EntropyOf:
+    """A function from an estimator and a mask to entropies of states after a layer, in nats.
 
-    def compute() -> Array:
-        with jax.named_scope("signals"):
-            return entropy(kind, state.h_BTD, params, model, state.shortlist_BTX, previous_BT)
+    They are computed only if some token is needed; else they are zeros.
+    """
 
-    nothing_BT = jnp.zeros(needed_BT.shape, exact_dtype(model.dtype))
-    return jax.lax.cond(needed_BT.any(), compute, lambda: nothing_BT)
+    def entropy_of(kind: str, needed_BT: Bool[Array, "B T"]) -> Float[Array, "B T"]:
+        def compute() -> Array:
+            with jax.named_scope("signals"):
+                return entropy(kind, state.h_BTD, params, model, state.shortlist_BTX, previous_BT)
+
+        nothing_BT = jnp.zeros(needed_BT.shape, exact_dtype(model.dtype))
+        return jax.lax.cond(needed_BT.any(), compute, lambda: nothing_BT)
+
+    return entropy_of
 
 
 def largest_entropy(kind: str, model: ModelConfig, shortlist_size: int) -> float:
