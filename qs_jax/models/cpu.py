@@ -6,7 +6,7 @@ stacked arrays before it multiplies a single vector with them.
 
 * Storage: stacked weights, embedding tables and KV caches are held as uint16, the bits of their
   bfloat16 values, and read as bfloat16 where they are multiplied.
-* A single vector is multiplied with the stacked weights where they lie (`KernelInPlace`).
+* A single vector is multiplied with stacked weights (`KernelInPlace`) and the head where they lie.
 * Attention of new tokens reads keys and values once, against block-diagonal queries.
 """
 
@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Shaped, UInt16
 
 from qs_jax.state import exact_dtype
 
@@ -31,8 +31,8 @@ from qs_jax.state import exact_dtype
 CPU_INFO = Path("/proc/cpuinfo")
 # Terms of a written-out sum: fewer are no faster, more take longer to compile.
 MOST_TERMS = 24
-# Fewest rows of a block of a kernel.
-LEAST_ROWS = 64
+# Fewest rows of a block of a kernel, and fewest lanes of a block of a table.
+LEAST_ROWS, LEAST_LANES = 64, 32
 # Block-diagonal queries cost K times the arithmetic; more query heads than this no longer hide it.
 MOST_HEADS = 16
 
@@ -136,6 +136,20 @@ class KernelInPlace:
             return _exact(lax.dynamic_slice(stacked_LCO, corner, size)[0])
 
         return jnp.ones(rows, exact_dtype(x_C.dtype)) @ _sum_of_products(x_TR1, block)
+
+
+def table_product(x_C: Float[Array, "C"], table_OC: UInt16[Array, "O C"]) -> Float[Array, "O"]:
+    """A vector times every row of a stored table, in float32."""
+    lanes = block_size(len(x_C), LEAST_LANES)
+    if lanes is None:
+        return _product("oc,c->o", from_storage(table_OC), x_C)
+    x_C, table_OC = lax.optimization_barrier((x_C, table_OC))
+    ones = jnp.ones(lanes, exact_dtype(x_C.dtype))
+
+    def block(at: int) -> Array:
+        return _exact(table_OC[:, at * lanes : (at + 1) * lanes])
+
+    return _sum_of_products(x_C.reshape(-1, 1, lanes), block) @ ones
 
 
 def block_size(inputs: int, least: int) -> int | None:

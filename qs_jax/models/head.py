@@ -32,7 +32,10 @@ def head_rows(params: Params, ids: Int[Array, "*batch"]) -> Float[Array, "*batch
 
 def logits(params: Params, h: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
     """Logits of normed states, in at least float32."""
+    stored_VD = params["head"].get("stored") if "head" in params else None
     with jax.named_scope("head"):
+        if stored_VD is not None and h.size == h.shape[-1]:
+            return cpu.table_product(h.reshape(-1), stored_VD).reshape(*h.shape[:-1], -1)
         return layers.unembed(h, head_table(params))
 
 
