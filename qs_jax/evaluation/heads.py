@@ -39,8 +39,8 @@ class Head:
         if names == [f"label_{index}" for index in range(len(task.labels))]:
             names = list(task.labels)
         if sorted(names) != sorted(task.labels):
-            ours, others = ", ".join(self.labels), ", ".join(task.labels)
-            raise InputError(f"the head's classes are {ours}; {task.name} has {others}.")
+            classes, others = ", ".join(self.labels), ", ".join(task.labels)
+            raise InputError(f"the head's classes are {classes}; {task.name} has {others}.")
         order = [names.index(label) for label in task.labels]
         return Head(self.weight_CD[order], self.bias_C[order], task.labels, self.backbone)
 

@@ -143,7 +143,7 @@ class QSJaxLM(TemplateLM):
     def get_model_info(self) -> dict[str, Any]:
         """Settings, and what scoring saved so far, for the harness's results file."""
         assert self.cfg.quicksilver is not None
-        ours = {
+        settings = {
             "preset": self.preset,
             "protocol": self.cfg.effective_protocol,
             "engine": self.cfg.engine,
@@ -152,7 +152,7 @@ class QSJaxLM(TemplateLM):
             "saved_scoring": self.counts and accounting.summary(self.counts),
         }
         size = {"model_num_parameters": count_params(self.cfg.model)}
-        return size | {"model_dtype": self.cfg.model.dtype, "qs_jax": ours}
+        return size | {"model_dtype": self.cfg.model.dtype, "qs_jax": settings}
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, Any, Any]], disable_tqdm: bool = False, **_: Any
