@@ -18,11 +18,7 @@ _COUNTED = ("layer_tokens", "kv_written", "halted", "fused", "bits_2", "bits_4",
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """A results file of `python -m qs_jax evaluate`.
-
-    Returns:
-      Savings and perplexity as they are in the file, its counts layer by layer, the fitted decay,
-      and FLOPs by component, of the dense model too.
+    """What a report shows of a results file of `python -m qs_jax evaluate`.
 
     Raises:
       InputError: It is no such file.
@@ -31,11 +27,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def read_front(path: Path) -> dict[str, Any]:
-    """The candidates of a `FILE.search.json` of `python -m qs_jax calibrate`.
-
-    Returns:
-      "points", "front" and "verified" with "saving" and "ppl_increase" each; "objective" and
-      "budget".
+    """The candidates and the budget of a `FILE.search.json` of `python -m qs_jax calibrate`.
 
     Raises:
       InputError: It is no such file.

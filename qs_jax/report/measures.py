@@ -33,12 +33,7 @@ COMPONENTS = {
 def fit_decay(active_L: Sequence[Any] | np.ndarray) -> dict[str, Any]:
     """Fit N(l) = start * exp(-rate * l) to the active tokens of layers l = 1 to L.
 
-    Args:
-      active_L: Active tokens of each layer.
-
-    Returns:
-      "start" in tokens; "rate" per layer, which the paper reports as 0.05 to 0.1; "r_squared", the
-      share of the variance explained, None where every layer has as many tokens.
+    "r_squared" is None where every layer has as many tokens.
 
     Source: QuickSilver J and K, "Active Token Decay".
     """
@@ -70,14 +65,7 @@ def active_tokens(record: Record) -> np.ndarray:
 def costs(
     record: Record, model: ModelConfig, qs: QuickSilverConfig, sizes: MapSizes | None = None
 ) -> dict[str, float]:
-    """FLOPs of each component; they add up to the exact count of `qs_jax.accounting`.
-
-    Args:
-      record: Of the run.
-      model: Sizes.
-      qs: Mechanisms that ran.
-      sizes: Of the extrapolation maps, where the policy reads them.
-    """
+    """FLOPs of each component; they add up to the exact count of `qs_jax.accounting`."""
     flops_of = counted_costs(accounting.tally(record, model, qs, sizes), model)
     if qs.kv_skip is None or qs.kv_skip.policy != "extrapolate":
         sizes = None
