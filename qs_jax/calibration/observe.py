@@ -105,7 +105,7 @@ def observe(
 
 def summarize(signals_LWP: dict[str, np.ndarray]) -> Observed:
     """Percentiles of sampled signals, each `[L, W, P]`, by their names in `Observed`."""
-    flat_LN = {name: np.float64(x.reshape(len(x), -1)) for name, x in signals_LWP.items()}
+    flat_LN = {k: x.reshape(len(x), -1).astype(float) for k, x in signals_LWP.items()}
     low_LN = [
         flat_LN[name] < np.percentile(flat_LN[name], _HALTED_PERCENT, axis=1, keepdims=True)
         for name in ("drift", "entropy")
