@@ -54,8 +54,8 @@ def flag(diagnosis: Diagnosis, *, percentile: float = 95.0) -> Flags:
     real = diagnosis.record.real
     measures = (diagnosis.token_drift, diagnosis.attribution)
     taus = [float(np.percentile(values[real], percentile)) for values in measures]
-    above = [real & (values > tau) for values, tau in zip(measures, taus, strict=True)]
-    return Flags(*above, *taus)
+    drift, attribution = (real & (x > tau) for x, tau in zip(measures, taus, strict=True))
+    return Flags(drift, attribution, *taus)
 
 
 @dataclasses.dataclass(frozen=True)
