@@ -7,7 +7,6 @@ Everything is split into "prefill" (the prompt, or all of a row scored teacher-f
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 from typing import Any
 
@@ -43,7 +42,7 @@ def tally(
 
     Args:
       record: Its evidence.
-      model: Sizes.
+      model: From `qs_jax.load`.
       quicksilver: Mechanisms that ran; None for none.
       map_sizes: Of the extrapolation maps (`KVMaps.sizes`) where the policy is "extrapolate".
 
@@ -52,8 +51,6 @@ def tally(
       the signals in it, and "per_layer" lists of L.
     """
     qs = quicksilver or QuickSilverConfig()
-    if qs.amq is not None and (record.bits == 16).all():
-        qs = dataclasses.replace(qs, amq=None)  # execution "auto" left it out
     extrapolates = qs.kv_skip is not None and qs.kv_skip.policy == "extrapolate"
     if extrapolates and map_sizes is None:
         raise ConfigError("give map_sizes, those of the KV maps: they decide the cost of a key.")
@@ -80,9 +77,7 @@ def tally(
     return _split(counts, record, model, every_output_read="final_prev" in qs.entropies)
 
 
-def dense_tally(
-    lengths: np.ndarray, prompt_lengths: np.ndarray, model: ModelConfig
-) -> dict[str, Any]:
+def dense_tally(lengths: np.ndarray, prompt_lengths: np.ndarray, model: ModelConfig) -> Any:
     """Count rows of the dense model, which keeps no record."""
     return tally(dense_record(lengths, prompt_lengths, model), model, None)
 
@@ -92,6 +87,7 @@ def dense_record(lengths: np.ndarray, prompt_lengths: np.ndarray, model: ModelCo
     rows, width, layers = len(lengths), int(max(lengths)), model.num_layers
     pos = np.broadcast_to(np.arange(width), (layers, rows, width))
     real = pos < np.asarray(lengths)[None, :, None]
+    nan = np.full(real.shape, np.nan)
     return Record(
         active=real,
         kv_written=real,
@@ -99,8 +95,8 @@ def dense_record(lengths: np.ndarray, prompt_lengths: np.ndarray, model: ModelCo
         visible_keys=np.where(real, pos + 1, 0),
         bits=np.full(real.shape, 16),
         fused=pos,
-        drift=np.full(real.shape, np.nan),
-        entropy=np.full(real.shape, np.nan),
+        drift=nan,
+        entropy=nan,
         weighed=np.zeros(real.shape, bool),
         depth=np.where(real[0], layers, 0),
         representative=pos[0],
@@ -160,9 +156,7 @@ def summary(counted: dict[str, Any]) -> dict[str, Any]:
     """
     prefill, decode = counted["prefill"], counted["decode"]
     both = {key: prefill[key] + decode[key] for key in prefill if key != "per_layer"}
-    out: dict[str, Any] = dict(_shares(both) or {})
-    out["prefill"], out["decode"] = _shares(prefill), _shares(decode)
-    return out
+    return {**(_shares(both) or {}), "prefill": _shares(prefill), "decode": _shares(decode)}
 
 
 def _shares(part: dict[str, Any]) -> dict[str, float] | None:
@@ -175,18 +169,16 @@ def _shares(part: dict[str, Any]) -> dict[str, float] | None:
 def entry_bytes(model: ModelConfig, amq: AMQConfig | None = None) -> Float[np.ndarray, "17"]:
     """Bytes of one token's keys and values at one layer, by its bits; 16 is the model's dtype.
 
-    Simulated codes are packed, with two float16 numbers (low and range) for each group, or one
-    where it is symmetric. An int8 cache spends a byte on a code of any width, and one exact scale
-    on a head.
+    Simulated codes are packed, with one float16 number for each group or two where it is not
+    symmetric; an int8 cache spends a byte on a code of any width, and one exact scale on a head.
     """
     values = 2 * model.kv_size
     table = np.full(17, values * jnp.dtype(model.dtype).itemsize, float)
     if amq is not None and "kv" in amq.targets:
         scale = jnp.dtype(exact_dtype(model.dtype)).itemsize
-        for bits in (2, 4, 8):
-            if amq.execution == "fake":
-                numbers = 2 if amq.symmetric else 4
-                table[bits] = values * bits / 8 + values / amq.group * numbers
-            else:
-                table[bits] = values + 2 * model.num_kv_heads * scale
+        bits = np.array([2, 4, 8])
+        if amq.execution == "fake":
+            table[bits] = values * bits / 8 + values / amq.group * (2 if amq.symmetric else 4)
+        else:
+            table[bits] = values + 2 * model.num_kv_heads * scale
     return table

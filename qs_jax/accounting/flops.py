@@ -10,6 +10,7 @@ width 4D, attention logarithmic in length) and charges nothing for signals.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -47,12 +48,8 @@ def head_flops(model: ModelConfig) -> int:
 def entropy_flops(kind: str | None, model: ModelConfig, shortlist_size: int) -> int:
     """One evaluation of an entropy estimator; "final_prev" is charged as a readout."""
     channels = 6 * model.hidden_size
-    costs = {
-        "vocab": head_flops(model) + 4 * model.vocab_size,
-        "shortlist": 2 * model.hidden_size * shortlist_size + 4 * shortlist_size,
-        "latent": channels,
-        "variance": channels,
-    }
+    costs = {"vocab": head_flops(model) + 4 * model.vocab_size, "latent": channels}
+    costs |= {"shortlist": (2 * model.hidden_size + 4) * shortlist_size, "variance": channels}
     return costs.get(kind or "", 0)
 
 
@@ -67,11 +64,7 @@ def added_flops(
 ) -> Int[np.ndarray, "L B T"]:
     """Operations that the mechanisms add to each (layer, token).
 
-    Args:
-      record: Evidence.
-      model: Sizes.
-      qs: Which mechanisms ran.
-      map_sizes: Of the extrapolation maps; None where keys come from the projection.
+    `map_sizes` are of the extrapolation maps; None where keys come from the projection.
     """
     number = np.arange(1, len(record.active) + 1)[:, None, None]
     added = _kv_flops(record, model, map_sizes, number)
@@ -89,9 +82,7 @@ def added_flops(
     return added
 
 
-def _kv_flops(
-    record: Record, model: ModelConfig, sizes: MapSizes | None, number: np.ndarray
-) -> np.ndarray:
+def _kv_flops(record: Record, model: ModelConfig, sizes: MapSizes | None, number: Any) -> Any:
     """Keys and values of tokens that do not run a layer: by the projection, or by linear maps."""
     d = model.hidden_size
     rows = d if sizes is None else sizes.code
@@ -120,9 +111,7 @@ def _halting_flops(record: Record, model: ModelConfig, qs: QuickSilverConfig) ->
     return added
 
 
-def _fusion_flops(
-    record: Record, model: ModelConfig, fusion: FusionConfig, number: np.ndarray
-) -> np.ndarray:
+def _fusion_flops(record: Record, model: ModelConfig, fusion: FusionConfig, number: Any) -> Any:
     d, last = model.hidden_size, fusion.last_layer or len(number) - 1
     ran = record.active & record.subject & (number <= last)
     tests = 1 if fusion.tau_ctx is None else 2
@@ -135,17 +124,13 @@ def _fusion_flops(
     return added + record.weighed * weight
 
 
-def _amq_flops(
-    record: Record, model: ModelConfig, amq: AMQConfig, number: np.ndarray
-) -> np.ndarray:
+def _amq_flops(record: Record, model: ModelConfig, amq: AMQConfig, number: Any) -> np.ndarray:
     """Quantisation of the targets; a number of operations for each channel."""
-    # Quantise and dequantise a channel: 6 operations; a rotation there and back: 2 G each.
     real = amq.execution != "fake"
-    channel = 6 + (4 * amq.group if amq.rotate and not real else 0)
-    kv_channel = channel
     if real:  # 3 more for the bits to leave out; rotated weights spare the way back
-        kv_channel = 9
-        channel = kv_channel + 2 * LARGEST_ROTATION
+        kv_channel, channel = 9, 9 + 2 * LARGEST_ROTATION
+    else:  # quantise and dequantise a channel: 6 operations; a rotation there and back: 2 G each
+        kv_channel = channel = 6 + (4 * amq.group if amq.rotate else 0)
     quantised = record.bits < 16
     ran, d, kv = record.active & quantised, model.hidden_size, 2 * model.kv_size
     added = np.zeros(record.active.shape, np.int64)
@@ -178,11 +163,7 @@ def paper_flops(record: Record, model: ModelConfig, relative_to: str) -> Float[n
     """The paper's cost of each (layer, token): N_active * FLOPs * beta.
 
     A token counts while it is neither halted nor absorbed, whatever the protocol makes of it.
-
-    Args:
-      record: Evidence.
-      model: Sizes.
-      relative_to: "8bit" or "16bit", the bit width that costs 1.
+    `relative_to` is "8bit" or "16bit", the bit width that costs 1.
     """
     alone = record.fused == np.arange(record.fused.shape[-1])
     table = np.zeros(17)

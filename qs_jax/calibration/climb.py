@@ -25,13 +25,7 @@ _BEYOND = 1.5
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """One configuration on some windows.
-
-    Attributes:
-      nll_W: Mean negative log-likelihood of each window's scored tokens, in nats.
-      tokens_W: Number of those tokens.
-      saved: Shares saved, from `qs_jax.accounting.summary`.
-    """
+    """One configuration on some windows: mean nats of a window's scored tokens, shares saved."""
 
     nll_W: Float[np.ndarray, "W"]
     tokens_W: Int[np.ndarray, "W"]
@@ -58,24 +52,21 @@ def upper_bound(scores: Scores, dense: Scores, confidence: float) -> float:
     A Student-t bound on the mean difference in negative log-likelihood, window by window (what
     makes a window hard for both plays no part), as perplexity. It is infinite for a single window.
     """
-    from scipy.stats import t
+    from scipy.stats import sem, t
 
     change_W = (scores.nll_W - dense.nll_W) * dense.tokens_W / dense.tokens_W.mean()
     count = len(change_W)
     if count < 2:
         return math.inf
-    error = change_W.std(ddof=1) / math.sqrt(count)
-    highest = change_W.mean() + float(t.ppf(confidence, count - 1)) * error
+    highest = change_W.mean() + float(t.ppf(confidence, count - 1)) * sem(change_W)
     return dense.perplexity * ((exp(float(highest)) or math.inf) - 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One measured candidate.
+    """One measured candidate: a KV policy and the levels of its knobs.
 
     Attributes:
-      family: Of `Space.policy`.
-      levels: Of its knobs.
       ppl_increase: Perplexity less the dense model's, same windows.
       saved: Shares of the dense work, by every account of `qs_jax.accounting`.
       saving: The share that was maximised.
@@ -89,17 +80,7 @@ class Point:
 
 
 class Task(NamedTuple):
-    """Windows to score, and what they are scored for.
-
-    Attributes:
-      params: With all maps there are.
-      cfg: Protocol and engine; mechanisms are put in.
-      tokens_WT: Windows scored.
-      dense: The dense model on them.
-      max_ppl_increase: The budget.
-      objective: One of `OBJECTIVES`.
-      batch_size: Windows at a time.
-    """
+    """Windows to score, the dense model's scores on them, and what candidates must achieve."""
 
     params: Params
     cfg: Config
@@ -120,8 +101,7 @@ def params_for(task: Task, qs: QuickSilverConfig) -> Params:
     params = {name: value for name, value in task.params.items() if name != "kv_maps"}
     if qs.kv_skip is not None and qs.kv_skip.policy == "extrapolate":
         assert qs.halting is not None
-        assert qs.halting.layers is not None
-        params["kv_maps"] = select(task.params["kv_maps"], qs.halting.layers)
+        params["kv_maps"] = select(task.params["kv_maps"], qs.halting.layers or ())
     return params
 
 
@@ -200,15 +180,7 @@ def verify(
     also: Mapping[str, Task] | None = None,
     progress: bool = False,
 ) -> tuple[Point | None, list[dict[str, Any]]]:
-    """Score candidates on the task's windows in order, until one's bound leaves the budget.
-
-    Args:
-      task: Windows to verify on.
-      walk: Candidates, the safest first.
-      spaces: Space of each family.
-      confidence: Of each bound.
-      also: Other texts, by name, on which the bound must stay within the budget too.
-      progress: Show a progress bar.
+    """Score candidates in order, here and on `also`, until one's bound leaves the budget.
 
     Returns:
       The last one within the budget (None if the first is not), and the measures of each.
@@ -217,10 +189,10 @@ def verify(
     for point in tqdm(walk, "verifying", disable=not progress):
         qs = spaces[point.family].preset(point.levels, lean=True)
         scores, entry = _judge(task, qs, confidence)
-        others = {}
-        for name, other in (also or {}).items():
-            others[name] = _judge(other, qs, confidence)[1]
-            others[name]["dense_perplexity"] = other.dense.perplexity
+        others = {
+            name: _judge(other, qs, confidence)[1] | {"dense_perplexity": other.dense.perplexity}
+            for name, other in (also or {}).items()
+        }
         within = all(each["within_budget"] for each in (entry, *others.values()))
         entry |= {"family": point.family, "levels": list(point.levels), "confidence": confidence}
         entry |= {name: scores.saved[name] for name in SAVED}

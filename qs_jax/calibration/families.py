@@ -30,20 +30,10 @@ _FUSE_PERCENTS = (5, 15, 25)
 
 
 class Space(NamedTuple):
-    """Knobs of a KV policy: one for each halting layer, fusion, bits.
-
-    Attributes:
-      policy: Of KV skipping.
-      rule: "quota" (prompts only) or "dual".
-      layers: Where tokens may halt.
-      observed: Distributions that thresholds are taken from.
-      model: Architecture.
-      fuses: Fusion is a knob.
-      narrows: 8 bits from the middle on are a knob.
-    """
+    """Knobs of a KV policy: one for each halting layer, fusion, 8 bits from the middle on."""
 
     policy: str
-    rule: str
+    rule: str  # "quota" (prompts only) or "dual"
     layers: tuple[int, ...]
     observed: Observed
     model: ModelConfig
@@ -56,10 +46,7 @@ class Space(NamedTuple):
         return (0,) * (len(self.layers) + 2)
 
     def steps(self, levels: Levels) -> Iterator[tuple[int, Levels]]:
-        """(knob, levels after it goes one step up).
-
-        Under the quota rule shares are cumulative: deeper layers come along.
-        """
+        """(knob, levels after it goes one step up); deeper layers keep up with a quota."""
         halting = len(self.layers)
         steepest = len(SHARES) - 1 if self.rule == "quota" else len(_HALT_PERCENTS)
         top = (*[steepest] * halting, len(_FUSE_PERCENTS) * self.fuses, int(self.narrows))
@@ -73,12 +60,9 @@ class Space(NamedTuple):
             yield knob, tuple(after)
 
     def preset(self, levels: Levels, *, lean: bool = False) -> QuickSilverConfig:
-        """The mechanisms at these levels.
+        """The mechanisms at these levels; a `lean` preset, to keep, has only what acts.
 
-        Args:
-          levels: One a knob.
-          lean: Leave out halting layers at which nobody stops, and mechanisms at level 0: the
-            preset to keep. Without, all candidates halt at the same layers and share a program.
+        Without, all candidates halt at the same layers and share a program.
         """
         *halting, fusion, bits = levels
         halts, middle = any(halting) or not lean, max(self.model.num_layers // 2, 1)
@@ -118,11 +102,7 @@ class Space(NamedTuple):
 
 
 def halting_layers(model: ModelConfig) -> tuple[int, ...]:
-    """Layers at `DEPTHS` of the depth, 1 to L - 1, each once.
-
-    Raises:
-      ConfigError: The model has one layer: there is none to leave out.
-    """
+    """Layers at `DEPTHS` of the depth, 1 to L - 1, each once."""
     deepest = model.num_layers - 1
     if deepest < 1:
         raise ConfigError("a model of one layer has no layer that a token could leave out.")

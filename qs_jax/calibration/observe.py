@@ -80,8 +80,7 @@ def observe(
       params: From `qs_jax.load`.
       tokens_WT: Windows, all of one length.
       model: Architecture.
-      positions: Tokens sampled from each window: the logit lens of all would cost more than the
-        model.
+      positions: Tokens sampled from each window.
       batch_size: Windows at a time.
       progress: Show a progress bar.
 
@@ -95,9 +94,8 @@ def observe(
         raise InputError(f"windows of {width} tokens are too short to observe: 3 are needed.")
     rng = np.random.default_rng(0)
     count = min(positions, width - 2)
-    sample_WP = np.stack(
-        [np.sort(rng.choice(width - 2, count, replace=False)) + 1 for _ in range(windows)]
-    ).astype(np.int32)
+    sample = [np.sort(rng.choice(width - 2, count, replace=False)) + 1 for _ in range(windows)]
+    sample_WP = np.array(sample, np.int32)
     program, held, parts = jax.jit(_signals, static_argnames="model"), stored_params(params), []
     for start in tqdm(range(0, windows, batch_size), "observing", disable=not progress):
         rows = slice(start, start + batch_size)
@@ -107,10 +105,7 @@ def observe(
 
 def summarize(signals_LWP: dict[str, np.ndarray]) -> Observed:
     """Percentiles of sampled signals, each `[L, W, P]`, by their names in `Observed`."""
-    flat_LN = {
-        name: array.reshape(len(array), -1).astype(np.float64)
-        for name, array in signals_LWP.items()
-    }
+    flat_LN = {k: x.reshape(len(x), -1).astype(float) for k, x in signals_LWP.items()}
     low_LN = [
         flat_LN[name] < np.percentile(flat_LN[name], _HALTED_PERCENT, axis=1, keepdims=True)
         for name in ("drift", "entropy")
@@ -134,10 +129,8 @@ def summarize(signals_LWP: dict[str, np.ndarray]) -> Observed:
 
 def _signals(params: Params, tokens_BT, sample_BP, model: ModelConfig) -> dict[str, Any]:
     """Each signal `[L, B, P]` at the sampled positions, none the first or the last of its row."""
-    width = tokens_BT.shape[1]
-    mask_BTT = jnp.broadcast_to(
-        jnp.tril(jnp.ones((width, width), bool)), (tokens_BT.shape[0], width, width)
-    )
+    batch, width = tokens_BT.shape
+    mask_BTT = jnp.broadcast_to(jnp.tri(width, dtype=bool), (batch, width, width))
 
     def attend(q, k, v):
         context, weights_BNTS = attention(q, k, v, mask_BTT, None)

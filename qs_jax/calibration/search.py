@@ -26,17 +26,8 @@ import numpy as np
 from jaxtyping import Int
 
 from qs_jax import presets
-from qs_jax.calibration.climb import (
-    OBJECTIVES,
-    Point,
-    Task,
-    climb,
-    params_for,
-    pareto,
-    score_tokens,
-    spread,
-    verify,
-)
+from qs_jax.calibration import climb
+from qs_jax.calibration.climb import OBJECTIVES, Point, Task, params_for, score_tokens
 from qs_jax.calibration.families import Space, halting_layers
 from qs_jax.calibration.observe import Observed, observe
 from qs_jax.config import Config, ModelConfig, QuickSilverConfig
@@ -72,13 +63,7 @@ class Calibration:
     observed: Observed
 
     def save(self, path: Path, model: ModelConfig) -> list[Path]:
-        """Write the preset as FILE.json; FILE.search.json has everything that was measured.
-
-        FILE.kv_maps.safetensors has the maps that the preset reads, if it reads any.
-
-        Returns:
-          The files, the preset first.
-        """
+        """Write FILE.json, FILE.search.json and the maps the preset reads; returns the files."""
         searched = path.with_name(f"{path.stem}.search.json")
         write_json(searched, self.to_dict())
         files, maps = [presets.save(path, self.preset, model), searched], self.params.get("kv_maps")
@@ -145,7 +130,10 @@ def search(
       ConfigError: A setting is out of range or does not fit the model or the maps.
       InputError: Too few windows, windows too short for the protocol, or rows of several lengths.
     """
-    _check_budget(max_ppl_increase, objective)
+    if not 0 < max_ppl_increase < math.inf:
+        raise ConfigError(f"max_ppl_increase must be positive, got {max_ppl_increase}.")
+    if objective not in OBJECTIVES:
+        raise ConfigError(f"objective must be one of {OBJECTIVES}, got {objective!r}.")
     for name, value in (("confidence", confidence), ("verify_share", verify_share)):
         if not 0 < value < 1:
             raise ConfigError(f"{name} must be between 0 and 1, got {value}.")
@@ -164,15 +152,14 @@ def search(
     spaces = {policy: _space(policy, task, observed, layers, fusion) for policy in policies}
     points: list[Point] = []
     for space in spaces.values():
-        points += climb(task, space, max_evaluations, progress=progress)
-    front = pareto(points)
+        points += climb.climb(task, space, max_evaluations, progress=progress)
+    front = climb.pareto(points)
     verifier = task.on(verifying_WT)
     # All windows of the other texts verify.
-    others = {
-        name: task.on(np.concatenate(split(more, cfg, 0.5))) for name, more in (also or {}).items()
-    }
-    walk = spread(front, task, candidates)
-    best, entries = verify(verifier, walk, spaces, confidence, also=others, progress=progress)
+    others = {k: task.on(np.concatenate(split(more, cfg, 0.5))) for k, more in (also or {}).items()}
+    walk = climb.spread(front, task, candidates)
+    walked = climb.verify(verifier, walk, spaces, confidence, also=others, progress=progress)
+    best, entries = walked
     if best is None:
         reason = f"no candidate keeps the budget of {max_ppl_increase:g} on other windows: off."
         qs, verified = presets.off(cfg.model), {"reason": reason}
@@ -186,53 +173,30 @@ def search(
 
 
 def calibrate(
-    params: Params,
-    tokens: inputs.TokensLike,
-    cfg: Config,
-    *,
-    max_ppl_increase: float,
-    **settings: Any,
+    params: Params, tokens: inputs.TokensLike, cfg: Config, **settings: Any
 ) -> QuickSilverConfig:
     """The preset that saves most within a quality budget: `search(...).preset`, arguments as there.
 
     It is `off` if nothing keeps the budget; its provenance has the measures.
     """
-    return search(params, tokens, cfg, max_ppl_increase=max_ppl_increase, **settings).preset
-
-
-def _check_budget(max_ppl_increase: float, objective: str) -> None:
-    if not 0 < max_ppl_increase < math.inf:
-        raise ConfigError(
-            f"max_ppl_increase must be positive, got {max_ppl_increase}: no mechanism is free, so "
-            "a budget of 0 leaves the dense model."
-        )
-    if objective not in OBJECTIVES:
-        raise ConfigError(f"objective must be one of {OBJECTIVES}, got {objective!r}.")
+    return search(params, tokens, cfg, **settings).preset
 
 
 def split(
     tokens: inputs.TokensLike, cfg: Config, verify_share: float
 ) -> tuple[Int[np.ndarray, "C T"], Int[np.ndarray, "V T"]]:
-    """Windows to calibrate on and windows to verify on, in the order of the text.
-
-    Raises:
-      InputError: Rows of several lengths, windows without a prompt, or fewer than two windows for
-        either: a bound needs two.
-    """
+    """Windows to calibrate on and windows to verify on, in the order of the text."""
     batch = inputs.make_batch(tokens, cfg.model)
     lengths = np.unique(batch.lengths_B)
     if len(lengths) > 1:
-        raise InputError(
-            f"calibration needs windows of one length, got {lengths.min()} to {lengths.max()} "
-            "tokens: cut the text with qs_jax.evaluation.cut_windows."
-        )
+        raise InputError("calibration needs windows of one length: qs_jax.evaluation.cut_windows.")
     check_width(int(lengths[0]), cfg)
     count = len(batch.tokens_BT)
     verifying = round(count * verify_share)
     if min(verifying, count - verifying) < 2:
         raise InputError(
-            f"{count} windows are too few: two at least to calibrate on and two to verify on, "
-            "whose differences give the confidence bound. Give more text or shorter windows."
+            f"{count} windows are too few: two at least to calibrate on and two to verify on. "
+            "Give more text or shorter windows."
         )
     tokens_WT = batch.tokens_BT[:, : lengths[0]]
     return tokens_WT[: count - verifying], tokens_WT[count - verifying :]
@@ -244,22 +208,18 @@ def _space(
     model, maps = task.cfg.model, task.params.get("kv_maps")
     if policy not in ("skip", "propagate", "extrapolate"):
         raise ConfigError(
-            f"policies can be 'skip', 'propagate' and 'extrapolate', got {policy!r}: 'attended' "
-            "has a threshold of its own (Observed.tau_kv)."
+            f"policies are skip, propagate and extrapolate, got {policy!r}: attended has a "
+            "threshold of its own (Observed.tau_kv)."
         )
     places = set(layers or halting_layers(model))
     if policy == "extrapolate":
         if maps is None:
-            raise ConfigError(
-                "policy 'extrapolate' needs maps: put those of qs_jax.fit_kv_maps, fitted on other "
-                "text, into params['kv_maps']."
-            )
+            raise ConfigError("extrapolate needs maps of qs_jax.fit_kv_maps in params['kv_maps'].")
         maps.check(model)
         places = places & set(maps.layers) if layers else set(maps.layers)
     if not places or min(places) < 1 or max(places) > model.num_layers - 1:
-        raise ConfigError(
-            f"layers must be between 1 and {model.num_layers - 1}, got {sorted(places)}."
-        )
+        most = model.num_layers - 1
+        raise ConfigError(f"layers must be between 1 and {most}, got {sorted(places)}.")
     rule = "quota" if task.cfg.effective_protocol == "continuation" else "dual"
     narrows = task.objective == "paper_flops"
     return Space(policy, rule, tuple(sorted(places)), observed, model, fusion, narrows)
@@ -281,10 +241,9 @@ def _provenance(task: Task, verified: dict[str, Any], data: str) -> dict[str, An
 
 
 def time_saved(task: Task, qs: QuickSilverConfig, runs: int) -> float | None:
-    """Share of the dense time that a preset saves on the prefill of a batch of prompts.
+    """Share of the dense prefill's time that a preset saves, by runs of both in turn.
 
-    Both are called in turn (A B A B) after a warm-up each; the share is 1 less the median of the
-    ratios of neighbours. None under "teacher-forced", which has no prompts.
+    None under "teacher-forced", which has no prompts.
     """
     if task.cfg.effective_protocol != "continuation":
         return None

@@ -29,19 +29,14 @@ from qs_jax.state import LayerRecord, TokenState, evidence, exact_dtype
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-    """A text under a preset, beside the dense model.
-
-    Rows are right-padded; padding and what is not scored hold 0.
+    """A text under a preset, beside the dense model; padding and what is not scored hold 0.
 
     Attributes:
-      tokens: Token ids.
+      tokens: Token ids, right-padded.
       lengths: Tokens of each row.
-      drift_index: Semantic drift index after each layer: the L2 distance of a token's state from
-        its state in the dense model.
+      drift_index: Semantic drift index after each layer, a distance from the dense state.
       relative_index: Drift index over the norm of the dense state.
-      attribution: Error attribution score: norm of the gradient, with respect to the token's input
-        embedding, of the row's mean loss under the preset less the dense one, in nats per unit of
-        the embedding.
+      attribution: Error attribution score, in nats per unit of the input embedding.
       dense_logprobs: Log-probability of each token in the dense model, in nats.
       logprobs: Log-probability of each token under the preset, in nats.
       kl: KL(dense || preset) of the predictions of this token, in nats.
@@ -105,8 +100,8 @@ def diagnose(
         attribution(t)     = || d (L_preset - L_dense) / d x_t ||_2 ,  x_t the input embedding.
 
     The gradient is `jax.grad` through the masked engine. Decisions are piecewise constant and have
-    none; rounding and merging are passed straight through (`masked_states`). Memory grows with
-    L x B x T x D and with the attention weights of all layers, L x B x N x T x T.
+    none; rounding and merging are passed straight through. Memory grows with the states and the
+    attention weights of all layers, L x B x T x D and L x B x N x T x T.
 
     Args:
       params: From `qs_jax.load`.
@@ -125,10 +120,7 @@ def diagnose(
     if mech.is_off:
         raise InputError("there is nothing to diagnose: every mechanism is off.")
     if mech.reads_previous:
-        raise InputError(
-            "the final_prev entropy runs token by token, which has no gradient over whole rows: "
-            "diagnose a preset with another estimator."
-        )
+        raise InputError("final_prev has no gradient over whole rows: use another entropy.")
     params = prepare_params(params, model, mech)
     batch, padded = inputs.prepare_batch(tokens, model)
     ends_B = inputs.split_prompts(batch.lengths_B, None, cfg)
@@ -139,14 +131,11 @@ def diagnose(
     if not mask_BT.any(1).all():
         raise InputError("a row of one token predicts nothing: give at least two.")
     chosen = inputs.override_arrays(overrides, padded.tokens_BT.shape, width, cfg)
-    text = (padded, ends_B, chosen)
-    out = jax.device_get(_compare(params, *text, mask_BT, mech, model=model))
+    out = jax.device_get(_compare(params, padded, ends_B, chosen, mask_BT, mech, model=model))
     check_finite(np.isfinite(out["attribution"]).all(1) & np.isfinite(out["kl"]).all(1))
     record = Record.of(out.pop("evidence"), width, batch.lengths_B, ends_B, cfg.effective_protocol)
     mask_BT = mask_BT[:, :width]
-    out = {  # padding holds 0
-        name: np.where(record.real, x[..., :width], x.dtype.type(0)) for name, x in out.items()
-    }
+    out = {k: np.where(record.real, x[..., :width], x.dtype.type(0)) for k, x in out.items()}
     return Diagnosis(batch.tokens_BT, batch.lengths_B, **out, mask=mask_BT, record=record)
 
 
@@ -195,10 +184,7 @@ def _norm(x: Float[Array, "*batch D"]) -> Float[Array, "*batch"]:
 
 
 def _divergence(params: Params, dense_BTD: Array, preset_BTD: Array) -> tuple[Array, Array]:
-    """KL(dense || preset) of each token's prediction, and whether the likeliest token is the same.
-
-    Column i is about the prediction of token i, read from the state before it; column 0 is 0.
-    """
+    """KL(dense || preset) of the predictions of each token, and whether their likeliest agree."""
 
     def compare(*states_BCD: Array) -> Array:
         p, q = (jax.nn.log_softmax(head.logits(params, h)) for h in states_BCD)
@@ -211,9 +197,7 @@ def _divergence(params: Params, dense_BTD: Array, preset_BTD: Array) -> tuple[Ar
     return out_BT2[..., 0], out_BT2[..., 1] > 0
 
 
-def nudge_embeddings(
-    model: ModelConfig, nudge_BTD: Float[Array, "B T D"]
-) -> AbstractContextManager[Any]:
+def nudge_embeddings(model: ModelConfig, nudge_BTD: Array) -> AbstractContextManager[Any]:
     """Add `nudge_BTD` to the input embeddings of every engine traced inside."""
     embed = family_of(model).embed
 
@@ -237,9 +221,8 @@ def masked_states(
 ) -> tuple[Float[Array, "L B T D"], TokenState, LayerRecord]:
     """States after each layer of the masked engine, the final carry and the evidence `[L, B, T]`.
 
-    Decisions are steps, so they have no gradient. JAX has none for merging, a loop of unknown
-    length, and that of rounding is 0: gradients go through both as if they changed nothing (the
-    straight-through estimator, Bengio et al. 2013).
+    JAX has no gradient of merging, and that of rounding is 0: gradients go through both as if they
+    changed nothing (the straight-through estimator, Bengio et al. 2013).
     """
     call = masked.open_call(params, rows, model, mech)
     # Sees what fusion hid, but neither merges nor rounds.

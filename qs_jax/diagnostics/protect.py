@@ -51,12 +51,11 @@ def flag(diagnosis: Diagnosis, *, percentile: float = 95.0) -> Flags:
     """
     if not 0 <= percentile <= 100:
         raise InputError(f"the percentile must be between 0 and 100, got {percentile}.")
-    real, drift, attribution = diagnosis.record.real, diagnosis.token_drift, diagnosis.attribution
-    tau_drift, tau_attribution = (
-        float(np.percentile(values[real], percentile)) for values in (drift, attribution)
-    )
-    by_drift, by_attribution = real & (drift > tau_drift), real & (attribution > tau_attribution)
-    return Flags(by_drift, by_attribution, tau_drift, tau_attribution)
+    real = diagnosis.record.real
+    measures = (diagnosis.token_drift, diagnosis.attribution)
+    taus = [float(np.percentile(values[real], percentile)) for values in measures]
+    drift, attribution = (real & (x > tau) for x, tau in zip(measures, taus, strict=True))
+    return Flags(drift, attribution, *taus)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,13 +76,8 @@ class Suspect:
 
     def describe(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """The suspect and its text in plain JSON types."""
-        return {
-            "id": self.token,
-            "text": tokenizer.decode([self.token]),
-            "flagged": self.count,
-            "attribution": self.attribution,
-            "drift_index": self.drift,
-        }
+        content = {"id": self.token, "text": tokenizer.decode([self.token]), "flagged": self.count}
+        return content | {"attribution": self.attribution, "drift_index": self.drift}
 
 
 def suggest_protect(
@@ -112,13 +106,7 @@ def suggest_protect(
 
 
 def protected(cfg: Config, suspects: Sequence[Suspect], about: dict[str, Any]) -> Config:
-    """The call with the suspects protected as well.
-
-    Args:
-      cfg: The call diagnosed.
-      suspects: Of `suggest_protect`.
-      about: Added to the preset's provenance under "protected".
-    """
+    """The call with the suspects protected too; `about` goes into the preset's provenance."""
     assert cfg.quicksilver is not None
     ids = {*cfg.quicksilver.protect_ids, *(suspect.token for suspect in suspects)}
     provenance = dict(cfg.quicksilver.provenance) | {"protected": about}
@@ -155,12 +143,10 @@ def describe(
         }
         for at in range(int(diagnosis.lengths[0]))
     ]
+    limits = {"drift_index": flags.drift_threshold, "attribution": flags.attribution_threshold}
     return {
         "summary": diagnosis.summary(),
-        "thresholds": {
-            "drift_index": flags.drift_threshold,
-            "attribution": flags.attribution_threshold,
-        },
+        "thresholds": limits,
         "tokens": tokens,
         "drift_index": diagnosis.drift_index[:, 0].astype(float).tolist(),
         "relative_index": diagnosis.relative_index[:, 0].astype(float).tolist(),

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from tqdm import tqdm
 
 from qs_jax import accounting
@@ -24,18 +24,12 @@ from qs_jax.evaluation.rows import score_rows
 from qs_jax.evaluation.tasks import TASKS, Examples, Task, split_examples
 from qs_jax.models import Params
 
-_RESAMPLES = 9999
-# Resamples at a time: memory is this many times the number of examples.
-_BATCH = 512
+# Bootstrap; memory is "batch" times the number of examples.
+_RESAMPLING: dict[str, Any] = {"paired": True, "n_resamples": 9999, "batch": 512}
 
 
 class Outcome(NamedTuple):
-    """A model's answers to the examples of a task.
-
-    Attributes:
-      scores_EC: Of each class, float64; the highest is chosen, the first of equals.
-      counts: Tally of `qs_jax.accounting`, all rows together.
-    """
+    """Scores of each class for the examples of a task, and the tally of all rows together."""
 
     scores_EC: Float[np.ndarray, "E C"]
     counts: dict[str, Any]
@@ -44,16 +38,9 @@ class Outcome(NamedTuple):
 def encode_examples(
     task: Task, examples: Examples, tokenizer: Any, room: int, *, bare: bool = False
 ) -> tuple[list[list[int]], int]:
-    """Encode all examples; those of more than `room` tokens lose the end of their passage.
+    """Token ids of each example's prompt, and how many lost the end of their passage for `room`.
 
-    A row is the task's prompt, or the bare text or pair of texts that Hugging Face's `run_glue.py`
-    feeds a sequence classifier.
-
-    Returns:
-      The token ids of each example, and how many were cut.
-
-    Raises:
-      InputError: An example has no tokens, or is too long without its passage.
+    A bare row is the text, or pair of texts, that `run_glue.py` feeds a sequence classifier.
     """
     rows, cut = [], 0
 
@@ -70,8 +57,8 @@ def encode_examples(
             row = encode(fields)
         if not 0 < len(row) <= room:
             raise InputError(
-                f"{examples.name}: example {number} has {len(row)} tokens without what could be "
-                f"cut; there is room for 1 to {room}."
+                f"{examples.name}: example {number} has {len(row)} tokens without its "
+                f"{task.passage}; there is room for 1 to {room}."
             )
         rows.append(row)
     return rows, cut
@@ -86,12 +73,8 @@ def last_states(
     devices: Sequence[jax.Device] | None = None,
     title: str | None = None,
 ) -> tuple[Float[np.ndarray, "E D"], dict[str, Any]]:
-    """Normed final state of each prompt's last token, float32, and the tally of the prompts.
-
-    One more token stands after each prompt, so that the mechanisms see it as a whole, as a prefill
-    does; no state depends on it, and it is not counted. Args are those of `score_rows`; a `title`
-    shows a progress bar on standard error.
-    """
+    """Normed final state of each prompt's last token, float32, and the tally of the prompts."""
+    # One more token lets the mechanisms see a prompt whole, as a prefill does; it is not counted.
     pairs = [(prompt, [cfg.model.pad_token_id or 0]) for prompt in prompts]
     states, counts = np.zeros((len(prompts), cfg.model.hidden_size), np.float32), None
     options: dict[str, Any] = {"batch_size": batch_size, "devices": devices}
@@ -110,10 +93,7 @@ def last_states(
 def with_head(
     params: Params, cfg: Config, prompts: Sequence[Sequence[int]], head: Head, **options: Any
 ) -> Outcome:
-    """Score every class by a linear head; `options` are of `last_states`.
-
-    The tally has the head's classes in place of the vocabulary, which did not have to run.
-    """
+    """Score every class by a linear head, which the tally charges in place of the vocabulary."""
     states_ED, counts = last_states(params, cfg, prompts, **options)
     prefill, classes = dict(counts["prefill"]), len(head.labels)
     change = 2 * cfg.model.hidden_size * classes - flops.head_flops(cfg.model)
@@ -135,26 +115,10 @@ def measure_heads(
     l2: float = 0.1,
     **options: Any,
 ) -> dict[str, dict[str, Any]]:
-    """All tasks by a linear head, under the dense model and, unless they are off, the mechanisms.
+    """`task_results` of each task by a linear head, with how prompts were cut and a head fitted.
 
-    Args:
-      params: From `qs_jax.load`.
-      cfg: Model, mechanisms and protocol.
-      examples: Of each task.
-      tokenizer: Of the checkpoint.
-      head: A stored one, which reads bare texts. None fits one, which reads prompts, on the dense
-        model's states of a share of each task's examples.
-      train_share: Share of the examples it is fitted on; it is evaluated on the others.
-      seed: Of that split.
-      l2: As `fit_head`.
-      **options: As `last_states`.
-
-    Returns:
-      For each task what `task_results` returns, the examples' "data", the "truncated" prompts,
-      their "mean_prompt_tokens", and of a head that was fitted "fit" and "train".
-
-    Raises:
-      InputError: As `split_examples`, `encode_examples`, `fit_head` and `Head.for_task`.
+    A stored `head` reads bare texts. Without one, a head that reads prompts is fitted on the dense
+    model's states of `train_share` of the examples and evaluated on the others.
     """
     # The same protocol, so that the same positions are read.
     off = cfg.replace(quicksilver=None, protocol=cfg.effective_protocol)
@@ -215,9 +179,7 @@ def matthews(labels_E: np.ndarray, predicted_E: np.ndarray, axis: int = -1) -> A
 _METRICS = {"accuracy": accuracy, "matthews": matthews}
 
 
-def measure(
-    metric: str, labels_E: Int[np.ndarray, "E"], predicted_E: Int[np.ndarray, "E"]
-) -> dict[str, Any]:
+def measure(metric: str, labels_E: np.ndarray, predicted_E: np.ndarray) -> dict[str, Any]:
     """A metric ("accuracy" or "matthews") as "value", with its 95 % "interval"."""
     from scipy.stats import binomtest
 
@@ -230,17 +192,9 @@ def measure(
 
 
 def compare(
-    metric: str,
-    labels_E: Int[np.ndarray, "E"],
-    dense_E: Int[np.ndarray, "E"],
-    other_E: Int[np.ndarray, "E"],
+    metric: str, labels_E: np.ndarray, dense_E: np.ndarray, other_E: np.ndarray
 ) -> dict[str, Any]:
-    """Difference of two models' choices on the same examples.
-
-    Returns:
-      "value", other less dense, with its paired "interval"; "changed", how many predictions differ;
-      "only_dense_right", "only_other_right" and "mcnemar_p" of them.
-    """
+    """Difference of two models' choices on the same examples, other less dense, by McNemar too."""
     from scipy.stats import binomtest
 
     function = _METRICS[metric]
@@ -266,7 +220,6 @@ def _bootstrap(statistic: Any, *columns: np.ndarray) -> list[float] | None:
 
     if len(columns[0]) < 2:
         return None
-    options: dict[str, Any] = {"paired": True, "n_resamples": _RESAMPLES, "batch": _BATCH}
     rng = np.random.default_rng(0)
-    ends = bootstrap(columns, statistic, method="percentile", rng=rng, **options)
+    ends = bootstrap(columns, statistic, method="percentile", rng=rng, **_RESAMPLING)
     return [float(end) for end in ends.confidence_interval]

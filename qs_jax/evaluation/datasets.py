@@ -18,6 +18,7 @@ import dataclasses
 import gzip
 import hashlib
 import json
+import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -26,22 +27,12 @@ from typing import Any
 from qs_jax.errors import InputError
 
 SEPARATOR = "\n\n"
-HUB = {
-    "wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
-    "c4": ("allenai/c4", "en"),
-}
+HUB = {"wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1"), "c4": ("allenai/c4", "en")}
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A text with its origin.
-
-    Attributes:
-      name: Of the data set, or the file's name without its folder.
-      text: All of it.
-      sha256: Of `text` in UTF-8.
-      documents: How many were joined.
-    """
+    """A text of several documents with its origin, a data set's or a file's name."""
 
     name: str
     text: str
@@ -50,27 +41,17 @@ class Text:
 
 
 def read_text(data: str, limit_chars: int | None = None) -> Text:
-    """Read a data set by name, or a local file.
-
-    Args:
-      data: "wikitext-103", "c4" or a path; `./c4` is a file of that name.
-      limit_chars: "c4" only, which is too large to read whole: take documents until there are this
-        many characters.
+    """Read a data set by name, or a local file; of "c4" documents until `limit_chars` characters.
 
     Raises:
-      InputError: Neither a name nor a file; a file that is empty, damaged or not UTF-8, or a line
-        without text; "c4" without a limit; the hub cannot be reached.
+      InputError: The data cannot be read, or hold no text.
     """
     path = Path(data)
     if data in HUB:
         documents = _hub_documents(data, limit_chars)
-    elif path.is_dir():
-        raise InputError(f"{data} is a folder; give one file.")
-    elif not path.exists():
-        raise InputError(
-            f"unknown data {data!r}: there is no such file, and the known names are "
-            f"{', '.join(HUB)}."
-        )
+    elif path.is_dir() or not path.exists():
+        reason = "is a folder" if path.is_dir() else "is no file"
+        raise InputError(f"{data} {reason}; give one file. The known names are {', '.join(HUB)}.")
     elif path.name.endswith((".jsonl", ".jsonl.gz", ".json.gz")):
         documents = list(_json_texts(path))
     else:
@@ -97,19 +78,13 @@ def _decode(path: Path) -> str:
 
 
 def json_records(path: Path) -> Iterator[tuple[int, Any]]:
-    """Values of a JSON Lines file, each with the number of its line; blank lines are skipped.
-
-    Raises:
-      InputError: The file is not UTF-8, a damaged gzip, or a line is not JSON.
-    """
+    """Values of a JSON Lines file, each with the number of its line; blank lines are skipped."""
     for number, line in enumerate(_decode(path).split("\n"), start=1):
-        if not line.strip():
-            continue
         try:
-            record = json.loads(line)
+            if line.strip():
+                yield number, json.loads(line)
         except ValueError as error:
             raise InputError(f"{path}, line {number} is not JSON: {error}.") from error
-        yield number, record
 
 
 def _json_texts(path: Path) -> Iterator[str]:
@@ -120,10 +95,9 @@ def _json_texts(path: Path) -> Iterator[str]:
 
 
 def _hub_documents(name: str, limit_chars: int | None) -> list[str]:
-    """Documents of a validation split: of c4 so many that they hold `limit_chars` characters."""
     streaming = name == "c4"
-    limit = limit_chars if streaming else None  # the other is a megabyte: always whole
-    if streaming and limit is None:
+    limit = limit_chars if streaming else math.inf  # the other is a megabyte: always whole
+    if limit is None:
         raise InputError("c4 is too large to score whole: say how much with --limit-windows N.")
 
     def take(rows: Iterable[Any]) -> list[str]:
@@ -131,7 +105,7 @@ def _hub_documents(name: str, limit_chars: int | None) -> list[str]:
         for row in rows:
             documents.append(row["text"])
             characters += len(row["text"]) + len(SEPARATOR)
-            if limit is not None and characters >= limit:
+            if characters >= limit:
                 break
         return documents
 
@@ -141,13 +115,7 @@ def _hub_documents(name: str, limit_chars: int | None) -> list[str]:
 def hub_rows(
     repo: str, config: str, split: str, take: Callable[[Iterable[Any]], Any], **options: Any
 ) -> Any:
-    """Read a data set on the Hugging Face Hub; returns what `take` makes of its rows.
-
-    What `take` returns must not need the connection; `options` are of `datasets.load_dataset`.
-
-    Raises:
-      InputError: The extra is missing, the hub cannot be reached, or it has no such data.
-    """
+    """What `take` makes of the rows of a data set on the Hugging Face Hub."""
     try:
         import datasets
     except ImportError as error:
@@ -159,6 +127,5 @@ def hub_rows(
     except Exception as error:  # the hub, its HTTP client and pyarrow raise many kinds
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise InputError(
-            f"{repo} could not be read from the Hugging Face Hub ({reason}). Without a "
-            "connection, download it elsewhere and give a local file."
+            f"{repo} could not be read from the Hugging Face Hub ({reason}): give a local file."
         ) from error

@@ -23,24 +23,19 @@ from qs_jax.evaluation.tasks import TASKS, Examples, Task
 def measure_words(
     settings: dict[str, Any], mechanisms: dict[str, Any] | None, examples: Mapping[str, Examples]
 ) -> dict[str, dict[str, Any]]:
-    """Score the label words of every example after its prompt, one model after the other.
+    """`task_results` of each task by the label words, with what the harness says of the dense run.
 
     Args:
       settings: Arguments of `QSJaxLM` for the dense model.
       mechanisms: Arguments to add for the preset; None measures the dense model alone.
       examples: Of each task.
-
-    Returns:
-      For each task what `task_results` returns; and of the dense run the harness's "version" of
-      the task, its own "metrics", the "truncated" requests and the "mean_prompt_tokens".
     """
     dense = _run_harness(settings, examples)
     other = {} if mechanisms is None else _run_harness(settings | mechanisms, examples)
     results = {}
-    for name, sample in examples.items():
-        outcome, about = dense[name]
+    for name, (outcome, about) in dense.items():
         preset = other[name][0] if other else None
-        results[name] = about | task_results(TASKS[name], sample, outcome, preset)
+        results[name] = about | task_results(TASKS[name], examples[name], outcome, preset)
     return results
 
 
@@ -83,11 +78,8 @@ def _harness_task(manager: lm_eval.tasks.TaskManager, task: Task, examples: Exam
         {name: fields[names[0]] for names in task.fields for name in names} | {"label": label}
         for fields, label in zip(examples.fields, examples.labels_E.tolist(), strict=True)
     ]
-    changes = {
-        "task": task.name,
-        "custom_dataset": lambda **_: {"validation": Dataset.from_list(rows)},
-        "training_split": None,
-        "validation_split": "validation",
-    }
+    changes: dict[str, Any] = {"task": task.name, "training_split": None}
+    changes["custom_dataset"] = lambda **_: {"validation": Dataset.from_list(rows)}
+    changes["validation_split"] = "validation"
     # Members of a group may change what the registered task says; tasks given alone may not.
     return manager.load({"group": "local", "task": [changes]})["tasks"][task.name]

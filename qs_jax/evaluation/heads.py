@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import scipy.optimize
 import scipy.special
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -22,14 +22,7 @@ FILE_NAME = "classifier.safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """A linear classifier of final states.
-
-    Attributes:
-      weight_CD: float32.
-      bias_C: float32.
-      labels: Name of each class, in the head's own order.
-      backbone: Fingerprint of the parameters it was trained with; None if unknown.
-    """
+    """A linear classifier of final states; `backbone` is the fingerprint of its parameters."""
 
     weight_CD: Float[np.ndarray, "C D"]
     bias_C: Float[np.ndarray, "C"]
@@ -41,25 +34,15 @@ class Head:
         return states_ED.astype(np.float32) @ self.weight_CD.T + self.bias_C
 
     def for_task(self, task: Task) -> Head:
-        """The head with its classes in the task's order.
-
-        Labels that are only numbered (LABEL_0, ...) are taken to be in the data set's order.
-
-        Raises:
-          InputError: The classes are not the task's.
-        """
+        """The head in the task's order, which numbered classes (LABEL_0, ...) are taken to have."""
         names = [label.lower() for label in self.labels]
         if names == [f"label_{index}" for index in range(len(task.labels))]:
             names = list(task.labels)
         if sorted(names) != sorted(task.labels):
-            raise InputError(
-                f"the head's classes are {', '.join(self.labels)}; {task.name} has "
-                f"{', '.join(task.labels)}."
-            )
+            classes, others = ", ".join(self.labels), ", ".join(task.labels)
+            raise InputError(f"the head's classes are {classes}; {task.name} has {others}.")
         order = [names.index(label) for label in task.labels]
-        return dataclasses.replace(
-            self, weight_CD=self.weight_CD[order], bias_C=self.bias_C[order], labels=task.labels
-        )
+        return Head(self.weight_CD[order], self.bias_C[order], task.labels, self.backbone)
 
     def save(self, folder: Path) -> Path:
         """Write `classifier.safetensors` into a folder; returns the file."""
@@ -71,11 +54,7 @@ class Head:
 
     @classmethod
     def load(cls, folder: Path) -> Head:
-        """Read what `save` wrote.
-
-        Raises:
-          CheckpointError: There is no such file, or it is damaged.
-        """
+        """Read what `save` wrote."""
         path = folder / FILE_NAME
         if not path.is_file():
             raise CheckpointError(
@@ -92,22 +71,12 @@ class Head:
 
 
 def fit_head(
-    states_ED: Float[np.ndarray, "E D"],
-    labels_E: Int[np.ndarray, "E"],
-    labels: tuple[str, ...],
-    *,
-    l2: float,
+    states_ED: Float[np.ndarray, "E D"], labels_E: np.ndarray, labels: tuple[str, ...], *, l2: float
 ) -> tuple[Head, dict[str, Any]]:
-    """Fit multinomial logistic regression on frozen states by L-BFGS.
+    """Fit multinomial logistic regression on frozen states by L-BFGS, and say where it stopped.
 
     States are standardised channel by channel, which is folded into the head; the loss is the mean
     cross-entropy plus `l2 / 2` times the squared weights on that scale.
-
-    Returns:
-      The head, and "iterations", "loss" and "gradient_norm" where it stopped.
-
-    Raises:
-      InputError: `l2` is negative, or no row has some class.
     """
     if l2 < 0:
         raise InputError(f"--l2 must be at least 0, got {l2}.")

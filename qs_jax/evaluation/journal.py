@@ -16,22 +16,13 @@ from flax.traverse_util import flatten_dict
 
 from qs_jax.errors import InputError
 
-_SHOWN = 6
-
 
 def check_target(
     out: Path, *, overwrite: bool = False, resume: bool | None = None, option: str = "--out"
 ) -> None:
     """Refuse a target that cannot be written, or that exists and may not be replaced.
 
-    Args:
-      out: File to be written.
-      overwrite: Replace what exists.
-      resume: Continue a run, or find it complete; None where the caller cannot.
-      option: Name of the target on the command line.
-
-    Raises:
-      InputError: With what to do.
+    `resume` is None where the caller cannot continue a run.
     """
     if resume and overwrite:
         raise InputError("--resume continues a run and --overwrite starts it anew: give one.")
@@ -55,14 +46,7 @@ def partial_path(out: Path) -> Path:
 
 
 def is_complete(out: Path, identity: dict[str, Any]) -> bool:
-    """Whether the results of this run are there already.
-
-    A results file holds the identity of its run at its top level; its "versions" and "git" play no
-    part.
-
-    Raises:
-      InputError: The file is of another configuration, or no results file.
-    """
+    """Whether the results of this run are there; "versions" and "git" play no part."""
     if not out.exists():
         return False
     here = {name: identity[name] for name in identity if name not in ("versions", "git")}
@@ -78,11 +62,7 @@ def is_complete(out: Path, identity: dict[str, Any]) -> bool:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write indented JSON; the file appears whole or not at all.
-
-    Raises:
-      ValueError: The content holds NaN or infinity.
-    """
+    """Write indented JSON; the file appears whole or not at all."""
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     staged = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -93,14 +73,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 class Journal:
-    """Finished batches of a run, on disk as soon as they are added.
-
-    The file is touched by the first `append`, so that a run which fails before it leaves nothing.
-
-    Attributes:
-      path: The file.
-      entries: All batches so far; what was read back and what was appended look the same.
-    """
+    """Finished batches of a run, on disk as soon as they are added; the first makes the file."""
 
     def __init__(self, out: Path, identity: dict[str, Any], *, resume: bool = False) -> None:
         self.path = partial_path(out)
@@ -130,10 +103,7 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
     def _read(self) -> None:
-        """Take over the batches in the file.
-
-        A last line without its end was being written when the run was killed: it is dropped.
-        """
+        """Take over the batches in the file, without a last line that was being written."""
         content = self.path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         if not whole:
@@ -144,8 +114,7 @@ class Journal:
                 raise ValueError("a line is not an object")
         except ValueError as error:
             raise InputError(
-                f"{self.path} is damaged ({error}): pass --overwrite to start anew. Nothing was "
-                "changed."
+                f"{self.path} is damaged ({error}): pass --overwrite. Nothing was changed."
             ) from error
         _require_same(self.path, identity, self._identity)
         os.truncate(self.path, len(whole))
@@ -153,11 +122,7 @@ class Journal:
 
 
 def _require_same(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
-    """Refuse to go on with the file of another run.
-
-    Raises:
-      InputError: Naming the fields that differ.
-    """
+    """Refuse to go on with the file of another run, naming the fields that differ."""
     old, new = (flatten_dict(each, sep=".") for each in (there, json.loads(_line(here))))
     changes = [
         f"{name} is {json.dumps(old.get(name))}, now {json.dumps(new.get(name))}"
@@ -165,10 +130,10 @@ def _require_same(path: Path, there: dict[str, Any], here: dict[str, Any]) -> No
         if old.get(name) != new.get(name)
     ]
     if changes:
-        more = f"; and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
+        more = f"; and {len(changes) - 6} more" if len(changes) > 6 else ""
         raise InputError(
-            f"{path} is from another configuration: {'; '.join(changes[:_SHOWN])}{more}. Nothing "
-            "was changed: give the same options, another --out, or --overwrite."
+            f"{path} is from another configuration: {'; '.join(changes[:6])}{more}. Nothing was "
+            "changed: give the same options, another --out, or --overwrite."
         )
 
 

@@ -43,12 +43,12 @@ _NEUTRAL = {"num_beams": 1, "num_return_sequences": 1}
 
 @register_model("qs-jax")
 class QSJaxLM(TemplateLM):
-    """A converted checkpoint under a preset.
+    """A converted checkpoint under a preset, with the options of the command line.
 
     Args:
       ckpt: Folder written by convert.hf_to_flax.
       preset: A name, or FILE.json.
-      protocol: "teacher-forced", "continuation", or None for what the preset can do.
+      protocol: As `Config.protocol`.
       engine: As `Config.engine`.
       kv_maps: Of the "extrapolate" policy; by default as the command line finds them.
       dtype: As `qs_jax.load`.
@@ -59,9 +59,6 @@ class QSJaxLM(TemplateLM):
       seed: Of the sampler.
       device: Ignored: the harness always gives one, and JAX_PLATFORMS decides.
       max_batch_size: Refused: there are no automatic batch sizes.
-
-    Raises:
-      InputError: An argument cannot be used.
     """
 
     def __init__(
@@ -113,7 +110,7 @@ class QSJaxLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """Stands for an empty context: the beginning token, or the end token of models without."""
+        """The beginning token or else the end token: it stands for an empty context."""
         first = self.tokenizer.bos_token_id
         return self.eot_token_id if first is None else first
 
@@ -135,41 +132,30 @@ class QSJaxLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The conversation as text, by the tokenizer's template.
-
-        Raises:
-          InputError: There is none.
-        """
+        """The conversation as text, by the tokenizer's template."""
         if self.tokenizer.chat_template is None:
             raise InputError("this checkpoint has no chat template.")
+        options = {"continue_final_message": not add_generation_prompt, "tokenize": False}
         return self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
+            chat_history, add_generation_prompt=add_generation_prompt, **options
         )
 
     def get_model_info(self) -> dict[str, Any]:
         """Settings, and what scoring saved so far, for the harness's results file."""
         assert self.cfg.quicksilver is not None
-        return {
-            "model_num_parameters": count_params(self.cfg.model),
-            "model_dtype": self.cfg.model.dtype,
-            "qs_jax": {
-                "preset": self.preset,
-                "protocol": self.cfg.effective_protocol,
-                "engine": self.cfg.engine,
-                "quicksilver": self.cfg.quicksilver.to_dict(),
-                "contexts_truncated": self.truncated,
-                "saved_scoring": self.counts and accounting.summary(self.counts),
-            },
+        settings = {
+            "preset": self.preset,
+            "protocol": self.cfg.effective_protocol,
+            "engine": self.cfg.engine,
+            "quicksilver": self.cfg.quicksilver.to_dict(),
+            "contexts_truncated": self.truncated,
+            "saved_scoring": self.counts and accounting.summary(self.counts),
         }
+        size = {"model_num_parameters": count_params(self.cfg.model)}
+        return size | {"model_dtype": self.cfg.model.dtype, "qs_jax": settings}
 
     def _loglikelihood_tokens(
-        self,
-        requests: Sequence[tuple[Any, list[int], list[int]]],
-        disable_tqdm: bool = False,
-        **_: Any,
+        self, requests: Sequence[tuple[Any, Any, Any]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
         pairs = [self._fit(context, after) for _, context, after in requests]
         # Continuations of one token after the same context share a row.
@@ -196,10 +182,9 @@ class QSJaxLM(TemplateLM):
 
     def _fit(self, context: list[int], after: list[int]) -> Pair:
         """Cut the beginning of a context that leaves no room for what follows."""
-        if not 1 <= len(after) < self.max_length:
-            raise InputError(
-                f"a continuation must have 1 to {self.max_length - 1} tokens, got {len(after)}."
-            )
+        most = self.max_length - 1
+        if not 1 <= len(after) <= most:
+            raise InputError(f"a continuation must have 1 to {most} tokens, got {len(after)}.")
         return self._cut(context, self.max_length - len(after)), after
 
     def _cut(self, context: list[int], room: int) -> list[int]:
@@ -207,15 +192,10 @@ class QSJaxLM(TemplateLM):
         return context[-room:]
 
     def _read(self, batch: ScoredBatch, targets: list[Any]) -> Iterator[tuple[float, bool]]:
-        """Log-likelihood of each continuation, and whether greedy decoding would produce it.
-
-        Args:
-          batch: Of `score_rows`, with states.
-          targets: Row of the batch, context and continuation of each request.
-        """
+        """Log-likelihood of each (row, context, continuation), and whether it is the greedy one."""
         assert batch.out.states is not None
         before = [
-            batch.out.states[row, len(context) - 1 : len(context) + len(after) - 1]
+            batch.out.states[row, len(context) - 1 :][: len(after)]
             for row, context, after in targets
         ]
         ids_M = np.concatenate([after for _, _, after in targets])
@@ -230,9 +210,8 @@ class QSJaxLM(TemplateLM):
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, each token predicted once.
 
-        Where mechanisms act on every token, in windows of the model's length, as the harness does
-        for Hugging Face models. Under "continuation" they act on prompts, so texts are scored in
-        blocks, each with all before it, as far as there is room, as its prompt.
+        Teacher-forced in windows of the model's length, as the harness does for Hugging Face
+        models; under "continuation" in blocks, each with all before it that fits as its prompt.
         """
         windows = [self._windows(self.tok_encode(request.args[0])) for request in requests]
         flat = [(None, *window) for each in windows for window in each]
@@ -252,13 +231,7 @@ class QSJaxLM(TemplateLM):
         return [(text[max(end + block - longest, 0) : end], text[end:][:block]) for end in ends]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continue contexts until a stop string, an end token or the token limit.
-
-        Understood: until, max_gen_toks, do_sample, temperature, top_k, top_p, repetition_penalty.
-
-        Raises:
-          InputError: A request asks for something else, before anything is generated.
-        """
+        """Continue contexts until a stop string, an end token or the token limit."""
         for request in requests:
             self._settings(request.args[1])
         arguments = [request.args for request in requests]
@@ -283,13 +256,11 @@ class QSJaxLM(TemplateLM):
         length, samples = kwargs.pop("max_gen_toks"), kwargs.pop("do_sample")
         temperature, top_k = kwargs.pop("temperature", 1.0), kwargs.pop("top_k", None)
         top_p, penalty = kwargs.pop("top_p", None), kwargs.pop("repetition_penalty", None)
-        other = {k: v for k, v in kwargs.items() if k not in _NEUTRAL or v != _NEUTRAL[k]}
-        if other:
+        if other := {k: v for k, v in kwargs.items() if k not in _NEUTRAL or v != _NEUTRAL[k]}:
             raise InputError(f"generation settings that qs-jax does not have: {other}.")
-        if not 1 <= length < self.max_length:
-            raise InputError(
-                f"max_gen_toks must lie between 1 and {self.max_length - 1}, got {length}."
-            )
+        most = self.max_length - 1
+        if not 1 <= length <= most:
+            raise InputError(f"max_gen_toks must lie between 1 and {most}, got {length}.")
         added = self.tokenizer.get_added_vocab()
         stops = {*self.cfg.stop_ids, self.eot_token_id, *(added[s] for s in until if s in added)}
         cfg = self.cfg.replace(

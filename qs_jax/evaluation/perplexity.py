@@ -54,16 +54,7 @@ class Windows:
 
 
 def cut_windows(ids: Sequence[int], seq_len: int, limit: int | None = None) -> Windows:
-    """Cut tokens into consecutive windows.
-
-    Args:
-      ids: Tokens of the whole text.
-      seq_len: Tokens of each window. A shorter text is one window.
-      limit: Take this many windows from the start; None takes all.
-
-    Raises:
-      InputError: Fewer than two tokens: a window's first token is never scored.
-    """
+    """Cut tokens into at most `limit` consecutive windows; a text shorter than one is one."""
     if seq_len < 2:
         raise InputError(f"--seq-len must be at least 2, got {seq_len}: the first is not scored.")
     if limit is not None and limit < 1:
@@ -83,34 +74,27 @@ def read_windows(
     """Read a text, tokenise it whole and cut it.
 
     Args:
-      data: As `read_text`.
+      data: "wikitext-103", "c4" or a path; `./c4` is a file of that name.
       tokenizer: Of the checkpoint; what it puts before a text, it puts once.
       seq_len: Tokens of each window.
       limit: Number of windows; None takes all.
 
     Raises:
-      InputError: As `read_text` and `cut_windows`.
+      InputError: The data cannot be read, or hold fewer than two tokens.
     """
     text = read_text(data, None if limit is None else limit * seq_len * _CHARS_PER_TOKEN)
     return text, cut_windows(tokenizer(text.text, verbose=False).input_ids, seq_len, limit)
 
 
 def check_width(width: int, cfg: Config) -> None:
-    """Refuse windows the model or the protocol has no room for, before anything is computed.
-
-    Raises:
-      InputError: Longer than the model's positions, or no longer than the continuation.
-    """
-    if width > cfg.model.max_positions:
-        raise InputError(
-            f"windows of {width} tokens exceed this model's {cfg.model.max_positions} positions: "
-            "lower --seq-len."
-        )
+    """Refuse windows the model or the protocol has no room for, before anything is computed."""
+    most = cfg.model.max_positions
+    if width > most:
+        raise InputError(f"windows of {width} tokens exceed {most} positions: lower --seq-len.")
     if cfg.effective_protocol == "continuation" and width <= cfg.continuation_tokens:
         raise InputError(
-            f"windows of {width} tokens have no prompt before their last "
-            f"{cfg.continuation_tokens}: raise --seq-len, lower --continuation-tokens, or give "
-            "more text."
+            f"windows of {width} tokens have no prompt before their last {cfg.continuation_tokens}"
+            ": raise --seq-len, lower --continuation-tokens, or give more text."
         )
 
 
@@ -123,24 +107,18 @@ def score_windows(
     batches: Sequence[int] | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Score batch after batch; a window's result depends on no other window.
-
-    Args are those of `score_rows`, for windows of one length.
+    """Score windows by `score_rows`, whose arguments these are; no window depends on another.
 
     Yields:
       Per batch: "nll", each window's total negative log-likelihood in nats (float64); "tokens",
       each window's scored positions; "counts", the tally of `qs_jax.accounting`.
-
-    Raises:
-      InputError: As `check_width`.
     """
     width = tokens_WT.shape[1]
     check_width(width, cfg)
     prompt = width - cfg.continuation_tokens if cfg.effective_protocol == "continuation" else 0
     pairs = [(row[:prompt], row[prompt:]) for row in tokens_WT.tolist()]
-    for batch in score_rows(
-        params, pairs, cfg, batch_size=batch_size, batches=batches, devices=devices
-    ):
+    options: dict[str, Any] = {"batch_size": batch_size, "batches": batches, "devices": devices}
+    for batch in score_rows(params, pairs, cfg, **options):
         yield {
             "nll": (-batch.out.logprobs.sum(axis=1, dtype=np.float64)).tolist(),
             "tokens": batch.out.mask.sum(axis=1).tolist(),
@@ -179,10 +157,9 @@ def evaluate(
     batches = share[len(entries) :]
     total = sum(min(batch_size, count - at * batch_size) for at in share)
     done = sum(len(entry["tokens"]) for entry in entries)
+    options: dict[str, Any] = {"batch_size": batch_size, "batches": batches, "devices": devices}
     with tqdm(total=total, initial=done, unit="window", disable=not progress) as bar:
-        for entry in score_windows(
-            params, tokens_WT, cfg, batch_size=batch_size, batches=batches, devices=devices
-        ):
+        for entry in score_windows(params, tokens_WT, cfg, **options):
             append(entry)
             perplexity = exp(mean_nll(entries)) or math.inf
             bar.set_postfix_str(f"perplexity {perplexity:.2f}", refresh=False)
@@ -211,21 +188,13 @@ def mean_nll(entries: Sequence[dict[str, Any]]) -> float:
 
 
 def results(entries: Sequence[dict[str, Any]], *, engine: str | None) -> dict[str, Any]:
-    """Summarize scored batches in plain JSON types.
+    """Perplexity, its interval and savings of scored batches, in plain JSON types.
 
-    Args:
-      entries: Of `score_windows`, at least one.
-      engine: Engine that ran the mechanisms; None where none ran. Savings of the masked engine,
-        which computes everything, are "simulated".
-
-    Returns:
-      Perplexity with its interval, per-window records, counts and savings. A perplexity beyond the
-      range of float64 is None.
+    Savings of the masked engine are "simulated"; `engine` is None where no mechanism ran.
     """
     per_window, tokens = per_window_nll(entries)
-    counts = total_counts(entries)
+    counts, nll = total_counts(entries), mean_nll(entries)
     summary = accounting.summary(counts)
-    nll = mean_nll(entries)
     return {
         "perplexity": exp(nll),
         "tokens_scored": int(tokens.sum()),
@@ -242,12 +211,11 @@ def results(entries: Sequence[dict[str, Any]], *, engine: str | None) -> dict[st
 
 def interval(nll_W: np.ndarray) -> list[float | None] | None:
     """Student-t 95 % interval of the perplexity, windows being the sample; None for one window."""
-    from scipy.stats import t
+    from scipy.stats import sem, t
 
     if len(nll_W) < 2:
         return None
-    error = nll_W.std(ddof=1) / math.sqrt(len(nll_W))
-    half = float(t.ppf(0.975, len(nll_W) - 1) * error)
+    half = float(t.ppf(0.975, len(nll_W) - 1) * sem(nll_W))
     return [exp(float(nll_W.mean()) + side) for side in (-half, half)]
 
 

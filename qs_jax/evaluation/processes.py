@@ -25,12 +25,7 @@ CONNECT_SECONDS = 60
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """Number of this process among all.
-
-    Attributes:
-      index: From 0.
-      count: 1 for a run on its own.
-    """
+    """Number of this process, from 0, among all; a run on its own is one."""
 
     index: int = 0
     count: int = 1
@@ -45,11 +40,7 @@ class Processes:
         return items[self.index :: self.count]
 
     def gather(self, entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The entries of all processes in the order of the batches, on every process.
-
-        Raises:
-          InputError: Another process is gone.
-        """
+        """The entries of all processes in the order of the batches, on every process."""
         if self.count == 1:
             return list(entries)
         from jax.experimental.multihost_utils import process_allgather
@@ -70,13 +61,7 @@ class Processes:
 
 
 def connect(coordinator: str | None, count: int, index: int) -> Processes:
-    """Join the other processes at HOST:PORT of process 0; None is a run on its own.
-
-    To be called before anything is computed.
-
-    Raises:
-      ConfigError: The numbers do not fit, or the others did not come within a minute.
-    """
+    """Join the others at HOST:PORT of process 0 before anything is computed; None runs alone."""
     if coordinator is None:
         if (count, index) != (1, 0):
             raise ConfigError("several processes need --coordinator HOST:PORT, that of process 0.")
@@ -93,9 +78,7 @@ def connect(coordinator: str | None, count: int, index: int) -> Processes:
             shutdown_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except (RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"process {index} of {count} could not join at {coordinator}: {error}"
-        ) from error
+        raise ConfigError(f"process {index} could not join at {coordinator}: {error}") from error
     # JAX ends every process, past all Python, when one of them falls silent: say it beforehand.
     print(
         f"process {index} of {count}; all end within {HEARTBEAT_SECONDS} seconds if one is lost: "

@@ -21,13 +21,7 @@ Pair = tuple[Sequence[int], Sequence[int]]  # token ids of a prompt, and of what
 
 
 class ScoredBatch(NamedTuple):
-    """A batch of rows.
-
-    Attributes:
-      index: Number of each row, in the order of `out`.
-      out: Of `score`.
-      counts: Tally of `qs_jax.accounting`: the prompts are "prefill", what follows is "decode".
-    """
+    """Number of each row of a batch, its score, and its tally: prompts are "prefill"."""
 
     index: list[int]
     out: ScoreOutput
@@ -44,18 +38,9 @@ def score_rows(
     devices: Sequence[jax.Device] | None = None,
     return_states: bool = False,
 ) -> Iterator[ScoredBatch]:
-    """Score rows longest first, so that little is padding.
+    """Score rows longest first, so that little is padding; `batches` are indices, None is all.
 
     Under "continuation" the mechanisms act on the prompts; under "teacher-forced" on every token.
-
-    Args:
-      params: From `qs_jax.load`.
-      pairs: What to score; under "continuation" a prompt has at least one token.
-      cfg: Model, mechanisms and protocol.
-      batch_size: Rows at a time.
-      batches: Indices of the batches to score; None is all.
-      devices: Split each batch over these; None is the default device.
-      return_states: As `score`.
     """
     if batch_size < 1:
         raise InputError(f"--batch-size must be at least 1, got {batch_size}.")

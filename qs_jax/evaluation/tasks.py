@@ -26,21 +26,16 @@ class Task:
     """A classification task.
 
     Attributes:
-      name: For the command line.
       fields: Names of each text field: that in `template`, then those in other files.
       passage: The field that is cut where an example is too long.
-      template: Prompt, with {field} for each field.
       labels: Names of the classes, in the order of the data set's own numbers.
-      metric: "accuracy"; or "matthews", for two classes.
-      hub: Its repository on the Hugging Face Hub; the configuration has the task's name.
-      split: On the hub.
       files: Names of a local file, before `.jsonl` or `.dev.jsonl`; by default `name`.
     """
 
     name: str
+    template: str
     fields: tuple[tuple[str, ...], ...]
     passage: str
-    template: str
     labels: tuple[str, ...]
     metric: str = "accuracy"
     hub: str = "nyu-mll/glue"
@@ -52,11 +47,7 @@ class Task:
         return self.template.format(**{name: text.strip() for name, text in fields.items()})
 
     def class_of(self, value: Any) -> int:
-        """Number of a class from a file's label: a name, the number, or a truth value.
-
-        Raises:
-          InputError: Another label.
-        """
+        """Number of a class from a file's label: a name, the number, or a truth value."""
         if isinstance(value, bool | str) and str(value).lower() in self.labels:
             return self.labels.index(str(value).lower())
         if type(value) is int and 0 <= value < len(self.labels):
@@ -69,14 +60,7 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Rows of a task, in the order of their file.
-
-    Attributes:
-      fields: Texts of each row, by their names in the template.
-      labels_E: Class of each row.
-      name: Of the file without its folder, or of the hub's data set.
-      available: Number of rows of the file, of which these may be a sample.
-    """
+    """Rows of a task, in the order of a file of so many `available`; texts by template name."""
 
     fields: tuple[dict[str, str], ...]
     labels_E: Int[np.ndarray, "E"]
@@ -99,75 +83,39 @@ class Examples:
 _PAIR = (("premise", "sentence1"), ("hypothesis", "sentence2"))
 _SENTENCE = (("sentence",),)
 _ENTAILED = ("entailment", "not_entailment")
-
-TASKS = {
-    task.name: task
-    for task in (
-        Task(
-            name="mnli",
-            fields=_PAIR,
-            passage="premise",
-            template="{premise}\nQuestion: {hypothesis} True, False or Neither?\nAnswer:",
-            labels=("entailment", "neutral", "contradiction"),
-            split="validation_matched",
-            files=("mnli_matched", "mnli"),
-        ),
-        Task(
-            name="qnli",
-            fields=(("question",), ("sentence",)),
-            passage="sentence",
-            template="{question}\n{sentence}\nQuestion: Does this response answer the question?\n"
-            "Answer:",
-            labels=_ENTAILED,
-        ),
-        Task(
-            name="sst2",
-            fields=_SENTENCE,
-            passage="sentence",
-            template="{sentence}\nQuestion: Is this sentence positive or negative?\nAnswer:",
-            labels=("negative", "positive"),
-        ),
-        Task(
-            name="cola",
-            fields=_SENTENCE,
-            passage="sentence",
-            template="{sentence}\nQuestion: Does this sentence make sense?\nAnswer:",
-            labels=("unacceptable", "acceptable"),
-            metric="matthews",
-        ),
-        Task(
-            name="rte",
-            fields=_PAIR,
-            passage="premise",
-            template="{premise}\nQuestion: {hypothesis} True or False?\nAnswer:",
-            labels=_ENTAILED,
-        ),
-        Task(
-            name="boolq",
-            fields=(("question",), ("passage",)),
-            passage="passage",
-            template="{passage}\nQuestion: {question}?\nAnswer:",
-            labels=("false", "true"),
-            hub="aps/super_glue",
-        ),
-    )
+_PROMPTS = {
+    "mnli": "{premise}\nQuestion: {hypothesis} True, False or Neither?\nAnswer:",
+    "qnli": "{question}\n{sentence}\nQuestion: Does this response answer the question?\nAnswer:",
+    "sst2": "{sentence}\nQuestion: Is this sentence positive or negative?\nAnswer:",
+    "cola": "{sentence}\nQuestion: Does this sentence make sense?\nAnswer:",
+    "rte": "{premise}\nQuestion: {hypothesis} True or False?\nAnswer:",
+    "boolq": "{passage}\nQuestion: {question}?\nAnswer:",
 }
 
 
+def _task(name: str, *settings: Any, **options: Any) -> tuple[str, Task]:
+    return name, Task(name, _PROMPTS[name], *settings, **options)
+
+
+_MNLI = {"split": "validation_matched", "files": ("mnli_matched", "mnli")}
+_BOOLQ = (("question",), ("passage",))
+TASKS = dict(
+    [
+        _task("mnli", _PAIR, "premise", ("entailment", "neutral", "contradiction"), **_MNLI),
+        _task("qnli", (("question",), *_SENTENCE), "sentence", _ENTAILED),
+        _task("sst2", _SENTENCE, "sentence", ("negative", "positive")),
+        _task("cola", _SENTENCE, "sentence", ("unacceptable", "acceptable"), metric="matthews"),
+        _task("rte", _PAIR, "premise", _ENTAILED),
+        _task("boolq", _BOOLQ, "passage", ("false", "true"), hub="aps/super_glue"),
+    ]
+)
+
+
 def read_examples(task: Task, data: str, limit: int | None = None, seed: int = 0) -> Examples:
-    """Read the labelled rows of a task.
+    """Read the labelled rows of a task, or a draw of `limit` of them without replacement.
 
-    Args:
-      task: What the rows must hold.
-      data: "hub", a .jsonl file (.gz is unpacked), or a folder that holds one of `task.files` with
-        `.jsonl`, `.dev.jsonl` or `.validation.jsonl`.
-      limit: Take so many rows, drawn without replacement; None takes all. Some development files
-        are sorted by source, so the first rows would be no sample.
-      seed: Of the draw.
-
-    Raises:
-      InputError: There is no such file, or more than one; it is empty; a row lacks a field, or has
-        an unknown label; the hub cannot be reached.
+    `data` is "hub", a .jsonl file (.gz is unpacked), or a folder that holds one of `task.files`
+    with `.jsonl`, `.dev.jsonl` or `.validation.jsonl`.
     """
     if limit is not None and limit < 1:
         raise InputError(f"--limit must be at least 1, got {limit}.")
@@ -192,9 +140,6 @@ def split_examples(
 
     A hash of passage and seed decides the part of a row: rows that share their passage stay
     together, and `train_share`, between 0 and 1, is met only nearly.
-
-    Raises:
-      InputError: A part lacks a class or is empty.
     """
     if not 0 < train_share < 1:
         raise InputError(f"--train-share must lie between 0 and 1, got {train_share}.")

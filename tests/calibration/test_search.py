@@ -12,7 +12,7 @@ import qs_jax
 from qs_jax import cli, presets
 from qs_jax.calibration import climb, families, search
 from qs_jax.calibration.observe import observe
-from qs_jax.engine import scoring
+from qs_jax.engine import score as scoring
 from qs_jax.testing import tiny_model, tiny_params
 
 WINDOWS, WIDTH, CONTINUED = 12, 60, 12
@@ -148,10 +148,10 @@ def test_the_walk_ends_at_the_first_candidate_out_of_budget(model, monkeypatch):
 def generous(request, params, text, cfg):
     """A search with a budget of a tenth of the perplexity; programs compiled; its options."""
     dense = qs_jax.score(params, text, cfg.replace(protocol="continuation")).perplexity
-    before = scoring.jit_score_masked._cache_size()
+    before = scoring._jit_masked._cache_size()
     options = {"max_evaluations": 25} | request.param
     found = search(params, text, cfg, max_ppl_increase=dense / 10, **options)
-    return found, dense, scoring.jit_score_masked._cache_size() - before, options
+    return found, dense, scoring._jit_masked._cache_size() - before, options
 
 
 def test_a_calibrated_preset_keeps_its_budget_on_windows_it_never_saw(generous, params, text, cfg):
