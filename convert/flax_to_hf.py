@@ -22,9 +22,9 @@ from safetensors.numpy import save_file
 from convert import mapping
 from convert.sources import TOKENIZER_FILES
 from convert.staging import check_target, staging, write_json
-from qs_jax.checkpoint import load
 from qs_jax.config import ModelConfig
 from qs_jax.errors import exit_code
+from qs_jax.load import load
 from qs_jax.models import Params
 
 

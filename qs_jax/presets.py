@@ -109,6 +109,11 @@ def is_shipped(model: ModelConfig) -> bool:
     return all(getattr(model, name) == provenance[name] for name in _MADE_FOR)
 
 
+def maps_path(preset: Path) -> Path:
+    """Where the extrapolation maps of a preset file are."""
+    return preset.with_name(f"{preset.stem}.kv_maps.safetensors")
+
+
 def _layer(model: ModelConfig, fraction: float) -> int:
     """The layer at a fraction of the depth, of those that leave one to save."""
     return min(max(round(fraction * model.num_layers), 1), max(model.num_layers - 1, 1))

@@ -15,7 +15,8 @@ from qs_jax.config import (
     KVSkipConfig,
     QuickSilverConfig,
 )
-from qs_jax.mechanisms.shipped_maps import shipped_maps
+from qs_jax.load import shipped_maps
+from qs_jax.mechanisms.kv_maps import KVMaps
 from qs_jax.testing import tiny_model
 from tests.oracle.strategies import any_case
 
@@ -45,7 +46,7 @@ def test_the_shipped_preset_is_for_its_model_and_comes_with_its_maps():
         mlp_size=1536,
         max_positions=8192,
     )
-    qs, maps = presets.balanced(smollm2), shipped_maps(smollm2)
+    qs, maps = presets.balanced(smollm2), KVMaps.load(shipped_maps(smollm2))
     assert qs.kv_skip.policy == "extrapolate"
     assert maps.layers == qs.halting.layers
     maps.check(smollm2)

@@ -15,14 +15,14 @@ from rich.table import Table
 from rich.text import Text
 
 from qs_jax import presets
-from qs_jax.checkpoint import choose_dtype, load, read_manifest
+from qs_jax.checkpoint import choose_dtype, read_manifest
 from qs_jax.config import Config, ModelConfig
 from qs_jax.engine.devices import local_devices
 from qs_jax.errors import InputError
 from qs_jax.evaluation import journal, perplexity
 from qs_jax.evaluation.datasets import read_text
+from qs_jax.load import find_maps, load
 from qs_jax.mechanisms.kv_maps import KVMaps
-from qs_jax.mechanisms.shipped_maps import find_maps, reads_maps
 from qs_jax.models import Params
 
 
@@ -55,8 +55,6 @@ class RunOptions:
 
     def find_maps(self, cfg: Config, preset: str | None = None) -> tuple[KVMaps | None, str | None]:
         """Maps of a preset and their file's SHA-256; None twice where it reads none."""
-        if self.kv_maps is not None and not reads_maps(cfg):
-            raise InputError("--kv-maps is for presets whose kv_skip.policy is 'extrapolate'.")
         maps, path = find_maps(cfg, self.ckpt, self.kv_maps, preset or self.preset)
         return maps, path and hashlib.sha256(path.read_bytes()).hexdigest()
 
