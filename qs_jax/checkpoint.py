@@ -147,6 +147,4 @@ def restore(path: Path, model: ModelConfig, devices: Sequence[jax.Device] | None
             return checkpointer.restore(path.resolve() / PARAMS, args=args)
     except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(
-            f"{path} is damaged: {reason} Convert again."
-        ) from error
+        raise CheckpointError(f"{path} is damaged: {reason} Convert again.") from error

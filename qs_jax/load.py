@@ -19,10 +19,7 @@ _finite = jax.jit(lambda leaf: jnp.isfinite(leaf).all())
 
 
 def load(
-    path: str | Path,
-    *,
-    dtype: str | None = "auto",
-    devices: Sequence[jax.Device] | None = None,
+    path: str | Path, *, dtype: str | None = "auto", devices: Sequence[jax.Device] | None = None
 ) -> tuple[Params, ModelConfig]:
     """Read a converted checkpoint, and check it against its checksum.
 

@@ -89,7 +89,7 @@ def test_files_that_are_no_presets(tmp_path):
     for text, message in (
         ("{", "cannot read"),
         ("[]", "not a preset"),
-        ('{"format": "qs-jax preset", "version": 2}', "version 2"),
+        ('{"format": "qs-jax preset", "version": 2}', "version 1"),
         ('{"format": "qs-jax preset", "version": 1}', "no quicksilver"),
         ('{"format": "qs-jax preset", "version": 1, "quicksilver": []}', "no quicksilver"),
         (
