@@ -138,11 +138,11 @@ REFUSED = {
     "positive before fusion.first_layer": lambda: FusionConfig(tau_fuse=(0.1,) * 6, first_layer=3),
     "must be infinite": lambda: AMQConfig(2, entropy=None),
     "no largest value": lambda: AMQConfig(2, entropy="variance", normalization="log_vocab"),
-    "nothing would be quantised": lambda: AMQConfig(2, targets=()),
+    "amq.targets must be one or more names": lambda: AMQConfig(2, targets=()),
     "power of two": lambda: AMQConfig(2, group=12, rotate=True),
     "symmetric and rotated": lambda: AMQConfig(2, execution="int8", symmetric=False),
     "rotate=False": lambda: AMQConfig(2, execution="int8", rotate=False),
-    "is for products and the KV cache": lambda: AMQConfig(2, targets=("hidden",), execution="int8"),
+    "is for amq.targets .linear. and .kv.": lambda: AMQConfig(2, targets=("hidden",), execution="int8"),
     "switch halting on": lambda: QuickSilverConfig(kv_skip=KVSkipConfig()),
     "freeze=False does nothing": lambda: halting(freeze=False),
     "name the few": lambda: QuickSilverConfig(
