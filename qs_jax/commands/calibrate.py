@@ -75,20 +75,16 @@ class Calibrate(FileOptions):
     def run(self) -> None:
         """Check, search, write, report."""
         self.check_out()
-        for name, least in (("windows", 2), ("verify_windows", 2), ("fit_windows", 0)):
-            if (count := getattr(self, name)) < least:
-                flag = name.replace("_", "-")
-                raise InputError(f"--{flag} must be at least {least}, got {count}.")
+        if min(self.windows, self.verify_windows) < 2 or self.fit_windows < 0:
+            least = "--windows and --verify-windows must be at least 2"
+            raise InputError(f"{least}, and --fit-windows must be at least 0.")
         needed = self.windows + self.verify_windows
         tokenizer = load_tokenizer(self.ckpt)
         text, cut = read_windows(self.data, tokenizer, self.seq_len, needed + self.fit_windows)
         whole = min(len(cut.tokens_WT), cut.tokens_in_text // self.seq_len)
         if whole < needed + self.fit_windows:
-            raise InputError(
-                f"{text.name} has {whole} windows of {self.seq_len} tokens; {self.windows} to "
-                f"search on, {self.verify_windows} to verify on and {self.fit_windows} for the "
-                "maps were asked for: give more text, or lower --seq-len."
-            )
+            asked = f"{self.windows} + {self.verify_windows} + {self.fit_windows} were asked for"
+            raise InputError(f"{text.name} has {whole} windows of {self.seq_len} tokens; {asked}.")
         also = {}
         for path in self.also:
             other, more = read_windows(str(path), tokenizer, self.seq_len, self.verify_windows)
@@ -139,17 +135,13 @@ class Calibrate(FileOptions):
     def _print(self, calibration: Calibration) -> None:
         """Print the measurements on the verification windows."""
         columns = "KV policy, perplexity, bound, exact FLOPs, paper FLOPs, in budget".split(", ")
-        rows = [
-            (
-                entry["family"],
-                f"{entry['ppl_increase']:+.3f}",
-                "none" if entry["upper_bound"] is None else f"{entry['upper_bound']:+.3f}",
-                f"{entry['exact_flops_saved']:.1%}",
-                f"{entry['paper_flops_saved']:.1%}",
-                "yes" if entry["within_budget"] else "no",
-            )
-            for entry in calibration.verified
-        ]
+        rows = []
+        for entry in calibration.verified:
+            bound = entry["upper_bound"]
+            row = [entry["family"], f"{entry['ppl_increase']:+.3f}"]
+            row += ["none" if bound is None else f"{bound:+.3f}"]
+            row += [f"{entry[f'{count}_flops_saved']:.1%}" for count in ("exact", "paper")]
+            rows.append([*row, "yes" if entry["within_budget"] else "no"])
         print_table("candidates on the verification windows", columns, rows)
         verified = calibration.preset.provenance["verified"]
         if calibration.preset.is_off:

@@ -117,12 +117,8 @@ class Diagnose(TextOptions):
 
 
 def _cells(row: dict[str, Any]) -> tuple[Any, ...]:
-    return (
-        row["position"],
-        repr(row["text"]),
-        f"{row['layers_run']}{' fused' if row['representative'] != row['position'] else ''}",
-        row["bits"] if row["bits"] < 16 else "",
-        f"{row['drift_index']:.4g} ({row['relative_index']:.1%})",
-        f"{row['attribution']:.2e}",
-        " ".join(row["flagged_by"]),
-    )
+    fused = " fused" if row["representative"] != row["position"] else ""
+    drift = f"{row['drift_index']:.4g} ({row['relative_index']:.1%})"
+    cells = (row["position"], repr(row["text"]), f"{row['layers_run']}{fused}")
+    cells += (row["bits"] if row["bits"] < 16 else "", drift, f"{row['attribution']:.2e}")
+    return *cells, " ".join(row["flagged_by"])
