@@ -145,8 +145,8 @@ def _safetensors(path: Path) -> dict[str, StoredTensor]:
     with _open_safetensors(path) as file:
         for name in file.keys():  # noqa: SIM118
             header, read = file.get_slice(name), functools.partial(_read_safetensors, path, name)
-            dtype = _SAFETENSORS_DTYPES.get(header.get_dtype(), header.get_dtype())
-            tensors[name] = StoredTensor(tuple(header.get_shape()), dtype, read)
+            shape, dtype = tuple(header.get_shape()), str(header.get_dtype())
+            tensors[name] = StoredTensor(shape, _SAFETENSORS_DTYPES.get(dtype, dtype), read)
     return tensors
 
 

@@ -142,7 +142,7 @@ REFUSED = {
     "power of two": lambda: AMQConfig(2, group=12, rotate=True),
     "symmetric and rotated": lambda: AMQConfig(2, execution="int8", symmetric=False),
     "rotate=False": lambda: AMQConfig(2, execution="int8", rotate=False),
-    "is for amq.targets .linear. and .kv.": lambda: AMQConfig(2, targets=("hidden",), execution="int8"),
+    "is for amq.targets": lambda: AMQConfig(2, targets=("hidden",), execution="int8"),
     "switch halting on": lambda: QuickSilverConfig(kv_skip=KVSkipConfig()),
     "freeze=False does nothing": lambda: halting(freeze=False),
     "name the few": lambda: QuickSilverConfig(

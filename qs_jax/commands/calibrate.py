@@ -93,16 +93,10 @@ class Calibrate(FileOptions):
         params = self._with_maps(cut.tokens_WT[needed:], cfg, text.name, tokenizer)
         names = "max_ppl_increase objective confidence policies layers max_evaluations candidates"
         names += " batch_size timed_runs"
-        calibration = search(
-            params,
-            cut.tokens_WT[:needed],
-            cfg,
-            verify_share=self.verify_windows / needed,
-            also=also,
-            data=text.name,
-            progress=True,
-            **{name: getattr(self, name) for name in names.split()},
-        )
+        settings = {name: getattr(self, name) for name in names.split()}
+        settings |= {"also": also, "data": text.name, "progress": True}
+        settings["verify_share"] = self.verify_windows / needed
+        calibration = search(params, cut.tokens_WT[:needed], cfg, **settings)
         files = calibration.save(self.out, cfg.model)
         self._print(calibration)
         for path in files:
@@ -118,18 +112,12 @@ class Calibrate(FileOptions):
             data = f"{data}, {text.name}"
         barred = () if self.protocol == "continuation" else PROMPT_FEATURES
         features = self.features or tuple(name for name in FEATURES if name not in barred)
-        params = self.load()
-        maps = fit_kv_maps(
-            params,
-            fitting_WT,
-            self.layers or halting_layers(cfg.model),
-            cfg.model,
-            features=features,
-            batch_size=4 * self.batch_size,  # sums of products as large as these are slow to add up
-            rank=self.rank if 0 < self.rank < feature_count(features, cfg.model) else None,
-            data=data,
-            progress=True,
-        )
+        params, layers = self.load(), self.layers or halting_layers(cfg.model)
+        rank = self.rank if 0 < self.rank < feature_count(features, cfg.model) else None
+        settings: dict[str, Any] = {"features": features, "rank": rank, "data": data}
+        # Sums of products as large as the maps' are slow to add up: larger batches, fewer sums.
+        settings |= {"batch_size": 4 * self.batch_size, "progress": True}
+        maps = fit_kv_maps(params, fitting_WT, layers, cfg.model, **settings)
         return {**params, "kv_maps": maps}
 
     def _print(self, calibration: Calibration) -> None:

@@ -16,13 +16,13 @@ from rich.table import Table
 from rich.text import Text
 
 from qs_jax import presets
-from qs_jax.checkpoint import choose_dtype, read_manifest
+from qs_jax.checkpoint import read_manifest
 from qs_jax.config import Config, ModelConfig
 from qs_jax.engine.devices import local_devices
 from qs_jax.errors import InputError
 from qs_jax.evaluation import journal, perplexity
 from qs_jax.evaluation.datasets import read_text
-from qs_jax.load import find_maps, load
+from qs_jax.load import choose_dtype, find_maps, load
 from qs_jax.mechanisms.kv_maps import KVMaps
 from qs_jax.models import Params
 
