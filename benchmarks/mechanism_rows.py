@@ -83,7 +83,7 @@ def adjacent_distances(params: Params, rows_NT: np.ndarray, model: ModelConfig) 
     """Raw L2 distance of each token's state to the one before it, `[L, N, T - 1]`."""
 
     def attend(q, k, v):
-        return dense.causal_attention(q, k, v), None
+        return dense.attend_causal(q, k, v)
 
     def look(before_BTD, after_BTD, kept):
         del before_BTD, kept

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 from qs_jax.errors import QuickSilverError
 
 _SHOWN = 20  # of each heading
@@ -11,24 +13,24 @@ class ConversionError(QuickSilverError):
     """A checkpoint cannot be converted; nothing was written."""
 
 
-class Problems:
-    """Gathers problems under headings, to report all of them together."""
+class Problems(defaultdict[str, list[str]]):
+    """Problems under headings, to be reported all together."""
 
     def __init__(self) -> None:
-        self._details: dict[str, list[str]] = {}
+        super().__init__(list)
 
-    def add(self, heading: str, detail: str) -> None:
-        """Note one problem."""
-        self._details.setdefault(heading, []).append(detail)
+    def add(self, heading: str, *details: str) -> None:
+        """Note problems."""
+        self[heading] += details
 
     def raise_if_any(self, subject: str) -> None:
         """Raise one ConversionError with everything that was noted about `subject`."""
-        if not self._details:
-            return
         lines = [f"{subject} cannot be converted:"]
-        for heading, details in self._details.items():
-            lines.append(f"  {heading} ({len(details)}):")
-            lines += [f"    - {detail}" for detail in details[:_SHOWN]]
+        for heading, details in self.items():
+            shown = details[:_SHOWN]
             if len(details) > _SHOWN:
-                lines.append(f"    - ... and {len(details) - _SHOWN} more")
-        raise ConversionError("\n".join(lines))
+                shown.append(f"... and {len(details) - _SHOWN} more")
+            if details:
+                lines += [f"  {heading} ({len(details)}):", *(f"    - {each}" for each in shown)]
+        if len(lines) > 1:
+            raise ConversionError("\n".join(lines))

@@ -22,22 +22,14 @@ from safetensors.numpy import save_file
 from convert import mapping
 from convert.sources import TOKENIZER_FILES
 from convert.staging import check_target, staging, write_json
-from qs_jax.checkpoint import load
 from qs_jax.config import ModelConfig
 from qs_jax.errors import exit_code
+from qs_jax.load import load
 from qs_jax.models import Params
 
 
 def hf_tensors(params: Params, model: ModelConfig) -> dict[str, np.ndarray]:
-    """Every tensor of a tree under its Hugging Face name.
-
-    Args:
-      params: Stacked tree of `model`.
-      model: Architecture.
-
-    Returns:
-      NumPy arrays in the dtype of the tree, contiguous, in the layout Hugging Face has them.
-    """
+    """Every tensor of a tree under its Hugging Face name, in its layout and the tree's dtype."""
     leaves, tensors = flatten_dict(params), {}
     for rule in mapping.rules_of(model):
         leaf = np.asarray(jax.device_get(leaves[rule.target]))
@@ -54,13 +46,6 @@ def export(ckpt: str | Path, out: str | Path, *, max_shard_size: str = "5GB") ->
       ckpt: Folder written by convert.hf_to_flax.
       out: Folder to write; it must not exist, and appears whole or not at all.
       max_shard_size: Largest weight file, such as "5GB".
-
-    Returns:
-      The folder.
-
-    Raises:
-      ConversionError: `out` exists, or writing failed.
-      CheckpointError: `ckpt` cannot be read.
     """
     source, target = Path(ckpt), Path(os.path.realpath(out))
     check_target(target)
@@ -89,11 +74,8 @@ def export(ckpt: str | Path, out: str | Path, *, max_shard_size: str = "5GB") ->
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
-
-    def run() -> None:
-        print(f"wrote {tyro.cli(export, prog='python -m convert.flax_to_hf', args=argv)}")
-
-    return exit_code(run)
+    prog = "python -m convert.flax_to_hf"
+    return exit_code(lambda: print(f"wrote {tyro.cli(export, prog=prog, args=argv)}"))
 
 
 if __name__ == "__main__":

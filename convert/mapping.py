@@ -7,11 +7,10 @@ names only. `match` holds a source against them before a weight is read.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax.traverse_util import flatten_dict
@@ -55,10 +54,10 @@ _IGNORED = {
     "gpt2": r"h\.\d+\.attn\.(masked_)?bias",
     "llama": r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
 }
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
-@dataclasses.dataclass(frozen=True)
-class Rule:
+class Rule(NamedTuple):
     """One Hugging Face tensor, of each layer.
 
     Attributes:
@@ -66,14 +65,14 @@ class Rule:
       target: Path of the parameter in our tree.
       shape: Its shape in the Hugging Face checkpoint.
       transpose: Swap its two axes (`nn.Linear` is `[out, in]`, Flax kernels are `[in, out]`).
-      columns: Start and end of the columns that it fills, in the target's last axis.
+      columns: Those that it fills, in the target's last axis.
     """
 
     name: str
     target: tuple[str, ...]
     shape: tuple[int, ...]
     transpose: bool = False
-    columns: tuple[int | None, int | None] = (None, None)
+    columns: slice = slice(None)
 
     @property
     def per_layer(self) -> bool:
@@ -90,22 +89,13 @@ class Rule:
 
     def to_hf(self, leaf: np.ndarray) -> np.ndarray:
         """Inverse of `to_flax`, from one layer of the whole parameter."""
-        part = leaf[..., slice(*self.columns)]
-        return part.T if self.transpose else part
+        return self.to_flax(leaf[..., self.columns])
 
 
 def rules_of(model: ModelConfig, classes: int = 0) -> list[Rule]:
-    """One rule for each tensor that a checkpoint has, in the order of their columns.
-
-    Args:
-      model: Architecture.
-      classes: Of a sequence classifier, whose head is one more tensor.
-    """
-    table = _MODULES[model.model_type]
-    widths = {
-        "qkv": (model.q_size, model.kv_size, model.kv_size),
-        "gate_up": (model.mlp_size, model.mlp_size),
-    }
+    """One rule for each tensor, in the order of their columns; a classifier has one more."""
+    table, up = _MODULES[model.model_type], model.mlp_size
+    widths = {"qkv": (model.q_size, model.kv_size, model.kv_size), "gate_up": (up, up)}
     rules = [Rule(CLASSIFIER, ("classifier",), (classes, model.hidden_size))] if classes else []
     leaves: dict[Any, Any] = flatten_dict(abstract_params(model))
     for target, leaf in leaves.items():
@@ -115,9 +105,8 @@ def rules_of(model: ModelConfig, classes: int = 0) -> list[Rule]:
         transpose = model.model_type == "llama" and target[-1] == "kernel"
         kind = "bias" if target[-1] == "bias" else "weight"
         for module, start, end in zip(modules, [0, *ends], ends, strict=False):
-            shape = (*rows, end - start)
-            shape = shape[::-1] if transpose else shape
-            rules.append(Rule(f"{module}.{kind}", target, shape, transpose, (start, end)))
+            shape = (end - start, *rows) if transpose else (*rows, end - start)
+            rules.append(Rule(f"{module}.{kind}", target, shape, transpose, slice(start, end)))
     return rules
 
 
@@ -133,18 +122,7 @@ def match(
     model: ModelConfig,
     problems: Problems,
 ) -> dict[str, str]:
-    """Hold the tensors of a source against the rules.
-
-    Args:
-      rules: Everything the model needs.
-      tensors: Everything the source has.
-      model: Architecture.
-      problems: Receives tensors that are missing, ambiguous, misshapen, unmapped, or no floating
-        point numbers.
-
-    Returns:
-      The source's name of each tensor, by its name without the prefix.
-    """
+    """Names of a source's tensors, by those without the prefix; whatever fits no rule is noted."""
     matched: dict[str, str] = {}
     unmapped = set(tensors)
     for rule in rules:
@@ -157,22 +135,18 @@ def match(
                 continue
             if len(present) > 1:
                 problems.add("ambiguous tensors", " and ".join(present))
-            _check_tensor(present[0], tensors[present[0]], rule.shape, problems)
-            matched[name] = present[0]
+            matched[name] = first = present[0]
+            shape, dtype, _ = tensors[first]
+            if shape != rule.shape:
+                expected = f"{list(shape)}, expected {list(rule.shape)}"
+                problems.add("misshapen tensors", f"{first}: {expected}")
+            if dtype not in _DTYPES:
+                problems.add("tensor dtypes", f"{first}: {dtype} is not implemented")
     prefix, ignored = re.escape(_PREFIX[model.model_type]), _IGNORED[model.model_type]
     for name in sorted(unmapped):
         if not re.fullmatch(f"({prefix})?{ignored}", name) and not is_tied_head(name, model):
             problems.add("unmapped tensors", f"{name} {list(tensors[name].shape)}")
     return matched
-
-
-def _check_tensor(
-    name: str, tensor: StoredTensor, shape: tuple[int, ...], problems: Problems
-) -> None:
-    if tensor.shape != shape:
-        problems.add("misshapen tensors", f"{name}: {list(tensor.shape)}, expected {list(shape)}")
-    if tensor.dtype not in ("float16", "bfloat16", "float32", "float64"):
-        problems.add("tensor dtypes", f"{name}: {tensor.dtype} is not implemented")
 
 
 def is_tied_head(name: str, model: ModelConfig) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import shutil
@@ -16,17 +15,10 @@ from safetensors import SafetensorError, safe_open
 
 from convert.errors import ConversionError
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+TOKENIZER_FILES = """
+    tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json
+    merges.txt tokenizer.model chat_template.jinja chat_template.json
+    """.split()
 # Any one of these sets is a tokenizer. A SentencePiece model alone is not: how text begins (space,
 # beginning token) stands in the config, and transformers guesses it wrong without.
 _TOKENIZER_SETS = (
@@ -38,29 +30,18 @@ _SAFETENSORS_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "
 
 
 class StoredTensor(NamedTuple):
-    """A tensor that has not been read yet.
-
-    Attributes:
-      shape: Its shape.
-      dtype: NumPy's name of its dtype, or the format's where NumPy has none.
-      read: Returns a copy of it in memory.
-    """
+    """A tensor that has not been read yet; the dtype is NumPy's name, else the format's."""
 
     shape: tuple[int, ...]
     dtype: str
     read: Callable[[], np.ndarray]
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A checkpoint to convert.
+class Source(NamedTuple):
+    """A checkpoint to convert, with the configurations and tensor names of Hugging Face.
 
-    Attributes:
-      description: Its name, for messages and provenance.
-      config: As in a Hugging Face `config.json`.
-      generation_config: As in `generation_config.json`; empty when there is none.
-      tensors: Every tensor, under Hugging Face names.
-      write_tokenizer: Puts the tokenizer files into a folder; ConversionError if there are none.
+    The description is for messages and provenance. `generation_config` is empty where there is
+    none. `write_tokenizer` puts the tokenizer's files into a folder.
     """
 
     description: str
@@ -71,11 +52,7 @@ class Source:
 
 
 def open_folder(folder: Path, description: str | None = None) -> Source:
-    """Open a folder with `config.json` and safetensors or PyTorch weights, sharded or not.
-
-    Raises:
-      ConversionError: Something is missing or damaged.
-    """
+    """Open a folder with `config.json` and safetensors or PyTorch weights, sharded or not."""
     if not (folder / "config.json").is_file():
         raise ConversionError(f"{folder} has no config.json: not a Hugging Face model folder.")
     config, generation = _read_json(folder / "config.json"), folder / "generation_config.json"
@@ -89,18 +66,7 @@ def open_folder(folder: Path, description: str | None = None) -> Source:
 
 
 def download(repo_id: str, revision: str | None = None) -> Path:
-    """Fetch config, tokenizer, and safetensors (else .bin) weights of a hub model.
-
-    Args:
-      repo_id: Such as "meta-llama/Llama-2-7b-hf".
-      revision: Branch, tag or commit; None is the default branch.
-
-    Returns:
-      The local folder.
-
-    Raises:
-      ConversionError: Unknown or gated repository, no network and not in the cache.
-    """
+    """Fetch config, tokenizer, and safetensors (else .bin) weights of a hub model."""
     from huggingface_hub import snapshot_download
 
     def fetch(weights: str) -> Path:
@@ -112,10 +78,9 @@ def download(repo_id: str, revision: str | None = None) -> Path:
         return folder if any(folder.glob("model*.safetensors")) else fetch("pytorch_model*.bin*")
     except Exception as error:  # huggingface_hub and its HTTP client raise many kinds
         raise ConversionError(
-            f"{repo_id} is no folder here, and could not be fetched from the Hub as a model id "
-            f"({type(error).__name__}: {error}). "
-            "Check the name, your connection, and `hf auth login` for gated models; or download it "
-            "elsewhere and give the folder."
+            f"{repo_id} is no folder here, and could not be fetched from the Hub "
+            f"({type(error).__name__}: {error}). Check the name, the connection, and `hf auth "
+            "login` for gated models; or download it elsewhere and give the folder."
         ) from error
 
 
@@ -132,12 +97,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _copy_tokenizer(source: Path, folder: Path) -> None:
     present = {name for name in TOKENIZER_FILES if (source / name).is_file()}
     if not any(needed <= present for needed in _TOKENIZER_SETS):
-        raise ConversionError(
-            f"{source} has no tokenizer (tokenizer.json, tokenizer.model with "
-            "tokenizer_config.json, or vocab.json with merges.txt). Add its files, or pass "
-            "--no-tokenizer to work with token ids."
-        )
-    for name in sorted(present):
+        sets = ", or ".join(" with ".join(sorted(needed)) for needed in _TOKENIZER_SETS)
+        raise ConversionError(f"{source} has no tokenizer ({sets}). Add it, or --no-tokenizer.")
+    for name in present:
         shutil.copyfile(source / name, folder / name)
 
 
@@ -182,12 +144,9 @@ def _safetensors(path: Path) -> dict[str, StoredTensor]:
     tensors = {}
     with _open_safetensors(path) as file:
         for name in file.keys():  # noqa: SIM118
-            header = file.get_slice(name)
-            dtype = str(header.get_dtype())
-            read = functools.partial(_read_safetensors, path, name)
-            tensors[name] = StoredTensor(
-                tuple(header.get_shape()), _SAFETENSORS_DTYPES.get(dtype, dtype), read
-            )
+            header, read = file.get_slice(name), functools.partial(_read_safetensors, path, name)
+            shape, dtype = tuple(header.get_shape()), str(header.get_dtype())
+            tensors[name] = StoredTensor(shape, _SAFETENSORS_DTYPES.get(dtype, dtype), read)
     return tensors
 
 
@@ -205,11 +164,11 @@ def _open_safetensors(path: Path) -> Any:
 
 
 def _torch_file(path: Path) -> dict[str, StoredTensor]:
-    def stored(name: str, tensor: Any) -> StoredTensor:
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        return StoredTensor(tuple(tensor.shape), dtype, lambda: _read_torch(path, name))
-
-    return {name: stored(name, tensor) for name, tensor in _load_torch(path).items()}
+    tensors = {}
+    for name, tensor in _load_torch(path).items():
+        dtype, read = str(tensor.dtype), functools.partial(_read_torch, path, name)
+        tensors[name] = StoredTensor(tuple(tensor.shape), dtype.removeprefix("torch."), read)
+    return tensors
 
 
 def _read_torch(path: Path, name: str) -> np.ndarray:
@@ -225,8 +184,7 @@ def _load_torch(path: Path) -> dict[str, Any]:
         import torch
     except ImportError as error:
         raise ConversionError(
-            f"{path} is a PyTorch file, and torch is not installed: install torch (a CPU build "
-            "will do), or convert the model to safetensors."
+            f"{path} needs torch (a CPU build will do), and torch is not installed."
         ) from error
     mapped = zipfile.is_zipfile(path)  # PyTorch's own format since 1.6
     try:

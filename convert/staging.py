@@ -19,12 +19,7 @@ from qs_jax.checkpoint import MANIFEST
 def check_target(target: Path, overwrite: bool | None = None) -> None:
     """Refuse a target that exists, unless it is a converted checkpoint that may be overwritten.
 
-    Args:
-      target: Folder to be written.
-      overwrite: The caller may replace it; None where it cannot.
-
-    Raises:
-      ConversionError: The target may not be written.
+    `overwrite` is None where the caller has no such option.
     """
     if target.exists() and not target.is_dir():
         raise ConversionError(f"{target} exists and is not a folder.")
@@ -41,14 +36,8 @@ def check_target(target: Path, overwrite: bool | None = None) -> None:
 def staging(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """A folder beside `target` that becomes `target` on success and vanishes on failure.
 
-    Folders that a killed process left behind for the same target are cleared up first.
-
-    Args:
-      target: Absolute path without symbolic links.
-      overwrite: Replace a `target` that exists, as the last step.
-
-    Raises:
-      ConversionError: Writing failed; `target` is as it was.
+    Folders that a killed process left behind for the same target are cleared up first. `target` is
+    an absolute path without symbolic links; where it exists it is replaced as the last step.
     """
     staged = target.parent / f".{target.name}.partial-{os.getpid()}"
     try:

@@ -1,8 +1,7 @@
 """Writing an Orbax checkpoint block by block, so that memory holds one layer's tensor at a time.
 
-Orbax saves trees of arrays that exist. `LazyArray` is a leaf that is produced while it is written,
-and `_LazyArrayHandler` is Orbax's own NumPy handler with the single change that it writes the
-blocks as they come. The result is an ordinary checkpoint that any Orbax reads.
+Orbax saves trees of arrays that exist. `LazyArray` is a leaf that is produced while it is written.
+The result is an ordinary checkpoint that any Orbax reads.
 """
 
 from __future__ import annotations
@@ -29,13 +28,7 @@ LARGEST_CHUNK_BYTES = 64 * 2**20
 
 @dataclasses.dataclass(frozen=True)
 class LazyArray:
-    """An array that is made while it is written.
-
-    Attributes:
-      shape: Of the whole array.
-      dtype: Of the whole array.
-      blocks: Yields the array along its first axis, in order, as NumPy arrays of `dtype`.
-    """
+    """An array that is made while it is written, in blocks along its first axis."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -55,8 +48,8 @@ class LazyArray:
 class _LazyArrayHandler(ocp.type_handlers.NumpyHandler):
     """Orbax's NumPy handler for arrays that do not exist yet.
 
-    Orbax writes leaves concurrently and would leave the others hanging if one failed. The first
-    failure is therefore stored, the remaining leaves are passed over, and the caller raises it.
+    Orbax would leave other leaves hanging if one failed. The first failure is therefore stored, the
+    remaining leaves are passed over, and the caller raises it.
     """
 
     def __init__(self, interrupted: threading.Event) -> None:
@@ -65,19 +58,15 @@ class _LazyArrayHandler(ocp.type_handlers.NumpyHandler):
         self._interrupted = interrupted
         self.failure: BaseException | None = None
 
-    async def _open_and_write(
-        self, value: LazyArray, tspec: dict[str, Any], ts_context: ts.Context
-    ) -> None:
+    async def _open_and_write(self, value: LazyArray, *args: Any) -> None:
         async with self._one_at_a_time:
             if self.failure is None:
                 try:
-                    await self._write_blocks(value, tspec, ts_context)
+                    await self._write_blocks(value, *args)
                 except (Exception, KeyboardInterrupt) as error:
                     self.failure = error
 
-    async def _write_blocks(
-        self, value: LazyArray, tspec: dict[str, Any], ts_context: ts.Context
-    ) -> None:
+    async def _write_blocks(self, value: LazyArray, tspec: Any, ts_context: ts.Context) -> None:
         blocks = value.blocks()
         if value.nbytes <= SMALL_LEAF_BYTES:
             blocks = iter([np.concatenate(list(blocks))])
@@ -95,15 +84,9 @@ class _LazyArrayHandler(ocp.type_handlers.NumpyHandler):
 
 
 def write_tree(folder: Path, tree: dict[str, Any]) -> None:
-    """Save a nested dict of `LazyArray` as an Orbax checkpoint.
+    """Save a nested dict of `LazyArray` as an Orbax checkpoint in a new folder.
 
-    Args:
-      folder: Absolute path that does not exist yet.
-      tree: Leaves are `LazyArray`.
-
-    Raises:
-      Exception: The first failure to make or write a block; `folder` is then of no use.
-      KeyboardInterrupt: It arrived while writing; it takes effect between two blocks.
+    Raises the first failure to make or write a block; KeyboardInterrupt takes effect between two.
     """
     logging.getLogger("absl").setLevel(logging.ERROR)
     with _deferred_interrupt() as interrupted:
@@ -126,10 +109,7 @@ def write_tree(folder: Path, tree: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _deferred_interrupt() -> Iterator[threading.Event]:
-    """Set an event on Ctrl-C, instead of raising it, while a library writes with its threads.
-
-    Outside the main thread, which alone receives it, the event stays as it is.
-    """
+    """Set an event on Ctrl-C, which the main thread receives, while a library's threads write."""
     pressed = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield pressed

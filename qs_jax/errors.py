@@ -27,26 +27,16 @@ class NonFiniteError(QuickSilverError, FloatingPointError):
     """Weights or logits hold NaN or infinity."""
 
 
-class InternalError(QuickSilverError):
-    """Something the library promises did not hold: a defect of ours, please report it."""
-
-
 def exit_code(run: Callable[[], object]) -> int:
-    """Run a command; an error that users can cause becomes one line on standard error.
-
-    Returns:
-      The exit code of the process.
-    """
+    """Run a command; an error that users can cause becomes one line. Returns the exit code."""
     try:
         run()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (QuickSilverError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except UnicodeDecodeError as error:
-        print(f"error: standard input is not UTF-8 ({error})", file=sys.stderr)
+    except (QuickSilverError, OSError, UnicodeDecodeError) as error:
+        stdin = "standard input is not UTF-8: " if isinstance(error, UnicodeDecodeError) else ""
+        print(f"error: {stdin}{error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

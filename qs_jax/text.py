@@ -24,11 +24,7 @@ def encode_prompt(
     chat: bool = False,
     system: str | None = None,
 ) -> list[int]:
-    """Token ids of a prompt, in the model's chat template if asked for.
-
-    Raises:
-      InputError: The prompt is empty, or there is no chat template.
-    """
+    """Token ids of a prompt, in the model's chat template if asked for."""
     if not prompt:
         raise InputError("the prompt is empty.")
     try:
@@ -37,11 +33,9 @@ def encode_prompt(
         raise InputError("the prompt is not valid UTF-8.") from error
     if system is not None and not chat:
         raise InputError("--system needs --chat.")
-    if not chat:
-        ids = tokenizer(prompt).input_ids
-    elif tokenizer.chat_template is None:
-        raise InputError("this checkpoint has no chat template; leave out --chat.")
-    else:
+    if chat:
+        if tokenizer.chat_template is None:
+            raise InputError("this checkpoint has no chat template; leave out --chat.")
         messages = [{"role": "system", "content": system}] if system is not None else []
         messages.append({"role": "user", "content": prompt})
         try:
@@ -50,20 +44,15 @@ def encode_prompt(
             )
         except Exception as error:  # templates raise any kind
             raise InputError(f"the chat template refused these messages: {error}") from error
-        ids = tokenizer(str(text), add_special_tokens=False).input_ids
+        prompt = str(text)
+    ids = tokenizer(prompt, add_special_tokens=not chat).input_ids
     if not ids:
         raise InputError("the prompt has no tokens.")
     return list(ids)
 
 
 class TextStream:
-    """Text of one row as it is generated, and how long it took.
-
-    Attributes:
-      texts: Iterator over pieces of text; timings are complete when it ends.
-      prompt_tokens: Tokens of the prompt.
-      new_tokens: Tokens produced so far.
-    """
+    """Pieces of one row's text as it is generated (`texts`), and how long they took so far."""
 
     def __init__(
         self, params: Params, tokenizer: PreTrainedTokenizerFast, ids: list[int], cfg: Config
@@ -85,16 +74,14 @@ class TextStream:
     def summary(self) -> str:
         """One line: tokens per second of prefill and decode, and the programs compiled."""
         prefill, decode = self.prefill, self.decode
-        parts = [
-            f"prefill {self.prompt_tokens} tokens in {prefill.run:.2f} s "
-            f"({self.prefill_rate:.0f} tokens/s)",
-            f"decode {self.new_tokens - 1} tokens in {decode.run:.2f} s "
-            f"({self.decode_rate:.1f} tokens/s)",
-            f"compiling {prefill.compiled + decode.compiled} programs, "
-            f"{prefill.cached + decode.cached} from the cache: "
-            f"{prefill.compile + decode.compile:.1f} s",
-        ]
-        return f"[{' · '.join(parts if self.new_tokens > 1 else parts[::2])}]"
+        line = f"[prefill {self.prompt_tokens} tokens in {prefill.run:.2f} s "
+        line += f"({self.prefill_rate:.0f} tokens/s) · "
+        if self.new_tokens > 1:
+            line += f"decode {self.new_tokens - 1} tokens in {decode.run:.2f} s "
+            line += f"({self.decode_rate:.1f} tokens/s) · "
+        line += f"compiling {prefill.compiled + decode.compiled} programs, "
+        line += f"{prefill.cached + decode.cached} from the cache: "
+        return f"{line}{prefill.compile + decode.compile:.1f} s]"
 
     @property
     def prefill_rate(self) -> float:
@@ -112,13 +99,7 @@ def text_pieces(
 ) -> Iterator[str]:
     """Decode new tokens as they come, without special tokens.
 
-    Args:
-      tokenizer: Decodes.
-      prompt_ids: Tokens before the first new one; they decide its leading space.
-      new_ids: The new tokens.
-
-    Yields:
-      Pieces of text, each as soon as it is certain; a character of several tokens comes whole.
+    The prompt's decide the leading space. A character of several tokens comes whole.
     """
     backend = tokenizer.backend_tokenizer
     decoder = DecodeStream(ids=prompt_ids, skip_special_tokens=True)

@@ -10,9 +10,10 @@ import pytest
 
 import qs_jax
 from convert.hf_to_flax import convert
-from qs_jax import halves
-from qs_jax.checkpoint import FORMAT_VERSION, choose_dtype
+from qs_jax.checkpoint import FORMAT_VERSION
 from qs_jax.errors import CheckpointError, ConfigError, NonFiniteError
+from qs_jax.load import choose_dtype
+from qs_jax.models import cpu
 from qs_jax.testing import tiny_model
 from tests.convert.folders import llama_tensors, write_folder
 from tests.support import random_tokens
@@ -113,14 +114,14 @@ def test_dtype_on_the_way_in(tiny_checkpoint):
 def test_the_default_dtype_is_the_faster(tmp_path, monkeypatch, platform, detail, expected):
     if platform == "cpu" and detail:
         (tmp_path / "cpuinfo").write_text(f"processor : 0\n{detail}\n\n", encoding="utf-8")
-    monkeypatch.setattr(halves, "CPU_INFO", tmp_path / "cpuinfo")
-    halves.processor_multiplies.cache_clear()
+    monkeypatch.setattr(cpu, "CPU_INFO", tmp_path / "cpuinfo")
+    cpu.processor_multiplies.cache_clear()
     device = SimpleNamespace(platform=platform, compute_capability=detail)
     stored = tiny_model(dtype="bfloat16")
     assert choose_dtype("auto", stored, device) == expected
     assert choose_dtype(None, stored, device) == "bfloat16"
     assert choose_dtype("float32", stored, device) == "float32"
-    halves.processor_multiplies.cache_clear()
+    cpu.processor_multiplies.cache_clear()
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])

@@ -25,7 +25,7 @@ GENERATE = {"generate"}
 MISTAKES = [
     ({"--ckpt": "nowhere"}, "is not a folder", set(COMMANDS)),
     ({"--preset": "fast"}, "unknown preset 'fast'", READ_PRESETS),
-    ({"--kv-maps": "maps.safetensors"}, "--kv-maps is for presets", READ_PRESETS),
+    ({"--kv-maps": "maps.safetensors"}, "maps.safetensors: KV maps are for", READ_PRESETS),
     ({"--out": "there.json"}, "--overwrite", WRITE),
     ({"--out": "."}, "is a folder", WRITE),
     ({"--out": "nowhere/out.json"}, "there is no folder nowhere", WRITE),

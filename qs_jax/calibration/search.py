@@ -37,7 +37,6 @@ from qs_jax.engine.weights import check_params
 from qs_jax.errors import ConfigError, InputError
 from qs_jax.evaluation.journal import write_json
 from qs_jax.evaluation.perplexity import check_width
-from qs_jax.mechanisms.shipped_maps import maps_path
 from qs_jax.models import Params
 
 
@@ -67,7 +66,7 @@ class Calibration:
         searched = path.with_name(f"{path.stem}.search.json")
         write_json(searched, self.to_dict())
         files, maps = [presets.save(path, self.preset, model), searched], self.params.get("kv_maps")
-        return files if maps is None else [*files, maps.save(maps_path(path))]
+        return files if maps is None else [*files, maps.save(presets.maps_path(path))]
 
     def to_dict(self) -> dict[str, Any]:
         """The whole search as plain JSON types."""

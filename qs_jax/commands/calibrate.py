@@ -75,20 +75,16 @@ class Calibrate(FileOptions):
     def run(self) -> None:
         """Check, search, write, report."""
         self.check_out()
-        for name, least in (("windows", 2), ("verify_windows", 2), ("fit_windows", 0)):
-            if (count := getattr(self, name)) < least:
-                flag = name.replace("_", "-")
-                raise InputError(f"--{flag} must be at least {least}, got {count}.")
+        if min(self.windows, self.verify_windows) < 2 or self.fit_windows < 0:
+            least = "--windows and --verify-windows must be at least 2"
+            raise InputError(f"{least}, and --fit-windows must be at least 0.")
         needed = self.windows + self.verify_windows
         tokenizer = load_tokenizer(self.ckpt)
         text, cut = read_windows(self.data, tokenizer, self.seq_len, needed + self.fit_windows)
         whole = min(len(cut.tokens_WT), cut.tokens_in_text // self.seq_len)
         if whole < needed + self.fit_windows:
-            raise InputError(
-                f"{text.name} has {whole} windows of {self.seq_len} tokens; {self.windows} to "
-                f"search on, {self.verify_windows} to verify on and {self.fit_windows} for the "
-                "maps were asked for: give more text, or lower --seq-len."
-            )
+            asked = f"{self.windows} + {self.verify_windows} + {self.fit_windows} were asked for"
+            raise InputError(f"{text.name} has {whole} windows of {self.seq_len} tokens; {asked}.")
         also = {}
         for path in self.also:
             other, more = read_windows(str(path), tokenizer, self.seq_len, self.verify_windows)
@@ -97,16 +93,10 @@ class Calibrate(FileOptions):
         params = self._with_maps(cut.tokens_WT[needed:], cfg, text.name, tokenizer)
         names = "max_ppl_increase objective confidence policies layers max_evaluations candidates"
         names += " batch_size timed_runs"
-        calibration = search(
-            params,
-            cut.tokens_WT[:needed],
-            cfg,
-            verify_share=self.verify_windows / needed,
-            also=also,
-            data=text.name,
-            progress=True,
-            **{name: getattr(self, name) for name in names.split()},
-        )
+        settings = {name: getattr(self, name) for name in names.split()}
+        settings |= {"also": also, "data": text.name, "progress": True}
+        settings["verify_share"] = self.verify_windows / needed
+        calibration = search(params, cut.tokens_WT[:needed], cfg, **settings)
         files = calibration.save(self.out, cfg.model)
         self._print(calibration)
         for path in files:
@@ -122,34 +112,24 @@ class Calibrate(FileOptions):
             data = f"{data}, {text.name}"
         barred = () if self.protocol == "continuation" else PROMPT_FEATURES
         features = self.features or tuple(name for name in FEATURES if name not in barred)
-        params = self.load()
-        maps = fit_kv_maps(
-            params,
-            fitting_WT,
-            self.layers or halting_layers(cfg.model),
-            cfg.model,
-            features=features,
-            batch_size=4 * self.batch_size,  # sums of products as large as these are slow to add up
-            rank=self.rank if 0 < self.rank < feature_count(features, cfg.model) else None,
-            data=data,
-            progress=True,
-        )
+        params, layers = self.load(), self.layers or halting_layers(cfg.model)
+        rank = self.rank if 0 < self.rank < feature_count(features, cfg.model) else None
+        settings: dict[str, Any] = {"features": features, "rank": rank, "data": data}
+        # Sums of products as large as the maps' are slow to add up: larger batches, fewer sums.
+        settings |= {"batch_size": 4 * self.batch_size, "progress": True}
+        maps = fit_kv_maps(params, fitting_WT, layers, cfg.model, **settings)
         return {**params, "kv_maps": maps}
 
     def _print(self, calibration: Calibration) -> None:
         """Print the measurements on the verification windows."""
         columns = "KV policy, perplexity, bound, exact FLOPs, paper FLOPs, in budget".split(", ")
-        rows = [
-            (
-                entry["family"],
-                f"{entry['ppl_increase']:+.3f}",
-                "none" if entry["upper_bound"] is None else f"{entry['upper_bound']:+.3f}",
-                f"{entry['exact_flops_saved']:.1%}",
-                f"{entry['paper_flops_saved']:.1%}",
-                "yes" if entry["within_budget"] else "no",
-            )
-            for entry in calibration.verified
-        ]
+        rows = []
+        for entry in calibration.verified:
+            bound = entry["upper_bound"]
+            row = [entry["family"], f"{entry['ppl_increase']:+.3f}"]
+            row += ["none" if bound is None else f"{bound:+.3f}"]
+            row += [f"{entry[f'{count}_flops_saved']:.1%}" for count in ("exact", "paper")]
+            rows.append([*row, "yes" if entry["within_budget"] else "no"])
         print_table("candidates on the verification windows", columns, rows)
         verified = calibration.preset.provenance["verified"]
         if calibration.preset.is_off:

@@ -13,7 +13,6 @@ from qs_jax.config import Config
 from qs_jax.diagnostics import Diagnosis, Flags
 from qs_jax.errors import InputError
 from qs_jax.evaluation.journal import check_target, write_json
-from qs_jax.mechanisms.shipped_maps import maps_path
 from qs_jax.models import Params
 
 _ROWS = {
@@ -87,7 +86,7 @@ class Diagnose(TextOptions):
         assert quicksilver is not None
         presets.save(self.suggest_protect, quicksilver, cfg.model)
         if quicksilver.kv_skip is not None and quicksilver.kv_skip.policy == "extrapolate":
-            params["kv_maps"].save(maps_path(self.suggest_protect))
+            params["kv_maps"].save(presets.maps_path(self.suggest_protect))
         return protect | {"after": after}
 
     def _print(self, content: dict[str, Any]) -> None:
@@ -118,12 +117,8 @@ class Diagnose(TextOptions):
 
 
 def _cells(row: dict[str, Any]) -> tuple[Any, ...]:
-    return (
-        row["position"],
-        repr(row["text"]),
-        f"{row['layers_run']}{' fused' if row['representative'] != row['position'] else ''}",
-        row["bits"] if row["bits"] < 16 else "",
-        f"{row['drift_index']:.4g} ({row['relative_index']:.1%})",
-        f"{row['attribution']:.2e}",
-        " ".join(row["flagged_by"]),
-    )
+    fused = " fused" if row["representative"] != row["position"] else ""
+    drift = f"{row['drift_index']:.4g} ({row['relative_index']:.1%})"
+    cells = (row["position"], repr(row["text"]), f"{row['layers_run']}{fused}")
+    cells += (row["bits"] if row["bits"] < 16 else "", drift, f"{row['attribution']:.2e}")
+    return *cells, " ".join(row["flagged_by"])

@@ -66,16 +66,9 @@ class Evaluate(ScoringOptions):
             print(f"{self.out} is complete; it was left as it is.")
             return
         with journal.Journal(journal_out, identity, resume=self.resume) as batches:
-            results = evaluate(
-                self.load(maps),
-                windows,
-                cfg,
-                batch_size=self.batch_size,
-                devices=devices,
-                journal=batches,
-                processes=processes,
-                progress=True,
-            )
+            sharing = {"devices": devices, "journal": batches, "processes": processes}
+            settings: dict[str, Any] = sharing | {"batch_size": self.batch_size, "progress": True}
+            results = evaluate(self.load(maps), windows, cfg, **settings)
             counts = {"characters": len(text.text), "documents": text.documents}
             counts |= {"tokens": windows.tokens_in_text, "tokens_left_over": windows.left_over}
             if processes.index == 0:
@@ -90,17 +83,11 @@ class Evaluate(ScoringOptions):
     ) -> dict[str, Any]:
         """Everything that two runs must share to be the same run; it is in the results."""
         continued = cfg.effective_protocol == "continuation"
-        settings = self.settings(
-            cfg,
-            batch_size=self.batch_size,
-            continuation_tokens=cfg.continuation_tokens if continued else None,
-            data=text.name,
-            data_sha256=text.sha256,
-            kv_maps_sha256=digest,
-            limit_windows=self.limit_windows,
-            seq_len=self.seq_len,
-            tokens_sha256=windows.sha256,
-        )
+        scored = cfg.continuation_tokens if continued else None
+        given = {name: getattr(self, name) for name in "batch_size limit_windows seq_len".split()}
+        given |= {"continuation_tokens": scored, "kv_maps_sha256": digest, "data": text.name}
+        given |= {"data_sha256": text.sha256, "tokens_sha256": windows.sha256}
+        settings = self.settings(cfg, **given)
         return {"config": dict(sorted(settings.items())), **self.origin(cfg)}
 
     def _print(self, results: dict[str, Any], cfg: Config, title: str, width: int) -> None:

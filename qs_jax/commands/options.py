@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import sys
@@ -15,14 +16,14 @@ from rich.table import Table
 from rich.text import Text
 
 from qs_jax import presets
-from qs_jax.checkpoint import choose_dtype, load, read_manifest
+from qs_jax.checkpoint import read_manifest
 from qs_jax.config import Config, ModelConfig
 from qs_jax.engine.devices import local_devices
 from qs_jax.errors import InputError
 from qs_jax.evaluation import journal, perplexity
 from qs_jax.evaluation.datasets import read_text
+from qs_jax.load import choose_dtype, find_maps, load
 from qs_jax.mechanisms.kv_maps import KVMaps
-from qs_jax.mechanisms.shipped_maps import find_maps, reads_maps
 from qs_jax.models import Params
 
 
@@ -55,8 +56,6 @@ class RunOptions:
 
     def find_maps(self, cfg: Config, preset: str | None = None) -> tuple[KVMaps | None, str | None]:
         """Maps of a preset and their file's SHA-256; None twice where it reads none."""
-        if self.kv_maps is not None and not reads_maps(cfg):
-            raise InputError("--kv-maps is for presets whose kv_skip.policy is 'extrapolate'.")
         maps, path = find_maps(cfg, self.ckpt, self.kv_maps, preset or self.preset)
         return maps, path and hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -112,12 +111,7 @@ class ScoringOptions(FileOptions):
     """Local devices that share each batch: a number, or all."""
 
     def local_devices(self) -> tuple[jax.Device, ...] | None:
-        """The devices to share batches; None for one.
-
-        Raises:
-          ConfigError: There are not so many.
-          InputError: --batch-size is below 1.
-        """
+        """The devices to share batches; None for one."""
         if self.batch_size < 1:
             raise InputError(f"--batch-size must be at least 1, got {self.batch_size}.")
         devices = local_devices(self.devices)
@@ -137,16 +131,14 @@ class TextOptions(FileOptions):
     """Take the first tokens of the text only."""
 
     def encode_text(self, tokenizer: Any) -> tuple[list[int], int]:
-        """Tokens of the text within the limit, and how many there are beyond it.
-
-        Raises:
-          InputError: There are fewer than two.
-        """
+        """Tokens of the text within the limit, and how many there are beyond it."""
         if self.limit_tokens is not None and self.limit_tokens < 2:
             raise InputError(f"--limit-tokens must be at least 2, got {self.limit_tokens}.")
         text = sys.stdin.read() if self.text == "-" else self.text or ""
-        if self.text != "-" and _is_file(text):
-            text = read_text(text).text
+        named = False
+        with contextlib.suppress(OSError, ValueError):  # no name: too long, or with a null
+            named = self.text != "-" and Path(text).is_file()
+        text = read_text(text).text if named else text
         ids = list(tokenizer(text, verbose=False).input_ids)
         if len(ids) < 2:
             raise InputError(f"the text has {len(ids)} token(s); there is nothing to predict.")
@@ -157,13 +149,6 @@ class TextOptions(FileOptions):
         if self.continuation_tokens is not None:
             return self.continuation_tokens
         return max(1, min(128, tokens // 4))
-
-
-def _is_file(text: str) -> bool:
-    try:
-        return Path(text).is_file()
-    except (OSError, ValueError):  # no name at all: too long, or with a null character
-        return False
 
 
 def print_table(

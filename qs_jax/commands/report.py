@@ -68,19 +68,17 @@ class Report(TextOptions):
         protocols = {cfg.effective_protocol for cfg in cfgs.values()}
         protocol = "continuation" if "continuation" in protocols else "teacher-forced"
         params = self.load()
-        runs = [
-            self._preset(name, params, np.asarray(ids, np.int32), cfg.replace(protocol=protocol))
-            for name, cfg in cfgs.items()
-        ]
+        row = np.asarray(ids, np.int32)
+        cfgs = {name: cfg.replace(protocol=protocol) for name, cfg in cfgs.items()}
+        runs = [self._preset(name, params, row, cfg) for name, cfg in cfgs.items()]
         cfg = runs[0].cfg
         prompt = len(ids) - cfg.continuation_tokens if protocol == "continuation" else 0
         origin = self.origin(cfg)
+        scored = f", last {len(ids) - prompt} tokens scored" if prompt else ""
         about = {
             "model": str(origin["model"]["source"]),
             "tokens": f"{len(ids):,}",
-            "protocol": f"{protocol}, last {len(ids) - prompt} tokens scored"
-            if prompt
-            else protocol,
+            "protocol": protocol + scored,
             "dtype": cfg.model.dtype,
             "engine": "masked: every token is computed, savings are simulated",
             "versions": ", ".join(f"{name} {of}" for name, of in origin["versions"].items()),
@@ -90,12 +88,8 @@ class Report(TextOptions):
 
     def _preset(self, name: str, params: Params, row: Any, cfg: Config) -> PresetRuns:
         maps, _ = self.find_maps(cfg, name)
-        runs = reports.trace(
-            params if maps is None else {**params, "kv_maps": maps},
-            row,
-            cfg,
-            all_combinations=self.all_combinations,
-            progress=True,
-        )
+        params = params if maps is None else {**params, "kv_maps": maps}
+        every = self.all_combinations
+        runs = reports.trace(params, row, cfg, all_combinations=every, progress=True)
         sizes = None if maps is None else maps.sizes
         return PresetRuns(Path(name).name.removesuffix(".json"), cfg, list(runs), sizes)

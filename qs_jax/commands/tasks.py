@@ -40,21 +40,11 @@ class Tasks(ScoringOptions):
 
     def run(self) -> None:
         """Check, score, write, report."""
-        results = self.measure()
-        write_json(self.out, results)
+        write_json(self.out, results := self.measure())
         self._print(results)
 
     def measure(self) -> dict[str, Any]:
-        """Run all tasks.
-
-        Returns:
-          "tasks": the results of each by name, with the source of its examples and how many prompts
-          were cut; and all settings.
-
-        Raises:
-          InputError: A task is unknown, or its data or head cannot be used; lm-evaluation-harness
-            is needed and not installed.
-        """
+        """Run all tasks; the results of each by name under "tasks", and all settings."""
         self.check_out()
         devices = self.local_devices()
         cfg = self.config(engine=self.engine)
@@ -68,22 +58,14 @@ class Tasks(ScoringOptions):
             settings = {name: getattr(self, name) for name in names}
             settings |= {"ckpt": str(self.ckpt), "protocol": cfg.effective_protocol}
             mechanisms = {"preset": self.preset, "kv_maps": self.kv_maps}
-            tasks = measure_words(
-                settings, None if cfg.quicksilver.is_off else mechanisms, examples
-            )
+            mechanisms = None if cfg.quicksilver.is_off else mechanisms
+            tasks = measure_words(settings, mechanisms, examples)
         else:
-            tasks = measure_heads(
-                self.load(maps),
-                cfg,
-                examples,
-                load_tokenizer(self.ckpt),
-                head=None if self.head == "linear" else self._load_head(),
-                train_share=self.train_share,
-                seed=self.seed,
-                l2=self.l2,
-                batch_size=self.batch_size,
-                devices=devices,
-            )
+            head = None if self.head == "linear" else self._load_head()
+            settings = {name: getattr(self, name) for name in "train_share seed l2".split()}
+            settings |= {"head": head, "batch_size": self.batch_size, "devices": devices}
+            tokenizer = load_tokenizer(self.ckpt)
+            tasks = measure_heads(self.load(maps), cfg, examples, tokenizer, **settings)
         names = "batch_size train_share l2 limit seed".split()
         others = {name: getattr(self, name) for name in names}
         config = self.settings(cfg, head=Path(self.head).name, kv_maps_sha256=digest, **others)
@@ -96,18 +78,14 @@ class Tasks(ScoringOptions):
             raise InputError(f"--tasks {' '.join(unknown)}: the tasks are {', '.join(TASKS)}.")
         if Path(self.data).is_file() and len(set(self.tasks)) > 1:
             raise InputError(f"{self.data} is one file; for several tasks give their folder.")
-        return {
-            name: read_examples(TASKS[name], self.data, self.limit, self.seed)
-            for name in self.tasks
-        }
+        rest = (self.data, self.limit, self.seed)
+        return {name: read_examples(TASKS[name], *rest) for name in self.tasks}
 
     def _load_head(self) -> Head:
         head = Head.load(Path(self.head))
         if head.backbone != read_manifest(self.ckpt)["params"]:
-            raise InputError(
-                f"the head in {self.head} was trained with another model than {self.ckpt}: a "
-                "sequence classifier brings its own; give the same folder as --ckpt and --head."
-            )
+            other = f"the head in {self.head} was trained with another model than {self.ckpt}"
+            raise InputError(f"{other}: give the same folder as --ckpt and --head.")
         return head
 
     def _print(self, results: dict[str, Any]) -> None:

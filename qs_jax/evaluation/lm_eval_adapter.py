@@ -17,14 +17,14 @@ from jaxtyping import Array
 from tqdm import tqdm
 
 from qs_jax import accounting, presets
-from qs_jax.checkpoint import load, load_tokenizer
+from qs_jax.checkpoint import load_tokenizer
 from qs_jax.config import Config
 from qs_jax.engine.devices import local_devices
 from qs_jax.engine.generate import stream
 from qs_jax.engine.inputs import bucket_size
 from qs_jax.errors import InputError
 from qs_jax.evaluation.rows import Pair, ScoredBatch, score_rows
-from qs_jax.mechanisms.shipped_maps import find_maps
+from qs_jax.load import find_maps, load
 from qs_jax.models import Params, count_params, head
 
 try:

@@ -256,7 +256,7 @@ def test_a_tokenizer_of_another_model(source, tmp_path):
     tokenizer = json.loads((source / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"] |= {f"extra{i}": 97 + i for i in range(3)}
     (source / "tokenizer.json").write_text(json.dumps(tokenizer))
-    assert "the tokenizer has 100 ids, the model only 97" in refused(source, tmp_path)
+    assert "it has 100 ids, the model 97" in refused(source, tmp_path)
     tokenizer["model"]["vocab"] = {
         token: index for token, index in tokenizer["model"]["vocab"].items() if index < 97
     }
