@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 import math
-import time
+import timeit
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,18 +63,13 @@ def product_seconds(inputs: int, outputs: int, tokens: int) -> dict[str, float]:
         for dtype in DTYPES
     }
     in_int8 = jax.jit(int8.product, static_argnames=("group",))
-    group, codes = math.gcd(inputs, 16), int8.quantize_kernel(kernel)
-    calls["int8"] = functools.partial(
-        in_int8, x.astype(DTYPES[0]), bits, group=group, weights=codes
-    )
+    codes, group = int8.quantize_kernel(kernel), math.gcd(inputs, 16)
+    narrow = x.astype(DTYPES[0])
+    calls["int8"] = functools.partial(in_int8, narrow, bits, group=group, weights=codes)
 
     def fastest(call: Callable[[], Any]) -> dict[str, float]:
-        taken = []
-        for _ in range(20):
-            began = time.perf_counter()
-            jax.block_until_ready(call())
-            taken.append(time.perf_counter() - began)
-        return {"seconds": min(taken)}
+        run = lambda: jax.block_until_ready(call())  # noqa: E731
+        return {"seconds": min(timeit.repeat(run, number=1, repeat=20))}
 
     measures = {name: functools.partial(fastest, call) for name, call in calls.items()}
     for measure in measures.values():
