@@ -122,7 +122,7 @@ def test_settings_may_be_numpy_scalars_and_lists():
     assert cfg == Config(MODEL, max_new_tokens=3, top_k=5, eos_token_ids=(2, 3))
     assert hash(cfg) == hash(Config(MODEL, max_new_tokens=3, top_k=5, eos_token_ids=(2, 3)))
     assert Config(MODEL, eos_token_ids=7).stop_ids == (7,)
-    with pytest.raises(ConfigError, match="model must be .* an instance of ModelConfig"):
+    with pytest.raises(ConfigError, match=r"model must be .* an instance of ModelConfig"):
         Config("ckpt")
 
 
