@@ -124,7 +124,8 @@ def model_config(
             known = ", ".join(ACTIVATIONS)
             raise ConfigError(f"activation {activation!r} is not implemented (known: {known})")
         special, notes = _special_tokens(raw, generation, fields["vocab_size"])
-        return ModelConfig(kind, **(fields | special | {"dtype": dtype})), notes
+        special["dtype"] = dtype
+        return ModelConfig(kind, **fields, **special), notes
     except ConfigError as error:
         problems.add(HEADING, str(error))
         return None, []
