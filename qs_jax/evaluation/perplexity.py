@@ -88,9 +88,9 @@ def read_windows(
 
 def check_width(width: int, cfg: Config) -> None:
     """Refuse windows the model or the protocol has no room for, before anything is computed."""
-    most = cfg.model.max_positions
-    if width > most:
-        raise InputError(f"windows of {width} tokens exceed {most} positions: lower --seq-len.")
+    most = f"this model's {cfg.model.max_positions} positions"
+    if width > cfg.model.max_positions:
+        raise InputError(f"windows of {width} tokens exceed {most}: lower --seq-len.")
     if cfg.effective_protocol == "continuation" and width <= cfg.continuation_tokens:
         raise InputError(
             f"windows of {width} tokens have no prompt before their last {cfg.continuation_tokens}"
