@@ -131,7 +131,7 @@ def decided(
 
     Decisions are host arrays over `[B, S]`, S at least the longest row.
     """
-    depth, absorbed_after = decisions.depth_BT, decisions.fused_after_BT
+    depth, absorbed_after = np.asarray(decisions.depth_BT), np.asarray(decisions.fused_after_BT)
     signals = [decisions.drift_LBT, decisions.entropy_LBT]
     layer = np.arange(1, num_layers + 1)[:, None, None]
     real = np.arange(depth.shape[1])[None] < lengths[:, None]
@@ -148,14 +148,15 @@ def decided(
     absorber, after = decisions.fused_BT[rows, columns], absorbed_after[rows, columns]
     absorbing[after - 1, rows, absorber] = True
     drift, entropy = (np.full(active.shape, np.nan) if s is None else s for s in signals)
-    layers = LayerRecord(
-        active_BT=active,
-        written_BT=written,
-        visible_BT=before + 1,
-        bits_BT=np.where(layer > since, decisions.bits_BT, FULL_BITS),
-        fused_BT=np.where(layer > absorbed_after, decisions.fused_BT, NEVER),
-        drift_BT=drift,
-        entropy_BT=entropy,
-        weighed_BT=now | absorbing,
-    )
-    return Evidence(layers, depth, decisions.fused_BT, absorbed_after)
+    fields: dict[str, Any] = {
+        "active_BT": active,
+        "written_BT": written,
+        "visible_BT": before + 1,
+        "bits_BT": np.where(layer > since, decisions.bits_BT, FULL_BITS),
+        "fused_BT": np.where(layer > absorbed_after, decisions.fused_BT, NEVER),
+        "drift_BT": drift,
+        "entropy_BT": entropy,
+        "weighed_BT": now | absorbing,
+    }
+    ends: Any = (depth, decisions.fused_BT, absorbed_after)
+    return Evidence(LayerRecord(**fields), *ends)

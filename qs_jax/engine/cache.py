@@ -110,8 +110,8 @@ class SlotCache(flax.struct.PyTreeNode):
 
     k_CO: Float[Array, "*lB C O"] | UInt16[Array, "*lB C O"] | Int8[Array, "*lB C O"]
     v_CO: Float[Array, "*lB C O"] | UInt16[Array, "*lB C O"] | Int8[Array, "*lB C O"]
-    k_scale_CK: Float[Array, "*lB C K"] | None
-    v_scale_CK: Float[Array, "*lB C K"] | None
+    k_scale_CK: Any
+    v_scale_CK: Any
     fill_lB: Int[Array, "l B"]
     layers: int = field(pytree_node=False)
     head_dim: int = field(pytree_node=False)
@@ -140,7 +140,8 @@ class SlotCache(flax.struct.PyTreeNode):
             index = order_lBC[..., None, None]
             return jnp.take_along_axis(array_LBSKH[span], index, axis=2)
 
-        k, v, scales = gather(prompt.k_LBSKH), gather(prompt.v_LBSKH), (None, None)
+        k, v = gather(prompt.k_LBSKH), gather(prompt.v_LBSKH)
+        k_scale = v_scale = None
         layers, batch, _, _, dim = k.shape
         many = [size for size in (layers, batch) if size > 1]
 
@@ -151,8 +152,8 @@ class SlotCache(flax.struct.PyTreeNode):
             bits_lBC = jnp.take_along_axis(bits_lBS, order_lBC, axis=2)
             codes = [int8.recode_kv(from_storage(x), bits_lBC) for x in (k, v)]
             k, v = (each.codes for each in codes)
-            scales = tuple(flat(each.scale) for each in codes)
-        return cls(flat(k), flat(v), *scales, fill_lB, layers, dim, keeps_all)
+            k_scale, v_scale = (flat(each.scale) for each in codes)
+        return cls(flat(k), flat(v), k_scale, v_scale, fill_lB, layers, dim, keeps_all)
 
     @property
     def capacity(self) -> int:
@@ -172,7 +173,7 @@ class SlotCache(flax.struct.PyTreeNode):
         k_lBTKH: Float[Array, "l B T K H"],
         v_lBTKH: Float[Array, "l B T K H"],
         keep_lBT: Bool[Array, "l B T"],
-        bits_BT: Int[Array, "B T"] | None = None,
+        bits_BT: Int[Array, "B T"],
     ) -> SlotCache:
         """Append the tokens that are kept, in place; a cache of codes needs their bits."""
         slots_lBT = self.fill_lB[..., None] + jnp.cumsum(keep_lBT, axis=2, dtype=jnp.int32) - 1

@@ -98,10 +98,10 @@ def step(
     call = Call(params, layers, model, mech, rows, embedded)
     state, outs, appended, keeps, first = _start(call), [], [], [], 0
     for cache in caches:
-        state, (out, keys_values, keep_lBT) = _segment(call, state, cache, first)
+        state, (out, (k, v), keep_lBT) = _segment(call, state, cache, first)
         outs.append(out)
         keeps.append(keep_lBT)
-        appended.append(cache.append(*keys_values, keep_lBT, state.bits_BT))
+        appended.append(cache.append(k, v, keep_lBT, state.bits_BT))
         first += cache.layers
     drift_LBT, entropy_LBT = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outs)
     logits_BTV = head.logits(params, head.normed(params, state.h_BTD, model))
@@ -129,7 +129,7 @@ def _segment(call: Call, state: TokenState, cache: SlotCache, first: int):
 
     Layers of a single row whose weights lie in place are left out one by one.
     """
-    runs = [functools.partial(_stay, call, stores) for stores in (False, True)]
+    runs: list[Any] = [functools.partial(_stay, call, stores) for stores in (False, True)]
     runs.append(functools.partial(_run_layer, call))
 
     def needed(state: TokenState, layer: Array) -> Array:
@@ -178,7 +178,7 @@ def _stay(call: Call, stores: bool, state: TokenState, cache: SlotCache, offset:
         multiply = mech.multiply(state.bits_BT, _codes(call, index), layer)
         at = (state.h_BTD, call.rows.pos_BT, multiply)
         out: Any = block.apply(params, *at, method=block.keys_values)
-        k, v = _stored(call, state, *out, layer)
+        k, v = _stored(call, state, out[0], out[1], layer)
     keep_BT = mech.kv_skip.written(state.depth_BT, call.rows.retain_BT, layer) & call.rows.real_BT
     state = _assign_bits(call, _pick_shortlist(call, state, layer), layer)
     return state, (_unread(call), (k, v), keep_BT)

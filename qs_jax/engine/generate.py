@@ -234,8 +234,7 @@ class _Masked:
 
         self.tokens, self.overrides = widen(call.padded.tokens_BT, 0), None
         if call.overrides is not None:
-            values = Overrides(full_BT=False, forced_layer_BT=NEVER, retain_BT=False)
-            self.overrides = Overrides(*map(widen, call.overrides, values))
+            self.overrides = Overrides(*map(widen, call.overrides, (False, NEVER, False)))
         self.text: Any = None
         self.evidence: Any = None
 
@@ -437,8 +436,9 @@ def _segments(cfg: Config) -> tuple[int, ...]:
 def _coded_after(cfg: Config) -> int:
     """Layers before those whose cache holds int8 codes; all of them where none does."""
     amq = cfg.quicksilver.amq if cfg.quicksilver is not None else None
-    coded = amq is not None and amq.execution == "int8" and "kv" in amq.targets
-    return amq.layer if coded else cfg.model.num_layers
+    if amq is not None and amq.execution == "int8" and "kv" in amq.targets:
+        return amq.layer
+    return cfg.model.num_layers
 
 
 def _keeps_all(cfg: Config) -> bool:
@@ -494,7 +494,7 @@ def _pack(
         packed = (cache, span, held_LBS[span], capacity, bits, keeps_all)
         caches.append(SlotCache.pack(*packed))
 
-    def widen(array: Array | None, empty: Any) -> Array | None:
+    def widen(array: Any, empty: Any) -> Any:
         if array is None:
             return None
         widths = [(0, 0)] * (array.ndim - 1) + [(0, width - array.shape[-1])]

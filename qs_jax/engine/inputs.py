@@ -28,8 +28,8 @@ SMALLEST_BUCKET = 16
 class Batch(NamedTuple):
     """Right-padded token rows, int32; columns at or past a row's length hold 0."""
 
-    tokens_BT: np.ndarray
-    lengths_B: np.ndarray
+    tokens_BT: Any
+    lengths_B: Any
 
 
 def bucket_size(n: int, limit: int | None = None) -> int:

@@ -56,7 +56,7 @@ class Call(NamedTuple):
 class Attended(NamedTuple):
     """What signals read of a layer's block: states after it, queries, keys, attention weights."""
 
-    h_BTD: Float[Array, "B T D"] | None
+    h_BTD: Any
     q_BTNH: Float[Array, "B T N H"]
     k_BTKH: Float[Array, "B T K H"]
     weights_BNTS: Float[Array, "B N T S"]

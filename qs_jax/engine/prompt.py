@@ -232,7 +232,7 @@ def _segment(
 
     rule = call.mech.halting
     at_end = rule is not None and not call.decides_inside
-    remembers = at_end and (rule.reads_drift or rule.reads_attention)
+    remembers = rule is not None and at_end and (rule.reads_drift or rule.reads_attention)
     loop = (carry._replace(state=state), state.h_BTD if remembers else None)
     carry, before_BCD = lax.fori_loop(first - 1, last, body, loop)
     if at_end:
@@ -357,8 +357,8 @@ def _last_layer(call: Call, carry: Carry, read_BQ: Array) -> tuple[Array, KVCach
     params = {"params": from_storage(weights.params)}
     block = family_of(model).block(model)
     multiply = call.mech.multiply(state.bits_BT, weights.int8, layer)
-    out: Any = block.apply(params, state.h_BTD, rows.pos_BT, multiply, method=block.keys_values)
-    k, v = call.mech.stored(*out, state.bits_BT)
+    found: Any = block.apply(params, state.h_BTD, rows.pos_BT, multiply, method=block.keys_values)
+    k, v = call.mech.stored(found[0], found[1], state.bits_BT)
     slots_BT = jnp.where(state.active_BT, rows.pos_BT, NEVER) if call.plan.keeps_keys else None
     cache = carry.cache.write(jnp.int32(index), slots_BT, k, v)
     k, v = cache.layer(jnp.int32(index))
@@ -388,7 +388,7 @@ def _decide(
     carry: Carry,
     chosen: Slots,
     whole: TokenState,
-    before_BCD: Array | None,
+    before_BCD: Any,
     layer: Array,
 ) -> Carry:
     """Halting after a layer, as `masked._halt`."""
@@ -516,7 +516,7 @@ def _frozen_keys_values(call: Call, state: TokenState, index_BP: Array, last: Ar
         params = {"params": from_storage(weights.params)}
         multiply = call.mech.multiply(bits_BP, weights.int8, index + 1)
         out: Any = block.apply(params, h_BPD, index_BP, multiply, method=block.keys_values)
-        return mech.stored(*out, bits_BP)
+        return mech.stored(out[0], out[1], bits_BP)
 
     if mech.kv_skip.policy != "extrapolate":
         return propagated
