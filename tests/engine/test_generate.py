@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from qs_jax.engine.batching import bucket_size
+from qs_jax.mechanisms.execution import with_weights
 
 import qs_jax
 from qs_jax.config import Config
 from qs_jax.engine import attention, dense, scoring, token_loop, tokenwise
 from qs_jax.engine import generate as engine
-from qs_jax.engine.batching import bucket_size
 from qs_jax.errors import ConfigError, InputError, NonFiniteError
-from qs_jax.mechanisms.execution import with_weights
 from qs_jax.models import head
 from qs_jax.testing import tiny_model, tiny_params
 from tests.engine.contract import MATRIX, model_of, params_of

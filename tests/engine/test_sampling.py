@@ -110,7 +110,9 @@ def test_a_tiny_temperature_or_nucleus_is_greedy(settings):
 
 
 def test_shortlists_are_bucketed_so_that_a_sweep_compiles_rarely():
-    plans = {sampling.plan_of(Config(MODEL, temperature=1.0, top_k=k), 16)[0] for k in range(33, 65)}
+    plans = {
+        sampling.plan_of(Config(MODEL, temperature=1.0, top_k=k), 16)[0] for k in range(33, 65)
+    }
     assert {plan.shortlist for plan in plans} == {64}
     assert len(plans) == 1
     assert jax.tree.leaves(sampling.plan_of(Config(MODEL), 16)[1])[0].shape == ()

@@ -13,12 +13,12 @@ import scipy.linalg
 import scipy.special
 from hypothesis import given
 from hypothesis import strategies as st
+from qs_jax.mechanisms.plan import bind
 
 import qs_jax
 from qs_jax.config import AMQConfig, Config, HaltingConfig
 from qs_jax.engine import attention, scoring, tokenwise
 from qs_jax.mechanisms import amq, fusion, halting, signals
-from qs_jax.mechanisms.plan import bind
 from tests.engine.contract import MATRIX, model_of, params_of
 from tests.support import random_tokens
 

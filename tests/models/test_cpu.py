@@ -15,7 +15,7 @@ import pytest
 
 import qs_jax
 from qs_jax.config import Config
-from qs_jax.engine import score
+from qs_jax.engine import cache, score
 from qs_jax.models import cpu
 from qs_jax.testing import tiny_model, tiny_params
 from tests.engine.contract import MATRIX, model_of, params_of
@@ -66,6 +66,12 @@ def test_float32_is_its_own_storage():
     np.testing.assert_array_equal(cpu.as_state(jnp.float32(1 / 3), "float32"), np.float32(1 / 3))
 
 
+def test_other_backends_store_what_they_compute_with(monkeypatch):
+    monkeypatch.setattr(cpu, "on_cpu", lambda: False)
+    assert cpu.storage_dtype("bfloat16") == cpu.state_dtype("bfloat16") == jnp.bfloat16
+    assert cpu.as_state(jnp.float32(1 / 3), "bfloat16").dtype == jnp.bfloat16
+
+
 def test_storage_on_several_devices_stays_where_it_is():
     model, params = bfloat16_model()
     devices = jax.local_devices()[:2]
@@ -89,8 +95,8 @@ def test_storage_on_several_devices_stays_where_it_is():
         pytest.param("HKFQ", "llama", marks=pytest.mark.slow),
     ],
 )
-def test_other_backends_give_the_same_results(name, model_type, monkeypatch):
-    """Against XLA's own slices, gathers, updates and attention of bfloat16."""
+def test_with_and_without_storage_results_are_the_same(name, model_type, monkeypatch):
+    """Against XLA's own slices, gathers and updates of bfloat16."""
     model, params = bfloat16_model(model_type)
     cfg = Config(model, MATRIX.get(name), max_new_tokens=6)
     rows = random_tokens(model, width=24)
@@ -100,14 +106,13 @@ def test_other_backends_give_the_same_results(name, model_type, monkeypatch):
         out = qs_jax.generate(params, rows, cfg)
         return out.tokens, out.logprobs, qs_jax.score(params, rows, cfg).logprobs
 
-    here = results()
-    monkeypatch.setattr(cpu, "on_cpu", lambda: False)
-    assert cpu.storage_dtype("bfloat16") == cpu.state_dtype("bfloat16") == jnp.bfloat16
-    assert cpu.as_state(jnp.float32(1 / 3), "bfloat16").dtype == jnp.bfloat16
-    there = results()
+    stored = results()
+    for module in (cpu, cache):
+        monkeypatch.setattr(module, "storage_dtype", jnp.dtype)
+    plain = results()
     jax.clear_caches()
-    np.testing.assert_array_equal(here[0], there[0])
-    for ours, theirs in zip(here[1:], there[1:], strict=True):
+    np.testing.assert_array_equal(stored[0], plain[0])
+    for ours, theirs in zip(stored[1:], plain[1:], strict=True):
         np.testing.assert_allclose(ours, theirs, atol=0.02)
 
 

@@ -3,10 +3,10 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from qs_jax.engine.scoring import score
 
 from qs_jax.config import Config
 from qs_jax.engine import dense
-from qs_jax.engine.scoring import score
 from qs_jax.models import family_of, layers
 from tests.support import CASES, make_pair, random_tokens
 
