@@ -26,10 +26,10 @@ import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-from qs_jax import halves
+from qs_jax.models import cpu
 
 # References are float32, so it is the default whatever processor this is.
-halves.CPU_INFO = halves.Path("nowhere")
+cpu.CPU_INFO = cpu.Path("nowhere")
 
 import gc
 from collections.abc import Iterator

@@ -10,13 +10,16 @@ from qs_jax import presets
 from qs_jax.config import (
     PROTOCOLS,
     AMQConfig,
+    Config,
     FusionConfig,
     HaltingConfig,
     KVSkipConfig,
     ModelConfig,
     QuickSilverConfig,
 )
+from qs_jax.mechanisms.kv_maps import FEATURES
 from qs_jax.testing import tiny_model, tiny_params
+from tests.oracle.comparison import with_maps
 
 LAYERS = 6
 SCALE = 30.0  # of the embeddings: entropies between 0 and log V, so thresholds have something to do
@@ -132,3 +135,57 @@ def contract(by_default=BY_DEFAULT):
         )
         for name in CASES
     ]
+
+
+# --- what the fast engines run ------------------------------------------------------------------
+
+ADJACENT = dataclasses.replace(
+    FUSE, window=1, tau_attn=None, alpha="uniform", proportional_attention=False
+)
+FAST = {
+    "dense": None,
+    "dual-skip": settings(
+        halting=HALT, kv_skip=KVSkipConfig("skip", delay=1, retain_ids=tuple(range(3, 11)))
+    ),
+    "dual-propagate-kv8": settings(halting=HALT, amq=dataclasses.replace(INT8, targets=("kv",))),
+    "dual-extrapolate": settings(
+        halting=dataclasses.replace(HALT, layers=(2, 3)), kv_skip=KVSkipConfig("extrapolate")
+    ),
+    "quota-skip": settings(halting=QUOTA, kv_skip=KVSkipConfig("skip", delay=1)),
+    "quota-fusion-int8": settings(
+        halting=QUOTA, kv_skip=KVSkipConfig("skip", delay=1), fusion=ADJACENT, amq=INT8
+    ),
+    "quota-extrapolate": settings(halting=QUOTA, kv_skip=KVSkipConfig("extrapolate")),
+    "dual-int8": settings(halting=HALT, kv_skip=KVSkipConfig("skip"), amq=INT8),
+    "dual-fusion-int8": settings(halting=HALT, fusion=ADJACENT, amq=INT8),
+    "dual-forced": settings(
+        halting=dataclasses.replace(HALT, forced_ids=(3, 5, 7, 9, 11, 13, 20, 30), forced_layer=2)
+    ),
+    "dual-shortlist": settings(
+        halting=dataclasses.replace(HALT, entropy="shortlist", window=(2, 4)),
+        shortlist_layer=2,
+        shortlist_size=8,
+    ),
+    "quota-drift": settings(halting=dataclasses.replace(QUOTA, score="drift")),
+    "quota-entropy-int8": settings(
+        halting=dataclasses.replace(QUOTA, score="entropy", entropy="latent"), amq=INT8
+    ),
+    "fusion": settings(fusion=ADJACENT),
+    "int8": settings(amq=INT8),
+}
+
+
+def fast_case(name: str, protocol: str | None, **fields):
+    """Parameters, with random maps where they are read, and a configuration, in float64."""
+    qs, model = FAST[name], model_of("llama", dtype="float64")
+    params = params_of(model)
+    if qs is not None and qs.kv_skip is not None and qs.kv_skip.policy == "extrapolate":
+        features = FEATURES if protocol == "continuation" else ("state", "embedding")
+        params = with_maps(params, model, qs.halting.layers, features, 0, code=20)
+    given = {"eos_token_ids": (), "decode_weights": "stacked"} | fields
+    return params, Config(model, qs, protocol=protocol, **given)
+
+
+def few(names, *by_default):
+    """Parameters of a test of all these names, others than those few in the slow suite."""
+    return [pytest.param(n, marks=[pytest.mark.slow] * (n not in by_default)) for n in names]

@@ -1,75 +1,94 @@
-"""Attention block by block against the plain definition."""
+"""Attention block by block, and of a step's few tokens, against the plain definition."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from qs_jax.engine import attention
+from qs_jax.models import cpu
+from qs_jax.state import NEVER
+
+BATCH, WIDTH, HEADS, KV_HEADS, DIM = 2, 40, 6, 2, 8
 
 
-def made(prefix, width=40, batch=2, heads=6, kv_heads=2, dim=8):
-    rng = np.random.default_rng(0)
-    shapes = [(width, heads), (prefix + width, kv_heads), (prefix + width, kv_heads)]
-    arrays = [rng.standard_normal((batch, *shape, dim)).astype(np.float32) for shape in shapes]
-    causal_TS = np.arange(prefix + width)[None, :] <= prefix + np.arange(width)[:, None]
-    return (*map(jnp.array, arrays), np.broadcast_to(causal_TS, (batch, *causal_TS.shape)), rng)
+def random_heads(width, heads, seed=0):
+    shape = (BATCH, width, heads, DIM)
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def keys_values(slots=WIDTH):
+    return random_heads(slots, KV_HEADS, seed=1), random_heads(slots, KV_HEADS, seed=2)
+
+
+@pytest.fixture(params=["cpu", "others"])
+def backend(request, monkeypatch):
+    """Both ways to attend: CPU's own, and what GPUs take."""
+    monkeypatch.setattr(cpu, "on_cpu", lambda: request.param == "cpu")
+    return request.param
 
 
 @pytest.mark.parametrize("block", [16, 64])
-@pytest.mark.parametrize("prefix", [0, 5])
-def test_blocks_give_the_plain_attention(monkeypatch, block, prefix):
+def test_blocks_give_the_plain_attention(monkeypatch, backend, block):
     monkeypatch.setattr(attention, "QUERY_BLOCK", block)
-    q, k, v, causal_BTS, _ = made(prefix)
-    expected, _ = attention.attention(q, k, v, jnp.array(causal_BTS), None)
-    found = attention.blocked_attention(q, k, v, prefix=prefix)
+    q, (k, v) = random_heads(WIDTH, HEADS), keys_values()
+    causal_BTS = jnp.broadcast_to(jnp.tri(WIDTH, dtype=bool), (BATCH, WIDTH, WIDTH))
+    expected, _ = attention.attention(q, k, v, causal_BTS, None)
+    np.testing.assert_allclose(attention.blocked_attention(q, k, v), expected, atol=1e-5)
+
+
+def some_of_each_row(count, seed=0):
+    """Positions of the queries, rising, and the first query that sees each key."""
+    rng = np.random.default_rng(seed)
+    pos_BT = np.sort([rng.choice(WIDTH, count, replace=False) for _ in range(BATCH)])
+    first_BS = np.where(rng.random((BATCH, WIDTH)) < 0.3, NEVER, np.arange(WIDTH))
+    np.put_along_axis(first_BS, pos_BT, pos_BT, axis=1)
+    return jnp.asarray(pos_BT, jnp.int32), jnp.asarray(first_BS, jnp.int32)
+
+
+@pytest.mark.parametrize("rising", [True, False])
+def test_some_queries_see_the_keys_that_exist(monkeypatch, backend, rising):
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 8)
+    q, (k, v), (pos_BT, first_BS) = random_heads(20, HEADS), keys_values(), some_of_each_row(20)
+    if not rising:
+        pos_BT = pos_BT[:, ::-1]
+    expected, _ = attention.attention(q, k, v, first_BS[:, None] <= pos_BT[..., None], None)
+    found = attention.blocked_attention(q, k, v, pos_BT, first_BS, rising=rising)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("prefix", [0, 5])
-def test_blocks_take_any_mask_within_slot_causality_and_log_sizes(monkeypatch, prefix):
-    monkeypatch.setattr(attention, "QUERY_BLOCK", 16)
-    q, k, v, causal_BTS, rng = made(prefix)
-    mask_BTS = causal_BTS & (rng.random(causal_BTS.shape) < 0.5)
-    mask_BTS |= np.eye(*causal_BTS.shape[1:], k=prefix, dtype=bool)
-    mask_BTS, log_size_BS = jnp.array(mask_BTS), jnp.log(jnp.array(rng.integers(1, 5, k.shape[:2])))
-    expected, _ = attention.attention(q, k, v, mask_BTS, log_size_BS)
-    found = attention.blocked_attention(q, k, v, mask_BTS, prefix=prefix, log_size_BS=log_size_BS)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-
-
-def test_a_query_that_sees_nothing_is_finite_and_touches_no_other():
-    q, k, v, causal_BTS, _ = made(0)
-    mask_BTS = jnp.array(causal_BTS).at[:, 3].set(False)
-    found = np.asarray(attention.blocked_attention(q, k, v, mask_BTS))
-    whole = np.asarray(attention.blocked_attention(q, k, v))
-    assert np.isfinite(found).all()
-    assert (found[:, 3] != whole[:, 3]).any()
-    others = np.arange(40) != 3
-    np.testing.assert_array_equal(found[:, others], whole[:, others])
-
-
-@pytest.mark.parametrize("most", [0, 40_000])  # heads apart; rows apart
-@pytest.mark.parametrize("by", ["mask", "places", None])
-def test_rows_and_heads_one_after_the_other_are_the_same_attention(monkeypatch, most, by):
-    q, k, v, causal_BTS, rng = made(0)
-    batch, width = k.shape[:2]
-    log_size_BS = jnp.log(jnp.array(rng.integers(1, 5, (batch, width))))
-    mask_BTS, given = jnp.array(causal_BTS), {}
-    if by is not None:
-        gone_BS = rng.random((batch, width)) < 0.3
-        own_TT = np.eye(width, dtype=bool)
-        mask_BTS = jnp.array(causal_BTS & (own_TT | ~gone_BS[:, None]))
-        given = {"mask_BTS": mask_BTS}
-    if by == "places":  # gone for every later query, its own excepted
-        pos_BT = jnp.broadcast_to(jnp.arange(width), (batch, width))
-        until_BS = jnp.where(gone_BS, pos_BT + 1, width)
-        given = {"places": attention.Places(pos_BT, pos_BT, until_BS)}
-    expected, _ = attention.attention(q, k, v, mask_BTS, log_size_BS)
-    monkeypatch.setattr(attention, "MOST_LOGITS", most)
-    called, plain = [], attention._attend_tile
+@pytest.mark.parametrize(("most", "kv_heads"), [(0, 1), (20_000, KV_HEADS)])
+def test_rows_and_heads_one_after_the_other_are_the_same_attention(monkeypatch, most, kv_heads):
+    q, (k, v), (pos_BT, first_BS) = random_heads(20, HEADS), keys_values(), some_of_each_row(20)
+    expected = attention.blocked_attention(q, k, v, pos_BT, first_BS)
+    monkeypatch.setattr(cpu, "MOST_LOGITS", most)
+    shapes, plain = [], attention._attend_block
     monkeypatch.setattr(
-        attention, "_attend_tile", lambda q, *a: called.append(q.shape[:2]) or plain(q, *a)
+        attention, "_attend_block", lambda q, *a: shapes.append(q.shape[:2]) or plain(q, *a)
     )
-    found = attention.blocked_attention(q, k, v, **given, log_size_BS=log_size_BS)
-    assert called == [(1, 1 if most == 0 else k.shape[2])]
+    found = attention.blocked_attention(q, k, v, pos_BT, first_BS)
+    assert shapes == [(1, kv_heads)]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_query_that_sees_nothing_is_finite_and_touches_no_other(backend):
+    q, (k, v) = random_heads(WIDTH, HEADS), keys_values()
+    pos_BT = jnp.broadcast_to(jnp.arange(WIDTH, dtype=jnp.int32), (BATCH, WIDTH))
+    whole = np.asarray(attention.blocked_attention(q, k, v, pos_BT, pos_BT))
+    found = np.asarray(attention.blocked_attention(q, k, v, pos_BT - 1, pos_BT))
+    assert np.isfinite(found).all()
+    again = attention.blocked_attention(q, k, v, jnp.maximum(pos_BT - 1, 0), pos_BT)
+    np.testing.assert_array_equal(found[:, 1:], np.asarray(again)[:, 1:])
+    assert (found[:, 0] != whole[:, 0]).any()
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_a_step_attends_to_the_cache_and_to_itself(backend, width):
+    rng = np.random.default_rng(0)
+    q, old, new = random_heads(width, HEADS), keys_values(), keys_values(width)
+    mask_BTX = rng.random((BATCH, width, WIDTH + width)) < 0.5
+    mask_BTX[:, range(width), range(WIDTH, WIDTH + width)] = True
+    k, v = (jnp.concatenate(pair, axis=1) for pair in zip(old, new, strict=True))
+    expected, _ = attention.attention(q, k, v, jnp.asarray(mask_BTX), None)
+    cached = tuple(array.reshape(BATCH, WIDTH, -1) for array in old)
+    found = attention.step_attention(q, cached, new, jnp.asarray(mask_BTX))
     np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 
 import qs_jax
+from qs_jax.config import KVSkipConfig
 from qs_jax.engine.devices import local_devices
 from qs_jax.testing import tiny_model, tiny_params
-from tests.engine.contract import MATRIX
+from tests.engine.contract import HALT, MATRIX, settings
+from tests.oracle.comparison import COUNTED
 from tests.support import random_tokens, row_of
 
 pytestmark = pytest.mark.skipif(
@@ -20,29 +22,42 @@ def model():
     return tiny_model(num_layers=5)
 
 
+FAST = settings(halting=HALT, kv_skip=KVSkipConfig("skip"))
+
+
 @pytest.mark.parametrize(
     "count", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 4]
 )
 @pytest.mark.parametrize(
-    ("name", "engine"),
-    [(None, "auto"), pytest.param("HKFQ", "masked", marks=pytest.mark.slow), ("HK", "compact")],
+    ("qs", "protocol"),
+    [
+        (None, None),
+        pytest.param(MATRIX["HKFQ"], "teacher-forced", marks=pytest.mark.slow),
+        (settings(halting=HALT), "teacher-forced"),
+        (FAST, "continuation"),
+    ],
+    ids=["dense", "all", "masked", "prompt"],
 )
-def test_scores_do_not_depend_on_the_number_of_devices(model, count, name, engine):
+def test_scores_do_not_depend_on_the_number_of_devices(model, count, qs, protocol):
     """Five rows of different lengths, in float64, where no code of a quantised state flips."""
     rows = [row_of(model, width) for width in (30, 9, 21, 17, 5)]
+    given = {"prompt_lengths": (24, 6, 15, 11, 4)} if protocol == "continuation" else {}
     with jax.enable_x64(True):
         model = model.replace(dtype="float64")
-        params = tiny_params(model)
-        cfg = qs_jax.Config(model, MATRIX[name] if name else None, engine=engine)
-        alone = qs_jax.score(params, rows, cfg)
-        given = jax.local_devices()[:count]
-        shared = qs_jax.score(qs_jax.replicate(params, given), rows, cfg, devices=given)
+        params, cfg = tiny_params(model), qs_jax.Config(model, qs, protocol=protocol)
+        alone = qs_jax.score(params, rows, cfg, **given)
+        devices = jax.local_devices()[:count]
+        everywhere = qs_jax.replicate(params, devices)
+        shared = qs_jax.score(everywhere, rows, cfg, devices=devices, **given)
     np.testing.assert_array_equal(shared.mask, alone.mask)
     np.testing.assert_allclose(shared.logprobs, alone.logprobs, atol=1e-4)
     assert shared.perplexity == pytest.approx(alone.perplexity, rel=1e-6)
-    if name:
-        for part in ("active", "depth", "kv_held"):
-            assert (getattr(shared.record, part) == getattr(alone.record, part)).all()
+    if qs is not None:
+        assert alone.record.simulated == (protocol == "teacher-forced")
+        for part in COUNTED:
+            np.testing.assert_array_equal(
+                getattr(shared.record, part), getattr(alone.record, part), part
+            )
 
 
 def test_every_device_computes(model, monkeypatch):

@@ -1,4 +1,4 @@
-"""The laws of every mechanism, alone and together: causality, decode == score, independence.
+"""The laws of every mechanism in the definition: causality, decode == score, independence.
 
 All rows that a case needs go through one program. Everything is in float64: a value at the edge
 between two codes may fall either side with the order of sums, and at 2 bits one code is a quarter
@@ -14,7 +14,7 @@ import pytest
 
 import qs_jax
 from qs_jax.config import Config
-from qs_jax.engine import decisions, scoring
+from qs_jax.engine import score as scoring
 from qs_jax.mechanisms import fusion
 from tests import goldens
 from tests.engine.contract import (
@@ -50,11 +50,11 @@ class Runs(NamedTuple):
     moved: qs_jax.ScoreOutput
 
 
-def open_case(name, engine="masked"):
+def open_case(name):
     kind, qs, protocol = CASES[name]
     model = model_of(kind, dtype="float64")
-    given = {"max_new_tokens": NEW, "eos_token_ids": (), "decode_weights": "stacked"}
-    return params_of(model), Config(model, qs, protocol=protocol, engine=engine, **given)
+    given = {"max_new_tokens": NEW, "eos_token_ids": ()}
+    return params_of(model), Config(model, qs, protocol=protocol, engine="masked", **given)
 
 
 def score(params, cfg, rows, prompts):
@@ -214,25 +214,16 @@ DECODED = BY_DEFAULT - {
 
 @pytest.mark.parametrize("name", contract(DECODED))
 def test_decoding_equals_scoring(name):
-    check_decoding(name, "masked")
-
-
-@pytest.mark.parametrize("name", contract({"HKFQ-llama-teacher-forced"}))
-def test_the_decode_engine_equals_scoring(name):
-    check_decoding(name, "compact")
-
-
-def check_decoding(name, engine):
-    """Generates on one engine and scores on the masked one, in the program of the other laws."""
+    """Generates, and scores in the program of the other laws."""
     with jax.enable_x64(True):
-        params, cfg = open_case(name, engine)
+        params, cfg = open_case(name)
         rows = [row_of(cfg.model, width) for width in (9, 20, 4)]
         out = qs_jax.generate(params, rows, cfg)
         fill = len(run(name).before.logprobs) - len(rows)
         sequences = list(out.sequences) + [out.sequences[0]] * fill
         prompts = list(map(int, out.prompt_lengths))
         prompts += prompts[:1] * fill
-        scores = score(params, cfg.replace(engine="masked"), sequences, prompts)
+        scores = score(params, cfg, sequences, prompts)
     for row, start in enumerate(out.prompt_lengths):
         np.testing.assert_allclose(
             scores.logprobs[row, start : start + NEW], out.logprobs[row], atol=1e-4
@@ -257,38 +248,23 @@ def assert_same_decisions(decoded, scored):
         np.testing.assert_array_equal(decoded.depth[row, :length], scored.depth[row, :length])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["HKFQ-llama-teacher-forced", "quota-llama-continuation"])
-def test_streaming_gives_the_tokens_of_generate(name):
-    with jax.enable_x64(True):
-        params, cfg = open_case(name, "auto")
-        rows = [row_of(cfg.model, width) for width in (9, 16, 4)]
-        tokens_BM = np.stack([step.tokens for step in qs_jax.stream(params, rows, cfg)], axis=1)
-        np.testing.assert_array_equal(tokens_BM, qs_jax.generate(params, rows, cfg).tokens)
-
-
-def leaky_merge(*args):
-    """What 6.3 forbids: the earlier member of a pair takes the mean as well."""
-    merged, takes_BTW = fusion.merge(*args)
-    takes_BT = takes_BTW[..., 0]  # the token right before
-    next_BTD = jax.numpy.roll(merged.h_BXD, -1, axis=1)
-    next_takes_BT = jax.numpy.roll(takes_BT, -1, axis=1).at[:, -1].set(False)
-    h_BTD = jax.numpy.where(next_takes_BT[..., None], next_BTD, merged.h_BXD)
-    return merged._replace(h_BXD=h_BTD), takes_BTW
-
-
 def test_a_leaky_fusion_is_caught(monkeypatch):
     """The causality test can fail: with the answer averaged into the state before it, it does."""
+    merge = fusion.merge
 
-    class Leaky:
-        def __getattr__(self, name):
-            return leaky_merge if name == "merge" else getattr(fusion, name)
+    def leaky_merge(*args):
+        """What 6.3 forbids: the earlier member of a pair takes the mean as well."""
+        merged, takes_BTW = merge(*args)
+        takes_BT = takes_BTW[..., 0]  # the token right before
+        next_BTD = jax.numpy.roll(merged.h_BTD, -1, axis=1)
+        next_takes_BT = jax.numpy.roll(takes_BT, -1, axis=1).at[:, -1].set(False)
+        h_BTD = jax.numpy.where(next_takes_BT[..., None], next_BTD, merged.h_BTD)
+        return merged._replace(h_BTD=h_BTD), takes_BTW
 
-    monkeypatch.setattr(decisions, "fusion", Leaky())
-    program = jax.jit(
-        lambda *a, **k: scoring.score_masked(*a, **k), static_argnames=scoring._STATIC
-    )
-    monkeypatch.setattr(scoring, "jit_score_masked", program)
+    monkeypatch.setattr(fusion, "merge", leaky_merge)
+    static = ("model", "count", "returns")
+    program = jax.jit(lambda *a, **k: scoring.score_masked(*a, **k), static_argnames=static)
+    monkeypatch.setattr(scoring, "_jit_masked", program)
     with jax.enable_x64(True):
         leaky = run_rows(*open_case("F-llama-teacher-forced"))
     with pytest.raises(AssertionError):

@@ -7,11 +7,8 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from qs_jax.config import (
-    FusionConfig,
-    KVSkipConfig,
-)
-from qs_jax.engine import schedule, scoring
+from qs_jax.config import FusionConfig, KVSkipConfig
+from qs_jax.engine import score
 from tests.oracle.comparison import check
 from tests.oracle.settings import BOTH, MASKS, NEAR, ONCE, ONE, OTHERS, acted, halting, settings_of
 from tests.oracle.strategies import any_case, retuned
@@ -35,19 +32,6 @@ def test_every_option_does_what_the_oracle_does(name):
 @pytest.mark.parametrize("name", OTHERS)
 def test_in_the_other_family_and_protocol_too(name):
     check_option(*OTHERS[name])
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * (name != "extrapolate"))
-        for name in ONCE
-        if "final-prev" not in name  # refused there
-    ],
-)
-def test_the_compact_engine_does_what_the_oracle_does(name, monkeypatch):
-    monkeypatch.setattr(schedule, "STEPS", 2)  # capacities, each a body to compile
-    check_option(*ONCE[name], engine="compact")
 
 
 @pytest.mark.parametrize(
@@ -111,10 +95,10 @@ RUN: set[str] = set()  # names whose program exists
 @settings(max_examples=15, suppress_health_check=SLOW_DATA)
 def test_any_numbers_do_what_they_do_in_the_oracle(name, data):
     kind, protocol, quicksilver = FIXED[name]
-    compiled = scoring.jit_score_masked._cache_size()
+    compiled = score._jit_masked._cache_size()
     case = {"kind": kind, "protocol": protocol, "quicksilver": data.draw(retuned(quicksilver))}
     holds(case | {"seed": data.draw(st.integers(0, 999)), "repeats": data.draw(st.booleans())})
-    assert scoring.jit_score_masked._cache_size() == compiled or name not in RUN
+    assert score._jit_masked._cache_size() == compiled or name not in RUN
     RUN.add(name)
 
 

@@ -17,7 +17,7 @@ MODEL = tiny_model()
 
 
 def filtered(logits_BV, **settings):
-    plan, numbers = sampling.plan_of(Config(MODEL, **settings))
+    plan, numbers = sampling.plan_of(Config(MODEL, **settings), 16)
     return np.asarray(sampling.filter_logits(jnp.asarray(logits_BV), plan, numbers))
 
 
@@ -74,7 +74,7 @@ def test_draws_follow_the_filtered_distribution():
     settings = {"temperature": 1.3, "top_k": 12, "top_p": 0.9}
     kept = filtered(logits, **settings)[0]
     exact = np.exp(kept - kept.max()) / np.exp(kept - kept.max()).sum()
-    plan, numbers = sampling.plan_of(Config(MODEL, **settings))
+    plan, numbers = sampling.plan_of(Config(MODEL, **settings), 16)
     draws = 20_000
     seen = jnp.zeros((draws, 1), bool)
     keys = sampling.row_keys(jnp.uint32(3), draws)
@@ -110,9 +110,12 @@ def test_a_tiny_temperature_or_nucleus_is_greedy(settings):
 
 
 def test_shortlists_are_bucketed_so_that_a_sweep_compiles_rarely():
-    plans = {sampling.plan_of(Config(MODEL, temperature=1.0, top_k=k))[0] for k in range(33, 65)}
-    assert plans == {sampling.SamplingPlan(False, False, 64, False)}
-    assert jax.tree.leaves(sampling.plan_of(Config(MODEL))[1])[0].shape == ()
+    plans = {
+        sampling.plan_of(Config(MODEL, temperature=1.0, top_k=k), 16)[0] for k in range(33, 65)
+    }
+    assert {plan.shortlist for plan in plans} == {64}
+    assert len(plans) == 1
+    assert jax.tree.leaves(sampling.plan_of(Config(MODEL), 16)[1])[0].shape == ()
 
 
 def test_settings_may_be_numpy_scalars_and_lists():

@@ -1,9 +1,11 @@
+"""Token rows: their checks, their padding and the buckets they are rounded up to."""
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from qs_jax.engine.batching import bucket_size, check_positions, make_batch
 
+from qs_jax.engine.inputs import bucket_size, check_positions, make_batch
 from qs_jax.errors import InputError
 from qs_jax.testing import tiny_model
 

@@ -1,0 +1,35 @@
+"""Jitted programs as calls enter them, for tests that lower or compile them."""
+
+import importlib
+from typing import Any
+
+import pytest
+
+
+class Entered(Exception):
+    """A call has reached a program."""
+
+
+def arguments_of(call: Any, module: str, name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The program `qs_jax.engine.MODULE.NAME`, and the arguments a call gives it.
+
+    Args:
+      call: Without arguments; it ends where it enters the program.
+      module: Of the engine.
+      name: Of the jitted function.
+
+    Returns:
+      The jitted function, its positional arguments, and its static ones.
+    """
+    home = importlib.import_module(f"qs_jax.engine.{module}")
+    program, found = getattr(home, name), []
+
+    def enter(*arrays: Any, **static: Any) -> None:
+        found.append((arrays, static))
+        raise Entered
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(home, name, enter)
+        with pytest.raises(Entered):
+            call()
+    return program, *found[0]

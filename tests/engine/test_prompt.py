@@ -1,0 +1,247 @@
+"""The prompt engine: the definition's decisions and log-probabilities, on fewer tokens.
+
+Continuations of prompts are scored, in float64: a later token may change the number of slots and so
+the order of sums, and no code of a quantised value flips by it.
+"""
+
+import dataclasses
+import functools
+import re
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+import qs_jax
+from qs_jax.config import AMQConfig, Config, HaltingConfig, KVSkipConfig
+from qs_jax.engine import prompt, prompt_plan, score
+from qs_jax.errors import ConfigError
+from tests.engine.contract import (
+    ADJACENT,
+    BITS,
+    FAST,
+    FLAG,
+    FUSE,
+    HALT,
+    INT8,
+    MATRIX,
+    SKIP,
+    fast_case,
+    few,
+    model_of,
+    params_of,
+    settings,
+)
+from tests.engine.programs import arguments_of
+from tests.oracle.comparison import assert_same_record
+from tests.support import OPTIMISED, random_tokens, row_of
+
+LENGTHS, PROMPTS = (31, 17, 24), (22, 9, 15)
+CHANGED = (22, 25, 28)  # positions in the longest row's continuation
+MECHANISMS = [name for name in FAST if name != "dense"]
+BY_DEFAULT = (
+    "dual-skip",
+    "dual-propagate-kv8",
+    "dual-extrapolate",
+    "quota-fusion-int8",
+    "quota-extrapolate",
+)
+
+
+@pytest.fixture(autouse=True)
+def few_capacities(monkeypatch):
+    """Slots that fit rows as short as these, and few choices: each is a body to compile."""
+    shorten(monkeypatch)
+
+
+def shorten(patch):
+    patch.setattr(prompt_plan, "SMALLEST_STEP", 8)
+    patch.setattr(prompt_plan, "GRANULE", 4)
+    patch.setattr(prompt_plan, "STEPS", 2)
+
+
+class Runs(NamedTuple):
+    """Calls of one program, and the definition's of the first.
+
+    Attributes:
+      before: The longest row, once for each of `CHANGED`, then the other rows.
+      after: One token of each of the first rows changed.
+      moved: The rows of `before` in reverse.
+      masked: `before` on the masked engine.
+    """
+
+    params: Any
+    cfg: Config
+    before: qs_jax.ScoreOutput
+    after: qs_jax.ScoreOutput
+    moved: qs_jax.ScoreOutput
+    masked: qs_jax.ScoreOutput
+
+
+@functools.cache
+def run(name: str) -> Runs:
+    with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
+        shorten(patch)
+        params, cfg = fast_case(name, "continuation", engine="compact")
+        long, *others = [row_of(cfg.model, width) for width in LENGTHS]
+        changed = [list(long) for _ in CHANGED]
+        for row, j in zip(changed, CHANGED, strict=True):
+            row[j] = (row[j] + 1) % cfg.model.vocab_size
+        rows = [long] * len(CHANGED) + others
+        prompts = (PROMPTS[0],) * len(CHANGED) + PROMPTS[1:]
+        before, masked = (
+            qs_jax.score(params, rows, each, prompt_lengths=prompts)
+            for each in (cfg, cfg.replace(engine="masked"))
+        )
+        after = qs_jax.score(params, [*changed, *others], cfg, prompt_lengths=prompts)
+        moved = qs_jax.score(params, rows[::-1], cfg, prompt_lengths=prompts[::-1])
+        return Runs(params, cfg, before, after, moved, masked)
+
+
+@pytest.mark.parametrize("name", few(MECHANISMS, *BY_DEFAULT))
+def test_decisions_and_numbers_are_the_definitions(name):
+    found, expected = run(name).before, run(name).masked
+    np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-6)
+    assert (found.record.simulated, expected.record.simulated) == (False, True)
+    assert_same_record(found.record, expected.record, expected.record.real)
+    acts = not expected.record.active.all() or (expected.record.bits[-1] < 16).any()
+    assert acts, "these rows must show the mechanisms"
+
+
+@pytest.mark.parametrize("name", few(MECHANISMS, *BY_DEFAULT))
+def test_the_future_touches_no_earlier_prediction(name):
+    before, after = run(name).before.logprobs, run(name).after.logprobs
+    for row, j in enumerate(CHANGED):
+        np.testing.assert_allclose(after[row, :j], before[row, :j], atol=1e-5)
+        assert (after[row, j:] != before[row, j:]).any()
+
+
+@pytest.mark.parametrize("name", few(MECHANISMS, *BY_DEFAULT))
+def test_rows_do_not_depend_on_batch_mates(name):
+    before, after, moved = (getattr(run(name), part) for part in ("before", "after", "moved"))
+    mates = len(CHANGED)
+    np.testing.assert_allclose(after.logprobs[mates:], before.logprobs[mates:], atol=1e-8)
+    np.testing.assert_allclose(moved.logprobs[::-1], before.logprobs, atol=1e-8)
+    assert_same_rows(moved.record, before.record, slice(None, None, -1), before.record.real)
+
+
+def assert_same_rows(found, expected, rows, real):
+    for part in ("active", "kv_held", "visible_keys", "bits"):
+        ours, theirs = getattr(found, part)[:, rows], getattr(expected, part)
+        np.testing.assert_array_equal(ours[:, real], theirs[:, real], part)
+
+
+@pytest.mark.parametrize("name", few(MECHANISMS, "dual-skip", "quota-fusion-int8"))
+def test_rows_do_not_depend_on_padding(name):
+    """Alone, a row is padded less: another program."""
+    runs, length = run(name), LENGTHS[1]
+    with jax.enable_x64(True):
+        rows = [row_of(runs.cfg.model, length)]
+        alone = qs_jax.score(runs.params, rows, runs.cfg, prompt_lengths=PROMPTS[1:2])
+    there = runs.before.logprobs[len(CHANGED), :length]
+    np.testing.assert_allclose(alone.logprobs[0], there, atol=1e-8)
+
+
+STAGED = settings(
+    halting=HaltingConfig(rule="quota", layers=(2, 4), quota=(0.5, 0.8), entropy=None),
+    kv_skip=KVSkipConfig("skip"),
+)
+
+
+def test_layers_run_on_as_many_slots_as_tokens_compute(monkeypatch):
+    """Whole rows up to layer 2, then what the quotas leave, rounded up by less than a granule."""
+    model, widths, run_layer = model_of("llama"), set(), prompt._run_layer
+    rows = [row_of(model, width) for width in LENGTHS]
+
+    def note(call, carry, *args):
+        widths.add(carry.state.h_BTD.shape[1])
+        return run_layer(call, carry, *args)
+
+    monkeypatch.setattr(prompt, "_run_layer", note)
+    out = qs_jax.score(params_of(model), rows, Config(model, STAGED), prompt_lengths=PROMPTS)
+    most = out.record.active.sum(-1).max(-1)
+    assert most[4] < most[2] < most[0]
+    assert widths == {32, *(-(-most[layer] // 4) * 4 for layer in (2, 4))}
+
+
+def test_a_sweep_and_near_lengths_share_a_program():
+    """Thresholds and halting windows are numbers; lengths come in buckets."""
+    model = model_of("llama")
+    params, sizes = params_of(model), []
+    for tau, last, width in ((0.2, 4, 29), (0.5, 4, 30), (0.9, 3, 32)):
+        halting = dataclasses.replace(HALT, tau_drift=tau, window=(1, last))
+        cfg = Config(model, settings(halting=halting), protocol="continuation")
+        rows = random_tokens(model, 2, width)
+        qs_jax.score(params, rows, cfg, prompt_lengths=(width - 9, width - 7))
+        sizes.append(score._jit_prompt._cache_size())
+    assert sizes[0] == sizes[-1]
+
+
+REFUSED = [
+    ("freeze=False", settings(halting=FLAG, kv_skip=KVSkipConfig("skip"))),
+    ("'attended'", settings(halting=HALT, kv_skip=SKIP)),
+    ("'final_prev'", settings(halting=dataclasses.replace(HALT, entropy="final_prev"))),
+    ("beyond the uniform mean", settings(fusion=FUSE)),
+    ("other quantization is simulated", settings(amq=BITS)),
+    (
+        "other quantization is simulated",
+        settings(amq=dataclasses.replace(INT8, targets=("linear", "hidden"))),
+    ),
+    (
+        "bits by the shortlist entropy",
+        settings(amq=dataclasses.replace(INT8, entropy="shortlist"), shortlist_layer=1),
+    ),
+    (
+        "have no bits yet",
+        settings(
+            halting=HaltingConfig(layers=(1, 3), entropy=None),
+            kv_skip=KVSkipConfig("extrapolate"),
+            amq=AMQConfig.uniform(8, 2, group=8, execution="int8"),
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(("reason", "qs"), REFUSED)
+def test_what_cannot_run_here_is_refused_with_the_reason(reason, qs):
+    """By name on "compact"; "auto" takes the masked engine."""
+    protocol = "teacher-forced" if "final" in reason else "continuation"
+    cfg = Config(model_of("llama"), qs, protocol=protocol)
+    assert not prompt_plan.runs_fast(cfg, generates=True)
+    with pytest.raises(ConfigError, match=f"cannot run this: .*{reason}.* Use engine 'masked'"):
+        prompt_plan.runs_fast(cfg.replace(engine="compact"), generates=True)
+
+
+def test_teacher_forced_scoring_and_fusion_of_new_tokens_are_the_definitions():
+    model = model_of("llama")
+    params, rows = params_of(model), random_tokens(model, 2, 20)
+    cfg = Config(model, MATRIX["H"])
+    assert qs_jax.score(params, rows, cfg).record.simulated
+    with pytest.raises(ConfigError, match="teacher-forced scoring is the masked engine's"):
+        qs_jax.score(params, rows, cfg.replace(engine="compact"))
+    fuses = Config(model, settings(fusion=ADJACENT), max_new_tokens=2)
+    out = qs_jax.generate(params, rows, fuses)
+    assert (out.record.simulated, out.kv_bytes) == (True, 0)
+    with pytest.raises(ConfigError, match="fusion of new tokens"):
+        qs_jax.generate(params, rows, fuses.replace(engine="compact"))
+
+
+@pytest.mark.parametrize("score_by", ["random", pytest.param("drift", marks=pytest.mark.slow)])
+def test_no_layer_copies_the_states(score_by):
+    """Read off the compiled program of a prompt: what reads the states comes before they change.
+
+    How far a layer moved them is only there where the rule reads it.
+    """
+    model = model_of("llama")
+    halting = HaltingConfig(rule="quota", layers=(2,), quota=(0.0,), score=score_by, entropy=None)
+    cfg = Config(model, settings(halting=halting, kv_skip=KVSkipConfig("skip")), max_new_tokens=1)
+    rows = random_tokens(model, batch=3, width=40)
+    start = lambda: qs_jax.generate(params_of(model), rows, cfg)  # noqa: E731
+    program, arrays, static = arguments_of(start, "generate", "jit_start")
+    text = program.lower(*arrays, **static).compile(compiler_options=OPTIMISED).as_text()
+    shape = re.escape(f"f32[{','.join(map(str, (*rows.shape, model.hidden_size)))}]")
+    assert re.search(rf"= {shape}\S* fusion\(", text), "the states are in the program"
+    copies = re.findall(rf"= {shape}\S* copy\(%?get-tuple-element.*", text)
+    assert copies == [], f"{len(copies)} copies of the states"
+    assert ("signals/jit(norm)" in text) == (score_by == "drift")

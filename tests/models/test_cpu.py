@@ -1,0 +1,292 @@
+"""CPU: bfloat16 storage, products of a single vector and separate layers change no result.
+
+Programs are read as XLA compiles them where a conversion or a copy would cost what is saved.
+"""
+
+import gc
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import qs_jax
+from qs_jax.config import Config
+from qs_jax.engine import cache, score
+from qs_jax.models import cpu
+from qs_jax.testing import tiny_model, tiny_params
+from tests.engine.contract import MATRIX, model_of, params_of
+from tests.engine.programs import arguments_of
+from tests.support import OPTIMISED, random_tokens
+
+DTYPES = ("float32", "bfloat16")
+
+
+def bfloat16_model(model_type="llama"):
+    model = model_of(model_type, dtype="bfloat16")
+    return model, params_of(model)
+
+
+def in_storage(array, dtype):
+    """An array in a dtype, and as programs store it."""
+    array = jnp.asarray(array, dtype)
+    return array, cpu.to_storage(array)
+
+
+# --- bfloat16 storage ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_storage_shares_the_memory_of_the_parameters(model_type):
+    model, params = bfloat16_model(model_type)
+    stored = cpu.stored_params(params)
+    for name in ("embed", "layers"):
+        pairs = zip(jax.tree.leaves(stored[name]), jax.tree.leaves(params[name]), strict=True)
+        for bits, leaf in pairs:
+            assert bits.dtype == jnp.uint16
+            assert bits.unsafe_buffer_pointer() == leaf.unsafe_buffer_pointer()
+            np.testing.assert_array_equal(cpu.from_storage(bits), leaf)
+    table = params.get("head", params["embed"])["tokens"]
+    assert stored["head"]["tokens"] is table
+    assert stored["head"]["stored"].unsafe_buffer_pointer() == table.unsafe_buffer_pointer()
+    assert params["layers"]["qkv"]["kernel"].dtype == model.dtype, "the input is left alone"
+    before = len(jax.live_arrays())
+    del stored, bits
+    assert len(jax.live_arrays()) < before
+
+
+def test_float32_is_its_own_storage():
+    params = params_of(model_of("llama"))
+    stored = cpu.stored_params(params)
+    assert all(a is b for a, b in zip(*map(jax.tree.leaves, (stored, params)), strict=True))
+    assert cpu.storage_dtype("float32") == cpu.state_dtype("float32") == jnp.float32
+    np.testing.assert_array_equal(cpu.as_state(jnp.float32(1 / 3), "float32"), np.float32(1 / 3))
+
+
+def test_other_backends_store_what_they_compute_with(monkeypatch):
+    monkeypatch.setattr(cpu, "on_cpu", lambda: False)
+    assert cpu.storage_dtype("bfloat16") == cpu.state_dtype("bfloat16") == jnp.bfloat16
+    assert cpu.as_state(jnp.float32(1 / 3), "bfloat16").dtype == jnp.bfloat16
+
+
+def test_storage_on_several_devices_stays_where_it_is():
+    model, params = bfloat16_model()
+    devices = jax.local_devices()[:2]
+    everywhere = qs_jax.replicate(params, devices)
+    bits = cpu.stored_params(everywhere)["layers"]["qkv"]["kernel"]
+    kernel = everywhere["layers"]["qkv"]["kernel"]
+    assert (bits.dtype, bits.sharding) == (jnp.uint16, kernel.sharding)
+    for ours, theirs in zip(bits.addressable_shards, kernel.addressable_shards, strict=True):
+        assert ours.data.unsafe_buffer_pointer() == theirs.data.unsafe_buffer_pointer()
+    rows = random_tokens(model, batch=4, width=16)
+    alone = qs_jax.score(params, rows, Config(model)).logprobs
+    shared = qs_jax.score(everywhere, rows, Config(model), devices=devices).logprobs
+    np.testing.assert_allclose(shared, alone, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type"),
+    [
+        pytest.param("dense", "gpt2", marks=pytest.mark.slow),
+        ("dense", "llama"),
+        pytest.param("HKFQ", "llama", marks=pytest.mark.slow),
+    ],
+)
+def test_with_and_without_storage_results_are_the_same(name, model_type, monkeypatch):
+    """Against XLA's own slices, gathers and updates of bfloat16."""
+    model, params = bfloat16_model(model_type)
+    cfg = Config(model, MATRIX.get(name), max_new_tokens=6)
+    rows = random_tokens(model, width=24)
+
+    def results():
+        jax.clear_caches()
+        out = qs_jax.generate(params, rows, cfg)
+        return out.tokens, out.logprobs, qs_jax.score(params, rows, cfg).logprobs
+
+    stored = results()
+    for module in (cpu, cache):
+        monkeypatch.setattr(module, "storage_dtype", jnp.dtype)
+    plain = results()
+    jax.clear_caches()
+    np.testing.assert_array_equal(stored[0], plain[0])
+    for ours, theirs in zip(stored[1:], plain[1:], strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=0.02)
+
+
+def test_no_program_converts_stacked_weights_or_caches():
+    """Read off the compiled program of a prompt: nothing as large is there in float32."""
+    model, params = bfloat16_model()
+    # Attention has an axis of rows times key heads: not as many of those as of layers.
+    rows = random_tokens(model, batch=5, width=40)
+    cfg = Config(model, max_new_tokens=1)
+    start = lambda: qs_jax.generate(params, rows, cfg)  # noqa: E731
+    program, (stored, *others), static = arguments_of(start, "generate", "jit_start")
+
+    def found(given) -> set[str]:
+        compiled = program.lower(given, *others, **static).compile(compiler_options=OPTIMISED)
+        pattern = rf"= (f32\[{model.num_layers},\d+,\d+[\d,]*\])"
+        return set(re.findall(pattern, compiled.as_text()))
+
+    assert found(stored) == set()
+    if jax.__version_info__ < (0, 12):  # later ones convert no whole stack of values either
+        assert found(params) != set(), "values would be converted: the pattern finds something"
+
+
+def test_states_are_rounded_as_a_conversion_rounds():
+    """Also in a program that XLA optimises: conversions there and back may be taken out of it."""
+    x = np.random.default_rng(0).standard_normal(4096).astype(np.float32)
+    halfway = np.float32(1) + np.float32(2) ** -8 * np.arange(16, dtype=np.float32)
+    x = np.concatenate([x, 1e4 * x, 1e-4 * x, halfway, -halfway, [0, np.inf, -np.inf]])
+    x = x.astype(np.float32)
+    rounded = jax.jit(lambda x: cpu.as_state(x + 0, "bfloat16"))
+    found = rounded.lower(x).compile(compiler_options=OPTIMISED)(x)
+    assert (cpu.state_dtype("bfloat16"), found.dtype) == (jnp.float32, jnp.float32)
+    np.testing.assert_array_equal(found, x.astype(ml_dtypes.bfloat16).astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type"),
+    [
+        ("HKFQ", "llama"),
+        *[
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("HKFQ", "gpt2"), ("HF", "gpt2"), ("dense", "gpt2"))
+        ],
+    ],
+)
+def test_every_final_state_has_a_value_of_the_model_s_dtype(name, model_type, monkeypatch):
+    """After blocks, fusion and quantisation of states: float32 holds, bfloat16 is."""
+    model, params = bfloat16_model(model_type)
+    rows, cfg = random_tokens(model, batch=2, width=24), Config(model, MATRIX.get(name))
+    monkeypatch.setattr(score.head, "normed", lambda params, h, model: h)
+    entry = "_jit_dense" if name == "dense" else "_jit_masked"
+    states = lambda: qs_jax.score(params, rows, cfg, return_states=True)  # noqa: E731
+    program, arrays, static = arguments_of(states, "score", entry)
+    compiled = program.lower(*arrays, **static).compile(compiler_options=OPTIMISED)
+    h_BTD = np.asarray(compiled(*arrays)["states"])
+    assert h_BTD.dtype == np.float32
+    np.testing.assert_array_equal(h_BTD, h_BTD.astype(ml_dtypes.bfloat16).astype(np.float32))
+
+
+# --- products of a single vector ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inputs", [576, 1536, 48, 577])  # the last two cannot be cut
+@pytest.mark.parametrize("start", [0, 7])
+def test_products_with_a_layers_kernel(inputs, start, dtype):
+    rng = np.random.default_rng(inputs)
+    kernel, stacked = in_storage(rng.normal(size=(3, inputs, 20)), dtype)
+    x = jnp.asarray(rng.normal(size=inputs), dtype)
+
+    @jax.jit
+    def times(x, stacked, layer):
+        return cpu.KernelInPlace(stacked, layer).times(x, start)
+
+    found = times(x, stacked, 1)
+    exact = np.asarray(x, np.float64) @ np.asarray(kernel[1], np.float64)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, exact[start:], atol=1e-4)
+
+
+@pytest.mark.parametrize("inputs", [576, 48])
+def test_products_with_a_table(inputs):
+    rng = np.random.default_rng(inputs)
+    table, stored = in_storage(rng.normal(size=(40, inputs)), "bfloat16")
+    x = jnp.asarray(rng.normal(size=inputs), "bfloat16")
+    exact = np.asarray(table, np.float64) @ np.asarray(x, np.float64)
+    np.testing.assert_allclose(cpu.table_product(x, stored), exact, atol=1e-4)
+
+
+@pytest.mark.parametrize(("inputs", "size"), [(576, 64), (1536, 64), (4096, 256), (11008, 688)])
+def test_blocks_are_whole_and_few(inputs, size):
+    assert cpu.block_size(inputs, least=64) == size
+    assert inputs % size == 0
+    assert 4 <= inputs // size <= cpu.MOST_TERMS
+    assert all(cpu.block_size(whole, least=64) is None for whole in (48, 577, 255))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_layer_of_the_weights_is_copied_or_converted(dtype):
+    """Read off the compiled loop: nothing in it, nor carried into it, has the size of a kernel."""
+    rng = np.random.default_rng(0)
+    _, stacked = in_storage(rng.normal(size=(4, 512, 512)), dtype)
+    x = jnp.asarray(rng.normal(size=512), dtype)
+
+    @jax.jit
+    def steps(x, stacked):
+        def token(_, x):
+            def layer(x, index):
+                return cpu.KernelInPlace(stacked, index).times(x).astype(x.dtype), None
+
+            return jax.lax.scan(layer, x, jnp.arange(4))[0]
+
+        return jax.lax.fori_loop(0, 3, token, x)
+
+    text = steps.lower(x, stacked).compile(compiler_options=OPTIMISED).as_text()
+    made = re.findall(
+        r"= (\w+)\[(?:4,)?512,512\]\S* (?!parameter|get-tuple-element)([\w-]+)\(", text
+    )
+    assert made == []
+
+
+def test_a_table_is_not_converted_before_the_loop_that_reads_it():
+    """Blocks of it in float32, made once and read at every step, would be twice its bytes."""
+    rng = np.random.default_rng(0)
+    _, stored = in_storage(rng.normal(size=(512, 512)), "bfloat16")
+    x = jnp.asarray(rng.normal(size=512), "bfloat16")
+
+    @jax.jit
+    def steps(x, stored):
+        def token(_, x):
+            return cpu.table_product(x, stored).astype(x.dtype)
+
+        return jax.lax.fori_loop(0, 3, token, x)
+
+    text = steps.lower(x, stored).compile(compiler_options=OPTIMISED).as_text()
+    loops = [line for line in text.splitlines() if " while(" in line]
+    assert len(loops) == 1
+    assert "u16[512,512]" in loops[0]
+    assert "f32[512," not in loops[0]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "dtype"),
+    [
+        ("llama", "bfloat16"),
+        pytest.param("llama", "float32", marks=pytest.mark.slow),
+        pytest.param("gpt2", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("gpt2", "float32", marks=pytest.mark.slow),
+    ],
+)
+def test_one_row_decodes_as_it_does_among_several(model_type, dtype):
+    """Wide enough for the products to be cut; the several rows' come from another program."""
+    model = model_of(model_type, dtype=dtype, hidden_size=256, mlp_size=512)
+    params = params_of(model)
+    rows = random_tokens(model, 3, 12)
+    cfg = Config(model, max_new_tokens=8, eos_token_ids=())
+    alone = qs_jax.generate(params, rows[:1], cfg)
+    among = qs_jax.generate(params, rows, cfg)
+    tolerance = 1e-4 if dtype == "float32" else 0.1
+    np.testing.assert_allclose(alone.logprobs[0, 0], among.logprobs[0, 0], atol=tolerance)
+    if dtype == "float32":
+        np.testing.assert_array_equal(alone.tokens[0], among.tokens[0])
+        np.testing.assert_allclose(alone.logprobs[0], among.logprobs[0], atol=tolerance)
+
+
+# --- separate layers ----------------------------------------------------------------------------
+
+
+def test_separate_layers_live_as_long_as_the_parameters():
+    model = tiny_model()
+    params = tiny_params(model)
+    layers = cpu.separate_layers(params)
+    assert cpu.separate_layers(dict(params)) is layers
+    chex.assert_trees_all_equal(layers[1], jax.tree.map(lambda leaf: leaf[1], params["layers"]))
+    assert len(cpu._separated) == 1
+    del params, layers
+    gc.collect()
+    assert cpu._separated == {}
