@@ -37,7 +37,8 @@ class Plan(NamedTuple):
       slots: Token slots of each segment, where `fixed`; else the choices, rising, whole rows last.
         One body is compiled for each.
       fixed: How many tokens compute is known before the call.
-      fills: Where fixed: most tokens of a row that stop at the end of each segment.
+      fills: Where fixed: most tokens of a row that stop at the end of each segment, or have bits
+        assigned there after they stopped.
       longest: Where not fixed: layers of the longest segment that chooses its slots, or a few more.
       keeps_keys: Stopped tokens may have keys in deeper layers.
     """
@@ -158,8 +159,9 @@ def run(
     if plan.fixed:
         for s, slots in enumerate(plan.slots):
             first, last = segments.first_S[s], segments.last_S[s]
-            carry = _segment(call, carry, first, last, slots, leading=s == 0)
-            carry = _end_segment(call, carry, first, last, plan.fills[s])
+            fill = plan.fills[s]
+            carry = _segment(call, carry, first, last, slots, leading=s == 0, stops=fill > 0)
+            carry = _end_segment(call, carry, first, last, fill)
     else:
         first, last = segments.first_S[0], segments.last_S[0]
         carry = _segment(call, carry, first, last, plan.slots[-1], leading=True)
@@ -217,6 +219,7 @@ def _segment(
     *,
     leading: bool = False,
     offset: Any = 0,
+    stops: bool = True,
 ) -> Carry:
     """Layers `first` to `last` on so many tokens of each row; the cache begins with `offset`."""
     whole = carry.state
@@ -231,7 +234,7 @@ def _segment(
         return carry, before_BCD if remembers else None
 
     rule = call.mech.halting
-    at_end = rule is not None and not call.decides_inside
+    at_end = rule is not None and stops and not call.decides_inside
     remembers = rule is not None and at_end and (rule.reads_drift or rule.reads_attention)
     loop = (carry._replace(state=state), state.h_BTD if remembers else None)
     carry, before_BCD = lax.fori_loop(first - 1, last, body, loop)
@@ -257,10 +260,7 @@ def _gather(call: Call, whole: TokenState, slots: int, first: Array) -> tuple[Sl
     """The tokens that compute, and others in spare slots, which their masks keep still."""
     if slots == call.rows.pos_BT.shape[1]:
         return Slots(None, call.rows, None, first), whole
-    rows_B1 = jnp.arange(len(whole.active_BT))[:, None]
-    chosen_BC = _true_first(whole.active_BT)[:, :slots]
-    chosen_BT = jnp.zeros_like(whole.active_BT).at[rows_B1, chosen_BC].set(True)
-    index_BC = _true_first(chosen_BT)[:, :slots]
+    index_BC = jnp.sort(_true_first(whole.active_BT)[:, :slots], axis=1)
     waiting_BT = _eligible(call.rows, whole, call) & (whole.depth_BT < first)
     inside_B = _take(waiting_BT, index_BC).sum(1, dtype=jnp.int32)
     outside_B = waiting_BT.sum(1, dtype=jnp.int32) - inside_B
@@ -268,14 +268,9 @@ def _gather(call: Call, whole: TokenState, slots: int, first: Array) -> tuple[Sl
     return Slots(index_BC, rows, outside_B, first), state
 
 
-def _true_first(mask_BT: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+def _true_first(mask_BT: Array) -> Array:
     """Positions where a mask is true, then the others, both rising."""
-    place_BT = jnp.broadcast_to(jnp.arange(mask_BT.shape[1], dtype=jnp.int32)[None], mask_BT.shape)
-    before_BT = jnp.cumsum(mask_BT, axis=1, dtype=jnp.int32) - mask_BT
-    rank_BT = jnp.where(
-        mask_BT, before_BT, before_BT[:, -1:] + mask_BT[:, -1:] + place_BT - before_BT
-    )
-    return place_BT.at[jnp.arange(len(mask_BT))[:, None], rank_BT].set(place_BT)
+    return jnp.argsort(~mask_BT, axis=1, stable=True).astype(jnp.int32)
 
 
 def _scatter(whole: TokenState, state: TokenState, index_BC: Array | None) -> TokenState:
@@ -402,7 +397,8 @@ def _decide(
         if rule.reads_attention:
             read = lambda: _received(call, carry, chosen, whole, before_BCD, layer)  # noqa: E731
             nothing = jnp.zeros_like(drift_BT)
-            received_BT = lax.cond(rule.may_halt_L[layer - 1], read, lambda: nothing)
+            may = rule.may_halt_L[layer - 1]
+            received_BT = lax.cond(may, read, lambda: nothing) if call.decides_inside else read()
     with jax.named_scope("halt"):
         signals_read = (
             _eligible(rows, state, call),
@@ -429,9 +425,12 @@ def _received(call, carry, chosen, whole, before_BCD, layer) -> Float[Array, "B 
     rule, rows, state = call.mech.halting, chosen.rows, carry.state
     counted_BC = rows.scoring_BT & state.active_BT
     count = min(rule.score_queries, counted_BC.shape[1])
-    index_BQ = _true_first(counted_BC)[:, :count]
-    read = (before_BCD, rows.pos_BT, state.bits_BT, counted_BC)
-    h_BQD, pos_BQ, bits_BQ, counted_BQ = (_take(x, index_BQ) for x in read)
+    # Consecutive positions are in consecutive slots, or nearer; past the end, the last repeats.
+    index_BQ = counted_BC.argmax(1)[:, None] + jnp.arange(count)[None]
+    index_BQ = jnp.minimum(index_BQ, counted_BC.shape[1] - 1)
+    read, rows_B1 = (before_BCD, rows.pos_BT, state.bits_BT), jnp.arange(len(index_BQ))[:, None]
+    h_BQD, pos_BQ, bits_BQ = (x[rows_B1, index_BQ] for x in read)
+    counted_BQ = counted_BC[rows_B1, index_BQ]
     weights = _at(call.weights, layer - 1)
     block = family_of(call.model).block(call.model)
     multiply = call.mech.multiply(bits_BQ, weights.int8, layer)

@@ -108,7 +108,7 @@ def arrange(
         for begin, end in zip(first, ends, strict=True):
             since = 1 if end == bits else begin
             gone_B = _after(stopped, end) - _after(stopped, since - 1)
-            fills.append(slots(int(np.max(gone_B))) if keeps else 0)
+            fills.append(slots(int(np.max(gone_B))))
         plan = Plan(tuple(begins), True, tuple(fills), keeps_keys=keeps)
     else:
         step = max(SMALLEST_STEP, -(-width // STEPS))
