@@ -2,7 +2,7 @@
 
 `python -m benchmarks.ablation --ckpt DIR --data FILE` scores the first windows of a text, writes
 the JSON file after each row (a stopped run goes on where it was), and then times prefills of the
-compact engine in turn with the dense model. Counted savings are simulated.
+fast engines in turn with the dense model. Counted savings are simulated.
 
 H is halting, K is KV skipping, F is fusion, Q is adaptive quantization (paper, appendix P).
 """

@@ -40,7 +40,7 @@ class HaltingConfig(Settings, path="halting"):
         first. It ranks a whole prompt, so it is for prompts only.
       drift: Distance between a token's states before and after a layer: "raw" L2, "relative" (L2
         over the norm after), or "cosine" (1 - cosine).
-      tau_drift: Dual: halt below this. The paper's own numbers disagree: 0.045, 1e-3, 0.9 to 1.1.
+      tau_drift: Dual: halt below this. The paper gives several: 0.045, 1e-3, 0.9 to 1.1.
       entropy: Dual: estimator, in nats; None leaves the entropy test out.
       tau_halt: Dual: halt below this, in nats. The paper's 1.15 bits are 0.797 nats.
       window: First and last layer at which a token may halt; None is 1 to L - 1.
@@ -114,8 +114,8 @@ class KVSkipConfig(Settings, path="kv_skip"):
     Without it, they are computed from the frozen state at every layer, as under "propagate".
 
     Attributes:
-      policy: "skip": none (the paper). "attended": none, unless some head of some later query gave
-        the key more than `tau_kv` in the last layer where every query could see it (C.4).
+      policy: "skip": left out (the paper). "attended": left out, unless a head of a later query
+        gave the key more than `tau_kv` in the last layer where every query could see it (C.4).
         "propagate": from the frozen state. "extrapolate": from the frozen state by linear maps
         (`qs_jax.fit_kv_maps`).
       tau_kv: "attended": attention weight between 0 and 1.
@@ -188,7 +188,7 @@ class AMQConfig(Settings, path="amq"):
       tau_high: Above it, 8 bits; 4 bits in between.
       targets: What is quantised: "linear" (inputs of the four projections), "hidden" (the residual
         stream), "kv" (keys and values).
-      group: Consecutive channels that share a scale. An int8 product has one scale a token: there,
+      group: Consecutive channels that share a scale. An int8 product has one scale a token; there,
         a group shares the power of two that its codes of 4 or 2 bits are multiples of.
       symmetric: Scale by the largest magnitude instead of minimum and maximum. None is False under
         "fake" and True under "int8", which has no other choice.

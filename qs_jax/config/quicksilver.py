@@ -36,7 +36,7 @@ class QuickSilverConfig(Settings):
       amq: Fewer bits for tokens of low entropy; None is off.
       protect_ids: Token ids that never halt, fuse, lose their keys or go below 8 bits.
       protect_special: The same for the model's BOS, EOS and padding ids.
-      sink_tokens: The same for the first positions of a row: attention sinks look converged first.
+      sink_tokens: The same for the first positions of a row, which are attention sinks.
       recent_tokens: Under "continuation": the same for the last tokens of a prompt, so a prompt no
         longer than that runs dense. The last one is always exempt: the first new token is read
         from it.
@@ -183,7 +183,7 @@ class Config(Settings):
       quicksilver: Mechanisms, from `qs_jax.presets`; None is the dense model.
       protocol: What the mechanisms act on. "teacher-forced": every token, prompt or new, as if it
         had just been generated. "continuation": the prompt only; the tokens after it run dense.
-        None takes what the mechanisms can do: see `effective_protocol`.
+        None: see `effective_protocol`.
       continuation_tokens: `score` under "continuation" takes the last tokens of each row as the
         continuation, unless it is given prompt lengths.
       max_new_tokens: Longest continuation of a row, in tokens.
@@ -194,10 +194,10 @@ class Config(Settings):
         (Keskar et al. 2019, the rule Hugging Face uses); 1 is off.
       seed: Row b of a batch draws from `fold_in(key(seed), b)`.
       eos_token_ids: Tokens that end a row; None takes the model's, () never stops.
-      engine: What runs the mechanisms. "masked": the definition, dense work with decisions as
-        masks; savings are simulated. "compact": the fast engines for prompts and new tokens, which
-        take the same decisions, compute active tokens only and cache only what later queries see.
-        "auto" is "compact" wherever it can run.
+      engine: "masked": the definition, which computes every token and selects by masks; savings
+        are simulated. "compact": the fast engines, prompt and decode, which make the same decisions
+        on active tokens only; what they cannot run is refused. "auto": the fast engines wherever
+        they can run, else the masked one.
     """
 
     model: ModelConfig
@@ -220,7 +220,7 @@ class Config(Settings):
 
     @property
     def effective_protocol(self) -> Protocol:
-        """As given; else "teacher-forced", unless the mechanisms can act on prompts only."""
+        """`protocol`; if None, "teacher-forced", unless the mechanisms can act on prompts only."""
         if self.protocol is not None:
             return self.protocol
         return PROTOCOLS[self.quicksilver is not None and bool(self.quicksilver.prompts_only)]

@@ -1,4 +1,4 @@
-"""Attention: showing its weights (the definition), block of queries by block, or of new tokens."""
+"""Attention: with its weights (the definition), by blocks of queries, and of new tokens."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def blocked_attention(
     """Grouped-query attention, block of queries by block, softmax in at least float32.
 
     Logits of one block exist at a time: memory grows with S, not with T * S. A query that sees no
-    key returns a mean of values: finite, and for the caller to ignore.
+    key returns a mean of values, which the caller ignores.
 
     Args:
       q_BTNH: Queries.
@@ -76,8 +76,8 @@ def blocked_attention(
       v_BSKH: Values.
       query_pos_BT: Positions of the queries; None where queries and keys are whole rows.
       first_BS: Position of the first query that sees each key; None with `query_pos_BT`.
-      rising: Query positions rise, each another one: query slot i is then at most at position
-        S - T + i, and a block reads the keys up to its last query's only.
+      rising: Query positions rise strictly: query slot i is then at most at position S - T + i,
+        and a block reads the keys up to its last query's only.
     """
     width, slots = q_BTNH.shape[1], k_BSKH.shape[1]
     attend = _attend_block if cpu.on_cpu() else jax.nn.dot_product_attention

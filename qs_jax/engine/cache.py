@@ -2,7 +2,7 @@
 
 Decoding keeps one `SlotCache` for each segment of layers. A token's keys and values are appended
 where some later query may need them and nowhere else, so a segment that most tokens leave early
-holds few slots. Slots are taken in order, so the last tokens appended can be taken back.
+holds few slots. Slots fill in order, so the last tokens appended can be taken back.
 
 A capacity is a static size, and every new one compiles a program: sizes are buckets, sixteen to an
 octave. A cache that cannot hold what the next steps may append grows before they run, so nothing
@@ -57,7 +57,7 @@ class KVCache(flax.struct.PyTreeNode):
     def write(
         self, index: Array, slots_BT: Int[Array, "B T"] | None, k_BTKH: Array, v_BTKH: Array
     ) -> KVCache:
-        """Keys and values of a layer at distinct slots: None is 0 and on, past the end nowhere."""
+        """Write a layer at distinct slots: None is 0 and on; slots past the end are ignored."""
 
         def put(old_LBSKH: Array, new_BTKH: Array) -> Array:
             new_BTKH = to_storage(new_BTKH)
@@ -76,7 +76,7 @@ class KVCache(flax.struct.PyTreeNode):
         return from_storage((read(self.k_LBSKH), read(self.v_LBSKH)))
 
     def cut(self, start: Array, count: int) -> KVCache:
-        """Some of the layers."""
+        """`count` layers from `start` on."""
         return jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, count), self)
 
     def paste(self, start: Array, other: KVCache) -> KVCache:
@@ -102,10 +102,10 @@ class SlotCache(flax.struct.PyTreeNode):
       v_CO: Values.
       k_scale_CK: Steps of the keys' codes, one a head (`int8.QTensor`); None where they are floats.
       v_scale_CK: Of the values.
-      fill_lB: Slots taken; the next token goes to the slot after them.
+      fill_lB: Slots in use; the next token goes to the slot after them.
       layers: l.
       head_dim: H.
-      keeps_all: Every token is kept in every layer: fills of a row are equal.
+      keeps_all: Every layer keeps every token: fills of a row are equal.
     """
 
     k_CO: Float[Array, "*lB C O"] | UInt16[Array, "*lB C O"] | Int8[Array, "*lB C O"]
@@ -175,9 +175,9 @@ class SlotCache(flax.struct.PyTreeNode):
         keep_lBT: Bool[Array, "l B T"],
         bits_BT: Int[Array, "B T"],
     ) -> SlotCache:
-        """Append the tokens that are kept, in place; a cache of codes needs their bits."""
+        """Append the tokens that `keep_lBT` marks, in place; a cache of codes needs their bits."""
         slots_lBT = self.fill_lB[..., None] + jnp.cumsum(keep_lBT, axis=2, dtype=jnp.int32) - 1
-        # What is not kept goes to the slot that the next token will overwrite.
+        # Other tokens go to the slot that the next token will overwrite.
         slots_lBT = jnp.where(keep_lBT, slots_lBT, slots_lBT + 1)
         fields = {"fill_lB": self.fill_lB + keep_lBT.sum(2, dtype=jnp.int32)}
         with jax.named_scope("kv_write"):
@@ -199,7 +199,7 @@ class SlotCache(flax.struct.PyTreeNode):
         if width > 1:  # two tokens must not meet in one slot
             slots_lBT = jnp.where(keep_lBT, slots_lBT, self.capacity)
         if batch == 1 and width == 1 and (self.keeps_all or layers == 1):
-            # In place of a scatter, which is a loop of its own on CPU.
+            # A scatter would be a loop of its own on CPU.
             value = value_lBTO[:, 0] if layers > 1 else value_lBTO[0, 0]
             return lax.dynamic_update_slice_in_dim(array_CO, value, slots_lBT[0, 0, 0], axis=-2)
         at, b = jnp.arange(layers)[:, None, None], jnp.arange(batch)[None, :, None]
@@ -212,7 +212,7 @@ class SlotCache(flax.struct.PyTreeNode):
         return array_CO.at[at, b, slots_lBT].set(value_lBTO, mode="drop")
 
     def take_back(self, kept_lB: Int[Array, "l B"]) -> SlotCache:
-        """Without the last entries of each layer and row: so many of the tokens appended last."""
+        """Without the last `kept_lB` entries of each layer and row."""
         return self.replace(fill_lB=self.fill_lB - kept_lB)
 
     def is_full(self, live_B: Bool[Array, "B"], width: int) -> Bool[Array, ""]:
@@ -237,7 +237,7 @@ class SlotCache(flax.struct.PyTreeNode):
         return read(self.k_CO, self.k_scale_CK), read(self.v_CO, self.v_scale_CK)
 
     def held(self, index: Any) -> Bool[Array, "B C"]:
-        """Slots of a layer that are taken."""
+        """Slots of a layer that are in use."""
         slots_1C = jnp.arange(self.capacity, dtype=jnp.int32)[None]
         return slots_1C < self.fill_lB[index][:, None]
 

@@ -2,8 +2,8 @@
 
 A step runs a few tokens of each row (one, or a draft to be verified) through all layers and appends
 their keys and values to caches that hold what later queries can see. Layers run in segments, each
-with a cache. A segment in which no row computes is not run: keys and values are written where the
-policy needs them, and that is all. `take_back` undoes the last appends.
+with a cache. In a segment in which no row computes, keys and values are written where the policy
+needs them, and nothing else runs. `take_back` undoes the last appends.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from qs_jax.state import NEVER, Decisions, TokenState, exact_dtype
 class Call(NamedTuple):
     """What all layers of a step share.
 
-    `params` are without the layers' own, which `layers` has as `cpu.decode_layers` gives them; rows
-    that have ended are not real.
+    `layers` come from `cpu.decode_layers`, `params` have all other arrays. Tokens of rows that have
+    ended are not real.
     """
 
     params: Params
@@ -53,7 +53,7 @@ class Call(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a step gives.
+    """Result of a step.
 
     Attributes:
       logits_BTV: After each token.
@@ -62,7 +62,7 @@ class Step(NamedTuple):
       rows: The tokens.
       state: Final carry.
       drift_LBT: Layer drifts that decisions read; None where they read none.
-      entropy_LBT: Entropies, likewise.
+      entropy_LBT: Entropies in the same way.
     """
 
     logits_BTV: Float[Array, "B T V"]
@@ -125,7 +125,7 @@ def _start(call: Call) -> TokenState:
 
 
 def _segment(call: Call, state: TokenState, cache: SlotCache, first: int):
-    """A segment's layers, those in which nobody computes left out; the cache is only read.
+    """Run a segment, reading its cache; it is left out where no token computes.
 
     Layers of a single row whose weights lie in place are left out one by one.
     """
@@ -152,8 +152,8 @@ def _segment(call: Call, state: TokenState, cache: SlotCache, first: int):
 
         return lax.scan(body, state, jnp.arange(cache.layers, dtype=jnp.int32))
 
-    # One of two branches is taken even where nobody may halt: a branch is what keeps a cache's
-    # readers before its writer.
+    # There are two branches even where no token may halt: XLA keeps a cache's readers in a branch
+    # before its writer.
     which, branches = call.rows.real_BT.any().astype(jnp.int32), [runs[0], runs[2]]
     if call.halts and cache.layers > 1 and isinstance(call.layers, InPlace):
         branches[1] = choose
@@ -168,7 +168,7 @@ def _at(tree: Any, index: Any) -> Any:
 
 
 def _stay(call: Call, stores: bool, state: TokenState, cache: SlotCache, offset: Any, index: Any):
-    """A layer in which nobody computes: keys and values of frozen states, if some are written."""
+    """A layer in which no token computes: keys and values of frozen states, where written."""
     mech, model, layer = call.mech, call.model, jnp.int32(index) + 1
     shape = (*call.rows.pos_BT.shape, model.num_kv_heads, model.head_dim)
     k = v = jnp.zeros(shape, model.dtype)
@@ -185,7 +185,7 @@ def _stay(call: Call, stores: bool, state: TokenState, cache: SlotCache, offset:
 
 
 def _unread(call: Call) -> tuple[Array | None, Array | None]:
-    """A layer's drifts and entropies where no decision reads them."""
+    """Drifts and entropies of a layer in which no decision reads them: nan."""
     rule = call.mech.halting
     if not call.halts:
         return None, None
@@ -245,7 +245,7 @@ def _stored(call: Call, state: TokenState, k: Array, v: Array, layer: Array):
 
 
 def _halt(call: Call, state: TokenState, before: TokenState, layer: Array):
-    """Halting after a layer by the dual rule: quotas are for prompts."""
+    """Halt after a layer by the dual rule; quotas are for prompts."""
     rule, rows = call.mech.halting, call.rows
     assert rule is not None
     with jax.named_scope("signals"):
@@ -292,7 +292,7 @@ class DecodeState(flax.struct.PyTreeNode):
     Attributes:
       text: What was produced so far.
       caches: Of each segment.
-      decisions: Of every token that was run, over S positions; None where no mechanism runs.
+      decisions: Of every token that ran, over S positions; None without mechanisms.
       full: Some cache has no slot left for a live row's next token.
     """
 
@@ -327,7 +327,7 @@ def advance(
 
 
 def _note(decisions: Decisions, ran: Step, pos_B: Array, live_B: Array) -> Decisions:
-    """Note what was decided about the one token of each live row."""
+    """Store the decisions about the one token of each live row."""
     at_B = jnp.where(live_B, pos_B, NEVER)
     rows_B = jnp.arange(len(pos_B))
 

@@ -15,7 +15,7 @@ from qs_jax.engine.attention import blocked_attention
 from qs_jax.models import Params, family_of, head
 from qs_jax.models.cpu import from_storage
 
-# attend(q, k, v) -> (context, kept): causal attention of a layer, and what to keep of it.
+# attend(q, k, v) -> (context, extra): causal attention of a layer, and what `look` gets of it.
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 
@@ -31,13 +31,13 @@ def look_at_layers(
     look: Callable[[Array, Array, Any], Any] = lambda before, after, kept: None,
     attend: Attend = attend_causal,
 ) -> tuple[Float[Array, "B T D"], Any]:
-    """Run the dense model and return what a function says of every layer.
+    """Run the dense model and apply a function to every layer.
 
     Args:
       params: Stacked tree of `model`.
       tokens_BT: Right-padded rows.
       model: Architecture.
-      look: Gets the states before and after a layer, `[B, T, D]`, and what `attend` kept there.
+      look: Gets the states before and after a layer, `[B, T, D]`, and the extra of `attend`.
       attend: Causal attention of a layer.
 
     Returns:

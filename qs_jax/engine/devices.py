@@ -39,7 +39,7 @@ def local_devices(wanted: str | int) -> tuple[jax.Device, ...]:
 
 
 def replicate(params: Params, devices: Sequence[jax.Device]) -> Params:
-    """Parameters on every device; those that are there already are left alone."""
+    """Copy parameters to every device that does not have them yet."""
     sharding = NamedSharding(Mesh(np.array(devices), ("rows",)), PartitionSpec())
     return jax.device_put(params, sharding)
 
@@ -81,7 +81,7 @@ def run(
     out = jax.device_get(program(replicate(params, devices), *jax.tree.map(split, rows), *shared))
 
     def join(path: Any, leaf: np.ndarray) -> np.ndarray:
-        """The rows' axis is the first, or the second of what there is for every layer."""
+        """Join on the rows' axis: the first, or the second of arrays over layers."""
         names = jax.tree_util.keystr(path, simple=True, separator=" ").split()
         axis = int("layers" in names or names[-1].endswith("_LBT"))
         leaf = np.moveaxis(leaf, 0, axis)

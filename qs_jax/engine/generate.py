@@ -1,8 +1,8 @@
-"""Token generation: a prompt, then a loop over tokens, on the fast engines or by the definition.
+"""Token generation: a prompt, then a loop over tokens, on the fast engines or on the masked one.
 
-The fast engines run prefill, packing and the loop as programs of their own. The masked engine
-scores the row so far for every new token: slow, obvious, and what the others are tested against.
-`stream` runs the same pieces, one call a token.
+The fast engines run prefill, packing and the loop as separate programs. The masked engine scores
+the row so far for every new token: slow, and what the others are tested against. `stream` runs the
+same pieces, one call a token.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def generate(
       cfg: Model, mechanisms and their protocol, budget and sampling.
       lengths: `[B]` valid tokens of each right-padded row.
       attention_mask: `[B, T]`, true for real tokens; left or right padding.
-      overrides: What to do with single tokens of the prompts, whatever their signals say.
+      overrides: Of single tokens of the prompts, whatever their signals.
 
     Returns:
       The new tokens, their count and log-probabilities, and the record of the mechanisms.
@@ -222,7 +222,7 @@ def _column(array_BM: Array, step: Array) -> Array:
 
 
 class _Masked:
-    """Generation as scoring of the rows so far."""
+    """Generation by scoring the rows so far."""
 
     kv_bytes = 0  # it keeps no cache
 
@@ -249,7 +249,7 @@ class _Masked:
         return self.text
 
     def finish(self) -> tuple[sampling.Text, Any]:
-        """All tokens, and what was decided."""
+        """All tokens, and the evidence of their record."""
         for _ in range(self.call.cfg.max_new_tokens):
             if np.asarray(self.advance().done_B).all():
                 break
@@ -293,7 +293,7 @@ def _rescore(
 GROWTH = 256
 # Segments into which stacked layers are cut where tokens may leave at any of them.
 STACKED_SEGMENTS = 6
-# Room for new tokens beyond what the prompt's share foretells.
+# Room for new tokens, over the share that the prompt has.
 MARGIN = 1.25
 
 
@@ -321,7 +321,7 @@ jit_start = jax.jit(start, static_argnames=("model", "plan", "prompt_plan"))
 
 
 class _Fast:
-    """Prefill and decode; it makes room in caches before the steps that need it."""
+    """Prefill and decode, with room made in caches before the steps that need it."""
 
     def __init__(self, call: _Call) -> None:
         self.call, self.cfg = call, call.cfg
@@ -332,17 +332,17 @@ class _Fast:
 
     @functools.cached_property
     def rest(self) -> Params:
-        """Parameters of a step, without the layers' own."""
+        """Parameters of a step that are not stacked layers."""
         return {name: part for name, part in self.call.params.items() if name != "layers"}
 
     @functools.cached_property
     def layers(self) -> Any:
-        """The layers as a step takes them, once a second token is asked for."""
+        """The layers as a step takes them, made for the second token."""
         return cpu.decode_layers(self.call.params, self.call.rows)
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the caches: of the prompt's own where no second token was asked for."""
+        """Bytes of the caches; of the prompt's cache where only one token was generated."""
         state = self.state
         return cache_bytes(state.caches if isinstance(state, DecodeState) else state[1])
 
@@ -368,7 +368,7 @@ class _Fast:
         return self.state.text
 
     def finish(self) -> tuple[sampling.Text, Decisions | None]:
-        """All tokens, and what was decided."""
+        """All tokens, and the decisions."""
         text, budget = self.begin(), self.cfg.max_new_tokens
         while self.produced < budget and not np.asarray(text.done_B).all():
             self.make_room()
@@ -387,7 +387,7 @@ class _Fast:
     def make_room(self) -> None:
         """Make room in the caches for the next steps; `limit` is where it ends."""
         call, state = self.call, self.state
-        # A cache that was full before its time: from here on, room for every token.
+        # A cache was full before its limit: this time, room for every token.
         surprised = 1 < self.produced < self.limit
         room = min(call.plan.capacity - self.produced, GROWTH)
         text = state.text if isinstance(state, DecodeState) else state[0]
@@ -434,7 +434,7 @@ def _segments(cfg: Config) -> tuple[int, ...]:
 
 
 def _coded_after(cfg: Config) -> int:
-    """Layers before those whose cache holds int8 codes; all of them where none does."""
+    """Layers before the first whose cache holds int8 codes; all layers if there is no such."""
     amq = cfg.quicksilver.amq if cfg.quicksilver is not None else None
     if amq is not None and amq.execution == "int8" and "kv" in amq.targets:
         return amq.layer
@@ -442,7 +442,7 @@ def _coded_after(cfg: Config) -> int:
 
 
 def _keeps_all(cfg: Config) -> bool:
-    """Every token is kept in every layer: only "skip" and fusion leave keys out."""
+    """Whether every layer keeps every token: only "skip" and fusion leave keys out."""
     qs = cfg.quicksilver
     if qs is None or qs.is_off:
         return True
@@ -452,7 +452,7 @@ def _keeps_all(cfg: Config) -> bool:
 def _capacity(cfg: Config, held: int, longest: int, room: int, for_all: bool) -> int:
     """Slots of a segment's cache: what it holds, and room for the next tokens.
 
-    New tokens get room for as large a share of them as of the prompt, or for all of them.
+    Room is for the share of new tokens that the segment holds of the prompt, or for all.
     """
     share = min(MARGIN * held / longest, 1.0)
     if for_all or _keeps_all(cfg) or cfg.effective_protocol == "continuation":
@@ -461,7 +461,7 @@ def _capacity(cfg: Config, held: int, longest: int, room: int, for_all: bool) ->
 
 
 def _held(decisions: Decisions, lengths_B: Any, cfg: Config) -> Bool[np.ndarray, "L B S"]:
-    """Entries of a prompt that its next query can see, layer by layer; on the host."""
+    """Entries of a prompt that its next query sees, by layer; on the host."""
     names = ("depth_BT", "fused_after_BT", "retain_BT")
     depth, fused_after, retain = (np.asarray(getattr(decisions, name)) for name in names)
     layer = np.arange(1, cfg.model.num_layers + 1)[:, None, None]

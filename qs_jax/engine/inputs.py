@@ -1,4 +1,4 @@
-"""The host's side of every call: check and right-pad tokens and what is said of single ones.
+"""The host's side of every call: check and right-pad tokens and overrides of single tokens.
 
 Programs compile once per shape, so prompt lengths and token budgets are rounded up to buckets:
 four to an octave, which pads by at most a quarter.

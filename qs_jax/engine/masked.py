@@ -72,14 +72,14 @@ def run(
     """Run whole rows through all layers under the mechanisms.
 
     Args:
-      params: Stacked tree, as `inputs.prepare_params` gives it.
+      params: Stacked tree, from `weights.prepare_params`.
       rows: Right-padded rows from position 0.
       model: Architecture.
       mech: Mechanisms.
-      previous_BT: See `Call`; `score.run_masked` finds it.
+      previous_BT: See `Call`; `score.run_masked` computes it.
 
     Returns:
-      Normed states, as they were when each token stopped; the final carry; the record `[L, B, T]`.
+      Normed states, frozen where a token stopped; the final carry; the record `[L, B, T]`.
     """
     call = open_call(params, rows, model, mech, previous_BT)
 
@@ -162,18 +162,18 @@ def run_layer(
 
 
 def _stopped(call: Call, state: TokenState) -> Bool[Array, "B T"]:
-    """Absorbed tokens that are no longer computed: in a prompt nobody reads them."""
+    """Absorbed tokens that stop: those of a prompt, whose predictions are not read."""
     absorbed_BT = state.fused_BT != NEVER
     return absorbed_BT if call.mech.continuation else jnp.zeros_like(absorbed_BT)
 
 
 def _hidden_from(call: Call, state: TokenState) -> Int[Array, "B T"]:
-    """Position from which queries have lost each token."""
+    """Position of the first query that does not see each token."""
     return jnp.where(_stopped(call, state), 0, state.fused_BT)
 
 
 def attention_mask(call: Call, state: TokenState, layer: Array) -> Bool[Array, "B T S"]:
-    """Causal, and of the earlier keys only those that this layer still has."""
+    """Each query sees itself and the earlier keys that this layer still has."""
     rows = call.rows
     keys = kv_skip.Keys(
         pos_BS=rows.pos_BT,
@@ -254,7 +254,7 @@ def _receive(
 
 
 def _written(call: Call, state: TokenState, mask_BTS: Array, layer: Array) -> Array:
-    """Tokens whose keys exist at this layer; one brought back by attention once it is seen."""
+    """Tokens whose keys exist at this layer; under "attended", also those that a query sees."""
     mech, rows = call.mech, call.rows
     exists_BT = mech.kv_skip.written(state.depth_BT, rows.retain_BT, layer)
     if mech.kv_skip.policy == "attended":
@@ -284,7 +284,7 @@ def _halt(
 
 
 def received(call: Call, state: TokenState, attended: Attended) -> Float[Array, "B T"]:
-    """Most attention each token receives from the prompt's last queries."""
+    """Most attention that each token receives from the prompt's last queries."""
     width = call.rows.pos_BT.shape[1]
     own_BT = jnp.broadcast_to(jnp.arange(width)[None], call.rows.pos_BT.shape)
     counted_BT = call.rows.scoring_BT & state.active_BT

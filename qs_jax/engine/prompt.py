@@ -1,12 +1,11 @@
 """The prompt engine: prefill that leaves out the work that the mechanisms decided against.
 
 Layers run in segments. At the start of each, the tokens that still compute are gathered into a
-static number of slots; at its end they go back to their places, and the keys and values that
-stopped tokens have in deeper layers are filled in from their frozen states. Decisions are taken by
-the same mechanism objects as in the definition (`masked.py`): inside the segment where a rule looks
-at every layer, at its end where it does not. Of the last layer every token needs keys and values,
-and only the tokens whose output is read need the rest: that holds for the dense model, too, which
-is a prompt of one segment.
+static number of slots. At its end they go back to their places, and the keys and values that
+stopped tokens have in deeper layers are filled in from their frozen states. The mechanism objects
+are those of the definition (`masked.py`). They decide inside the segment where a rule looks at
+every layer, else at its end. The last layer computes keys and values of every token, and the rest
+of the tokens whose output is read. That holds for the dense model, too: a prompt of one segment.
 """
 
 from __future__ import annotations
@@ -81,13 +80,13 @@ class Call(NamedTuple):
 
 
 class Carry(NamedTuple):
-    """What segments hand on: arrays over whole rows.
+    """State between segments: arrays over whole rows.
 
     Attributes:
       state: As in the definition.
       cache: Keys and values.
       drift_LBT: Layer drifts that decisions read; None where they read none.
-      entropy_LBT: Entropies, likewise.
+      entropy_LBT: Entropies in the same way.
     """
 
     state: TokenState
@@ -113,7 +112,7 @@ class Slots(NamedTuple):
       outside_B: Eligible tokens that have halted and are not among them.
       first: The segment's first layer.
       offset: Index of the first layer of the cache that the segment gets.
-      leading: Nobody has stopped before it.
+      leading: No token stops before it.
     """
 
     index_BC: Int[Array, "B C"] | None
@@ -136,11 +135,11 @@ def run(
     """Run whole rows, as `masked.run` does.
 
     Args:
-      params: Stacked tree, as `weights.prepare_params` gives it.
+      params: Stacked tree, from `weights.prepare_params`.
       rows: Right-padded rows from position 0.
       read_BQ: Positions whose output is read.
       model: Architecture.
-      mech: Mechanisms; not all can run here, see `prompt_plan.refusal`.
+      mech: Mechanisms that `prompt_plan.refusal` lets through.
       plan: Static part of the cut.
       segments: Where to cut.
     """
@@ -257,7 +256,7 @@ def _put(array_BT: Array, index_BC: Array, value_BC: Array) -> Array:
 
 
 def _gather(call: Call, whole: TokenState, slots: int, first: Array) -> tuple[Slots, TokenState]:
-    """The tokens that compute, and others in spare slots, which their masks keep still."""
+    """Gather the tokens that compute; spare slots hold stopped ones, which do not change."""
     if slots == call.rows.pos_BT.shape[1]:
         return Slots(None, call.rows, None, first), whole
     index_BC = jnp.sort(_true_first(whole.active_BT)[:, :slots], axis=1)
@@ -280,7 +279,7 @@ def _scatter(whole: TokenState, state: TokenState, index_BC: Array | None) -> To
 
 
 def _everywhere(whole_BT: Array, chosen: Slots, own_BC: Array) -> Array:
-    """An array over whole rows, with the segment's own values."""
+    """An array over whole rows with the values of the segment's tokens put in."""
     return own_BC if chosen.index_BC is None else _put(whole_BT, chosen.index_BC, own_BC)
 
 
@@ -333,7 +332,7 @@ def _at(tree: Any, index: Any) -> Any:
 def _first_queries(
     call: Call, chosen: Slots, whole: TokenState, state: TokenState, layer: Array, among_all: bool
 ) -> Array:
-    """Position of the first query that sees each key: its own, or NEVER."""
+    """Position of the first query that sees each key; NEVER where the key does not exist."""
     rows, depth_BS, absorbed_BS = chosen.rows, state.depth_BT, state.fused_BT
     if among_all:
         rows = call.rows
@@ -345,7 +344,7 @@ def _first_queries(
 
 
 def _last_layer(call: Call, carry: Carry, read_BQ: Array) -> tuple[Array, KVCache]:
-    """Keys and values of every token that computes; the rest of the layer for those read."""
+    """Keys and values of every token that computes; the rest for the tokens that are read."""
     model, state, rows = call.model, carry.state, call.rows
     index = model.num_layers - 1
     layer, weights = jnp.int32(model.num_layers), _at(call.weights, index)
@@ -461,7 +460,7 @@ def _fuse(call: Call, state: TokenState, rows: Rows, layer: Array) -> TokenState
 
 
 def _end_segment(call: Call, carry: Carry, first: Array, last: Array, fill: int | None) -> Carry:
-    """Bits of every token, at the layer that assigns them; deeper keys of tokens that stopped."""
+    """Assign bits, at the layer that does; fill in deeper keys of tokens that stopped."""
     amq, state = call.mech.amq, carry.state
     if amq is not None:
         with jax.named_scope("amq"):

@@ -1,4 +1,4 @@
-"""The host's side of the prompt engine: what it can run, where it cuts, how many slots it takes."""
+"""The host's side of the prompt engine: what it can run, its segments and their slots."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qs_jax.state import NEVER
 SEGMENTS = 4
 # A row's slots are a multiple of this (or of a 64th of the width), so that few programs are made.
 GRANULE = 8
-# Even steps among which slots are chosen where their number is not known; each compiles one body.
+# Even steps among which slots are chosen where tokens stop by signals; each compiles one body.
 STEPS = 6
 SMALLEST_STEP = 16
 
@@ -68,7 +68,7 @@ def runs_fast(cfg: Config, *, generates: bool) -> bool:
     """Whether a call runs on the fast engines; arguments as of `refusal`.
 
     Raises:
-      ConfigError: They were asked for and cannot.
+      ConfigError: `cfg.engine` is "compact", and they cannot.
     """
     reason = refusal(cfg, generates=generates)
     if reason is not None and cfg.engine == "compact":
@@ -123,7 +123,7 @@ def arrange(
 
 
 def _counted(qs: QuickSilverConfig, overrides: Overrides | None) -> bool:
-    """How many tokens compute is known beforehand: only quotas stop them."""
+    """Whether the number of tokens that compute is known beforehand: only quotas stop them."""
     halting = qs.halting
     if halting is not None:
         forced = overrides is not None and bool(np.any(overrides.forced_layer_BT < NEVER))

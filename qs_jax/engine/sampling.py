@@ -166,8 +166,7 @@ def filter_logits(
     likely tokens that holds the probability; tokens as likely as its last one are kept too. The
     most likely token always survives.
     """
-    # Relative to the largest, so that no temperature, however low, divides anything into infinity
-    # but what is out of reach anyway.
+    # Relative to the largest, so that a low temperature makes only unlikely logits infinite.
     logits_BV = (logits_BV - logits_BV.max(axis=-1, keepdims=True)) / numbers.temperature
     if plan.shortlist:
         best_BC = jax.lax.top_k(logits_BV, plan.shortlist)[0]

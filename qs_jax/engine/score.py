@@ -61,7 +61,7 @@ class Scored(NamedTuple):
 
     Attributes:
       first_B: At least 1.
-      count: May exceed what a row has; at or past the width, everything is scored.
+      count: May exceed the length of a row; at or past the width, everything is scored.
     """
 
     first_B: Int[Array, "B"]
@@ -81,7 +81,7 @@ def next_logprobs(
     next_BT = jnp.roll(tokens_BT, -1, axis=1)
     batch, width = tokens_BT.shape
     if scored is not None and scored.count < width:
-        # Spare columns read some position twice, and give the same number.
+        # Spare columns read a position twice and give the same number.
         before_BN = scored.first_B[:, None] - 1 + jnp.arange(scored.count, dtype=jnp.int32)[None]
         before_BN = jnp.clip(before_BN, 0, width - 2)
         h_BND = jnp.take_along_axis(h_BTD, before_BN[..., None], axis=1)
@@ -159,7 +159,7 @@ def score_prompt(
     rows = inputs.whole_rows(batch, ends_B, overrides, mech)
     width = batch.tokens_BT.shape[1]
     before_BQ = first_B[:, None] - 1 + jnp.arange(min(count, width))[None]
-    before_BQ = jnp.clip(before_BQ, 0, width - 2)  # spare columns read some position twice
+    before_BQ = jnp.clip(before_BQ, 0, width - 2)  # spare columns read a position twice
     result = prompt.run(params, rows, before_BQ, model, mech, plan, segments)
     next_BQ = jnp.take_along_axis(batch.tokens_BT, before_BQ + 1, axis=1)
     found_BQ = _pick(params, result.h_BQD, next_BQ)
@@ -226,13 +226,13 @@ def score(
       attention_mask: `[B, T]`, true for real tokens; left or right padding.
       prompt_lengths: `[B]`, "continuation" only: tokens of each prompt; by default all but the last
         `cfg.continuation_tokens`.
-      overrides: What to do with single tokens, whatever their signals say.
-      return_logits: Also return `[B, T, V]` float32 logits (4 * B * T * V bytes); the masked engine
-        makes them.
-      return_states: Also return the `[B, T, D]` states that the head reads, likewise.
+      overrides: Of single tokens, whatever their signals.
+      return_logits: Also return `[B, T, V]` float32 logits (4 * B * T * V bytes);
+        mechanisms then run on the masked engine.
+      return_states: Also return the `[B, T, D]` states that the head reads, on the same engine.
       devices: Split the rows over these (`jax.pmap`), e.g. `jax.local_devices()`; parameters that
         are not on all of them are copied there at every call (`qs_jax.replicate` does it once).
-        Min-max entropy then looks at the rows of its own device.
+        Min-max entropy then looks at the rows of one device.
 
     Returns:
       Per-position log-probabilities in nats, rows right-padded, and the record of the mechanisms.

@@ -1,4 +1,4 @@
-"""Parameters as programs take them: checked, with what the mechanisms read and nothing more."""
+"""Parameters as programs take them: checked, with the codes and maps that mechanisms read."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from qs_jax.mechanisms.kv_maps import require_maps, select
 from qs_jax.models import Params, abstract_params
 from qs_jax.models.cpu import stored_params
 
-_EXTRAS = ("kv_maps", "int8")  # they travel with the parameters; what needs them checks them
+_EXTRAS = ("kv_maps", "int8")  # they travel with the parameters; their readers check them
 
 
 class Weights(NamedTuple):
-    """Arrays of one layer or of all: the block's; int8 codes and maps, None where not read."""
+    """Arrays of one layer or of all: the block's, int8 codes and maps (None where not read)."""
 
     params: Any
     int8: Any
@@ -34,7 +34,7 @@ def layer_weights(params: Params) -> Weights:
 
 
 def prepare_params(params: Params, model: ModelConfig, mech: Mechanisms) -> Params:
-    """Check parameters; as programs take them, with the codes and maps that the mechanisms read.
+    """Check parameters, take what the mechanisms read, and put it into storage.
 
     Raises:
       ConfigError: They are another model's, or the maps a policy needs are missing.

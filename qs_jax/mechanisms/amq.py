@@ -24,7 +24,7 @@ class AMQ(flax.struct.PyTreeNode):
 
     Attributes:
       layer: Bits are assigned when this layer has run.
-      largest_entropy: That the estimator can have, in nats.
+      largest_entropy: The largest that the estimator can have, in nats.
     """
 
     layer: Int[Array, ""]
@@ -41,7 +41,7 @@ class AMQ(flax.struct.PyTreeNode):
 
     @property
     def narrow(self) -> bool:
-        """Products have one width: every token has bits, whether mechanisms act on it or not."""
+        """Whether every token has bits in a layer of int8, exempt ones included."""
         return self.execution == "int8"
 
     @property
@@ -62,7 +62,7 @@ class AMQ(flax.struct.PyTreeNode):
     ) -> Int[Array, "B T"]:
         """Bits of each token (E.2): 8 above tau_high, 2 below tau_low, 4 in between.
 
-        Tokens that no mechanism acts on keep `FULL_BITS`, or 8 in int8.
+        Tokens that the mechanisms do not act on keep `FULL_BITS`, or 8 in int8.
         """
         if self.normalization == "log_vocab" and self.entropy is not None:
             entropy_BT = entropy_BT / self.largest_entropy
@@ -102,7 +102,7 @@ class AMQ(flax.struct.PyTreeNode):
         weights: Mapping[str, int8.QTensor] | None,
         layer: Int[Array, ""],
     ) -> Multiply:
-        """How a block multiplies tokens of these bits, with the layer's int8 codes by projection.
+        """The product of a block for tokens of these bits, with int8 codes by projection.
 
         Whether the layer has bits is chosen in each product: around whole blocks, XLA would copy
         the cache that they write.

@@ -1,7 +1,7 @@
 """Contextual token fusion (paper 2.3, D; read causally: docs/mechanisms.md).
 
-A pair (t, u), t before u, is decided when u is there: u absorbs t, takes the weighted mean of both
-as its state, and t's keys are gone for queries at or after u. A run of adjacent pairs therefore
+A pair (t, u), t before u, is decided at u: u absorbs t, takes the weighted mean of both as its
+state, and queries at or after u do not see t's keys. A run of adjacent pairs therefore
 gives each member the mean of the run up to itself, and the last member is the super-token.
 """
 
@@ -26,8 +26,8 @@ class Tokens(NamedTuple):
     Attributes:
       pos_BT: Positions, rising.
       h_BTD: States after the layer, before fusion.
-      ready_BT: Real, neither halted nor exempt.
-      hidden_from_BT: Queries from here on have lost the token (absorbed at an earlier layer).
+      ready_BT: Tokens that may fuse: real, not halted, not exempt.
+      hidden_from_BT: Queries from here on do not see the token (absorbed at an earlier layer).
       context_BTD: Mean input embedding of the last tokens; None without the context filter.
     """
 
@@ -101,9 +101,9 @@ class Fusion(flax.struct.PyTreeNode):
         *,
         stops: bool,
     ) -> tuple[TokenState, Bool[Array, "B T"]]:
-        """Merge pairs (2.3); also which tokens took part.
+        """Merge pairs (2.3); also return which tokens took part.
 
-        `weights` are each token's own, and what it pays to the W before it: see `merge`.
+        `weights` are `weight_BT` and `paid_BTW` of `merge`.
         """
         merged, takes_BTW = merge(state.h_BTD, pairs_BTW, *weights, state.size_BT, dtype)
         absorbed_BT = absorbers(takes_BTW, pos_BT)
@@ -127,7 +127,7 @@ class Fusion(flax.struct.PyTreeNode):
 
 
 def back(array_BT: Array, distance: int) -> Array:
-    """What lies so many slots before each slot; zeros before the first."""
+    """The entry `distance` slots before each slot; zeros before the first."""
     widths = [(0, 0), (distance, 0)] + [(0, 0)] * (array_BT.ndim - 2)
     return jnp.pad(array_BT, widths)[:, : array_BT.shape[1]]
 
@@ -176,14 +176,14 @@ def merge(
     size_BT: Float[Array, "B T"],
     dtype: Any,
 ) -> tuple[Merged, Bool[Array, "B T W"]]:
-    """What a decoder would do along the row: each token absorbs what nobody has absorbed before.
+    """Merge pairs as a decoder would along the row; a token is absorbed once.
 
     The mean is (w_u h_u + sum_t w_t m_t) / (w_u + sum_t w_t), where m_t is t's state with all it
-    has absorbed. With weights of their own (`paid_BTW` None), w_t is the sum over t's members;
-    else it is what u pays to t. Means are rounded to the model's dtype.
+    has absorbed. Without `paid_BTW`, w_t is the sum over t's members of `weight_BT`; else it is
+    what u pays to t. Means are rounded to the model's dtype.
 
-    A token waits for those that it absorbs and for no others: a pass merges every token whose own
-    are done, so there are as many passes as the longest chain has links, not tokens in a row.
+    A token waits only for those that it absorbs, so there are as many passes as the longest chain
+    has links.
     """
     takes_BTW = first_takers(pairs_BTW)
     level_BT = levels(takes_BTW)
@@ -195,7 +195,7 @@ def merge(
             take_BT, theirs = takes_BTW[..., d - 1], [back(leaf, d) for leaf in merged]
             paid_BT = theirs[1] if paid_BTW is None else paid_BTW[..., d - 1]
             paid_BT = jnp.where(take_BT, paid_BT, 0)
-            # Not weighed where not taken: what is not a number times 0 is none either.
+            # Zeros where not absorbed: nan times a weight of 0 is nan.
             their_BTD = jnp.where(take_BT[..., None], theirs[0], 0)
             sum_BTD = sum_BTD + paid_BT[..., None] * their_BTD
             mass_BT = mass_BT + paid_BT
@@ -208,13 +208,13 @@ def merge(
             jnp.where(due_BT, size_BT, merged.size_BT),
         )
 
-    # Without a pair, no pass: unlike a branch, a loop hands states on without a copy.
+    # Without pairs there is no pass. Unlike a branch, a loop hands states on without a copy.
     before = Merged(h_BTD, weight_BT, size_BT)
     return lax.fori_loop(1, level_BT.max() + 1, one_pass, before), takes_BTW
 
 
 def first_takers(pairs_BTW: Bool[Array, "B T W"]) -> Bool[Array, "B T W"]:
-    """The pairs that take place: a token goes to the nearest later one that may absorb it."""
+    """The pairs that fuse: each token is absorbed by the nearest later one that may."""
     width = pairs_BTW.shape[1]
     slots_BT = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), pairs_BTW.shape[:2])
     first_BT = absorbers(pairs_BTW, slots_BT)
@@ -223,7 +223,7 @@ def first_takers(pairs_BTW: Bool[Array, "B T W"]) -> Bool[Array, "B T W"]:
 
 
 def levels(takes_BTW: Bool[Array, "B T W"]) -> Int[Array, "B T"]:
-    """Links of the longest chain of absorptions that ends in a token; 0 where it takes nobody."""
+    """Links of the longest chain of absorptions that ends in a token; 0 where it absorbs none."""
 
     def longer(carry):
         before_BT, _ = carry
@@ -239,7 +239,7 @@ def levels(takes_BTW: Bool[Array, "B T W"]) -> Int[Array, "B T"]:
 
 
 def absorbers(takes_BTW: Bool[Array, "B T W"], pos_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Position of the first token that absorbs each one now; NEVER if none."""
+    """Position of the first token that absorbs each one at this layer, or NEVER."""
     found_BT = jnp.full(pos_BT.shape, NEVER, jnp.int32)
     for d in range(1, takes_BTW.shape[-1] + 1):
         by_BT = jnp.where(takes_BTW[:, d:, d - 1], pos_BT[:, d:], NEVER)

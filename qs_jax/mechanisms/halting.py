@@ -24,7 +24,7 @@ class Signals(NamedTuple):
       drift_BT: Layer drift.
       entropy_BT: In nats, where `Halting.candidates` asked for it; None where no estimator is read.
       received_BT: Most attention from the prompt's last queries; None unless a quota reads it.
-      outside_B: Eligible tokens that halted before and are not among these; None for none.
+      outside_B: Eligible tokens of the row that halted before and are left out here; or None.
     """
 
     pos_BT: Int[Array, "B T"]
@@ -41,7 +41,7 @@ class Halting(flax.struct.PyTreeNode):
     """When a token stops its layers; fields as in `HaltingConfig`, `[L]` where they vary by layer.
 
     Attributes:
-      entropy: The estimator that decisions read; None for none.
+      entropy: The estimator that decisions read, or None.
       layers: The halting layers, where extrapolation maps belong to them; else None.
     """
 
@@ -71,12 +71,12 @@ class Halting(flax.struct.PyTreeNode):
         return self.rule == "dual" or self.score == "drift"
 
     def candidates(self, signals: Signals, layer: Int[Array, ""]) -> Bool[Array, "B T"]:
-        """Tokens whose entropy the decision reads: who fails the cheap test needs none."""
+        """Tokens whose entropy is read; under "dual", those that pass the cheap drift test."""
         may_BT = signals.eligible_BT & ~signals.halted_BT & self.may_halt_L[layer - 1]
         return may_BT & self._moved_little(signals, layer) if self.rule == "dual" else may_BT
 
     def decide(self, signals: Signals, layer: Int[Array, ""]) -> Bool[Array, "B T"]:
-        """Tokens that halt at this layer by what the signals say.
+        """Tokens that halt at this layer by their signals.
 
         Dual: drift and entropy are both under their thresholds (2.1). Quota: the lowest scores,
         until the layer's share of the eligible tokens has stopped. Forced halts are not dynamic:
@@ -103,7 +103,7 @@ class Halting(flax.struct.PyTreeNode):
         entropy_of: EntropyOf,
         **read: Any,
     ) -> tuple[TokenState, Float[Array, "B T"]]:
-        """Stop tokens, by a forced halt or by `decide`; also the entropies that were read.
+        """Stop tokens, by a forced halt or by `decide`; also return the entropies read.
 
         `rows` are the `Rows` of the state's tokens, `read` other `Signals`.
         """
@@ -164,7 +164,7 @@ def attention_received(
 ) -> Float[Array, "B S"]:
     """Most attention any of the counted queries pays to each other position.
 
-    `own_BQ` is each query's own slot: its weight on itself does not count.
+    `own_BQ` is the slot of each query, whose weight on itself does not count.
     """
     other_BQS = jnp.arange(weights_BQS.shape[2])[None, None] != own_BQ[..., None]
     return jnp.where(counted_BQ[:, :, None] & other_BQS, weights_BQS, 0).max(1)

@@ -10,7 +10,7 @@ b, and drops the r bits below; what is left stands for the middle of the codes i
 
     n = 2^r floor(c / 2^r) + 2^(r-1),   or c where r = 0;   x^ = s n.
 
-n is an int8 whatever the bits, so tokens of 8, 4 and 2 bits ride in one product.
+n is an int8 whatever the bits, so tokens of 8, 4 and 2 bits share one product.
 
 **Weights.** One scale an output channel, rounded to the nearest: w^ = t m with t = max |w| / 127.
 
@@ -80,8 +80,8 @@ def decode(vectors: QTensor) -> Float[Array, "*batch C"]:
 def encode_kv(k_BTKH: Float[Array, "B T K H"], bits_BT: Int[Array, "B T"], group: int) -> QTensor:
     """Keys or values as a cache holds them: codes `[B, T, K, H]` and scales `[B, T, K]`.
 
-    Not rotated: they would have to be turned back at every look. A cache has one dtype: 4 or 2 bits
-    take a byte like 8.
+    Not rotated: every read would have to rotate them back. A cache has one dtype: 4 or 2 bits take
+    a byte like 8.
     """
     return encode(k_BTKH, bits_BT[..., None], group)
 
@@ -115,7 +115,7 @@ def rotate(x: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
 def simulate(
     x: Float[Array, "*batch C"], bits: Int[Array, "*batch"], group: int
 ) -> Float[Array, "*batch C"]:
-    """What an int8 product makes of its input; vectors of 16 bits are untouched."""
+    """The input as an int8 product reads it; vectors of 16 bits are untouched."""
     out = rotate(decode(encode(rotate(x), bits, group)))
     return jnp.where((bits < FULL_BITS)[..., None], out.astype(x.dtype), x)
 
@@ -127,7 +127,7 @@ def product(
     weights: QTensor,
     bias_O: Float[Array, "O"] | None = None,
 ) -> Float[Array, "*batch O"]:
-    """A projection in int8, at least float32: every token rides at its own bits."""
+    """A projection in int8, each token at its own bits; returned in at least float32."""
     vectors = encode(rotate(x), bits, group)
     dims = (((x.ndim - 1,), (0,)), ((), ()))
     dots = lax.dot_general(vectors.codes, weights.codes, dims, preferred_element_type=jnp.int32)
@@ -184,7 +184,7 @@ def quantize_weights(params: dict[str, Any]) -> dict[str, Any]:
       A new dict; the arrays of `params` are shared.
 
     Raises:
-      ConfigError: "int8" is there already, of other weights' shapes.
+      ConfigError: "int8" is in them already, with the shapes of other weights.
     """
     kernels = {name: part["kernel"] for name, part in params["layers"].items() if "kernel" in part}
     if "int8" in params:
@@ -195,7 +195,7 @@ def quantize_weights(params: dict[str, Any]) -> dict[str, Any]:
     return {**params, "int8": _quantized(kernels)}
 
 
-# The codes made last, and weak references to their weights: they go when the weights go.
+# The last codes, with weak references to their weights: they are freed with the weights.
 _last: dict[str, Any] = {}
 
 

@@ -22,12 +22,12 @@ Sources: TypeAlias = Mapping[str, Callable[[], Array]]
 
 FILE_NAME = "kv_maps.safetensors"
 FEATURES = ("state", "embedding", "previous", "neurons")
-# These look beyond the token's own states: for prompts, which are there whole.
+# These need more than the token's own states: a whole prompt.
 PROMPT_FEATURES = ("previous", "neurons")
 
 
 class MapSizes(NamedTuple):
-    """What decides the work of extrapolating: numbers read of a token, and of its code."""
+    """Sizes that decide the work of extrapolating: features of a token, and its code."""
 
     features: int
     code: int
@@ -63,7 +63,7 @@ class KVMaps(flax.struct.PyTreeNode):
 
     @property
     def sizes(self) -> MapSizes:
-        """What decides the work of extrapolating."""
+        """Sizes that decide the work of extrapolating."""
         features = self.code_size if self.encode_XFR is None else self.encode_XFR.shape[1]
         return MapSizes(features, self.code_size, "neurons" in self.features)
 
@@ -98,7 +98,7 @@ class KVMaps(flax.struct.PyTreeNode):
         """Inverse of `save`.
 
         Raises:
-          CheckpointError: There is no such file, or it holds something else.
+          CheckpointError: The file is missing, or holds something else.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -154,7 +154,7 @@ def sizes_of(params: dict[str, Any]) -> MapSizes | None:
 
 
 def feature_count(features: Sequence[str], model: ModelConfig) -> int:
-    """Numbers that these features are together, with the constant."""
+    """Total width of these features, with the constant."""
     widths = {"neurons": model.mlp_size}
     return sum(widths.get(name, model.hidden_size) for name in features) + 1
 
@@ -205,7 +205,7 @@ def extrapolate(
     depth_BT: Int[Array, "B T"],
     layers: Sequence[int],
 ) -> Float[Array, "B T O"]:
-    """What the map of the layer that each token halted at gives; zeros for other tokens."""
+    """Apply the map of the layer that each token halted at; zeros for other tokens."""
     out = jnp.zeros((*code_BTR.shape[:2], maps_XRO.shape[-1]), exact_dtype(code_BTR.dtype))
     for index, layer in enumerate(layers):
         here_BT1 = (depth_BT == layer)[..., None]
@@ -231,7 +231,7 @@ def split(mapped_BTO: Float[Array, "B T O"], model: ModelConfig) -> tuple[Array,
 def encode(
     kv_maps: KVMaps, sources: Sources, depth_BT: Int[Array, "B T"], dtype: Any
 ) -> Float[Array, "B T R"]:
-    """What the maps of deeper layers read of a token that stops: its features, or their code."""
+    """Input of deeper layers' maps for tokens that stop: their features, or a code of them."""
     read_BTF = features(sources, kv_maps.features, dtype)
     if kv_maps.encode_XFR is None:
         return read_BTF
@@ -252,7 +252,7 @@ def encode_at(
 def sources(
     h_BTD: Array, embedded_BTD: Array, previous_BTD: Array, neurons: Callable[[], Array]
 ) -> Sources:
-    """Where each feature comes from."""
+    """Functions that compute each feature, by name."""
     return {
         "state": lambda: h_BTD,
         "embedding": lambda: embedded_BTD,
@@ -262,7 +262,7 @@ def sources(
 
 
 def features(sources: Sources, names: Sequence[str], dtype: Any) -> Float[Array, "B T F"]:
-    """What is read of tokens that stop, in the order of the names, and 1; in the model's dtype."""
+    """Features of tokens that stop, in the order of the names, and 1; in the model's dtype."""
     found = {name: sources[name]().astype(dtype) for name in names}
     parts = [x if name == "neurons" else rms_normalised(x) for name, x in found.items()]
     return jnp.concatenate([*parts, jnp.ones_like(parts[0][..., :1])], axis=-1)

@@ -18,8 +18,8 @@ class Keys(NamedTuple):
       pos_BS: Positions.
       real_BS: Not padding.
       depth_BS: Layers the token runs.
-      hidden_from_BS: The key is gone for queries at or after this position (fusion).
-      retain_BS: Always written.
+      hidden_from_BS: Queries at or after this position do not see the key (fusion).
+      retain_BS: The key is always written.
       received_BTS: "attended": most attention the key received from queries up to each query, in
         the last layer where every query could see it; None under other policies.
     """

@@ -25,12 +25,12 @@ from qs_jax.state import FULL_BITS, NEVER, TokenState, exact_dtype
 
 
 class Overrides(NamedTuple):
-    """What a caller decided about single tokens.
+    """Overrides of single tokens by the caller.
 
     Attributes:
       full_BT: Full processing.
       forced_layer_BT: Layer at which a token halts at the latest; NEVER for none.
-      retain_BT: Keys that are always written.
+      retain_BT: Its keys are always written.
     """
 
     full_BT: Bool[Array | np.ndarray, "B T"]
@@ -134,7 +134,7 @@ class Mechanisms(flax.struct.PyTreeNode):
         return Rows(tokens_BT, pos_BT, real_BT, *exempt)
 
     def multiply(self, bits_BT: Array, codes: Any, layer: Int[Array, ""]) -> Multiply:
-        """How a block multiplies tokens of these bits; see `AMQ.multiply`."""
+        """The product of a block for tokens of these bits; see `AMQ.multiply`."""
         return dense_product if self.amq is None else self.amq.multiply(bits_BT, codes, layer)
 
     def stored(self, k: Array, v: Array, bits_BT: Array) -> tuple[Array, Array]:
@@ -152,7 +152,7 @@ class Mechanisms(flax.struct.PyTreeNode):
         code_size: int = 0,
         receives: bool = False,
     ) -> TokenState:
-        """The carry before the first layer: everybody active, nobody fused, nothing quantised.
+        """The carry before the first layer: all tokens active, none fused, none quantised.
 
         `code_size` numbers are kept of a token for extrapolation maps; `receives` keeps attention
         received for every query and key.

@@ -1,4 +1,4 @@
-"""What decisions read: how far a layer moved a token, and how unsure the token still is.
+"""Signals of decisions: how far a layer moved a token, and how unsure the token still is.
 
 Sources: paper 2.1 and B.1 (drift, entropy), 2.5 and E.1 (entropy for AMQ), FAQ (latent variance).
 """
@@ -100,7 +100,7 @@ def entropies(
 ) -> EntropyOf:
     """A function from an estimator and a mask to entropies of states after a layer, in nats.
 
-    They are computed only if some token is needed; else they are zeros.
+    They are computed only if the mask has a token; else they are zeros.
     """
 
     def entropy_of(kind: str, needed_BT: Bool[Array, "B T"]) -> Float[Array, "B T"]:

@@ -1,4 +1,4 @@
-"""Everything that exists for XLA on CPU only; on other backends each function hands its input on.
+"""Everything that exists for XLA on CPU only; on other backends functions return their input.
 
 XLA's CPU backend multiplies bfloat16 but neither slices, gathers nor updates it: it converts the
 whole array to float32 and back around each such step. And it copies a layer's weights out of the
@@ -6,7 +6,7 @@ stacked arrays before it multiplies a single vector with them.
 
 * Storage: stacked weights, embedding tables and KV caches are held as uint16, the bits of their
   bfloat16 values, and read as bfloat16 where they are multiplied.
-* A single vector is multiplied with stacked weights (`KernelInPlace`) and the head where they lie.
+* A single vector is multiplied in place, with stacked weights (`KernelInPlace`) and the head.
 * Attention of new tokens reads keys and values once, against block-diagonal queries.
 """
 
@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Shaped, UInt16
 
 from qs_jax.state import exact_dtype
 
-# Where Linux tells what the processor can do.
+# Where Linux lists the processor's instructions.
 CPU_INFO = Path("/proc/cpuinfo")
 # Terms of a written-out sum: fewer are no faster, more take longer to compile.
 MOST_TERMS = 24
@@ -44,9 +44,9 @@ def on_cpu() -> bool:
 
 @functools.cache
 def processor_multiplies() -> bool:
-    """Whether this processor has instructions for bfloat16 products, as far as Linux says so.
+    """Whether this processor has instructions for bfloat16 products, by Linux's list.
 
-    Where it has none, XLA multiplies float32 and converts around it.
+    Without them, XLA multiplies float32 and converts around it.
     """
     return CPU_INFO.exists() and "avx512_bf16" in CPU_INFO.read_text(encoding="utf-8").split()
 
@@ -77,8 +77,8 @@ def from_storage(tree: Any) -> Any:
 def stored_params(params: dict[str, Any]) -> dict[str, Any]:
     """Parameters as programs take them: layers and embeddings in storage.
 
-    Nothing is copied: the arrays share the memory of those given. A head that is the embedding
-    table is there in floats, for products, and as "stored", for single rows of it.
+    Nothing is copied: the arrays share the memory of those given. "head" has its table in floats,
+    to multiply several vectors, and as "stored", for its rows and to multiply a single vector.
 
     Args:
       params: Arrays, not traced, on one device or on several.
@@ -117,7 +117,7 @@ class KernelInPlace:
 
     @property
     def dtype(self) -> Any:
-        """Of its values."""
+        """Dtype of its values."""
         dtype = self.stacked_LCO.dtype
         return jnp.dtype(jnp.bfloat16) if dtype == jnp.uint16 else dtype
 
@@ -153,9 +153,9 @@ def table_product(x_C: Float[Array, "C"], table_OC: UInt16[Array, "O C"]) -> Flo
 
 
 def block_size(inputs: int, least: int) -> int | None:
-    """Length of the blocks that so many inputs are cut into; None if there is no good one."""
+    """Length of the blocks to cut `inputs` into, `least` or more; None if no length divides."""
     least = max(least, -(-inputs // MOST_TERMS))
-    # At least four, as each block but the last is one less of what is written and read again.
+    # At least four blocks: the sum that is written and read again has the size of one.
     return next((size for size in range(least, inputs // 4 + 1) if inputs % size == 0), None)
 
 
@@ -179,7 +179,7 @@ def _sum_of_products(x_T: Shaped[Array, "T ..."], block: Callable[[int], Array])
 
 @flax.struct.dataclass
 class InPlace:
-    """Stacked layers whose kernels a single vector is multiplied with as they lie."""
+    """Stacked layers that a single vector is multiplied with in place."""
 
     stacked: Any
 

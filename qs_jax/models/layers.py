@@ -19,8 +19,8 @@ from qs_jax.models import cpu
 from qs_jax.state import exact_dtype
 
 # Given this layer's queries [B, T, N, H] and keys and values [B, T, K, H] of the same tokens,
-# returns what attention reads [B, T, N, H] and whatever the caller wants back (an updated cache).
-# The engine owns the keys: which exist, where they are stored, who may see them.
+# returns the context [B, T, N, H] and what the caller wants back (an updated cache).
+# The engine decides about keys: which exist, where they are stored, which queries see them.
 Attend: TypeAlias = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 # multiply(dense, x, start=0) applies one of the four projections (a dense module, known by its
@@ -46,7 +46,7 @@ def product(x: Float[Array, "*batch C"], kernel: Array, transposed: bool = False
 def dense_product(dense: nn.Dense, x: Array, start: int = 0) -> Array:
     """The product as the module defines it, from output column `start` on, at least float32.
 
-    The kernel may be there as a `cpu.KernelInPlace` instead; there is a single vector then.
+    The kernel may be a `cpu.KernelInPlace`; there is a single vector then.
     """
     weights = dense.variables.get("params")
     if weights is None:  # parameters are being made
@@ -91,7 +91,7 @@ class PreNormBlock(nn.Module):
         pos_BT: Int[Array, "B T"],
         multiply: Multiply = dense_product,
     ) -> tuple[Array, Array]:
-        """Keys and values `[B, T, K, H]` alone, for tokens that ask nothing."""
+        """Keys and values `[B, T, K, H]` alone."""
         with jax.named_scope("attn"):
             x_BTD = normed(self.attn_norm, h_BTD, self.model)
             kv_BTO = multiply(self.qkv, x_BTD, self.model.q_size).astype(x_BTD.dtype)
@@ -100,12 +100,12 @@ class PreNormBlock(nn.Module):
             return self.place(k, pos_BT), v
 
     def place(self, x_BTXH: Array, pos_BT: Array) -> Array:
-        """Queries or keys with their positions in them; as they are, unless a family rotates."""
+        """Queries or keys rotated by their positions, where the family rotates."""
         del pos_BT
         return x_BTXH
 
     def neurons(self, x_BTD: Array, multiply: Multiply) -> Array:
-        """What `down` reads of normed states, `[B, T, F]` in their dtype."""
+        """Inner activations of the MLP, which `down` reads, `[B, T, F]` in the states' dtype."""
         raise NotImplementedError
 
     def mlp(self, x_BTD: Array, multiply: Multiply) -> Array:
@@ -113,7 +113,7 @@ class PreNormBlock(nn.Module):
         return multiply(self.down, self.neurons(x_BTD, multiply))
 
     def mlp_neurons(self, h_BTD: Float[Array, "B T D"]) -> Array:
-        """`neurons` of states as they come from the layer before."""
+        """`neurons` of states that are not normed."""
         return self.neurons(normed(self.mlp_norm, h_BTD, self.model), dense_product)
 
     def __call__(
@@ -183,7 +183,7 @@ def split_heads(qkv_BTO: Float[Array, "B T O"], model: ModelConfig) -> tuple[Arr
 def embed_lookup(
     table_VD: Float[Array, "V D"] | UInt16[Array, "V D"], ids: Int[Array, "*batch"]
 ) -> Float[Array, "*batch D"]:
-    """Rows of an embedding table, which may be held by its bits; ids are checked before."""
+    """Rows of an embedding table, which may be in storage; ids are checked before."""
     return cpu.from_storage(jnp.take(table_VD, ids, axis=0, mode="clip"))
 
 

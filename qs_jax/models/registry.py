@@ -1,4 +1,4 @@
-"""Which modules implement which Hugging Face `model_type`."""
+"""The modules of each Hugging Face `model_type`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(model: ModelConfig) -> Family:
-    """The modules of `model`; refuses a `model_type` that none is registered for."""
+    """The modules of `model`; an unknown `model_type` is refused."""
     if model.model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise ConfigError(f"model_type {model.model_type!r} is not supported; known: {known}.")
