@@ -25,6 +25,7 @@ from benchmarks.mechanisms import Inputs, paired_change, score_rows
 from benchmarks.timing import ratio, run_in_turn
 from qs_jax import presets
 from qs_jax.config import AMQConfig, Config, ModelConfig, QuickSilverConfig
+from qs_jax.engine.prompt_plan import refusal
 from qs_jax.models import Params
 
 LETTERS = {"H": "halting", "K": "kv_skip", "F": "fusion", "Q": "amq"}
@@ -122,7 +123,12 @@ def measure(args: Arguments) -> None:
         qs = mechanism_rows.by_percentiles(model, content["fitted"])
         cfg = Config(model, qs, protocol="teacher-forced", engine="masked")
         content["walkthrough"] = walk(params, qs_jax.load_tokenizer(args.ckpt), cfg)
-    timed = {row.key: row for row in rows if row.section in ("dense", *args.timed)}
+    timed = {
+        row.key: row
+        for row in rows
+        if row.section in ("dense", *args.timed)
+        and refusal(cfgs[row.key], generates=True) is None  # quality only
+    }
     if not set(timed) <= set(content.get("timing", {}).get("rows", {})):
         jax.clear_caches()  # compiled programs map memory, of which a process may have so much
         prompts = scored_WT[: args.batch_size, : args.seq_len - 128]

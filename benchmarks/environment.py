@@ -16,7 +16,7 @@ import tyro
 from qs_jax.config import Config
 from qs_jax.errors import QuickSilverError
 from qs_jax.evaluation.perplexity import git_hash
-from qs_jax.mechanisms.shipped_maps import find_maps
+from qs_jax.load import find_maps
 from qs_jax.models import Params
 
 RESULTS = Path(__file__).with_name("results")

@@ -16,7 +16,6 @@ import qs_jax
 from benchmarks.timing import Measure, watch
 from qs_jax import accounting, presets
 from qs_jax.config import Config, HaltingConfig, KVSkipConfig, ModelConfig, QuickSilverConfig
-from qs_jax.engine import weights
 from qs_jax.mechanisms.kv_maps import sizes_of
 from qs_jax.models import Params
 from qs_jax.timing import Stopwatch
@@ -173,8 +172,6 @@ class OurCall:
     def __call__(self) -> dict[str, float]:
         """Run it once; times in seconds."""
         decodes, cfg = self._section == "decode", self._cfg
-        if decodes:  # kept of the parameters used last, which may be those of another dtype's row
-            weights.as_decoded(self._params, cfg.decode_weights, len(self._rows))
         began = time.perf_counter()
         with watch() as seen:
             qs_jax.generate(self._params, self._rows, cfg)

@@ -82,16 +82,11 @@ def percentiles(params: Params, rows_NT: np.ndarray, model: ModelConfig) -> dict
 def adjacent_distances(params: Params, rows_NT: np.ndarray, model: ModelConfig) -> np.ndarray:
     """Raw L2 distance of each token's state to the one before it, `[L, N, T - 1]`."""
 
-    def attend(q, k, v):
-        return dense.causal_attention(q, k, v), None
-
     def look(before_BTD, after_BTD, kept):
         del before_BTD, kept
         return fusion.distances(after_BTD[:, 1:], after_BTD[:, :-1], "raw")
 
-    program = jax.jit(
-        lambda tokens_BT: dense.look_at_layers(params, tokens_BT, model, look, attend)
-    )
+    program = jax.jit(lambda tokens_BT: dense.look_at_layers(params, tokens_BT, model, look)[1])
     return np.asarray(program(jnp.asarray(rows_NT)))
 
 

@@ -23,9 +23,9 @@ from benchmarks import environment, mechanism_rows
 from benchmarks.mechanism_rows import Row
 from benchmarks.tables import markdown, origin, percent, replace_tables
 from qs_jax import accounting
+from qs_jax.calibration.fit_maps import accumulate
 from qs_jax.checkpoint import read_manifest
 from qs_jax.config import Config, ModelConfig
-from qs_jax.calibration.fit_maps import accumulate
 from qs_jax.errors import InputError
 from qs_jax.evaluation import perplexity
 from qs_jax.mechanisms.kv_maps import FEATURES, select
@@ -103,7 +103,6 @@ def score_rows(
     `measured` holds results by the rows' keys: what was measured with the same settings stays.
     `params_for` gives the parameters, with the maps that a row reads; `save` is called after each.
     """
-    windows = perplexity.cut_windows(tokens_WT.reshape(-1).tolist(), tokens_WT.shape[1])
 
     def settings(quicksilver: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in quicksilver.items() if name != "provenance"}
@@ -114,7 +113,7 @@ def score_rows(
             continue
         cfg = Config(model, row.quicksilver, protocol=row.protocol, engine="masked")
         entries = list(
-            perplexity.score_windows(params_for(row), windows, cfg, batch_size=batch_size)
+            perplexity.score_windows(params_for(row), tokens_WT, cfg, batch_size=batch_size)
         )
         measured[row.key] = {
             "nll": [value for entry in entries for value in entry["nll"]],

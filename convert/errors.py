@@ -1,36 +1,36 @@
-"""The one error of this package, and how several problems become one readable report."""
+"""The one error of this package, and the report that gathers several problems."""
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 from qs_jax.errors import QuickSilverError
+
+_SHOWN = 20  # of each heading
 
 
 class ConversionError(QuickSilverError):
     """A checkpoint cannot be converted; nothing was written."""
 
 
-class Problems:
-    """Collects what is wrong under headings, so that all of it is reported together."""
+class Problems(defaultdict[str, list[str]]):
+    """Problems under headings, to be reported all together."""
 
     def __init__(self) -> None:
-        self._found: dict[str, list[str]] = {}
+        super().__init__(list)
 
-    def add(self, heading: str, detail: str) -> None:
-        """Note one problem."""
-        self._found.setdefault(heading, []).append(detail)
+    def add(self, heading: str, *details: str) -> None:
+        """Note problems."""
+        self[heading] += details
 
-    def raise_if_any(self, subject: str, limit: int = 20) -> None:
-        """Raise one error with every heading and up to `limit` details under each.
-
-        Raises:
-          ConversionError: Something was noted.
-        """
-        if not self._found:
-            return
+    def raise_if_any(self, subject: str) -> None:
+        """Raise one ConversionError with everything that was noted about `subject`."""
         lines = [f"{subject} cannot be converted:"]
-        for heading, details in self._found.items():
-            lines.append(f"  {heading} ({len(details)}):")
-            lines += [f"    - {detail}" for detail in details[:limit]]
-            if len(details) > limit:
-                lines.append(f"    - ... and {len(details) - limit} more")
-        raise ConversionError("\n".join(lines))
+        for heading, details in self.items():
+            shown = details[:_SHOWN]
+            if len(details) > _SHOWN:
+                shown.append(f"... and {len(details) - _SHOWN} more")
+            if details:
+                lines += [f"  {heading} ({len(details)}):", *(f"    - {each}" for each in shown)]
+        if len(lines) > 1:
+            raise ConversionError("\n".join(lines))

@@ -6,7 +6,6 @@ dtype it was stored in.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -23,58 +22,30 @@ from safetensors.numpy import save_file
 from convert import mapping
 from convert.sources import TOKENIZER_FILES
 from convert.staging import check_target, staging, write_json
-from qs_jax.checkpoint import load
 from qs_jax.config import ModelConfig
-from qs_jax.errors import QuickSilverError
+from qs_jax.errors import exit_code
+from qs_jax.load import load
 from qs_jax.models import Params
 
 
-@dataclasses.dataclass
-class Arguments:
-    """Write a converted checkpoint back as a Hugging Face folder of safetensors."""
-
-    ckpt: Path
-    """Folder written by convert.hf_to_flax."""
-    out: Path
-    """Folder to write; it must not exist."""
-    max_shard_size: str = "5GB"
-    """Largest weight file."""
-
-
 def hf_tensors(params: Params, model: ModelConfig) -> dict[str, np.ndarray]:
-    """Every tensor of a tree under its Hugging Face name.
-
-    Args:
-      params: Stacked tree of `model`.
-      model: Architecture.
-
-    Returns:
-      NumPy arrays in the dtype of the tree, contiguous, in the layout Hugging Face has them.
-    """
-    table, leaves = mapping.table_of(model), flatten_dict(params)
-    tensors = {}
-    for rule in table.rules:
+    """Every tensor of a tree under its Hugging Face name, in its layout and the tree's dtype."""
+    leaves, tensors = flatten_dict(params), {}
+    for rule in mapping.rules_of(model):
         leaf = np.asarray(jax.device_get(leaves[rule.target]))
-        for layer, name in enumerate(table.names(rule, model.num_layers)):
-            one = leaf[layer] if rule.per_layer else leaf
-            tensors[table.full_name(name)] = np.ascontiguousarray(rule.to_hf(one))
+        for layer, name in enumerate(rule.names(model.num_layers)):
+            tensor = rule.to_hf(leaf[layer] if rule.per_layer else leaf)
+            tensors[mapping.full_name(name, model)] = np.ascontiguousarray(tensor)
     return tensors
 
 
 def export(ckpt: str | Path, out: str | Path, *, max_shard_size: str = "5GB") -> Path:
-    """Write `ckpt` as a Hugging Face folder.
+    """Write a converted checkpoint back as a Hugging Face folder of safetensors.
 
     Args:
-      ckpt: Converted checkpoint.
-      out: Folder to write; it appears whole or not at all.
-      max_shard_size: Such as "5GB".
-
-    Returns:
-      The folder.
-
-    Raises:
-      ConversionError: `out` exists, or writing failed.
-      CheckpointError: `ckpt` cannot be read.
+      ckpt: Folder written by convert.hf_to_flax.
+      out: Folder to write; it must not exist, and appears whole or not at all.
+      max_shard_size: Largest weight file, such as "5GB".
     """
     source, target = Path(ckpt), Path(os.path.realpath(out))
     check_target(target)
@@ -102,15 +73,9 @@ def export(ckpt: str | Path, out: str | Path, *, max_shard_size: str = "5GB") ->
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns its exit code."""
-    args = tyro.cli(Arguments, prog="python -m convert.flax_to_hf", args=argv)
-    try:
-        folder = export(args.ckpt, args.out, max_shard_size=args.max_shard_size)
-    except (QuickSilverError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"wrote {folder}")
-    return 0
+    """Run the command line; returns its exit code."""
+    prog = "python -m convert.flax_to_hf"
+    return exit_code(lambda: print(f"wrote {tyro.cli(export, prog=prog, args=argv)}"))
 
 
 if __name__ == "__main__":

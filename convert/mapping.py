@@ -1,186 +1,152 @@
-"""The table between Hugging Face tensors and our stacked tree, used in both directions.
+"""The tables between Hugging Face modules and our stacked tree, read in both directions.
 
-One `Rule` is one Hugging Face tensor (of each layer): where it goes, whether it is transposed
-(`nn.Linear` stores `[out, in]`, Flax kernels are `[in, out]`) and which columns of a fused kernel
-it fills. `match` holds a source against the table before a byte is read.
+A parameter of ours holds one Hugging Face module, or several side by side (`qkv`, `gate_up`). Which
+tensors a model has (biases, a head) and their shapes follow from our tree, so that the tables are
+names only. `match` holds a source against them before a weight is read.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from convert.errors import Problems
+from convert.sources import StoredTensor
 from qs_jax.config import ModelConfig
+from qs_jax.models import abstract_params
 
-Shape = tuple[int, ...]
+# Our module -> Hugging Face modules, with {} where the layer index stands.
+_MODULES: dict[str, dict[str, list[str]]] = {
+    "gpt2": {
+        "embed.tokens": ["wte"],
+        "embed.positions": ["wpe"],
+        "layers.attn_norm": ["h.{}.ln_1"],
+        "layers.qkv": ["h.{}.attn.c_attn"],
+        "layers.out": ["h.{}.attn.c_proj"],
+        "layers.mlp_norm": ["h.{}.ln_2"],
+        "layers.up": ["h.{}.mlp.c_fc"],
+        "layers.down": ["h.{}.mlp.c_proj"],
+        "final_norm.norm": ["ln_f"],
+        "head.tokens": ["lm_head"],
+    },
+    "llama": {
+        "embed.tokens": ["embed_tokens"],
+        "layers.attn_norm": ["layers.{}.input_layernorm"],
+        "layers.qkv": [f"layers.{{}}.self_attn.{name}_proj" for name in "qkv"],
+        "layers.out": ["layers.{}.self_attn.o_proj"],
+        "layers.mlp_norm": ["layers.{}.post_attention_layernorm"],
+        "layers.gate_up": ["layers.{}.mlp.gate_proj", "layers.{}.mlp.up_proj"],
+        "layers.down": ["layers.{}.mlp.down_proj"],
+        "final_norm.norm": ["norm"],
+        "head.tokens": ["lm_head"],
+    },
+}
+# Optional beginning of every name but those of heads.
+_PREFIX = {"gpt2": "transformer.", "llama": "model."}
+CLASSIFIER = "score.weight"
+# Tensors that hold no weights: masks and frequencies.
+_IGNORED = {
+    "gpt2": r"h\.\d+\.attn\.(masked_)?bias",
+    "llama": r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
+}
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """One Hugging Face tensor.
+class Rule(NamedTuple):
+    """One Hugging Face tensor, of each layer.
 
     Attributes:
-      name: Its name, with `{layer}` where the layer index stands.
+      name: Its name without the prefix, with {} where the layer index stands.
       target: Path of the parameter in our tree.
       shape: Its shape in the Hugging Face checkpoint.
-      transpose: Swap its two axes.
-      columns: Columns of the target's last axis it fills, start and end; None for all.
+      transpose: Swap its two axes (`nn.Linear` is `[out, in]`, Flax kernels are `[in, out]`).
+      columns: Those that it fills, in the target's last axis.
     """
 
     name: str
     target: tuple[str, ...]
-    shape: Shape
+    shape: tuple[int, ...]
     transpose: bool = False
-    columns: tuple[int, int] | None = None
+    columns: slice = slice(None)
 
     @property
     def per_layer(self) -> bool:
         """Whether the tensor exists once a layer."""
         return self.target[0] == "layers"
 
+    def names(self, num_layers: int) -> list[str]:
+        """The tensor names, one per layer, without the prefix."""
+        return [self.name.format(layer) for layer in range(num_layers if self.per_layer else 1)]
+
     def to_flax(self, tensor: np.ndarray) -> np.ndarray:
-        """A tensor as it stands in our tree (one layer, its own columns)."""
+        """A tensor in the layout of our tree: one layer, the columns it fills."""
         return tensor.T if self.transpose else tensor
 
     def to_hf(self, leaf: np.ndarray) -> np.ndarray:
-        """Inverse of `to_flax`, given one layer of the whole (fused) parameter."""
-        part = leaf if self.columns is None else leaf[..., slice(*self.columns)]
-        return part.T if self.transpose else part
+        """Inverse of `to_flax`, from one layer of the whole parameter."""
+        return self.to_flax(leaf[..., self.columns])
 
 
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """All rules of one architecture.
-
-    Attributes:
-      prefix: What Hugging Face may or may not put in front of every name.
-      rules: One per tensor kind.
-      ignored: Patterns of tensors that hold no weights (masks, frequencies).
-    """
-
-    prefix: str
-    rules: tuple[Rule, ...]
-    ignored: tuple[str, ...]
-
-    def full_name(self, name: str) -> str:
-        """The name Hugging Face itself writes: with the prefix, but for the head."""
-        return name if name.startswith("lm_head.") else self.prefix + name
-
-    def names(self, rule: Rule, num_layers: int) -> list[str]:
-        """The tensor names of a rule, one per layer, without the optional prefix."""
-        layers = range(num_layers) if rule.per_layer else [0]
-        return [rule.name.format(layer=layer) for layer in layers]
-
-
-def table_of(model: ModelConfig) -> Table:
-    """The table of `model`; rules for biases and heads it does not have are left out."""
-    table = _gpt2(model) if model.model_type == "gpt2" else _llama(model)
-    head = Rule("lm_head.weight", ("head", "tokens"), (model.vocab_size, model.hidden_size))
-    return table if model.tie_embeddings else dataclasses.replace(table, rules=(*table.rules, head))
-
-
-def _gpt2(m: ModelConfig) -> Table:
-    d, f, layer = m.hidden_size, m.mlp_size, "h.{layer}."
-    rules = [
-        Rule("wte.weight", ("embed", "tokens"), (m.vocab_size, d)),
-        Rule("wpe.weight", ("embed", "positions"), (m.max_positions, d)),
-        *_norm(layer + "ln_1", ("layers", "attn_norm"), d),
-        *_dense(layer + "attn.c_attn", ("layers", "qkv"), (d, 3 * d), bias=True),
-        *_dense(layer + "attn.c_proj", ("layers", "out"), (d, d), bias=True),
-        *_norm(layer + "ln_2", ("layers", "mlp_norm"), d),
-        *_dense(layer + "mlp.c_fc", ("layers", "up"), (d, f), bias=True),
-        *_dense(layer + "mlp.c_proj", ("layers", "down"), (f, d), bias=True),
-        *_norm("ln_f", ("final_norm", "norm"), d),
-    ]
-    return Table("transformer.", tuple(rules), (r"h\.\d+\.attn\.(masked_)?bias",))
-
-
-def _llama(m: ModelConfig) -> Table:
-    d, q, kv, f = m.hidden_size, m.q_size, m.kv_size, m.mlp_size
-    attn, mlp = "layers.{layer}.self_attn.", "layers.{layer}.mlp."
-    qkv, gate_up = ("layers", "qkv"), ("layers", "gate_up")
-
-    def linear(name: str, target: tuple[str, ...], shape: Shape, columns=None) -> list[Rule]:
-        bias = m.mlp_bias if ".mlp." in name else m.attention_bias
-        return _dense(name, target, shape, bias=bias, transpose=True, columns=columns)
-
-    rules = [
-        Rule("embed_tokens.weight", ("embed", "tokens"), (m.vocab_size, d)),
-        *_norm("layers.{layer}.input_layernorm", ("layers", "attn_norm"), d, bias=False),
-        *linear(attn + "q_proj", qkv, (q, d), (0, q)),
-        *linear(attn + "k_proj", qkv, (kv, d), (q, q + kv)),
-        *linear(attn + "v_proj", qkv, (kv, d), (q + kv, q + 2 * kv)),
-        *linear(attn + "o_proj", ("layers", "out"), (d, q)),
-        *_norm("layers.{layer}.post_attention_layernorm", ("layers", "mlp_norm"), d, bias=False),
-        *linear(mlp + "gate_proj", gate_up, (f, d), (0, f)),
-        *linear(mlp + "up_proj", gate_up, (f, d), (f, 2 * f)),
-        *linear(mlp + "down_proj", ("layers", "down"), (d, f)),
-        *_norm("norm", ("final_norm", "norm"), d, bias=False),
-    ]
-    return Table("model.", tuple(rules), (r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",))
-
-
-def _norm(name: str, target: tuple[str, ...], width: int, bias: bool = True) -> list[Rule]:
-    rules = [Rule(name + ".weight", (*target, "scale"), (width,))]
-    return rules + ([Rule(name + ".bias", (*target, "bias"), (width,))] if bias else [])
-
-
-def _dense(
-    name: str,
-    target: tuple[str, ...],
-    shape: Shape,
-    *,
-    bias: bool,
-    transpose: bool = False,
-    columns: tuple[int, int] | None = None,
-) -> list[Rule]:
-    out = shape[0] if transpose else shape[1]
-    rules = [Rule(name + ".weight", (*target, "kernel"), shape, transpose, columns)]
-    if bias:
-        rules.append(Rule(name + ".bias", (*target, "bias"), (out,), columns=columns))
+def rules_of(model: ModelConfig, classes: int = 0) -> list[Rule]:
+    """One rule for each tensor, in the order of their columns; a classifier has one more."""
+    table, up = _MODULES[model.model_type], model.mlp_size
+    widths = {"qkv": (model.q_size, model.kv_size, model.kv_size), "gate_up": (up, up)}
+    rules = [Rule(CLASSIFIER, ("classifier",), (classes, model.hidden_size))] if classes else []
+    leaves: dict[Any, Any] = flatten_dict(abstract_params(model))
+    for target, leaf in leaves.items():
+        modules = table.get(".".join(target)) or table[".".join(target[:-1])]
+        *rows, columns = leaf.shape[1:] if target[0] == "layers" else leaf.shape
+        ends = list(itertools.accumulate(widths[target[1]])) if len(modules) > 1 else [columns]
+        transpose = model.model_type == "llama" and target[-1] == "kernel"
+        kind = "bias" if target[-1] == "bias" else "weight"
+        for module, start, end in zip(modules, [0, *ends], ends, strict=False):
+            shape = (end - start, *rows) if transpose else (*rows, end - start)
+            rules.append(Rule(f"{module}.{kind}", target, shape, transpose, slice(start, end)))
     return rules
 
 
-def match(table: Table, shapes: Mapping[str, Shape], model: ModelConfig, problems: Problems):
-    """Hold the tensors of a source against the table.
+def full_name(name: str, model: ModelConfig) -> str:
+    """The name that Hugging Face itself writes."""
+    is_head = name == CLASSIFIER or name.startswith("lm_head.")
+    return name if is_head else _PREFIX[model.model_type] + name
 
-    Args:
-      table: Rules of the architecture.
-      shapes: Shape of every tensor in the source, by its name.
-      model: Has the number of layers.
-      problems: Receives tensors that are missing, ambiguous, misshapen or unmapped.
 
-    Returns:
-      dict from the table's tensor name to the source's tensor name.
-    """
-    found: dict[str, str] = {}
-    unmapped = dict(shapes)
-    for rule in table.rules:
-        for name in table.names(rule, model.num_layers):
-            spellings = dict.fromkeys([table.full_name(name), name])
-            present = [spelling for spelling in spellings if spelling in shapes]
-            for candidate in present:
-                unmapped.pop(candidate)
+def match(
+    rules: Iterable[Rule],
+    tensors: Mapping[str, StoredTensor],
+    model: ModelConfig,
+    problems: Problems,
+) -> dict[str, str]:
+    """Names of a source's tensors, by those without the prefix; whatever fits no rule is noted."""
+    matched: dict[str, str] = {}
+    unmapped = set(tensors)
+    for rule in rules:
+        for name in rule.names(model.num_layers):
+            spellings = dict.fromkeys([full_name(name, model), name])
+            present = [spelling for spelling in spellings if spelling in tensors]
+            unmapped -= set(present)
             if not present:
                 problems.add("missing tensors", f"{name} {list(rule.shape)}")
-            elif len(present) > 1:
+                continue
+            if len(present) > 1:
                 problems.add("ambiguous tensors", " and ".join(present))
-            elif tuple(shapes[present[0]]) != rule.shape:
-                got = list(shapes[present[0]])
-                problems.add(
-                    "misshapen tensors", f"{present[0]}: {got}, expected {list(rule.shape)}"
-                )
-            else:
-                found[name] = present[0]
-    ignored = re.compile("|".join(f"(?:{re.escape(table.prefix)})?{p}" for p in table.ignored))
-    for name in unmapped:
-        if not ignored.fullmatch(name) and not is_tied_head(name, model):
-            problems.add("unmapped tensors", f"{name} {list(shapes[name])}")
-    return found
+            matched[name] = first = present[0]
+            shape, dtype, _ = tensors[first]
+            if shape != rule.shape:
+                expected = f"{list(shape)}, expected {list(rule.shape)}"
+                problems.add("misshapen tensors", f"{first}: {expected}")
+            if dtype not in _DTYPES:
+                problems.add("tensor dtypes", f"{first}: {dtype} is not implemented")
+    prefix, ignored = re.escape(_PREFIX[model.model_type]), _IGNORED[model.model_type]
+    for name in sorted(unmapped):
+        if not re.fullmatch(f"({prefix})?{ignored}", name) and not is_tied_head(name, model):
+            problems.add("unmapped tensors", f"{name} {list(tensors[name].shape)}")
+    return matched
 
 
 def is_tied_head(name: str, model: ModelConfig) -> bool:

@@ -6,36 +6,29 @@ import contextlib
 import json
 import os
 import shutil
-import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from convert.errors import ConversionError
+from qs_jax.checkpoint import MANIFEST
 
 
-def check_target(target: Path, overwrite: bool = False, marker: str | None = None) -> None:
-    """Refuse a target that exists, unless it may be overwritten.
+def check_target(target: Path, overwrite: bool | None = None) -> None:
+    """Refuse a target that exists, unless it is a converted checkpoint that may be overwritten.
 
-    Args:
-      target: Folder to be written.
-      overwrite: Allow a folder that exists, if it holds `marker`.
-      marker: File that shows that the folder is one of ours.
-
-    Raises:
-      ConversionError: The target may not be written.
+    `overwrite` is None where the caller has no such option.
     """
     if target.exists() and not target.is_dir():
         raise ConversionError(f"{target} exists and is not a folder.")
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:
-        hint = "; pass --overwrite to replace it." if marker else "."
+        hint = "." if overwrite is None else "; pass --overwrite to replace it."
         raise ConversionError(f"{target} exists{hint}")
-    if marker is not None and not (target / marker).is_file():
+    if not (target / MANIFEST).is_file():
         raise ConversionError(f"{target} is not a converted checkpoint; not overwriting it.")
 
 
@@ -43,17 +36,10 @@ def check_target(target: Path, overwrite: bool = False, marker: str | None = Non
 def staging(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """A folder beside `target` that becomes `target` on success and vanishes on failure.
 
-    What a killed process left behind for the same target is cleared up first.
-
-    Args:
-      target: Absolute path without symbolic links.
-      overwrite: `target` may exist; it is replaced as the last step.
-
-    Raises:
-      ConversionError: Writing failed; `target` is as it was.
+    Folders that a killed process left behind for the same target are cleared up first. `target` is
+    an absolute path without symbolic links; where it exists it is replaced as the last step.
     """
     staged = target.parent / f".{target.name}.partial-{os.getpid()}"
-    made = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _clear_abandoned(target)
@@ -62,9 +48,6 @@ def staging(target: Path, overwrite: bool = False) -> Iterator[Path]:
         _move_into_place(staged, target, overwrite)
     except BaseException as error:
         shutil.rmtree(staged, ignore_errors=True)
-        for folder in made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
         if isinstance(error, OSError | ValueError | RuntimeError):
             raise ConversionError(f"writing {target} failed, nothing was kept: {error}") from error
         raise
@@ -97,25 +80,6 @@ def _clear_abandoned(target: Path) -> None:
                 shutil.rmtree(left, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Hold back Ctrl-C while a library writes with its own threads; says whether it was pressed.
-
-    Yields:
-      A function that returns True once an interrupt has arrived. The caller must stop by itself and
-      raise KeyboardInterrupt. Outside the main thread it never does.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    pressed = threading.Event()
-    before = signal.signal(signal.SIGINT, lambda *_: pressed.set())
-    try:
-        yield pressed.is_set
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Indented UTF-8 JSON with a final newline."""
+    """Write indented UTF-8 JSON with a final newline."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

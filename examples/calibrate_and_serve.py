@@ -28,7 +28,7 @@ from qs_jax.errors import InputError, QuickSilverError
 from qs_jax.text import TextStream, encode_prompt
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerFast
 
     from qs_jax.models import Params
 
@@ -91,7 +91,7 @@ class Model:
     """A loaded model that answers one request at a time."""
 
     def __init__(
-        self, params: Params, tokenizer: PreTrainedTokenizerBase, cfg: qs_jax.Config
+        self, params: Params, tokenizer: PreTrainedTokenizerFast, cfg: qs_jax.Config
     ) -> None:
         self._params, self._tokenizer, self._cfg = params, tokenizer, cfg
         self._lock = threading.Lock()

@@ -49,13 +49,13 @@ def main(argv: list[str] | None = None) -> None:
     params, model = qs_jax.load(args.ckpt)
     text = LIGHTHOUSE if args.text is None else args.text.read_text(encoding="utf-8")
     ids = qs_jax.load_tokenizer(args.ckpt)(text, verbose=False).input_ids
-    windows = cut_windows(ids, args.seq_len)
+    tokens_WT = cut_windows(ids, args.seq_len).tokens_WT
     quicksilver = qs_jax.presets.by_name(args.preset, model)
     cfg = qs_jax.Config(model, quicksilver, continuation_tokens=args.continuation_tokens)
     engine = None if quicksilver.is_off else cfg.engine
 
     table = Table(
-        title=f"{len(windows.tokens_WT)} windows of {args.seq_len} tokens, {Path(args.preset).stem}"
+        title=f"{len(tokens_WT)} windows of {args.seq_len} tokens, {Path(args.preset).stem}"
     )
     for column in ("devices", "perplexity", "seconds, compiled before"):
         table.add_column(column, justify="right")
@@ -63,7 +63,8 @@ def main(argv: list[str] | None = None) -> None:
         used = devices[:count] if count > 1 else None
 
         def run(used=used):
-            batches = score_windows(params, windows, cfg, batch_size=args.batch_size, devices=used)
+            options = {"batch_size": args.batch_size, "devices": used}
+            batches = score_windows(params, tokens_WT, cfg, **options)
             return results(list(batches), engine=engine)
 
         run()

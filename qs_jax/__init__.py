@@ -2,7 +2,7 @@
 
 from qs_jax import accounting, presets
 from qs_jax.calibration import calibrate, fit_kv_maps
-from qs_jax.checkpoint import load, load_tokenizer
+from qs_jax.checkpoint import load_tokenizer
 from qs_jax.config import (
     AMQConfig,
     Config,
@@ -16,13 +16,8 @@ from qs_jax.engine.devices import replicate
 from qs_jax.engine.generate import GenerateOutput, StreamStep, generate, stream
 from qs_jax.engine.inputs import TokenOverrides
 from qs_jax.engine.score import ScoreOutput, score
-from qs_jax.errors import (
-    CheckpointError,
-    ConfigError,
-    InputError,
-    NonFiniteError,
-    QuickSilverError,
-)
+from qs_jax.errors import CheckpointError, ConfigError, InputError, NonFiniteError, QuickSilverError
+from qs_jax.load import load
 from qs_jax.mechanisms.kv_maps import KVMaps
 from qs_jax.record import Record
 

@@ -1,86 +1,48 @@
-"""Reading a converted checkpoint folder back as parameters, configuration and tokenizer.
+"""The files of a converted checkpoint folder, as `convert.hf_to_flax` writes them.
 
-Layout of the folder (written by `convert.hf_to_flax`, always whole: `qs_jax.json` comes last)::
-
-    qs_jax.json    the manifest: format version, ModelConfig, provenance
-    params/        an Orbax checkpoint of the stacked tree
-    config.json    the Hugging Face config the model came with
-    tokenizer files, generation_config.json, chat template: as they came
+qs_jax.json is the manifest (format version, ModelConfig, provenance) and comes last; params/ is an
+Orbax checkpoint of the stacked tree; config.json and the tokenizer's files are as they came.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import zlib
-from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
-
 from qs_jax.config import ModelConfig
-from qs_jax.errors import CheckpointError, ConfigError, NonFiniteError
-from qs_jax.mechanisms.kv_maps import FILE_NAME, KVMaps
-from qs_jax.models import Params, abstract_params
-from qs_jax.models.cpu import processor_multiplies
+from qs_jax.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerFast
 
 MANIFEST = "qs_jax.json"
 PARAMS = "params"
 FORMAT_VERSION = 1
 
-# Tensor-parallel axis of each parameter, by the last names of its path; the rest is replicated.
-# A dimension that the devices do not divide evenly is replicated too.
-_SHARDED_AXIS = {
-    ("qkv", "kernel"): 2,
-    ("qkv", "bias"): 1,
-    ("gate_up", "kernel"): 2,
-    ("gate_up", "bias"): 1,
-    ("up", "kernel"): 2,
-    ("up", "bias"): 1,
-    ("out", "kernel"): 1,
-    ("down", "kernel"): 1,
-    ("embed", "tokens"): 0,
-    ("head", "tokens"): 0,
-}
-
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
-    """The manifest of a converted checkpoint.
-
-    Raises:
-      CheckpointError: The folder is missing, was not converted, was converted only in part, or by
-        a version of this library that wrote another format.
-    """
-    folder = Path(path)
+    """The manifest of a converted checkpoint; CheckpointError where there is none to be used."""
+    folder, file = Path(path), Path(path) / MANIFEST
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder.")
-    if not (folder / MANIFEST).is_file():
+    if not file.is_file():
         raise CheckpointError(
             f"{folder} is not a converted checkpoint ({MANIFEST} is missing). "
             f"Make one with: python -m convert.hf_to_flax --source {folder} --out NEW_FOLDER"
         )
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        version = manifest["format_version"]
-        missing = {"model", "num_params", "params", "source"} - set(manifest)
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        if (version := manifest["format_version"]) != FORMAT_VERSION:
+            raise ValueError(f"its format is {version}, this library reads {FORMAT_VERSION}")
+        ModelConfig.from_dict(manifest["model"])
+        if missing := {"num_params", "params", "source"} - set(manifest):
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / MANIFEST} is damaged: {error}. Convert again.") from error
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{folder} has format {version}, this library reads {FORMAT_VERSION}. Convert again."
-        )
-    if missing or not isinstance(manifest["model"], dict):
-        lacking = ", ".join(sorted(missing)) or "a model configuration"
-        raise CheckpointError(f"{folder / MANIFEST} is damaged: it lacks {lacking}. Convert again.")
+        raise CheckpointError(f"{file} is damaged: {error}. Convert again.") from error
     return manifest
 
 
@@ -97,84 +59,6 @@ def fingerprint(folder: Path) -> dict[str, int]:
     return {"files": len(files), "bytes": total, "crc32": checksum}
 
 
-def load(
-    path: str | Path,
-    *,
-    dtype: str | None = "auto",
-    devices: Sequence[jax.Device] | None = None,
-    verify: bool = True,
-) -> tuple[Params, ModelConfig]:
-    """Read a converted checkpoint.
-
-    Args:
-      path: Folder written by `python -m convert.hf_to_flax`.
-      dtype: "float32" or "bfloat16" to convert while reading; "auto" is the faster of the two on
-        the device (`fastest_dtype`); None keeps the stored dtype.
-      devices: Shard the parameters over these, tensor-parallel; None puts them on the default
-        device.
-      verify: Compare the files with their checksum and refuse NaN and infinite weights (one pass
-        over each).
-
-    Returns:
-      The stacked parameter tree, and the configuration with the dtype it has now. The tree holds
-      "kv_maps" where there is a kv_maps.safetensors in the folder, or maps for this checkpoint come
-      with the library (`qs_jax.mechanisms.shipped_maps`).
-
-    Raises:
-      CheckpointError: The folder is missing, incomplete, damaged or of another format.
-      ConfigError: `dtype` is none of these, or `devices` is empty.
-      NonFiniteError: A weight is NaN or infinite.
-    """
-    manifest = read_manifest(path)
-    try:
-        model = ModelConfig.from_dict(manifest["model"])
-    except ConfigError as error:
-        raise CheckpointError(f"{Path(path) / MANIFEST} is damaged: {error}") from error
-    if devices is not None and len(devices) == 0:
-        raise ConfigError("devices is empty; None takes the default device.")
-    model = model.replace(dtype=choose_dtype(dtype, model, devices[0] if devices else None))
-    folder = Path(path).resolve() / PARAMS
-    # TensorStore reads a missing chunk as zeros, and Orbax leaves reads pending when one fails.
-    if verify and fingerprint(folder) != manifest["params"]:
-        raise CheckpointError(f"{folder}: files were lost or changed. Convert again.")
-    target = _placed(abstract_params(model), devices)
-    params = _restore(folder, target)
-    if verify:
-        _check_finite(params, path)
-    maps = _kv_maps(Path(path), manifest["source"], model)
-    return params if maps is None else {**params, "kv_maps": maps}, model
-
-
-def _kv_maps(path: Path, source: str, model: ModelConfig) -> KVMaps | None:
-    """Maps of the "extrapolate" policy beside the checkpoint, or those shipped for it."""
-    from qs_jax.mechanisms.shipped_maps import shipped_maps
-
-    if (path / FILE_NAME).is_file():
-        return KVMaps.load(path)
-    return shipped_maps(model) if source.startswith("embedded ") else None
-
-
-def choose_dtype(dtype: str | None, model: ModelConfig, device: Any = None) -> str:
-    """What a `dtype` argument means for a stored model on a device (None: the default device)."""
-    if dtype == "auto":
-        return fastest_dtype(device if device is not None else jnp.zeros(()).device)
-    return dtype or model.dtype
-
-
-def fastest_dtype(device: Any) -> str:
-    """The faster of float32 and bfloat16 for inference on a device.
-
-    float32 on a CPU that does not multiply bfloat16, and on GPUs that do not (before compute
-    capability 8); bfloat16 on everything else. `python -m benchmarks.latency` times the dense model
-    in both.
-    """
-    if device.platform == "cpu":
-        return "bfloat16" if processor_multiplies() else "float32"
-    capability = str(getattr(device, "compute_capability", ""))
-    old = capability.partition(".")[0].isdigit() and int(capability.partition(".")[0]) < 8
-    return "float32" if device.platform in ("gpu", "cuda") and old else "bfloat16"
-
-
 def transformers() -> ModuleType:
     """The package, imported when first needed (it takes seconds), without its advice on torch."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -183,16 +67,16 @@ def transformers() -> ModuleType:
     return transformers
 
 
-def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, without network.
+def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a folder, without network; raises whatever `transformers` raises."""
+    library = transformers()
+    tokenizer = library.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    if not isinstance(tokenizer, library.PreTrainedTokenizerFast):
+        raise TypeError(f"{type(tokenizer).__name__} is not based on the tokenizers library")
+    return tokenizer
 
-    Raises:
-      Exception: Whatever `transformers` raises for files it cannot read.
-    """
-    return transformers().AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
 
-
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer stored in a converted checkpoint; no network is used.
 
     Raises:
@@ -206,52 +90,3 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             f"{path} holds no tokenizer that can be read ({type(error).__name__}: {error}). "
             "Convert again without --no-tokenizer."
         ) from error
-
-
-def _placed(tree: Params, devices: Sequence[jax.Device] | None) -> Params:
-    """Give every abstract leaf the sharding it shall be read with."""
-    if devices is None:
-        default = SingleDeviceSharding(jnp.zeros(()).device)
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=default), tree
-        )
-    mesh = Mesh(np.asarray(devices), ("model",))
-
-    def place(key_path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        names = tuple(entry.key for entry in key_path)
-        axis = _SHARDED_AXIS.get(names[-2:])
-        spec: list[str | None] = [None] * len(leaf.shape)
-        if axis is not None and leaf.shape[axis] % len(devices) == 0:
-            spec[axis] = "model"
-        sharding = NamedSharding(mesh, PartitionSpec(*spec))
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    return jax.tree_util.tree_map_with_path(place, tree)
-
-
-def _restore(folder: Path, target: Params) -> Params:
-    import orbax.checkpoint as ocp  # slow to import
-
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    restore_args = ocp.checkpoint_utils.construct_restore_args(target)
-    args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args)
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            return checkpointer.restore(folder, args=args)
-    except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{folder} is damaged or incomplete: {reason} Convert again."
-        ) from error
-
-
-@jax.jit
-def _all_finite(leaf: jax.Array) -> jax.Array:
-    return jnp.isfinite(leaf).all()
-
-
-def _check_finite(params: Params, path: str | Path) -> None:
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    bad = [jax.tree_util.keystr(key) for key, leaf in leaves if not _all_finite(leaf)]
-    if bad:
-        raise NonFiniteError(f"{path}: NaN or infinite weights in {', '.join(bad)}.")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import sys
-from typing import Annotated
 
 import tyro
 
@@ -17,17 +16,9 @@ from qs_jax.commands.info import Info
 from qs_jax.commands.report import Report
 from qs_jax.commands.tasks import Tasks
 from qs_jax.compilation_cache import enable_compilation_cache
-from qs_jax.errors import QuickSilverError
+from qs_jax.errors import exit_code
 
-Command = (
-    Annotated[Generate, tyro.conf.subcommand("generate")]
-    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-    | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
-    | Annotated[Tasks, tyro.conf.subcommand("tasks")]
-    | Annotated[Report, tyro.conf.subcommand("report")]
-    | Annotated[Diagnose, tyro.conf.subcommand("diagnose")]
-    | Annotated[Info, tyro.conf.subcommand("info")]
-)
+Command = Generate | Evaluate | Calibrate | Tasks | Report | Diagnose | Info
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,18 +28,4 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")
     command = tyro.cli(Command, prog="qs-jax", args=argv)  # type: ignore[call-overload]
     enable_compilation_cache(getattr(command, "compilation_cache", None))
-    try:
-        command.run()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except (QuickSilverError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except UnicodeDecodeError as error:
-        print(f"error: standard input is not UTF-8 ({error})", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(command.run)

@@ -13,10 +13,8 @@ def enable_compilation_cache(folder: str | None = None) -> None:
     """Keep every compiled program in a folder; to be called before the first one is compiled.
 
     This changes JAX's own settings, so commands and scripts call it and the library never does.
-
-    Args:
-      folder: Where to keep them, or "off". None takes $QS_JAX_CACHE, else what
-        JAX_COMPILATION_CACHE_DIR has set, else qs-jax/xla in the user's cache folder.
+    None takes $QS_JAX_CACHE, else JAX_COMPILATION_CACHE_DIR, else qs-jax/xla in the user's cache
+    folder; "off" switches the cache off.
     """
     folder = folder or os.environ.get("QS_JAX_CACHE")
     if folder == "off":

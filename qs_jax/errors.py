@@ -1,5 +1,11 @@
 """The exceptions users can catch; each message says what was wrong and what to do."""
 
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
 
 class QuickSilverError(Exception):
     """Base class of every error this library raises on purpose."""
@@ -21,5 +27,18 @@ class NonFiniteError(QuickSilverError, FloatingPointError):
     """Weights or logits hold NaN or infinity."""
 
 
-class InternalError(QuickSilverError):
-    """Something the library promises did not hold: a defect of ours, please report it."""
+def exit_code(run: Callable[[], object]) -> int:
+    """Run a command; an error that users can cause becomes one line. Returns the exit code."""
+    try:
+        run()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (QuickSilverError, OSError, UnicodeDecodeError) as error:
+        stdin = "standard input is not UTF-8: " if isinstance(error, UnicodeDecodeError) else ""
+        print(f"error: {stdin}{error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    return 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -34,9 +35,8 @@ _FORMAT = "qs-jax preset"
 _MADE_FOR = ("model_type", "num_layers", "hidden_size", "vocab_size")
 
 
-def off(model: ModelConfig) -> QuickSilverConfig:
+def off(_: ModelConfig) -> QuickSilverConfig:
     """Every mechanism off: the dense model."""
-    del model
     return QuickSilverConfig()
 
 
@@ -56,20 +56,18 @@ def paper(model: ModelConfig, *, tau_drift: float = 1.0, **amq: Any) -> QuickSil
       tau_drift: Raw drift; the paper also has 0.045, 1e-3, 0.9 and 1.1.
       amq: Fields of `AMQConfig` that differ.
     """
-    last = _layer(model, 0.8)
-    bits: dict[str, Any] = {"entropy": "latent", "execution": "int8", "group": _group(model)}
-    return QuickSilverConfig(
-        halting=HaltingConfig(
-            tau_drift=tau_drift,
-            tau_halt=1.15 * 0.6931471805599453,
-            window=(_layer(model, 0.2), last),
-            min_layer=min(_layer(model, 5 / 30), last),
-        ),
-        kv_skip=KVSkipConfig(policy="skip"),
-        fusion=FusionConfig(tau_fuse=0.15, first_layer=_layer(model, 0.4)),
-        amq=AMQConfig(layer=_layer(model, 0.5), **bits | amq),
-        provenance={"source": "QuickSilver paper, sections B.2, C, D.3, E, G.2 to G.4"},
+    first, last = _layer(model, 0.2), _layer(model, 0.8)
+    halting = HaltingConfig(
+        tau_drift=tau_drift,
+        tau_halt=1.15 * math.log(2),
+        window=(first, last),
+        min_layer=min(_layer(model, 5 / 30), last),
     )
+    fusion = FusionConfig(tau_fuse=0.15, first_layer=_layer(model, 0.4))
+    amq = {"entropy": "latent", "execution": "int8", "group": _group(model)} | amq
+    bits = AMQConfig(layer=_layer(model, 0.5), **amq)
+    about = {"source": "QuickSilver paper, sections B.2, C, D.3, E, G.2 to G.4"}
+    return QuickSilverConfig(halting, KVSkipConfig(), fusion, bits, provenance=about)
 
 
 def balanced(model: ModelConfig) -> QuickSilverConfig:
@@ -82,8 +80,7 @@ def balanced(model: ModelConfig) -> QuickSilverConfig:
     """
     if is_shipped(model):
         return load(SHIPPED_PRESET, model)
-    halting = _quota(model, {0.8: 0.5})
-    return QuickSilverConfig(halting, KVSkipConfig("skip"), provenance=_SHIPPED)
+    return QuickSilverConfig(_quota(model, {0.8: 0.5}), KVSkipConfig(), provenance=_SHIPPED)
 
 
 def aggressive(model: ModelConfig) -> QuickSilverConfig:
@@ -93,20 +90,21 @@ def aggressive(model: ModelConfig) -> QuickSilverConfig:
     tokens are skipped, near-identical neighbours fuse, and products are in int8 from the middle on.
     The measured cost is in docs/mechanisms.md.
     """
-    middle = max(model.num_layers // 2, 1)
-    return QuickSilverConfig(
-        halting=_quota(model, {2 / 3: 0.5, 0.9: 0.9}),
-        kv_skip=KVSkipConfig(policy="skip"),
-        fusion=FusionConfig(tau_fuse=0.35, distance="relative", first_layer=middle),
-        amq=AMQConfig.uniform(8, layer=middle, group=_group(model), execution="int8"),
-        provenance=_SHIPPED,
-    )
+    middle, halting = max(model.num_layers // 2, 1), _quota(model, {2 / 3: 0.5, 0.9: 0.9})
+    fusion = FusionConfig(tau_fuse=0.35, distance="relative", first_layer=middle)
+    bits = AMQConfig.uniform(8, layer=middle, group=_group(model), execution="int8")
+    return QuickSilverConfig(halting, KVSkipConfig(), fusion, bits, provenance=_SHIPPED)
 
 
 def is_shipped(model: ModelConfig) -> bool:
     """Whether the preset that comes with the library was made for a model of these sizes."""
     provenance = json.loads(SHIPPED_PRESET.read_text(encoding="utf-8"))["provenance"]
     return all(getattr(model, name) == provenance[name] for name in _MADE_FOR)
+
+
+def maps_path(preset: Path) -> Path:
+    """Where the extrapolation maps of a preset file are."""
+    return preset.with_name(f"{preset.stem}.kv_maps.safetensors")
 
 
 def _layer(model: ModelConfig, fraction: float) -> int:
@@ -151,11 +149,7 @@ NAMES: dict[str, Callable[[ModelConfig], QuickSilverConfig]] = {
 
 
 def by_name(name: str | os.PathLike[str], model: ModelConfig) -> QuickSilverConfig:
-    """The preset called `name`, or read from the JSON file of that name.
-
-    Raises:
-      ConfigError: There is neither, or it does not fit the model.
-    """
+    """The preset called `name`, or read from the JSON file of that name."""
     name = os.fspath(name)
     if name in NAMES:
         return NAMES[name](model)
@@ -171,8 +165,8 @@ def save(
 
     Args:
       path: File to write.
-      quicksilver: Settings; `provenance` goes along.
-      model: Notes the architecture it was made for, so that `load` can refuse another.
+      quicksilver: Settings.
+      model: The architecture it was made for; `load` then refuses another.
     """
     path, fields = Path(path), quicksilver.to_dict()
     provenance = fields.pop("provenance")
@@ -193,19 +187,16 @@ def load(path: str | Path, model: ModelConfig) -> QuickSilverConfig:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the preset {path}: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise ConfigError(f"{path} is not a preset: it has no format {_FORMAT!r}.")
-    if content.get("version") != 1:
-        raise ConfigError(f"{path} is a preset of version {content.get('version')}, known: 1.")
+    content = content if isinstance(content, dict) else {}
+    if (content.get("format"), content.get("version")) != (_FORMAT, 1):
+        raise ConfigError(f"{path} is not a preset: it has no format {_FORMAT!r}, version 1.")
     fields, provenance = content.get("quicksilver"), content.get("provenance", {})
     if not isinstance(fields, dict) or not isinstance(provenance, dict):
         raise ConfigError(f"{path} is not a preset: it has no quicksilver and provenance objects.")
     for name in _MADE_FOR:
-        if provenance.get(name) not in (None, getattr(model, name)):
-            raise ConfigError(
-                f"{path} was made for a model with {name} {provenance[name]}, this one has "
-                f"{getattr(model, name)}."
-            )
+        made_for, here = provenance.get(name), getattr(model, name)
+        if made_for not in (None, here):
+            raise ConfigError(f"{path} is for models with {name} {made_for}, not {here}.")
     try:
         quicksilver = QuickSilverConfig.from_dict(fields | {"provenance": provenance})
         quicksilver.check(model, "continuation" if quicksilver.prompts_only else "teacher-forced")

@@ -16,24 +16,22 @@ from qs_jax.state import FULL_BITS, NEVER, Decisions, Evidence, LayerRecord
 class Record:
     """Evidence of one call: L layers, B rows, T positions. Padding counts as inactive.
 
-    Row l - 1 of a layer axis is layer l. Savings read from it are simulated where the masked
-    engine ran (`simulated`): it computes every token and selects.
+    Row l - 1 of a layer axis is layer l.
 
     Attributes:
-      active: bool `[L, B, T]`, the token ran this layer.
-      kv_written: bool `[L, B, T]`, its keys and values were written at this layer.
-      kv_held: bool `[L, B, T]`, and are still needed after the last token.
-      visible_keys: int `[L, B, T]`, keys its query could see, itself included; 0 where inactive.
-      bits: int `[L, B, T]`, bits of its activations in this layer; 16 is not quantised.
-      fused: int `[L, B, T]`, fused-index map in force in this layer: position of the
-        representative, its own where it has none.
-      drift: float `[L, B, T]`, layer drift; nan where not computed.
-      entropy: float `[L, B, T]`, what the halting decision read, in nats; nan where it read none.
-      weighed: bool `[L, B, T]`, took part in a fusion at the end of this layer.
-      depth: int `[B, T]`, layers the token ran before it halted; L if it did not.
-      representative: int `[B, T]`, the fused-index map after the last layer.
-      lengths: int `[B]`, tokens of each row.
-      prompt_lengths: int `[B]`, tokens of its prompt; 0 where rows were scored teacher-forced.
+      active: The token ran this layer.
+      kv_written: Its keys and values were written at this layer.
+      kv_held: And are still needed after the last token.
+      visible_keys: Keys its query could see, itself included; 0 where inactive.
+      bits: Of its activations in this layer; 16 is not quantised.
+      fused: Position of its representative in this layer, its own where it has none.
+      drift: Layer drift; nan where not computed.
+      entropy: What the halting decision read, in nats; nan where it read none.
+      weighed: It took part in a fusion at the end of this layer.
+      depth: Layers the token ran before it halted; L if it did not.
+      representative: As `fused`, after the last layer.
+      lengths: Tokens of each row.
+      prompt_lengths: Tokens of its prompt; 0 where rows were scored teacher-forced.
       protocol: "teacher-forced" or "continuation".
       simulated: The masked engine ran it: every token was computed, the decisions only selected.
     """
@@ -65,11 +63,6 @@ class Record:
     def real(self) -> Bool[np.ndarray, "B T"]:
         """True where a row has a token."""
         return np.arange(self.depth.shape[1])[None] < self.lengths[:, None]
-
-    @property
-    def active_counts(self) -> Int[np.ndarray, "L B"]:
-        """Tokens of each row that ran each layer."""
-        return self.active.sum(-1)
 
     @property
     def layer_tokens_saved(self) -> float:
@@ -117,13 +110,9 @@ class Record:
 
 
 def resolve(absorber: Int[np.ndarray, "*batch T"]) -> Int[np.ndarray, "*batch T"]:
-    """Fused-index map of absorbing positions: follows absorber to absorber.
+    """Each token's representative, itself if it has none: follows absorber to absorber.
 
-    Args:
-      absorber: Position of the token that absorbed each one; anything at or past T for none.
-
-    Returns:
-      Each token's representative, itself if it has none. Idempotent; never before the token.
+    An absorber at or past T is none. The result is idempotent, and never before the token.
     """
     width = absorber.shape[-1]
     positions = np.broadcast_to(np.arange(width), absorber.shape)
@@ -140,13 +129,9 @@ def decided(
 ) -> Evidence:
     """Evidence of what a fast engine decided: the definition's arithmetic, after the fact.
 
-    Args:
-      decisions: Host arrays over `[B, S]`, S at least the longest row.
-      qs: Mechanisms; fused tokens are not computed.
-      num_layers: L.
-      lengths: int `[B]`, tokens of each row.
+    Decisions are host arrays over `[B, S]`, S at least the longest row.
     """
-    depth, absorbed_after = decisions.depth_BT, decisions.fused_after_BT
+    depth, absorbed_after = np.asarray(decisions.depth_BT), np.asarray(decisions.fused_after_BT)
     signals = [decisions.drift_LBT, decisions.entropy_LBT]
     layer = np.arange(1, num_layers + 1)[:, None, None]
     real = np.arange(depth.shape[1])[None] < lengths[:, None]
@@ -163,14 +148,15 @@ def decided(
     absorber, after = decisions.fused_BT[rows, columns], absorbed_after[rows, columns]
     absorbing[after - 1, rows, absorber] = True
     drift, entropy = (np.full(active.shape, np.nan) if s is None else s for s in signals)
-    layers = LayerRecord(
-        active_BT=active,
-        written_BT=written,
-        visible_BT=before + 1,
-        bits_BT=np.where(layer > since, decisions.bits_BT, FULL_BITS),
-        fused_BT=np.where(layer > absorbed_after, decisions.fused_BT, NEVER),
-        drift_BT=drift,
-        entropy_BT=entropy,
-        weighed_BT=now | absorbing,
-    )
-    return Evidence(layers, depth, decisions.fused_BT, absorbed_after)
+    fields: dict[str, Any] = {
+        "active_BT": active,
+        "written_BT": written,
+        "visible_BT": before + 1,
+        "bits_BT": np.where(layer > since, decisions.bits_BT, FULL_BITS),
+        "fused_BT": np.where(layer > absorbed_after, decisions.fused_BT, NEVER),
+        "drift_BT": drift,
+        "entropy_BT": entropy,
+        "weighed_BT": now | absorbing,
+    }
+    ends: Any = (depth, decisions.fused_BT, absorbed_after)
+    return Evidence(LayerRecord(**fields), *ends)

@@ -33,17 +33,11 @@ jax.monitoring.register_event_listener(_count_hit)
 
 
 class Stopwatch:
-    """Measures a block: `with Stopwatch() as watch: ...`, then `watch.run` and `watch.compile`.
+    """Measures blocks that wait for their results: `with Stopwatch() as watch: ...`.
 
-    The block must wait for its results, as any that copies them to the host does.
-
-    Attributes:
-      compile: Seconds JAX spent tracing, lowering and compiling in the block, or reading programs
-        from the compilation cache (its own events; a function traced inside another counts twice,
-        a matter of milliseconds).
-      run: The remaining seconds.
-      compiled: Programs compiled.
-      cached: Programs read from the compilation cache.
+    `compile` is the seconds JAX spent tracing, lowering and compiling, or reading programs from the
+    compilation cache (its own events; a function traced inside another counts twice, a matter of
+    milliseconds), and `run` the others; `compiled` and `cached` count programs.
     """
 
     def __init__(self) -> None:

@@ -10,11 +10,59 @@ import qs_jax
 from qs_jax import cli
 
 pytestmark = pytest.mark.xdist_group("cli")
+COMMANDS = {
+    "generate": {"--prompt": "x"},
+    "evaluate": {"--data": "text.txt", "--seq-len": "48"},
+    "calibrate": {"--data": "text.txt", "--max-ppl-increase": "1"},
+    "tasks": {"--tasks": "sst2", "--data": "sst2.jsonl"},
+    "diagnose": {"--text": "I do not like it.", "--preset": "paper"},
+    "report": {"--text": "I do not like it."},
+}
+WRITE = set(COMMANDS) - {"generate"}
+READ_PRESETS = set(COMMANDS) - {"calibrate"}
+GENERATE = {"generate"}
+# Flags, what the error says, and the commands that have the flag.
+MISTAKES = [
+    ({"--ckpt": "nowhere"}, "is not a folder", set(COMMANDS)),
+    ({"--preset": "fast"}, "unknown preset 'fast'", READ_PRESETS),
+    ({"--kv-maps": "maps.safetensors"}, "maps.safetensors: KV maps are for", READ_PRESETS),
+    ({"--out": "there.json"}, "--overwrite", WRITE),
+    ({"--out": "."}, "is a folder", WRITE),
+    ({"--out": "nowhere/out.json"}, "there is no folder nowhere", WRITE),
+    ({"--devices": "99"}, "devices must be", {"evaluate", "tasks"}),
+    ({"--batch-size": "0"}, "--batch-size must be at least 1", {"evaluate", "tasks"}),
+    ({"--prompt": ""}, "the prompt is empty", GENERATE),
+    ({"--chat": ""}, "no chat template", GENERATE),
+    ({"--system": "y"}, "--system needs --chat", GENERATE),
+    ({"--temperature": "-1"}, "temperature", GENERATE),
+    ({"--max-new-tokens": "128"}, "exceed this model's 128 positions", GENERATE),
+]
 
 
 @pytest.fixture
 def ckpt(tiny_checkpoint):
     return str(tiny_checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [(name, flags, message) for flags, message, names in MISTAKES for name in sorted(names)],
+)
+def test_mistakes_are_one_clear_line(ckpt, tmp_path, monkeypatch, capsys, name, flags, message):
+    """And change nothing."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("the quick brown fox " * 1000)
+    (tmp_path / "there.json").write_text("mine")
+    given = {"--ckpt": ckpt} | ({"--out": "out.json"} if name in WRITE else {})
+    given |= COMMANDS[name] | flags
+    words = [word for pair in given.items() for word in pair if word or pair[0] == "--prompt"]
+    assert cli.main([name, *words]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["text.txt", "there.json"]
+    assert (tmp_path / "there.json").read_text() == "mine"
 
 
 def continuation(ckpt, prompt, count, **settings):
@@ -35,7 +83,7 @@ def test_generate_prints_prompt_text_and_timings(ckpt, capsys):
 
 
 def test_generate_takes_a_preset_by_name_or_file(ckpt, capsys, tmp_path):
-    command = ["generate", "--ckpt", str(ckpt), "--prompt", "ab" * 20, "--max-new-tokens", "4"]
+    command = ["generate", "--ckpt", ckpt, "--prompt", "ab" * 20, "--max-new-tokens", "4"]
     assert cli.main([*command, "--preset", "balanced"]) == 0
     by_name = capsys.readouterr().out
     _, model = qs_jax.load(ckpt)
@@ -48,38 +96,21 @@ def test_generate_takes_a_preset_by_name_or_file(ckpt, capsys, tmp_path):
 
 def test_quiet_prints_the_continuation_only(ckpt, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("abc"))
-    settings = {"temperature": 0.8, "top_k": 9, "seed": 3}
-    flags = ["--temperature", "0.8", "--top-k", "9", "--seed", "3", "--quiet"]
-    flags += ["--max-new-tokens", "12"]
-    assert cli.main(["generate", "--ckpt", ckpt, "--prompt", "-", *flags]) == 0
+    flags = "--temperature 0.8 --top-k 9 --seed 3 --quiet --max-new-tokens 12 --prompt -".split()
+    assert cli.main(["generate", "--ckpt", ckpt, *flags]) == 0
     captured = capsys.readouterr()
-    assert captured.out == continuation(ckpt, "abc", 12, **settings) + "\n"
-    assert captured.err == ""
+    expected = continuation(ckpt, "abc", 12, temperature=0.8, top_k=9, seed=3)
+    assert (captured.out, captured.err) == (expected + "\n", "")
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--prompt", ""], "the prompt is empty"),
-        (["--prompt", "x", "--chat"], "no chat template"),
-        (["--prompt", "x", "--system", "y"], "--system needs --chat"),
-        (["--prompt", "x", "--temperature", "-1"], "temperature"),
-        (["--prompt", "x", "--max-new-tokens", "128"], "exceed this model's 128 positions"),
-    ],
-)
-def test_mistakes_are_one_clear_line(ckpt, capsys, flags, message):
-    assert cli.main(["generate", "--ckpt", ckpt, *flags]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert message in error
-    assert error.count("\n") == 1
-
-
-def test_info(ckpt, capsys):
+def test_info_and_a_choice_that_is_none(ckpt, capsys):
     assert cli.main(["info", "--ckpt", ckpt]) == 0
     text = capsys.readouterr().out
     assert "llama" in text
     assert "max_positions" in text
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", "--engine", "steam"])
+    assert "steam" in capsys.readouterr().err
 
 
 @pytest.mark.slow

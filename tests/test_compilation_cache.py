@@ -1,4 +1,4 @@
-"""Compiled programs are kept: where, unless told otherwise, and to what effect."""
+"""Where compiled programs are stored, and that a second start compiles nothing."""
 
 import os
 import re

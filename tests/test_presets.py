@@ -15,7 +15,8 @@ from qs_jax.config import (
     KVSkipConfig,
     QuickSilverConfig,
 )
-from qs_jax.mechanisms.shipped_maps import shipped_maps
+from qs_jax.load import shipped_maps
+from qs_jax.mechanisms.kv_maps import KVMaps
 from qs_jax.testing import tiny_model
 from tests.oracle.strategies import any_case
 
@@ -45,7 +46,7 @@ def test_the_shipped_preset_is_for_its_model_and_comes_with_its_maps():
         mlp_size=1536,
         max_positions=8192,
     )
-    qs, maps = presets.balanced(smollm2), shipped_maps(smollm2)
+    qs, maps = presets.balanced(smollm2), KVMaps.load(shipped_maps(smollm2))
     assert qs.kv_skip.policy == "extrapolate"
     assert maps.layers == qs.halting.layers
     maps.check(smollm2)
@@ -88,7 +89,7 @@ def test_files_that_are_no_presets(tmp_path):
     for text, message in (
         ("{", "cannot read"),
         ("[]", "not a preset"),
-        ('{"format": "qs-jax preset", "version": 2}', "version 2"),
+        ('{"format": "qs-jax preset", "version": 2}', "version 1"),
         ('{"format": "qs-jax preset", "version": 1}', "no quicksilver"),
         ('{"format": "qs-jax preset", "version": 1, "quicksilver": []}', "no quicksilver"),
         (
@@ -137,11 +138,11 @@ REFUSED = {
     "positive before fusion.first_layer": lambda: FusionConfig(tau_fuse=(0.1,) * 6, first_layer=3),
     "must be infinite": lambda: AMQConfig(2, entropy=None),
     "no largest value": lambda: AMQConfig(2, entropy="variance", normalization="log_vocab"),
-    "nothing would be quantised": lambda: AMQConfig(2, targets=()),
+    "amq.targets must be one or more names": lambda: AMQConfig(2, targets=()),
     "power of two": lambda: AMQConfig(2, group=12, rotate=True),
     "symmetric and rotated": lambda: AMQConfig(2, execution="int8", symmetric=False),
     "rotate=False": lambda: AMQConfig(2, execution="int8", rotate=False),
-    "is for products and the KV cache": lambda: AMQConfig(2, targets=("hidden",), execution="int8"),
+    "is for amq.targets": lambda: AMQConfig(2, targets=("hidden",), execution="int8"),
     "switch halting on": lambda: QuickSilverConfig(kv_skip=KVSkipConfig()),
     "freeze=False does nothing": lambda: halting(freeze=False),
     "name the few": lambda: QuickSilverConfig(

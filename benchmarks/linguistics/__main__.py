@@ -33,7 +33,7 @@ from qs_jax import presets
 from qs_jax.checkpoint import read_manifest
 from qs_jax.config import Config, ModelConfig, QuickSilverConfig
 from qs_jax.errors import InputError
-from qs_jax.mechanisms.shipped_maps import find_maps
+from qs_jax.load import find_maps
 from qs_jax.models import Params
 
 _SINKS = 4  # the first positions of a window, which no preset lets fuse

@@ -1,4 +1,4 @@
-"""What a call cost and what it saved, counted from its record.
+"""Costs and savings of a call, counted from its record.
 
 A tally is a nested dict of numbers and per-layer lists, ready for JSON; tallies of batches add up.
 Everything is split into "prefill" (the prompt, or all of a row scored teacher-forced) and "decode"
@@ -7,12 +7,13 @@ Everything is split into "prefill" (the prompt, or all of a row scored teacher-f
 
 from __future__ import annotations
 
-import dataclasses
+import operator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from qs_jax.accounting import flops
 from qs_jax.config import AMQConfig, ModelConfig, QuickSilverConfig
@@ -41,7 +42,7 @@ def tally(
 
     Args:
       record: Its evidence.
-      model: Sizes.
+      model: From `qs_jax.load`.
       quicksilver: Mechanisms that ran; None for none.
       map_sizes: Of the extrapolation maps (`KVMaps.sizes`) where the policy is "extrapolate".
 
@@ -50,37 +51,33 @@ def tally(
       the signals in it, and "per_layer" lists of L.
     """
     qs = quicksilver or QuickSilverConfig()
-    if qs.amq is not None and (record.bits == 16).all():
-        qs = dataclasses.replace(qs, amq=None)  # execution "auto" left it out
-    policy = qs.kv_skip.policy if qs.kv_skip is not None else "propagate"
-    if policy == "extrapolate" and map_sizes is None:
-        raise ConfigError("give map_sizes, those of the KV maps: they decide what a key costs.")
-    added = flops.added_flops(record, model, qs, map_sizes if policy == "extrapolate" else None)
+    extrapolates = qs.kv_skip is not None and qs.kv_skip.policy == "extrapolate"
+    if extrapolates and map_sizes is None:
+        raise ConfigError("give map_sizes, those of the KV maps: they decide the cost of a key.")
+    added = flops.added_flops(record, model, qs, map_sizes if extrapolates else None)
+    kv_bytes = entry_bytes(model, qs.amq)[record.bits]
+    halted = (np.arange(1, len(record.active) + 1)[:, None, None] > record.depth) & record.real
     counts = {
         "layer_tokens": record.active,
-        "exact_flops": flops.model_flops(record.active, record.visible_keys, model) + added,
+        "exact_flops": flops.model_flops(record, model) + added,
         "added_flops": added,
         "paper_flops": flops.paper_flops(record, model, "8bit"),
         "paper_flops_16bit": flops.paper_flops(record, model, "16bit"),
-        "kv_bytes_written": kv_bytes(record.kv_written, record, model, qs.amq),
-        "kv_bytes_held": kv_bytes(record.kv_held, record, model, qs.amq),
+        "kv_bytes_written": record.kv_written * kv_bytes,
+        "kv_bytes_held": record.kv_held * kv_bytes,
         "visible_keys": record.visible_keys,
         "kv_written": record.kv_written,
-        "halted": (np.arange(1, len(record.active) + 1)[:, None, None] > record.depth)
-        & record.real,
+        "halted": halted,
         "fused": (record.fused != np.arange(record.fused.shape[-1])) & record.real,
         "entropy_read": ~np.isnan(record.entropy),
-        "paper_kv_values_saved": paper_saved_values(record, model),
+        # The paper's Delta M (appendix J): 2 * KV heads * head width.
+        "paper_kv_values_saved": halted * (2 * model.kv_size),
         **{f"bits_{b}": (record.bits == b) & record.real for b in (2, 4, 8, 16)},
     }
-    return _split(
-        counts, record.lengths, record.prompt_lengths, model, "final_prev" in qs.entropies
-    )
+    return _split(counts, record, model, every_output_read="final_prev" in qs.entropies)
 
 
-def dense_tally(
-    lengths: np.ndarray, prompt_lengths: np.ndarray, model: ModelConfig
-) -> dict[str, Any]:
+def dense_tally(lengths: np.ndarray, prompt_lengths: np.ndarray, model: ModelConfig) -> Any:
     """Count rows of the dense model, which keeps no record."""
     return tally(dense_record(lengths, prompt_lengths, model), model, None)
 
@@ -90,6 +87,7 @@ def dense_record(lengths: np.ndarray, prompt_lengths: np.ndarray, model: ModelCo
     rows, width, layers = len(lengths), int(max(lengths)), model.num_layers
     pos = np.broadcast_to(np.arange(width), (layers, rows, width))
     real = pos < np.asarray(lengths)[None, :, None]
+    nan = np.full(real.shape, np.nan)
     return Record(
         active=real,
         kv_written=real,
@@ -97,8 +95,8 @@ def dense_record(lengths: np.ndarray, prompt_lengths: np.ndarray, model: ModelCo
         visible_keys=np.where(real, pos + 1, 0),
         bits=np.full(real.shape, 16),
         fused=pos,
-        drift=np.full(real.shape, np.nan),
-        entropy=np.full(real.shape, np.nan),
+        drift=nan,
+        entropy=nan,
         weighed=np.zeros(real.shape, bool),
         depth=np.where(real[0], layers, 0),
         representative=pos[0],
@@ -108,36 +106,31 @@ def dense_record(lengths: np.ndarray, prompt_lengths: np.ndarray, model: ModelCo
 
 
 def _split(
-    counts: dict[str, np.ndarray],
-    lengths: np.ndarray,
-    prompt_lengths: np.ndarray,
-    model: ModelConfig,
-    token_by_token: bool,
+    counts: dict[str, np.ndarray], record: Record, model: ModelConfig, *, every_output_read: bool
 ) -> dict[str, Any]:
-    width = counts["layer_tokens"].shape[-1]
-    pos = np.arange(width)[None]
-    real = pos < lengths[:, None]
-    ends = np.where(prompt_lengths > 0, prompt_lengths, lengths)[:, None]
-    parts = {"prefill": real & (pos < ends), "decode": real & (pos >= ends)}
-    head, layers = flops.head_flops(model), model.num_layers
+    """Sum the counts over the prompts, and over the tokens after them."""
+    pos = np.arange(record.depth.shape[1])[None]
+    prompted = record.prompt_lengths > 0
+    ends = np.where(prompted, record.prompt_lengths, record.lengths)[:, None]
+    layers, head = model.num_layers, flops.head_flops(model)
     # Summed as the record's own costs are: a dense record saves exactly nothing.
-    paper_dense = flops.paper_flops(dense_record(lengths, prompt_lengths, model), model, "8bit")
+    dense = dense_record(record.lengths, record.prompt_lengths, model)
+    paper_dense = flops.paper_flops(dense, model, "8bit")
     out: dict[str, Any] = {}
+    parts = {"prefill": record.real & (pos < ends), "decode": record.real & (pos >= ends)}
     for name, mask in parts.items():
         tokens = int(mask.sum())
-        # A prompt is read out once, at its end; everything else at every position.
-        readouts = int((prompt_lengths > 0).sum()) if name == "prefill" else tokens
-        if name == "prefill":
-            readouts += int((mask * (prompt_lengths == 0)[:, None]).sum())
+        readouts = tokens
+        if name == "prefill":  # a prompt is read out once, at its end; a scored row everywhere
+            readouts = int(prompted.sum() + mask[~prompted].sum())
         per_layer = {key: (array * mask).sum((1, 2)).tolist() for key, array in counts.items()}
-        keys = int((mask * (pos + 1)).sum())
-        exact = layers * (tokens * flops.linear_flops(model) + keys * flops.key_flops(model))
         part: dict[str, Any] = {key: sum(values) for key, values in per_layer.items()}
         part["exact_flops"] += readouts * head
-        if token_by_token:  # every output is read, and its entropy taken
+        if every_output_read:  # and its entropy taken
             extra = (tokens - readouts) * head + tokens * 4 * model.vocab_size
             part["exact_flops"] += extra
             part["added_flops"] += extra
+        exact = int((flops.model_flops(dense, model) * mask).sum())
         out[name] = part | {
             "tokens": tokens,
             "readouts": readouts,
@@ -152,16 +145,7 @@ def _split(
 
 def add(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     """The sum of two tallies."""
-    out: dict[str, Any] = {}
-    for key, value in a.items():
-        other = b[key]
-        if isinstance(value, dict):
-            out[key] = add(value, other)
-        elif isinstance(value, list):
-            out[key] = [x + y for x, y in zip(value, other, strict=True)]
-        else:
-            out[key] = value + other
-    return out
+    return jax.tree.map(operator.add, a, b)
 
 
 def summary(counted: dict[str, Any]) -> dict[str, Any]:
@@ -172,9 +156,7 @@ def summary(counted: dict[str, Any]) -> dict[str, Any]:
     """
     prefill, decode = counted["prefill"], counted["decode"]
     both = {key: prefill[key] + decode[key] for key in prefill if key != "per_layer"}
-    out: dict[str, Any] = dict(_shares(both) or {})
-    out["prefill"], out["decode"] = _shares(prefill), _shares(decode)
-    return out
+    return {**(_shares(both) or {}), "prefill": _shares(prefill), "decode": _shares(decode)}
 
 
 def _shares(part: dict[str, Any]) -> dict[str, float] | None:
@@ -187,32 +169,16 @@ def _shares(part: dict[str, Any]) -> dict[str, float] | None:
 def entry_bytes(model: ModelConfig, amq: AMQConfig | None = None) -> Float[np.ndarray, "17"]:
     """Bytes of one token's keys and values at one layer, by its bits; 16 is the model's dtype.
 
-    Simulated codes are packed, with two float16 numbers (low and range) for each group, or one
-    where it is symmetric. An int8 cache spends a byte on a code of any width, and one exact scale
-    on a head.
+    Simulated codes are packed, with one float16 number for each group or two where it is not
+    symmetric; an int8 cache spends a byte on a code of any width, and one exact scale on a head.
     """
     values = 2 * model.kv_size
     table = np.full(17, values * jnp.dtype(model.dtype).itemsize, float)
     if amq is not None and "kv" in amq.targets:
         scale = jnp.dtype(exact_dtype(model.dtype)).itemsize
-        for bits in (2, 4, 8):
-            if amq.execution == "fake":
-                numbers = 2 if amq.symmetric else 4
-                table[bits] = values * bits / 8 + values / amq.group * numbers
-            else:
-                table[bits] = values + 2 * model.num_kv_heads * scale
+        bits = np.array([2, 4, 8])
+        if amq.execution == "fake":
+            table[bits] = values * bits / 8 + values / amq.group * (2 if amq.symmetric else 4)
+        else:
+            table[bits] = values + 2 * model.num_kv_heads * scale
     return table
-
-
-def kv_bytes(
-    entries: np.ndarray, record: Record, model: ModelConfig, amq: AMQConfig | None
-) -> Float[np.ndarray, "L B T"]:
-    """Bytes of the entries chosen by a mask, `record.kv_written` or `record.kv_held`."""
-    return entries * entry_bytes(model, amq)[record.bits]
-
-
-def paper_saved_values(record: Record, model: ModelConfig) -> Int[np.ndarray, "L B T"]:
-    """The paper's Delta M (appendix J): 2 * KV heads * head width for each halted token-layer."""
-    number = np.arange(1, len(record.active) + 1)[:, None, None]
-    halted = (number > record.depth[None]) & record.real[None]
-    return halted * (2 * model.kv_size)

@@ -10,11 +10,12 @@ width 4D, attention logarithmic in length) and charges nothing for signals.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from qs_jax.config import ModelConfig, QuickSilverConfig
+from qs_jax.config import AMQConfig, FusionConfig, ModelConfig, QuickSilverConfig
 from qs_jax.mechanisms.int8 import LARGEST_ROTATION
 from qs_jax.mechanisms.kv_maps import MapSizes
 from qs_jax.models import family_of
@@ -44,135 +45,108 @@ def head_flops(model: ModelConfig) -> int:
     return 2 * model.hidden_size * model.vocab_size
 
 
-def kv_only_flops(model: ModelConfig, features: int | None = None) -> int:
-    """Keys and values of a token that does not run the layer: projection, or a linear map."""
-    rows = model.hidden_size if features is None else features
-    return 2 * rows * 2 * model.kv_size
-
-
-def code_flops(model: ModelConfig, sizes: MapSizes) -> int:
-    """What is read of a token once, when it stops: the next layer's MLP neurons, and the code."""
-    d, width, products = model.hidden_size, model.mlp_size, family_of(model).mlp_products
-    neurons = 2 * d * width * (products - 1) if sizes.neurons else 0
-    return neurons + (2 * sizes.features * sizes.code if sizes.code < sizes.features else 0)
-
-
 def entropy_flops(kind: str | None, model: ModelConfig, shortlist_size: int) -> int:
     """One evaluation of an entropy estimator; "final_prev" is charged as a readout."""
-    vocab = head_flops(model) + 4 * model.vocab_size
-    short = 2 * model.hidden_size * shortlist_size + 4 * shortlist_size
     channels = 6 * model.hidden_size
-    costs = {"vocab": vocab, "shortlist": short, "latent": channels, "variance": channels}
+    costs = {"vocab": head_flops(model) + 4 * model.vocab_size, "latent": channels}
+    costs |= {"shortlist": (2 * model.hidden_size + 4) * shortlist_size, "variance": channels}
     return costs.get(kind or "", 0)
 
 
-def model_flops(
-    active: np.ndarray, visible: np.ndarray, model: ModelConfig
-) -> Int[np.ndarray, "L B T"]:
+def model_flops(record: Record, model: ModelConfig) -> Int[np.ndarray, "L B T"]:
     """Projections and attention of each (layer, token) that ran."""
-    return active * linear_flops(model) + visible.astype(np.int64) * key_flops(model)
+    keys = record.visible_keys.astype(np.int64) * key_flops(model)
+    return record.active * linear_flops(model) + keys
 
 
 def added_flops(
-    record: Record,
-    model: ModelConfig,
-    qs: QuickSilverConfig,
-    map_sizes: MapSizes | None,
+    record: Record, model: ModelConfig, qs: QuickSilverConfig, map_sizes: MapSizes | None
 ) -> Int[np.ndarray, "L B T"]:
-    """What the mechanisms add to each (layer, token).
+    """Operations that the mechanisms add to each (layer, token).
 
-    Args:
-      record: Evidence.
-      model: Sizes.
-      qs: Which mechanisms ran.
-      map_sizes: Of the extrapolation maps; None where keys come from the projection.
+    `map_sizes` are of the extrapolation maps; None where keys come from the projection.
     """
-    code = map_sizes.code if map_sizes is not None else None
-    added = (record.kv_written & ~record.active) * kv_only_flops(model, code)
-    if map_sizes is not None:
-        number = np.arange(1, len(record.active) + 1)[:, None, None]
-        stops = (record.depth == number) & (number < model.num_layers) & record.real
-        added = added + stops * code_flops(model, map_sizes)
+    number = np.arange(1, len(record.active) + 1)[:, None, None]
+    added = _kv_flops(record, model, map_sizes, number)
     if qs.halting is not None:
-        added = added + _halting_flops(record, model, qs)
+        added += _halting_flops(record, model, qs)
     if qs.fusion is not None:
-        added = added + _fusion_flops(record, model, qs)
+        added += _fusion_flops(record, model, qs.fusion, number)
     if qs.amq is not None:
-        added = added + _amq_flops(record, model, qs)
+        added += _amq_flops(record, model, qs.amq, number)
+        assigned = (number == qs.amq.layer) & (record.bits[-1:] < 16) & record.subject
+        added += assigned * entropy_flops(qs.amq.entropy, model, qs.shortlist_size)
     if "shortlist" in qs.entropies:
-        number = np.arange(1, len(record.active) + 1)[:, None, None]
         picks = (number == qs.shortlist_layer) & record.active & record.subject
-        added = added + picks * head_flops(model)
+        added += picks * head_flops(model)
+    return added
+
+
+def _kv_flops(record: Record, model: ModelConfig, sizes: MapSizes | None, number: Any) -> Any:
+    """Keys and values of tokens that do not run a layer: by the projection, or by linear maps."""
+    d = model.hidden_size
+    rows = d if sizes is None else sizes.code
+    added = (record.kv_written & ~record.active) * (2 * rows * 2 * model.kv_size)
+    if sizes is not None:  # read once, when a token stops: the next layer's neurons, and the code
+        products = family_of(model).mlp_products - 1
+        once = 2 * d * model.mlp_size * products if sizes.neurons else 0
+        once += 2 * sizes.features * sizes.code if sizes.code < sizes.features else 0
+        added += once * ((record.depth == number) & (number < len(number)) & record.real)
     return added
 
 
 def _halting_flops(record: Record, model: ModelConfig, qs: QuickSilverConfig) -> np.ndarray:
     halting = qs.halting
     assert halting is not None
-    d, layers = model.hidden_size, len(record.active)
-    here = halting.may_halt(layers)[:, None, None] & record.active & record.subject
-    added = here * (4 * d if halting.drift_used else 0)
+    here = halting.may_halt(len(record.active))[:, None, None] & record.active & record.subject
+    added = here * (4 * model.hidden_size if halting.drift_used else 0)
     read = ~np.isnan(record.entropy)
-    added = added + read * entropy_flops(halting.entropy_used, model, qs.shortlist_size)
+    added += read * entropy_flops(halting.entropy_used, model, qs.shortlist_size)
     if halting.rule == "quota" and halting.score == "attention":
-        pos = np.arange(record.depth.shape[1])[None]
-        ends = record.prompt_lengths[:, None]
-        asking = (pos >= ends - halting.score_queries) & (pos < ends)
-        added = added + here * asking * record.visible_keys * model.num_heads
+        pos, ends = np.arange(record.depth.shape[1])[None], record.prompt_lengths[:, None]
+        queries = (pos >= ends - halting.score_queries) & (pos < ends)
+        added += here * queries * record.visible_keys * model.num_heads
     if qs.kv_skip is not None and qs.kv_skip.policy == "attended":
-        added = added + record.visible_keys * model.num_heads
+        added += record.visible_keys * model.num_heads
     return added
 
 
-def _fusion_flops(record: Record, model: ModelConfig, qs: QuickSilverConfig) -> np.ndarray:
-    fusion = qs.fusion
-    assert fusion is not None
-    d, layers = model.hidden_size, len(record.active)
-    number = np.arange(1, layers + 1)[:, None, None]
-    last = fusion.last_layer or layers - 1
-    ran = record.active & record.subject
-    tested = (number >= fusion.first_layer) & (number <= last) & ran
-    added = tested * (fusion.window * 3 * d)
+def _fusion_flops(record: Record, model: ModelConfig, fusion: FusionConfig, number: Any) -> Any:
+    d, last = model.hidden_size, fusion.last_layer or len(number) - 1
+    ran = record.active & record.subject & (number <= last)
+    tests = 1 if fusion.tau_ctx is None else 2
+    added = (ran & (number >= fusion.first_layer)) * (tests * fusion.window * 3 * d)
     if fusion.window > 1:
-        added = added + (ran & (number <= last)) * (fusion.window * 2 * model.q_size)
-    if fusion.tau_ctx is not None:
-        added = added + tested * (fusion.window * 3 * d)
-    added = added + record.weighed * (3 * d)
+        added += ran * (fusion.window * 2 * model.q_size)
+    weight = 3 * d
     if fusion.alpha == "probability":
-        added = added + record.weighed * (head_flops(model) + 4 * model.vocab_size)
-    return added
+        weight += head_flops(model) + 4 * model.vocab_size
+    return added + record.weighed * weight
 
 
-def _amq_flops(record: Record, model: ModelConfig, qs: QuickSilverConfig) -> np.ndarray:
-    amq = qs.amq
-    assert amq is not None
-    number = np.arange(1, len(record.active) + 1)[:, None, None]
-    quantised = record.bits < 16
-    deeper = quantised[-1:]  # bits hold to the last layer, so these are all that got some
-    assigned = (number == amq.layer) & deeper & record.subject
-    added = assigned * entropy_flops(amq.entropy, model, qs.shortlist_size)
-    # Quantise and dequantise a channel: 6 operations; a rotation there and back: 2 G each.
+def _amq_flops(record: Record, model: ModelConfig, amq: AMQConfig, number: Any) -> np.ndarray:
+    """Quantisation of the targets; a number of operations for each channel."""
     real = amq.execution != "fake"
-    channel = 6 + (4 * amq.group if amq.rotate and not real else 0)
-    kv_channel = channel
     if real:  # 3 more for the bits to leave out; rotated weights spare the way back
-        kv_channel = 9
-        channel = kv_channel + 2 * LARGEST_ROTATION
-    inputs = 2 * model.hidden_size + model.q_size + model.mlp_size
-    ran, kept = record.active & quantised, record.kv_written & quantised
+        kv_channel, channel = 9, 9 + 2 * LARGEST_ROTATION
+    else:  # quantise and dequantise a channel: 6 operations; a rotation there and back: 2 G each
+        kv_channel = channel = 6 + (4 * amq.group if amq.rotate else 0)
+    quantised = record.bits < 16
+    ran, d, kv = record.active & quantised, model.hidden_size, 2 * model.kv_size
+    added = np.zeros(record.active.shape, np.int64)
     if "linear" in amq.targets:
         keys_only = record.kv_written & ~record.active & quantised
-        added = added + ran * (inputs * channel) + keys_only * (model.hidden_size * channel)
+        inputs = 2 * d + model.q_size + model.mlp_size
+        added += ran * (inputs * channel) + keys_only * (d * channel)
         if real:  # two scales: 2 operations an output channel
-            outputs = 2 * model.hidden_size + model.q_size + 2 * model.kv_size
+            outputs = 2 * d + model.q_size + kv
             outputs += (family_of(model).mlp_products - 1) * model.mlp_size
-            added = added + ran * (2 * outputs) + keys_only * (2 * 2 * model.kv_size)
-    if "hidden" in amq.targets:
-        added = added + (record.active & deeper & (number >= amq.layer)) * (
-            model.hidden_size * channel
-        )
+            added += ran * (2 * outputs) + keys_only * (2 * kv)
+    if "hidden" in amq.targets:  # bits hold to the last layer
+        deeper = record.active & quantised[-1:] & (number >= amq.layer)
+        added += deeper * (d * channel)
     if "kv" in amq.targets:
-        added = added + kept * (2 * model.kv_size * kv_channel)
+        added += (record.kv_written & quantised) * (kv * kv_channel)
     return added
 
 
@@ -189,15 +163,10 @@ def paper_flops(record: Record, model: ModelConfig, relative_to: str) -> Float[n
     """The paper's cost of each (layer, token): N_active * FLOPs * beta.
 
     A token counts while it is neither halted nor absorbed, whatever the protocol makes of it.
-
-    Args:
-      record: Evidence.
-      model: Sizes.
-      relative_to: "8bit" or "16bit": what a bit width is compared with.
+    `relative_to` is "8bit" or "16bit", the bit width that costs 1.
     """
     alone = record.fused == np.arange(record.fused.shape[-1])
     table = np.zeros(17)
-    for bits, beta in BETA[relative_to].items():
-        table[bits] = beta
+    table[list(BETA[relative_to])] = list(BETA[relative_to].values())
     per_row = np.array([paper_layer_flops(model, int(length)) for length in record.lengths])
     return (record.active & alone) * table[record.bits] * per_row[None, :, None]

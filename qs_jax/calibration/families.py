@@ -1,8 +1,8 @@
-"""What a search may choose from: knobs that go up in steps, and the preset that they stand for.
+"""Search spaces: knobs that go up in steps, and the preset at each combination of levels.
 
 A candidate is a tuple of levels. Level 0 of every knob is "nothing"; each step up saves more and
-costs more. All candidates of a family that use the same mechanisms share one compiled program: what
-differs are quotas and thresholds, which are numbers to it.
+costs more. All candidates of a KV policy that use the same mechanisms share one compiled program:
+they differ in quotas and thresholds, which are numbers to it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qs_jax.config import (
 from qs_jax.errors import ConfigError
 
 Levels = tuple[int, ...]
-# Where halting may happen unless it is said otherwise, as shares of the depth.
+# Default places of halting, as shares of the depth.
 DEPTHS = (0.4, 0.5, 0.6, 0.67, 0.73, 0.8, 0.87, 0.93)
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _HALT_PERCENTS = (25, 50, 75, 90)
@@ -30,22 +30,10 @@ _FUSE_PERCENTS = (5, 15, 25)
 
 
 class Space(NamedTuple):
-    """Knobs of one family.
+    """Knobs of a KV policy: one for each halting layer, fusion, 8 bits from the middle on."""
 
-    Attributes:
-      name: In reports.
-      policy: Of KV skipping.
-      rule: "quota" (prompts only) or "dual".
-      layers: Where tokens may halt.
-      observed: Distributions that thresholds are taken from.
-      model: Architecture.
-      fuses: Fusion is a knob.
-      narrows: 8 bits from the middle on are a knob.
-    """
-
-    name: str
     policy: str
-    rule: str
+    rule: str  # "quota" (prompts only) or "dual"
     layers: tuple[int, ...]
     observed: Observed
     model: ModelConfig
@@ -53,23 +41,15 @@ class Space(NamedTuple):
     narrows: bool = False
 
     @property
-    def top(self) -> Levels:
-        """The highest level of each knob: one a halting layer, fusion, bits."""
-        halting = len(SHARES) - 1 if self.rule == "quota" else len(_HALT_PERCENTS)
-        fusion = len(_FUSE_PERCENTS) if self.fuses else 0
-        return (*[halting] * len(self.layers), fusion, int(self.narrows))
-
-    @property
     def start(self) -> Levels:
         """Every knob at 0: the dense model."""
-        return (0,) * len(self.top)
+        return (0,) * (len(self.layers) + 2)
 
     def steps(self, levels: Levels) -> Iterator[tuple[int, Levels]]:
-        """(knob, levels after it goes one step up).
-
-        Under the quota rule shares are cumulative: deeper layers come along.
-        """
-        top, halting = self.top, len(self.layers)
+        """(knob, levels after it goes one step up); deeper layers keep up with a quota."""
+        halting = len(self.layers)
+        steepest = len(SHARES) - 1 if self.rule == "quota" else len(_HALT_PERCENTS)
+        top = (*[steepest] * halting, len(_FUSE_PERCENTS) * self.fuses, int(self.narrows))
         for knob, level in enumerate(levels):
             if level == top[knob]:
                 continue
@@ -80,64 +60,49 @@ class Space(NamedTuple):
             yield knob, tuple(after)
 
     def preset(self, levels: Levels, *, lean: bool = False) -> QuickSilverConfig:
-        """The mechanisms at these levels.
+        """The mechanisms at these levels; a `lean` preset, to keep, has only what acts.
 
-        Args:
-          levels: One a knob.
-          lean: Leave out what has no effect (halting layers at which nobody stops, mechanisms at
-            level 0): the preset to keep. Without, all candidates halt at the same layers and share
-            a program.
+        Without, all candidates halt at the same layers and share a program.
         """
-        count = len(self.layers)
-        halting, fusion_level, bits = levels[:count], levels[count], levels[count + 1]
-        halts = any(halting)
+        *halting, fusion, bits = levels
+        halts, middle = any(halting) or not lean, max(self.model.num_layers // 2, 1)
         skip = KVSkipConfig(policy=self.policy)  # pyright: ignore[reportArgumentType]
         return QuickSilverConfig(
-            halting=self._halting(halting, lean) if halts or not lean else None,
-            kv_skip=skip if halts or not lean else None,
-            fusion=self._fusion(fusion_level) if fusion_level else None,
-            amq=self._amq() if bits else None,
+            halting=self._halting(halting, lean) if halts else None,
+            kv_skip=skip if halts else None,
+            fusion=self._fusion(fusion, middle) if fusion else None,
+            amq=AMQConfig.uniform(8, layer=middle, execution="int8") if bits else None,
         )
 
-    def _halting(self, levels: Levels, lean: bool) -> HaltingConfig:
+    def _halting(self, levels: list[int], lean: bool) -> HaltingConfig:
+        pairs = list(zip(self.layers, levels, strict=True))
         if self.rule == "quota":
             before = (0, *levels)
-            used = [not lean or level > before[at] for at, level in enumerate(levels)]
-            pairs = list(zip(self.layers, levels, strict=True))
-            kept = [pair for pair, keep in zip(pairs, used, strict=True) if keep]
+            steps = [pair for i, pair in enumerate(pairs) if not lean or levels[i] > before[i]]
             return HaltingConfig(
                 rule="quota",
-                layers=tuple(layer for layer, _ in kept),
-                quota=tuple(SHARES[level] for _, level in kept),
+                layers=tuple(layer for layer, _ in steps),
+                quota=tuple(SHARES[level] for _, level in steps),
                 entropy=None,
             )
-        never = float("-inf")
-        tau_drift, tau_halt = [never] * self.model.num_layers, [never] * self.model.num_layers
-        for layer, level in zip(self.layers, levels, strict=True):
+        tau_drift = [float("-inf")] * self.model.num_layers
+        tau_halt = list(tau_drift)
+        for layer, level in pairs:
             if level:
                 percent = _HALT_PERCENTS[level - 1]
                 tau_drift[layer - 1] = self.observed.at("drift", percent)[layer - 1]
                 tau_halt[layer - 1] = self.observed.at("entropy", percent)[layer - 1]
-        pairs = zip(self.layers, levels, strict=True)
-        kept = tuple(layer for layer, level in pairs if level or not lean)
-        return HaltingConfig(tau_drift=tuple(tau_drift), tau_halt=tuple(tau_halt), layers=kept)
+        layers = tuple(layer for layer, level in pairs if level or not lean)
+        return HaltingConfig(tau_drift=tuple(tau_drift), tau_halt=tuple(tau_halt), layers=layers)
 
-    def _fusion(self, level: int) -> FusionConfig:
-        first = max(self.model.num_layers // 2, 1)
+    def _fusion(self, level: int, first: int) -> FusionConfig:
         near = self.observed.at("relative_distance", _FUSE_PERCENTS[level - 1])
         tau_fuse = tuple(tau if at >= first else 0.0 for at, tau in enumerate(near, start=1))
         return FusionConfig(tau_fuse=tau_fuse, distance="relative", first_layer=first)
 
-    def _amq(self) -> AMQConfig:
-        return AMQConfig.uniform(8, layer=max(self.model.num_layers // 2, 1), execution="int8")
-
 
 def halting_layers(model: ModelConfig) -> tuple[int, ...]:
-    """Layers at `DEPTHS` of the depth, 1 to L - 1, each once.
-
-    Raises:
-      ConfigError: The model has one layer: there is none to leave out.
-    """
+    """Layers at `DEPTHS` of the depth, 1 to L - 1, each once."""
     deepest = model.num_layers - 1
     if deepest < 1:
         raise ConfigError("a model of one layer has no layer that a token could leave out.")

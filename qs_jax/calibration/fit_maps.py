@@ -42,18 +42,15 @@ def fit_kv_maps(
     """Fit, for each halting layer, one linear map to each deeper layer's keys and values.
 
     One dense pass over the tokens accumulates the Gram matrices X'X and X'Y of each pair of layers
-    in float64, batch by batch; the maps solve (X'X + ridge n I) M = X'Y. With a `rank`, the maps of
-    all layers deeper than a halting layer share one code of that many numbers (reduced-rank
-    regression, Izenman 1975), which costs less to apply and to keep.
+    in float64; the maps solve (X'X + ridge n I) M = X'Y. With a `rank`, the maps of all layers
+    deeper than a halting layer share one code (reduced-rank regression, Izenman 1975).
 
     Args:
       params: From `qs_jax.load`.
-      tokens: int `[N, T]` windows, or rows of different lengths; some tens of thousands of tokens,
-        other than those the maps are judged on.
+      tokens: int `[N, T]` windows, or rows of different lengths; some tens of thousands of tokens.
       layers: Halting layers, 1 to L - 1.
       model: From `qs_jax.load`.
-      features: What is read of a token: "state" and any of "embedding", "previous" and "neurons"
-        (`KVMaps.features`).
+      features: "state" and any of "embedding", "previous" and "neurons" (`KVMaps.features`).
       rank: Numbers of the code; None maps from the features themselves.
       ridge: Relative to the features' mean square, which is 1.
       skip_first: Positions left out at the start of each row: attention sinks are not typical.
@@ -69,18 +66,9 @@ def fit_kv_maps(
       InputError: Too few tokens to determine the maps.
     """
     _check_sizes(feature_count(features, model), rank, ridge)
-    found = accumulate(
-        params,
-        tokens,
-        layers,
-        model,
-        features=features,
-        skip_first=skip_first,
-        batch_size=batch_size,
-        data=data,
-        progress=progress,
-    )
-    return found.solve(rank=rank, ridge=ridge)
+    options: dict[str, Any] = {"skip_first": skip_first, "data": data, "progress": progress}
+    options |= {"features": features, "batch_size": batch_size}
+    return accumulate(params, tokens, layers, model, **options).solve(rank=rank, ridge=ridge)
 
 
 def _check_sizes(size: int, rank: int | None, ridge: float) -> None:
@@ -91,39 +79,24 @@ def _check_sizes(size: int, rank: int | None, ridge: float) -> None:
 
 
 class Moments(NamedTuple):
-    """What the maps are solved from; features may be left out without another pass.
+    """What the maps are solved from; features may be left out without another pass."""
 
-    Attributes:
-      gram_XFF: X'X of each halting layer, float64.
-      cross_LXFO: X'Y of each deeper layer.
-      layers: X halting layers.
-      features: In the order of F, a constant 1 after them.
-      model: Architecture.
-      provenance: Data and counts.
-    """
-
-    gram_XFF: np.ndarray
-    cross_LXFO: np.ndarray
+    gram_XFF: np.ndarray  # X'X of each halting layer, float64
+    cross_LXFO: np.ndarray  # X'Y of each deeper layer
     layers: tuple[int, ...]
-    features: tuple[str, ...]
+    features: tuple[str, ...]  # in the order of F, a constant 1 after them
     model: ModelConfig
     provenance: dict[str, Any]
 
     def solve(
-        self,
-        features: Sequence[str] | None = None,
-        *,
-        rank: int | None = None,
-        ridge: float = 1e-3,
+        self, features: Sequence[str] | None = None, *, rank: int | None = None, ridge: float = 1e-3
     ) -> KVMaps:
         """Maps that read some of the features, by default all; arguments as of `fit_kv_maps`."""
         names = self.features if features is None else tuple(features)
         size, tokens = feature_count(names, self.model), self.provenance["tokens"]
         _check_sizes(size, rank, ridge)
         if tokens < size:
-            raise InputError(
-                f"{tokens} tokens cannot determine maps of {size} rows: give several times that."
-            )
+            raise InputError(f"{tokens} tokens cannot determine maps of {size} rows: give more.")
         kept_F = self._columns(names)
         penalty = np.eye(size) * ridge * tokens
         penalty[-1, -1] = 0  # the constant is free
@@ -180,7 +153,7 @@ def accumulate(
         raise ConfigError(f"features must hold 'state' and be among {FEATURES}, got {features}.")
     batch = inputs.make_batch(tokens, model)
     inputs.check_positions(batch.tokens_BT.shape[1], 0, model)
-    sums = None
+    sums: list[np.ndarray] = []
     held = stored_params(params)
     program = jax.jit(_moments, static_argnames=("model", "chosen", "features"))
     for start in tqdm(range(0, len(batch.tokens_BT), batch_size), "fitting", disable=not progress):
@@ -191,17 +164,12 @@ def accumulate(
         moments = program(
             held, tokens_BT, counted_BT, model=model, chosen=chosen, features=tuple(features)
         )
-        if sums is None:
-            sums = [np.zeros(part.shape, np.float64) for part in moments]
+        sums = sums or [np.zeros(part.shape, np.float64) for part in moments]
         for total, part in zip(sums, moments, strict=True):
             np.add(total, np.asarray(part), out=total)
-    assert sums is not None
-    provenance = {
-        "data": data,
-        "tokens": int(np.maximum(batch.lengths_B - skip_first, 0).sum()),
-        "rows": len(batch.tokens_BT),
-        "skip_first": skip_first,
-    }
+    assert sums
+    provenance = {"data": data, "tokens": int(np.maximum(batch.lengths_B - skip_first, 0).sum())}
+    provenance |= {"rows": len(batch.tokens_BT), "skip_first": skip_first}
     return Moments(sums[0], sums[1], chosen, tuple(features), model, provenance)
 
 
@@ -212,12 +180,6 @@ def _reduced(
 
     Keys and values of a layer count alike, whatever their scale: their errors are measured in
     units of what the full maps explain of them beyond the mean.
-
-    Args:
-      gram_FF: X'X and the penalty.
-      maps_DFO: Full maps of the D deeper layers.
-      rank: R.
-      tokens: Number of them in X.
     """
     root_FF = np.linalg.cholesky(gram_FF).T  # gram = root' root
     fitted_DFO = root_FF @ maps_DFO

@@ -1,4 +1,4 @@
-"""What the signals are on real text: the distributions that thresholds are taken from.
+"""Distributions of the signals on real text, from which thresholds are taken.
 
 Rules of the paper: 25th percentile of drift and of entropy (B.2), 95th percentile of the attention
 to halted tokens (C.3), 15th percentile of the distance of neighbours (D.3).
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from typing import Any
 
 import jax
@@ -34,56 +35,34 @@ _FUSE_DEPTHS = (10 / 30, 15 / 30, 20 / 30)  # D.3 samples layers 10, 15 and 20 o
 class Observed:
     """Signals of the dense model, layer by layer, at a sample of positions.
 
-    Row l - 1 is layer l; columns are `percents`.
-
     Attributes:
-      percents: Which percentiles.
       tokens: Sampled tokens.
-      drift_LQ: Raw drift.
-      relative_drift_LQ: Drift over the norm of the state after the layer.
-      entropy_LQ: Of the exact logit lens, in nats.
-      distance_LQ: Raw L2 distance of a state and its left neighbour's.
-      relative_distance_LQ: Over the mean of both norms.
-      received_LQ: Most attention that any head of any later query pays to the token, among tokens
-        that have been under both 25th percentiles at this layer or before; nan if there are none.
-      tau_kv: 95th percentile of `received` over all layers (C.3).
-      tau_kv_gaussian: The same of a Gaussian fitted to it, as C.3 has it; it can exceed 1.
+      percentiles: `[L, Q]` of each signal; row l - 1 is layer l, columns are `PERCENTS`. "drift"
+        and "distance" (of a state and its left neighbour's) are raw, "relative_drift" and
+        "relative_distance" over the norms. "entropy" is of the exact logit lens, in nats.
+        "received" is the most attention that any head of any later query pays to a token that has
+        been under both 25th percentiles at this layer or before; nan if there are none.
+      tau_kv: 95th percentile of "received" over all layers (C.3).
       tau_fuse: 15th percentile of the raw distance at a third, half and two thirds of the depth.
     """
 
-    percents: tuple[int, ...]
     tokens: int
-    drift_LQ: Float[np.ndarray, "L Q"]
-    relative_drift_LQ: Float[np.ndarray, "L Q"]
-    entropy_LQ: Float[np.ndarray, "L Q"]
-    distance_LQ: Float[np.ndarray, "L Q"]
-    relative_distance_LQ: Float[np.ndarray, "L Q"]
-    received_LQ: Float[np.ndarray, "L Q"]
+    percentiles: dict[str, Float[np.ndarray, "L Q"]]
     tau_kv: float
-    tau_kv_gaussian: float
     tau_fuse: float
 
     def at(self, name: str, percent: int) -> tuple[float, ...]:
-        """One percentile of a signal for every layer, as a threshold of L numbers.
-
-        Args:
-          name: "drift", "relative_drift", "entropy", "distance" or "relative_distance".
-          percent: One of `percents`.
-        """
-        table_LQ: Any = getattr(self, f"{name}_LQ")
-        return tuple(table_LQ[:, self.percents.index(percent)].tolist())
+        """A percentile (one of `PERCENTS`) of a signal at every layer: a threshold of L numbers."""
+        return tuple(self.percentiles[name][:, PERCENTS.index(percent)].tolist())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; nan is None."""
-        out: dict[str, Any] = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, np.ndarray):
-                name = field.name.removesuffix("_LQ")
-                out[name] = [[None if math.isnan(x) else x for x in row] for row in value.tolist()]
-            else:
-                out[field.name] = value
-        return out
+        tables = {
+            name: [[None if math.isnan(x) else x for x in row] for row in table_LQ.tolist()]
+            for name, table_LQ in self.percentiles.items()
+        }
+        thresholds = {"tau_kv": self.tau_kv, "tau_fuse": self.tau_fuse}
+        return {"percents": list(PERCENTS), "tokens": self.tokens, **tables, **thresholds}
 
 
 def observe(
@@ -93,7 +72,6 @@ def observe(
     *,
     positions: int = 64,
     batch_size: int = 4,
-    seed: int = 0,
     progress: bool = False,
 ) -> Observed:
     """Run the dense model over windows and take the percentiles of its signals.
@@ -102,10 +80,8 @@ def observe(
       params: From `qs_jax.load`.
       tokens_WT: Windows, all of one length.
       model: Architecture.
-      positions: Tokens sampled from each window: the logit lens of all would cost more than the
-        model.
+      positions: Tokens sampled from each window.
       batch_size: Windows at a time.
-      seed: Of the sample.
       progress: Show a progress bar.
 
     Raises:
@@ -116,62 +92,45 @@ def observe(
     windows, width = tokens_WT.shape
     if width < 3 or not windows:
         raise InputError(f"windows of {width} tokens are too short to observe: 3 are needed.")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     count = min(positions, width - 2)
-    sample_WP = np.stack(
-        [np.sort(rng.choice(width - 2, count, replace=False)) + 1 for _ in range(windows)]
-    ).astype(np.int32)
-    program, held = jax.jit(_signals, static_argnames="model"), stored_params(params)
-    found = []
+    sample = [np.sort(rng.choice(width - 2, count, replace=False)) + 1 for _ in range(windows)]
+    sample_WP = np.array(sample, np.int32)
+    program, held, parts = jax.jit(_signals, static_argnames="model"), stored_params(params), []
     for start in tqdm(range(0, windows, batch_size), "observing", disable=not progress):
         rows = slice(start, start + batch_size)
-        found.append(jax.device_get(program(held, tokens_WT[rows], sample_WP[rows], model=model)))
-    return summarise(
-        {name: np.concatenate([part[name] for part in found], axis=1) for name in found[0]}
-    )
+        parts.append(jax.device_get(program(held, tokens_WT[rows], sample_WP[rows], model=model)))
+    return summarize(jax.tree.map(lambda *arrays: np.concatenate(arrays, axis=1), *parts))
 
 
-def summarise(signals_LWP: dict[str, np.ndarray]) -> Observed:
-    """Percentiles of the sampled signals, each `[L, W, P]`: those of `observe`'s tables."""
-    flat = {
-        name: array.reshape(len(array), -1).astype(np.float64)
-        for name, array in signals_LWP.items()
-    }
-    marked_LN = np.ones(flat["drift"].shape, bool)
-    for name in ("drift", "entropy"):
-        marked_LN &= flat[name] < np.percentile(flat[name], _HALTED_PERCENT, axis=1, keepdims=True)
-    halted_LN = np.logical_or.accumulate(marked_LN, axis=0)
+def summarize(signals_LWP: dict[str, np.ndarray]) -> Observed:
+    """Percentiles of sampled signals, each `[L, W, P]`, by their names in `Observed`."""
+    flat_LN = {k: x.reshape(len(x), -1).astype(float) for k, x in signals_LWP.items()}
+    low_LN = [
+        flat_LN[name] < np.percentile(flat_LN[name], _HALTED_PERCENT, axis=1, keepdims=True)
+        for name in ("drift", "entropy")
+    ]
+    halted_LN = np.logical_or.accumulate(low_LN[0] & low_LN[1], axis=0)
     halted_LN[-1:] = False  # nothing is left to skip after the last layer
-    received = flat.pop("received")
-    tables = {
-        f"{name}_LQ": np.percentile(array, PERCENTS, axis=1).T for name, array in flat.items()
-    }
-    tables["received_LQ"] = np.stack(
-        [
-            np.percentile(row[halted], PERCENTS) if halted.any() else np.full(len(PERCENTS), np.nan)
-            for row, halted in zip(received, halted_LN, strict=True)
-        ]
-    )
-    of_halted = received[halted_LN]
-    depth = len(received)
+    received_LN = np.where(halted_LN, flat_LN["received"], np.nan)
+    of_halted = received_LN[halted_LN]
+    depth, tokens = halted_LN.shape
     at = sorted({min(max(round(share * depth), 1), depth) - 1 for share in _FUSE_DEPTHS})
-    some = len(of_halted) > 0
+    percentiles = {name: np.percentile(x_LN, PERCENTS, axis=1).T for name, x_LN in flat_LN.items()}
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # layers of nan alone
+        percentiles["received"] = np.nanpercentile(received_LN, PERCENTS, axis=1).T
     return Observed(
-        percents=PERCENTS,
-        tokens=received.shape[1],
-        **tables,
-        tau_kv=float(np.percentile(of_halted, _KV_PERCENT)) if some else 0.0,
-        tau_kv_gaussian=float(of_halted.mean() + 1.645 * of_halted.std()) if some else 0.0,
-        tau_fuse=float(np.percentile(flat["distance"][at], _FUSE_PERCENT)),
+        tokens=tokens,
+        percentiles=percentiles,
+        tau_kv=float(np.percentile(of_halted, _KV_PERCENT)) if len(of_halted) else 0.0,
+        tau_fuse=float(np.percentile(flat_LN["distance"][at], _FUSE_PERCENT)),
     )
 
 
 def _signals(params: Params, tokens_BT, sample_BP, model: ModelConfig) -> dict[str, Any]:
     """Each signal `[L, B, P]` at the sampled positions, none the first or the last of its row."""
-    width = tokens_BT.shape[1]
-    mask_BTT = jnp.broadcast_to(
-        jnp.tril(jnp.ones((width, width), bool)), (tokens_BT.shape[0], width, width)
-    )
+    batch, width = tokens_BT.shape
+    mask_BTT = jnp.broadcast_to(jnp.tri(width, dtype=bool), (batch, width, width))
 
     def attend(q, k, v):
         context, weights_BNTS = attention(q, k, v, mask_BTT, None)

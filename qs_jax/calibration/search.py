@@ -26,42 +26,31 @@ import numpy as np
 from jaxtyping import Int
 
 from qs_jax import presets
-from qs_jax.calibration.climb import (
-    OBJECTIVES,
-    Point,
-    Task,
-    climb,
-    params_for,
-    pareto,
-    score_tokens,
-    spread,
-    verify,
-)
+from qs_jax.calibration import climb
+from qs_jax.calibration.climb import OBJECTIVES, Point, Task, params_for, score_tokens
 from qs_jax.calibration.families import Space, halting_layers
 from qs_jax.calibration.observe import Observed, observe
 from qs_jax.config import Config, ModelConfig, QuickSilverConfig
 from qs_jax.engine import inputs
 from qs_jax.engine.generate import generate
-from qs_jax.engine.score import score
 from qs_jax.engine.weights import check_params
 from qs_jax.errors import ConfigError, InputError
 from qs_jax.evaluation.journal import write_json
-from qs_jax.mechanisms.kv_maps import KVMaps
-from qs_jax.mechanisms.shipped_maps import maps_path
+from qs_jax.evaluation.perplexity import check_width
 from qs_jax.models import Params
 
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """What a search found.
+    """Result of a search.
 
     Attributes:
       preset: Within the budget on the verification windows; `off` if nothing is. Its provenance
-        says what it was calibrated on and, under "verified", what was measured.
+        names the text it was calibrated on and has the measures under "verified".
       params: Those of the call, with the maps the preset reads and no others.
       points: All candidates measured on the calibration windows.
-      front: Those of them that none beats in both.
-      verified: What was measured of each candidate of the walk on the verification windows.
+      front: Those of them that none beats in both saving and perplexity.
+      verified: Measures of each candidate of the walk on the verification windows.
       observed: Percentiles of the signals.
     """
 
@@ -72,24 +61,12 @@ class Calibration:
     verified: tuple[dict[str, Any], ...]
     observed: Observed
 
-    @property
-    def maps(self) -> KVMaps | None:
-        """Maps the preset reads, to be saved beside it; None if it reads none."""
-        return self.params.get("kv_maps")
-
     def save(self, path: Path, model: ModelConfig) -> list[Path]:
-        """Write the preset as FILE.json and what belongs to it beside it.
-
-        FILE.search.json holds everything that was measured, FILE.kv_maps.safetensors the maps that
-        the preset reads, if it reads any.
-
-        Returns:
-          The files, the preset first.
-        """
+        """Write FILE.json, FILE.search.json and the maps the preset reads; returns the files."""
         searched = path.with_name(f"{path.stem}.search.json")
         write_json(searched, self.to_dict())
-        files = [presets.save(path, self.preset, model), searched]
-        return files if self.maps is None else [*files, self.maps.save(maps_path(path))]
+        files, maps = [presets.save(path, self.preset, model), searched], self.params.get("kv_maps")
+        return files if maps is None else [*files, maps.save(presets.maps_path(path))]
 
     def to_dict(self) -> dict[str, Any]:
         """The whole search as plain JSON types."""
@@ -144,15 +121,18 @@ def search(
       candidates: Of the front, to be verified.
       batch_size: Windows at a time.
       data: Name of the data, for the provenance.
-      timed_runs: Runs of the winner and of the dense model, in turn, for the measured time; 0 for
-        none.
+      timed_runs: Runs of the winner and of the dense model, in turn, for the measured time of a
+        prefill; 0 for none.
       progress: Show progress bars.
 
     Raises:
       ConfigError: A setting is out of range or does not fit the model or the maps.
       InputError: Too few windows, windows too short for the protocol, or rows of several lengths.
     """
-    _check_budget(max_ppl_increase, objective)
+    if not 0 < max_ppl_increase < math.inf:
+        raise ConfigError(f"max_ppl_increase must be positive, got {max_ppl_increase}.")
+    if objective not in OBJECTIVES:
+        raise ConfigError(f"objective must be one of {OBJECTIVES}, got {objective!r}.")
     for name, value in (("confidence", confidence), ("verify_share", verify_share)):
         if not 0 < value < 1:
             raise ConfigError(f"{name} must be between 0 and 1, got {value}.")
@@ -166,142 +146,86 @@ def search(
     observed = observe(params, calibrating_WT, cfg.model, batch_size=batch_size, progress=progress)
     dense = score_tokens(params, calibrating_WT, cfg, batch_size)
     task = Task(params, cfg, calibrating_WT, dense, float(max_ppl_increase), objective, batch_size)
-    points: list[Point] = []
-    spaces = {}
     if policies is None:
         policies = ("skip", "extrapolate") if params.get("kv_maps") is not None else ("skip",)
-    for policy in policies:
-        space = _space(policy, task, observed, layers, fusion)
-        spaces[space.name] = space
-        points += climb(task, space, max_evaluations, progress=progress)
-    front = pareto(points)
-    walk = spread(front, task, candidates)
-    verifier = task._replace(
-        tokens_WT=verifying_WT,
-        dense=score_tokens(params, verifying_WT, cfg, batch_size),
-    )
-    others = {}
-    for name, more in (also or {}).items():
-        windows_WT = np.concatenate(split(more, cfg, 0.5))  # all of them verify
-        scored = score_tokens(params, windows_WT, cfg, batch_size)
-        others[name] = task._replace(tokens_WT=windows_WT, dense=scored)
-    best, told = verify(verifier, walk, spaces, confidence, also=others, progress=progress)
-    return _result(verifier, best, told, spaces, points, front, observed, data, timed_runs)
+    spaces = {policy: _space(policy, task, observed, layers, fusion) for policy in policies}
+    points: list[Point] = []
+    for space in spaces.values():
+        points += climb.climb(task, space, max_evaluations, progress=progress)
+    front = climb.pareto(points)
+    verifier = task.on(verifying_WT)
+    # All windows of the other texts verify.
+    others = {k: task.on(np.concatenate(split(more, cfg, 0.5))) for k, more in (also or {}).items()}
+    walk = climb.spread(front, task, candidates)
+    walked = climb.verify(verifier, walk, spaces, confidence, also=others, progress=progress)
+    best, entries = walked
+    if best is None:
+        reason = f"no candidate keeps the budget of {max_ppl_increase:g} on other windows: off."
+        qs, verified = presets.off(cfg.model), {"reason": reason}
+    else:
+        qs = spaces[best.family].preset(best.levels, lean=True)
+        verified = [entry for entry in entries if entry["within_budget"]][-1] | {
+            "measured_time_saved": time_saved(verifier, qs, timed_runs) if timed_runs else None
+        }
+    qs = dataclasses.replace(qs, provenance=_provenance(verifier, verified, data))
+    return Calibration(qs, params_for(task, qs), tuple(points), front, tuple(entries), observed)
 
 
 def calibrate(
-    params: Params,
-    tokens: inputs.TokensLike,
-    cfg: Config,
-    *,
-    max_ppl_increase: float,
-    **settings: Any,
+    params: Params, tokens: inputs.TokensLike, cfg: Config, **settings: Any
 ) -> QuickSilverConfig:
     """The preset that saves most within a quality budget: `search(...).preset`, arguments as there.
 
-    Its provenance holds what was measured on windows it was not chosen on; it is `off` if nothing
-    fits the budget.
+    It is `off` if nothing keeps the budget; its provenance has the measures.
     """
-    return search(params, tokens, cfg, max_ppl_increase=max_ppl_increase, **settings).preset
-
-
-def _check_budget(max_ppl_increase: float, objective: str) -> None:
-    if not (math.isfinite(max_ppl_increase) and max_ppl_increase > 0):
-        raise ConfigError(
-            f"max_ppl_increase must be positive, got {max_ppl_increase}: no mechanism is free, so "
-            "a budget of 0 leaves the dense model."
-        )
-    if objective not in OBJECTIVES:
-        raise ConfigError(f"objective must be one of {OBJECTIVES}, got {objective!r}.")
+    return search(params, tokens, cfg, **settings).preset
 
 
 def split(
     tokens: inputs.TokensLike, cfg: Config, verify_share: float
 ) -> tuple[Int[np.ndarray, "C T"], Int[np.ndarray, "V T"]]:
-    """Windows to calibrate on and windows to verify on, in the order of the text.
-
-    Raises:
-      InputError: Rows of several lengths, windows without a prompt, or fewer than two windows for
-        either: a bound needs two.
-    """
+    """Windows to calibrate on and windows to verify on, in the order of the text."""
     batch = inputs.make_batch(tokens, cfg.model)
     lengths = np.unique(batch.lengths_B)
     if len(lengths) > 1:
-        raise InputError(
-            f"calibration needs windows of one length, got {lengths.min()} to {lengths.max()} "
-            "tokens: cut the text with qs_jax.evaluation.cut_windows."
-        )
-    width, count = int(lengths[0]), len(batch.tokens_BT)
-    if cfg.effective_protocol == "continuation" and width <= cfg.continuation_tokens:
-        raise InputError(
-            f"windows of {width} tokens have no prompt before their last "
-            f"{cfg.continuation_tokens}: longer windows, or fewer continuation_tokens."
-        )
+        raise InputError("calibration needs windows of one length: qs_jax.evaluation.cut_windows.")
+    check_width(int(lengths[0]), cfg)
+    count = len(batch.tokens_BT)
     verifying = round(count * verify_share)
     if min(verifying, count - verifying) < 2:
         raise InputError(
-            f"{count} windows are too few: two at least to calibrate on and two to verify on, "
-            "whose differences give the confidence bound. Give more text or shorter windows."
+            f"{count} windows are too few: two at least to calibrate on and two to verify on. "
+            "Give more text or shorter windows."
         )
-    tokens_WT = batch.tokens_BT[:, :width]
+    tokens_WT = batch.tokens_BT[:, : lengths[0]]
     return tokens_WT[: count - verifying], tokens_WT[count - verifying :]
 
 
 def _space(
-    policy: str,
-    task: Task,
-    observed: Observed,
-    layers: Sequence[int] | None,
-    fusion: bool,
+    policy: str, task: Task, observed: Observed, layers: Sequence[int] | None, fusion: bool
 ) -> Space:
     model, maps = task.cfg.model, task.params.get("kv_maps")
+    if policy not in ("skip", "propagate", "extrapolate"):
+        raise ConfigError(
+            f"policies are skip, propagate and extrapolate, got {policy!r}: attended has a "
+            "threshold of its own (Observed.tau_kv)."
+        )
+    places = set(layers or halting_layers(model))
     if policy == "extrapolate":
         if maps is None:
-            raise ConfigError(
-                "policy 'extrapolate' needs maps: put those of qs_jax.fit_kv_maps, fitted on other "
-                "text, into params['kv_maps']."
-            )
+            raise ConfigError("extrapolate needs maps of qs_jax.fit_kv_maps in params['kv_maps'].")
         maps.check(model)
-        chosen = tuple(sorted(set(layers) & set(maps.layers))) if layers else tuple(maps.layers)
-    elif policy in ("skip", "propagate"):
-        chosen = tuple(layers) if layers else halting_layers(model)
-    else:
-        raise ConfigError(
-            f"policies can be 'skip', 'propagate' and 'extrapolate', got {policy!r}: 'attended' "
-            "has a threshold of its own (Observed.tau_kv)."
-        )
-    if not chosen or min(chosen) < 1 or max(chosen) > model.num_layers - 1:
-        raise ConfigError(f"layers must be between 1 and {model.num_layers - 1}, got {chosen}.")
-    continued = task.cfg.effective_protocol == "continuation"
-    rule = "quota" if continued else "dual"
+        places = places & set(maps.layers) if layers else set(maps.layers)
+    if not places or min(places) < 1 or max(places) > model.num_layers - 1:
+        most = model.num_layers - 1
+        raise ConfigError(f"layers must be between 1 and {most}, got {sorted(places)}.")
+    rule = "quota" if task.cfg.effective_protocol == "continuation" else "dual"
     narrows = task.objective == "paper_flops"
-    return Space(policy, policy, rule, chosen, observed, model, fusion, narrows)
+    return Space(policy, rule, tuple(sorted(places)), observed, model, fusion, narrows)
 
 
-def _result(
-    task: Task,
-    best: Point | None,
-    told: list[dict[str, Any]],
-    spaces: dict[str, Space],
-    points: list[Point],
-    front: tuple[Point, ...],
-    observed: Observed,
-    data: str,
-    timed_runs: int,
-) -> Calibration:
-    model = task.cfg.model
-    qs = presets.off(model)
-    verified: dict[str, Any] = {"reason": _why_off(front, told, task.max_ppl_increase)}
-    if best is not None:
-        qs = spaces[best.family].preset(best.levels, lean=True)
-        verified = dict([entry for entry in told if entry["within_budget"]][-1])
-        verified["measured_time_saved"] = None
-    params = params_for(task, qs)
-    if best is not None and timed_runs:
-        verified["measured_time_saved"] = time_saved(
-            params, task.tokens_WT[: task.batch_size], task.cfg.replace(quicksilver=qs), timed_runs
-        )
-    provenance = {
+def _provenance(task: Task, verified: dict[str, Any], data: str) -> dict[str, Any]:
+    return {
         "source": "qs_jax.calibrate",
         "calibrated_on": data or "tokens given to qs_jax.calibrate",
         "tokens_sha256": hashlib.sha256(task.tokens_WT.astype("<i4").tobytes()).hexdigest(),
@@ -310,60 +234,26 @@ def _result(
         "continuation_tokens": task.cfg.continuation_tokens,
         "max_ppl_increase": task.max_ppl_increase,
         "objective": task.objective,
-        "dtype": model.dtype,
+        "dtype": task.cfg.model.dtype,
         "verified": verified | {"dense_perplexity": task.dense.perplexity, "data": data},
     }
-    qs = dataclasses.replace(qs, provenance=provenance)
-    return Calibration(qs, params, tuple(points), front, tuple(told), observed)
 
 
-def _why_off(front: Sequence[Point], told: list[dict[str, Any]], budget: float) -> str:
-    if told:
-        bound = told[0]["upper_bound"]
-        shown = "unbounded" if bound is None else f"+{bound:.3g}"
-        beyond = [name for name, e in told[0].get("also", {}).items() if not e["within_budget"]]
-        where = "the verification windows"
-        if bound is not None and bound <= budget and beyond:
-            other = told[0]["also"][beyond[0]]["upper_bound"]
-            where, shown = beyond[0], "unbounded" if other is None else f"+{other:.3g}"
-        return (
-            f"the safest candidate's bound on {where} is {shown}, above the budget of "
-            f"{budget:g}: off. More windows narrow it."
-        )
-    if front:
-        least = min(point.ppl_increase for point in front)
-        return f"the gentlest candidate costs +{least:.3g}, above the budget of {budget:g}: off."
-    return "no candidate saves anything: off."
+def time_saved(task: Task, qs: QuickSilverConfig, runs: int) -> float | None:
+    """Share of the dense prefill's time that a preset saves, by runs of both in turn.
 
-
-def time_saved(
-    params: Params, tokens_WT: Int[np.ndarray, "W T"], cfg: Config, runs: int = 3
-) -> float:
-    """Share of the dense time that the compact engine saves on the work that was scored.
-
-    Under "continuation" that is the prefill of the prompts, else the scoring of whole windows.
-    Both are called in turn (A B A B) after a warm-up each; the share is 1 less the median of the
-    ratios of neighbours. Of calls as a user makes them: checks and records included.
-
-    Args:
-      params: With the maps that the mechanisms read.
-      tokens_WT: Windows of one batch.
-      cfg: Mechanisms and protocol.
-      runs: Of each.
+    None under "teacher-forced", which has no prompts.
     """
-    continued = cfg.effective_protocol == "continuation"
-    rows_WT = (
-        tokens_WT[:, : tokens_WT.shape[1] - cfg.continuation_tokens] if continued else tokens_WT
-    )
-    fast = cfg.replace(engine="compact", max_new_tokens=1, eos_token_ids=())
-    dense = fast.replace(quicksilver=None)
+    if task.cfg.effective_protocol != "continuation":
+        return None
+    prompts_WT = task.tokens_WT[: task.batch_size, : -task.cfg.continuation_tokens]
+    fast = task.cfg.replace(quicksilver=qs, engine="compact", max_new_tokens=1, eos_token_ids=())
+    params = params_for(task, qs)
 
-    def seconds(one: Config) -> float:
+    def seconds(cfg: Config) -> float:
         began = time.perf_counter()
-        jax.block_until_ready((generate if continued else score)(params, rows_WT, one).logprobs)
+        jax.block_until_ready(generate(params, prompts_WT, cfg).logprobs)
         return time.perf_counter() - began
 
-    for one in (dense, fast):
-        seconds(one)
-    pairs = [(seconds(dense), seconds(fast)) for _ in range(runs)]
-    return 1 - median(after / before for before, after in pairs)
+    pairs = [(seconds(fast.replace(quicksilver=None)), seconds(fast)) for _ in range(runs + 1)]
+    return 1 - median(after / before for before, after in pairs[1:])

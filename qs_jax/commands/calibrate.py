@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,15 +11,14 @@ import tyro
 
 from qs_jax.calibration import Calibration, search
 from qs_jax.calibration.families import halting_layers
+from qs_jax.calibration.fit_maps import fit_kv_maps
+from qs_jax.checkpoint import load_tokenizer
 from qs_jax.commands.options import FileOptions, print_table
 from qs_jax.config import Config
-from qs_jax.calibration.fit_maps import fit_kv_maps
 from qs_jax.errors import InputError
 from qs_jax.evaluation.perplexity import read_windows
 from qs_jax.mechanisms.kv_maps import FEATURES, PROMPT_FEATURES, KVMaps, feature_count
 from qs_jax.models import Params
-from qs_jax.report import read_front
-from qs_jax.report.figures import pareto_front
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -33,20 +31,18 @@ class Calibrate(FileOptions):
     max_ppl_increase: float
     """The budget: perplexity above the dense model's, bounded with --confidence."""
     out: Path
-    """The preset, as JSON; what was measured and the maps it reads are written beside it."""
+    """The preset, as JSON; the measurements and the maps it reads are written beside it."""
     protocol: Literal["teacher-forced", "continuation"] = "continuation"
     """continuation: mechanisms act on prompts; teacher-forced: on every token."""
     objective: Literal["exact_flops", "paper_flops", "layer_tokens"] = "exact_flops"
-    """What to save as much of as possible."""
+    """Cost to reduce."""
     windows: int = 16
     """Windows to search on."""
     verify_windows: int = 32
     """Windows after those, to verify on: the more, the closer the bound."""
     fit_windows: int = 64
     """Windows after those, to fit the maps of the "extrapolate" policy on; 0 takes those beside the
-    checkpoint, if there are any."""
-    kv_maps: Path | None = None
-    """Maps fitted before, on other text: nothing is fitted."""
+    checkpoint, if there are any. Nothing is fitted with --kv-maps."""
     seq_len: int = 512
     """Tokens of each window."""
     continuation_tokens: int = 128
@@ -63,7 +59,7 @@ class Calibrate(FileOptions):
     fit_data: tuple[Path, ...] = ()
     """More text to fit the maps on, whole: files as for --data."""
     features: tuple[Literal["state", "embedding", "previous", "neurons"], ...] | None = None
-    """What the maps read (docs/mechanisms.md); by default everything that the protocol allows."""
+    """Inputs of the maps (docs/mechanisms.md); by default everything that the protocol allows."""
     rank: int = 256
     """Numbers of the code that the maps of all deeper layers share; 0, or a model with no more
     features than that, reads the features."""
@@ -79,17 +75,16 @@ class Calibrate(FileOptions):
     def run(self) -> None:
         """Check, search, write, report."""
         self.check_out()
-        self._check_counts()
+        if min(self.windows, self.verify_windows) < 2 or self.fit_windows < 0:
+            least = "--windows and --verify-windows must be at least 2"
+            raise InputError(f"{least}, and --fit-windows must be at least 0.")
         needed = self.windows + self.verify_windows
-        tokenizer = self.load_tokenizer()
+        tokenizer = load_tokenizer(self.ckpt)
         text, cut = read_windows(self.data, tokenizer, self.seq_len, needed + self.fit_windows)
         whole = min(len(cut.tokens_WT), cut.tokens_in_text // self.seq_len)
         if whole < needed + self.fit_windows:
-            raise InputError(
-                f"{text.name} has {whole} windows of {self.seq_len} tokens; {self.windows} to "
-                f"search on, {self.verify_windows} to verify on and {self.fit_windows} for the "
-                "maps were asked for: give more text, or lower --seq-len."
-            )
+            asked = f"{self.windows} + {self.verify_windows} + {self.fit_windows} were asked for"
+            raise InputError(f"{text.name} has {whole} windows of {self.seq_len} tokens; {asked}.")
         also = {}
         for path in self.also:
             other, more = read_windows(str(path), tokenizer, self.seq_len, self.verify_windows)
@@ -98,33 +93,14 @@ class Calibrate(FileOptions):
         params = self._with_maps(cut.tokens_WT[needed:], cfg, text.name, tokenizer)
         names = "max_ppl_increase objective confidence policies layers max_evaluations candidates"
         names += " batch_size timed_runs"
-        found = search(
-            params,
-            cut.tokens_WT[:needed],
-            cfg,
-            verify_share=self.verify_windows / needed,
-            also=also,
-            data=text.name,
-            progress=True,
-            **{name: getattr(self, name) for name in names.split()},
-        )
-        files = [*found.save(self.out, cfg.model), *self._draw_front()]
-        self._print(found, files)
-
-    def _check_counts(self) -> None:
-        for name, least in (("windows", 2), ("verify_windows", 2), ("fit_windows", 0)):
-            if (count := getattr(self, name)) < least:
-                flag = name.replace("_", "-")
-                raise InputError(f"--{flag} must be at least {least}, got {count}.")
-
-    def _draw_front(self) -> list[Path]:
-        """The Pareto front beside the preset, where matplotlib is installed."""
-        if importlib.util.find_spec("matplotlib") is None:
-            return []
-        front = read_front(self.out.with_name(f"{self.out.stem}.search.json"))
-        path = self.out.with_name(f"{self.out.stem}.front.png")
-        pareto_front(front).savefig(path, dpi=150)
-        return [path]
+        settings = {name: getattr(self, name) for name in names.split()}
+        settings |= {"also": also, "data": text.name, "progress": True}
+        settings["verify_share"] = self.verify_windows / needed
+        calibration = search(params, cut.tokens_WT[:needed], cfg, **settings)
+        files = calibration.save(self.out, cfg.model)
+        self._print(calibration)
+        for path in files:
+            print(f"wrote {path}")
 
     def _with_maps(self, fitting_WT: Any, cfg: Config, data: str, tokenizer: Any) -> Params:
         """The parameters, with maps read from a file or fitted on windows of --data and more."""
@@ -134,44 +110,29 @@ class Calibrate(FileOptions):
             text, more = read_windows(str(path), tokenizer, self.seq_len, None)
             fitting_WT = np.concatenate([fitting_WT, more.tokens_WT])
             data = f"{data}, {text.name}"
-        features = self.features
-        if features is None:
-            only = () if self.protocol == "continuation" else PROMPT_FEATURES
-            features = tuple(name for name in FEATURES if name not in only)
-        params = self.load()
-        maps = fit_kv_maps(
-            params,
-            fitting_WT,
-            self.layers or halting_layers(cfg.model),
-            cfg.model,
-            features=features,
-            batch_size=4 * self.batch_size,  # sums of products as large as these are slow to add up
-            rank=self.rank if 0 < self.rank < feature_count(features, cfg.model) else None,
-            data=data,
-            progress=True,
-        )
+        barred = () if self.protocol == "continuation" else PROMPT_FEATURES
+        features = self.features or tuple(name for name in FEATURES if name not in barred)
+        params, layers = self.load(), self.layers or halting_layers(cfg.model)
+        rank = self.rank if 0 < self.rank < feature_count(features, cfg.model) else None
+        settings: dict[str, Any] = {"features": features, "rank": rank, "data": data}
+        # Sums of products as large as the maps' are slow to add up: larger batches, fewer sums.
+        settings |= {"batch_size": 4 * self.batch_size, "progress": True}
+        maps = fit_kv_maps(params, fitting_WT, layers, cfg.model, **settings)
         return {**params, "kv_maps": maps}
 
-    def _print(self, found: Calibration, files: list[Path]) -> None:
-        """Print what was measured on the verification windows."""
-        columns = "KV policy, perplexity, upper bound, exact FLOPs, paper FLOPs, kept".split(", ")
-        rows = [
-            (
-                entry["family"],
-                f"{entry['ppl_increase']:+.3f}",
-                "none" if entry["upper_bound"] is None else f"{entry['upper_bound']:+.3f}",
-                f"{entry['exact_flops_saved']:.1%}",
-                f"{entry['paper_flops_saved']:.1%}",
-                "yes" if entry["within_budget"] else "no",
-            )
-            for entry in found.verified
-        ]
-        if rows:
-            print_table("candidates on the verification windows", columns, rows)
-        verified = found.preset.provenance["verified"]
-        if found.preset.is_off:
+    def _print(self, calibration: Calibration) -> None:
+        """Print the measurements on the verification windows."""
+        columns = "KV policy, perplexity, bound, exact FLOPs, paper FLOPs, in budget".split(", ")
+        rows = []
+        for entry in calibration.verified:
+            bound = entry["upper_bound"]
+            row = [entry["family"], f"{entry['ppl_increase']:+.3f}"]
+            row += ["none" if bound is None else f"{bound:+.3f}"]
+            row += [f"{entry[f'{count}_flops_saved']:.1%}" for count in ("exact", "paper")]
+            rows.append([*row, "yes" if entry["within_budget"] else "no"])
+        print_table("candidates on the verification windows", columns, rows)
+        verified = calibration.preset.provenance["verified"]
+        if calibration.preset.is_off:
             print(verified["reason"])
         elif verified["measured_time_saved"] is not None:
             print(f"time saved here, measured: {verified['measured_time_saved']:.1%}")
-        for path in files:
-            print(f"wrote {path}")

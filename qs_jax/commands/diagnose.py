@@ -1,4 +1,4 @@
-"""`python -m qs_jax diagnose`: which tokens a preset hurts, and what protecting them recovers."""
+"""`python -m qs_jax diagnose`: tokens that a preset hurts, and the effect of protecting them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from qs_jax import diagnostics, presets
+from qs_jax.checkpoint import load_tokenizer
 from qs_jax.commands.options import TextOptions, print_table
 from qs_jax.config import Config
 from qs_jax.diagnostics import Diagnosis, Flags
 from qs_jax.errors import InputError
 from qs_jax.evaluation.journal import check_target, write_json
-from qs_jax.mechanisms.shipped_maps import maps_path
 from qs_jax.models import Params
 
 _ROWS = {
@@ -21,12 +21,13 @@ _ROWS = {
     "top1_agreement": ("same likeliest token as dense", "{:.1%}"),
     "layer_tokens_saved": ("layer-tokens saved, simulated", "{:.1%}"),
 }
-_TOKEN_COLUMNS = ("at", "token", "layers\nrun", "bits", "drift\nindex", "relative", "attribution")
+_TOKEN_COLUMNS = ("at", "token", "layers\nrun", "bits", "drift\nindex", "attribution", "flagged by")
+_SHOWN = 20  # rows of the table of tokens
 
 
 @dataclasses.dataclass(kw_only=True)
 class Diagnose(TextOptions):
-    """Say which tokens of a text a preset hurts, and what to protect."""
+    """Name the tokens of a text that a preset hurts, and suggest which to protect."""
 
     text: str = dataclasses.field()
     """The text itself, or the name of a file that holds it; - reads standard input."""
@@ -41,63 +42,57 @@ class Diagnose(TextOptions):
     """Flag tokens whose drift index or attribution score is above this percentile of the text."""
     max_protect: int = 16
     """Suggest at most N ids."""
-    show: int = 20
-    """Rows of the table of tokens; the file has all."""
 
     def run(self) -> None:
         """Check, compare, suggest, write, report."""
-        self._check()
-        tokenizer = self.load_tokenizer()
+        self.check_out()
+        if self.suggest_protect is not None:
+            check_target(self.suggest_protect, overwrite=self.overwrite, option="--suggest-protect")
+            if self.suggest_protect.suffix != ".json":
+                raise InputError("--suggest-protect is a preset: its name must end in .json.")
+        if self.max_protect < 1:
+            raise InputError("--max-protect must be at least 1.")
+        tokenizer = load_tokenizer(self.ckpt)
         ids, left_out = self.encode_text(tokenizer)
         cfg = self.config(continuation_tokens=self.scored_tokens(len(ids)), engine="masked")
         maps, _ = self.find_maps(cfg)
         params = self.load(maps)
-        found = diagnostics.diagnose(params, [ids], cfg)
-        flags = diagnostics.flag(found, percentile=self.percentile)
-        content = diagnostics.describe(found, flags, tokenizer)
-        content["protect"] = self._protect(params, cfg, found, flags, tokenizer)
+        diagnosis = diagnostics.diagnose(params, [ids], cfg)
+        flags = diagnostics.flag(diagnosis, percentile=self.percentile)
+        content = diagnostics.describe(diagnosis, flags, tokenizer)
+        content["protect"] = self._protect(params, cfg, diagnosis, flags, tokenizer)
         content["config"] = self.settings(
             cfg, continuation_tokens=cfg.continuation_tokens, tokens_left_out=left_out
         )
         write_json(self.out, content | self.origin(cfg))
         self._print(content)
 
-    def _check(self) -> None:
-        self.check_out()
-        if self.suggest_protect is not None:
-            check_target(self.suggest_protect, overwrite=self.overwrite, option="--suggest-protect")
-            if self.suggest_protect.suffix != ".json":
-                raise InputError("--suggest-protect is a preset: its name must end in .json.")
-        for name in ("max_protect", "show"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} must be at least 1.")
-
     def _protect(
-        self, params: Params, cfg: Config, found: Diagnosis, flags: Flags, tokenizer: Any
+        self, params: Params, cfg: Config, diagnosis: Diagnosis, flags: Flags, tokenizer: Any
     ) -> dict[str, Any] | None:
         """Write the preset that protects the suspects, and run the text under it."""
         if self.suggest_protect is None:
             return None
-        suspects = diagnostics.suggest_protect(found, flags, cfg, limit=self.max_protect)
+        suspects = diagnostics.suggest_protect(diagnosis, flags, cfg, limit=self.max_protect)
         tokens = [suspect.describe(tokenizer) for suspect in suspects]
         protect = {"protect_ids": [suspect.token for suspect in suspects], "tokens": tokens}
         if not suspects:
             return protect | {"after": None}
         safer = diagnostics.protected(cfg, suspects, {})
-        after = diagnostics.diagnose(params, found.tokens, safer).summary()
+        after = diagnostics.diagnose(params, diagnosis.tokens, safer).summary()
         about = {"preset": Path(self.preset).name, "tokens": tokens}
-        about["on_the_text_they_come_from"] = {"before": found.summary(), "after": after}
+        about["on_the_text_they_come_from"] = {"before": diagnosis.summary(), "after": after}
         quicksilver = diagnostics.protected(cfg, suspects, about).quicksilver
         assert quicksilver is not None
         presets.save(self.suggest_protect, quicksilver, cfg.model)
         if quicksilver.kv_skip is not None and quicksilver.kv_skip.policy == "extrapolate":
-            params["kv_maps"].save(maps_path(self.suggest_protect))
+            params["kv_maps"].save(presets.maps_path(self.suggest_protect))
         return protect | {"after": after}
 
     def _print(self, content: dict[str, Any]) -> None:
-        summary, protect = content["summary"], content["protect"]
+        summary, protect = content["summary"], content["protect"] or {"tokens": [], "after": None}
         columns = {"dense": {"perplexity": summary["dense_perplexity"]}, "preset": summary}
-        if protect is not None and protect["after"] is not None:
+        if protect["after"] is not None:
             columns["protected"] = protect["after"]
         rows = [
             [label, *(form.format(of[key]) if key in of else "" for of in columns.values())]
@@ -110,27 +105,20 @@ class Diagnose(TextOptions):
             print("The preset touched no token of this text.")
         flagged = [row for row in content["tokens"] if row["flagged_by"]]
         flagged.sort(key=lambda row: -row["attribution"])
-        title = f"{len(flagged)} flagged tokens by attribution, {self.show} at most"
-        print_table(title, (*_TOKEN_COLUMNS, "flagged by"), map(_cells, flagged[: self.show]))
-        if protect is not None:
-            for token in protect["tokens"]:
-                print(f"protect {token['id']} {token['text']!r}")
-            if protect["tokens"]:
-                print(f"wrote {self.suggest_protect}; check it on other text with `evaluate`")
-            else:
-                print("There is nothing to protect: no flagged token was touched.")
+        title = f"{len(flagged)} flagged tokens by attribution, {_SHOWN} at most"
+        print_table(title, _TOKEN_COLUMNS, map(_cells, flagged[:_SHOWN]))
+        for token in protect["tokens"]:
+            print(f"protect {token['id']} {token['text']!r}")
+        if protect["tokens"]:
+            print(f"wrote {self.suggest_protect}; check it on other text with `evaluate`")
+        elif self.suggest_protect is not None:
+            print("There is nothing to protect: no flagged token was touched.")
         print(f"wrote {self.out}")
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
+def _cells(row: dict[str, Any]) -> tuple[Any, ...]:
     fused = " fused" if row["representative"] != row["position"] else ""
-    return [
-        str(row["position"]),
-        repr(row["text"]),
-        f"{row['layers_run']}{fused}",
-        str(row["bits"]) if row["bits"] < 16 else "",
-        f"{row['drift_index']:.4g}",
-        f"{row['relative_index']:.1%}",
-        f"{row['attribution']:.2e}",
-        " ".join(row["flagged_by"]),
-    ]
+    drift = f"{row['drift_index']:.4g} ({row['relative_index']:.1%})"
+    cells = (row["position"], repr(row["text"]), f"{row['layers_run']}{fused}")
+    cells += (row["bits"] if row["bits"] < 16 else "", drift, f"{row['attribution']:.2e}")
+    return *cells, " ".join(row["flagged_by"])

@@ -1,4 +1,4 @@
-"""`python -m qs_jax evaluate`: perplexity of a checkpoint on a text, and what a preset saves."""
+"""`python -m qs_jax evaluate`: perplexity of a checkpoint on a text, and savings of a preset."""
 
 from __future__ import annotations
 
@@ -6,17 +6,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from qs_jax.checkpoint import load_tokenizer
 from qs_jax.commands.options import ScoringOptions, print_table
 from qs_jax.config import Config
 from qs_jax.evaluation import journal
 from qs_jax.evaluation.datasets import Text
-from qs_jax.evaluation.perplexity import (
-    Evaluation,
-    Windows,
-    check_width,
-    evaluate,
-    read_windows,
-)
+from qs_jax.evaluation.perplexity import Windows, check_width, evaluate, read_windows
 from qs_jax.evaluation.processes import connect
 
 _SAVED = {
@@ -29,7 +24,7 @@ _SAVED = {
 
 @dataclasses.dataclass(kw_only=True)
 class Evaluate(ScoringOptions):
-    """Measure perplexity in fixed windows, and what a preset saves."""
+    """Measure perplexity in fixed windows, and the savings of a preset."""
 
     data: str
     """wikitext-103, c4, or a file: .jsonl, .jsonl.gz, .json.gz (field "text"), or plain text."""
@@ -54,76 +49,58 @@ class Evaluate(ScoringOptions):
     def run(self) -> None:
         """Check, score, write, report."""
         processes = connect(self.coordinator, self.num_processes, self.process_id)
-        own = Path(f"{self.out}{processes.suffix}")
-        for out in dict.fromkeys((self.out, own)):
+        journal_out = Path(f"{self.out}{processes.suffix}")
+        for out in dict.fromkeys((self.out, journal_out)):
             journal.check_target(out, resume=self.resume, overwrite=self.overwrite)
         devices = self.local_devices()
         cfg = self.config(continuation_tokens=self.continuation_tokens, engine=self.engine)
         check_width(self.seq_len, cfg)
         maps, digest = self.find_maps(cfg)
-        tokenizer = self.load_tokenizer()
+        tokenizer = load_tokenizer(self.ckpt)
         text, windows = read_windows(self.data, tokenizer, self.seq_len, self.limit_windows)
-        check_width(windows.tokens_WT.shape[1], cfg)
+        width = windows.tokens_WT.shape[1]
+        check_width(width, cfg)
         identity = self._identity(cfg, text, windows, digest)
         complete = self.resume and journal.is_complete(self.out, identity)
         if processes.gather([{"complete": complete}])[0]["complete"]:
             print(f"{self.out} is complete; it was left as it is.")
             return
-        with journal.Journal(own, identity, resume=self.resume) as batches:
-            found = evaluate(
-                self.load(maps),
-                windows,
-                cfg,
-                batch_size=self.batch_size,
-                devices=devices,
-                journal=batches,
-                processes=processes,
-                progress=True,
-            )
+        with journal.Journal(journal_out, identity, resume=self.resume) as batches:
+            sharing = {"devices": devices, "journal": batches, "processes": processes}
+            settings: dict[str, Any] = sharing | {"batch_size": self.batch_size, "progress": True}
+            results = evaluate(self.load(maps), windows, cfg, **settings)
             counts = {"characters": len(text.text), "documents": text.documents}
             counts |= {"tokens": windows.tokens_in_text, "tokens_left_over": windows.left_over}
             if processes.index == 0:
-                journal.write_json(self.out, found.results | {"text": counts} | identity)
+                journal.write_json(self.out, results | {"text": counts} | identity)
             processes.gather([])  # nobody forgets before it is written
             batches.remove()
         if processes.index == 0:
-            self._print(found, cfg, text.name, windows.tokens_WT.shape[1])
+            self._print(results, cfg, f"{text.name} · {cfg.effective_protocol}", width)
 
     def _identity(
         self, cfg: Config, text: Text, windows: Windows, digest: str | None
     ) -> dict[str, Any]:
-        """What makes two runs the same; all of it is in the results."""
+        """Everything that two runs must share to be the same run; it is in the results."""
         continued = cfg.effective_protocol == "continuation"
-        settings = self.settings(
-            cfg,
-            batch_size=self.batch_size,
-            continuation_tokens=cfg.continuation_tokens if continued else None,
-            data=text.name,
-            data_sha256=text.sha256,
-            kv_maps_sha256=digest,
-            limit_windows=self.limit_windows,
-            seq_len=self.seq_len,
-            tokens_sha256=windows.sha256,
-        )
+        scored = cfg.continuation_tokens if continued else None
+        given = {name: getattr(self, name) for name in "batch_size limit_windows seq_len".split()}
+        given |= {"continuation_tokens": scored, "kv_maps_sha256": digest, "data": text.name}
+        given |= {"data_sha256": text.sha256, "tokens_sha256": windows.sha256}
+        settings = self.settings(cfg, **given)
         return {"config": dict(sorted(settings.items())), **self.origin(cfg)}
 
-    def _print(self, found: Evaluation, cfg: Config, name: str, width: int) -> None:
-        results, rate = found
+    def _print(self, results: dict[str, Any], cfg: Config, title: str, width: int) -> None:
         rows = {"perplexity": _number(results["perplexity"])}
         if results["perplexity_interval"] is not None:
             ends = map(_number, results["perplexity_interval"])
             rows["95 % interval over windows"] = " to ".join(ends)
         rows["windows"] = f"{results['windows']:,} of {width} tokens"
         rows["tokens scored"] = f"{results['tokens_scored']:,}"
-        if rate is not None:
-            devices = len(self.local_devices() or [0])
-            each = f", {rate / devices:,.0f} on each of {devices} devices" if devices > 1 else ""
-            rows["tokens per second"] = f"{rate:,.0f}{each} (first batch not counted)"
         rows["preset"] = Path(self.preset).name
         if cfg.quicksilver and not cfg.quicksilver.is_off:
             how = "simulated" if results["simulated"] else "counted"
             rows |= {f"{_SAVED[key]}, {how}": f"{results[key]:.1%}" for key in _SAVED}
-        title = f"{name} · {cfg.effective_protocol}"
         print_table(title, (), [*rows.items(), ("results", self.out)])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 
+from qs_jax.checkpoint import load_tokenizer
 from qs_jax.commands.options import RunOptions
 from qs_jax.text import TextStream, encode_prompt
 
@@ -37,7 +38,7 @@ class Generate(RunOptions):
     def run(self) -> None:
         """Load, generate, report."""
         prompt = sys.stdin.read() if self.prompt == "-" else self.prompt
-        tokenizer = self.load_tokenizer()
+        tokenizer = load_tokenizer(self.ckpt)
         ids = encode_prompt(tokenizer, prompt, chat=self.chat, system=self.system)
         names = "max_new_tokens temperature top_k top_p repetition_penalty seed".split()
         cfg = self.config(**{name: getattr(self, name) for name in names})

@@ -1,4 +1,4 @@
-"""`python -m qs_jax info`: what a converted checkpoint holds."""
+"""`python -m qs_jax info`: the manifest of a converted checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qs_jax.commands.options import print_table
 
 @dataclasses.dataclass
 class Info:
-    """Say what a converted checkpoint holds."""
+    """Print the source, sizes and configuration of a converted checkpoint."""
 
     ckpt: Path
     """Folder written by convert.hf_to_flax."""

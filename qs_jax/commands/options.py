@@ -1,7 +1,8 @@
-"""Options that commands share, and what they do with them."""
+"""Options that commands share, and the values that follow from them."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import sys
@@ -15,20 +16,20 @@ from rich.table import Table
 from rich.text import Text
 
 from qs_jax import presets
-from qs_jax.checkpoint import choose_dtype, load, load_tokenizer, read_manifest
+from qs_jax.checkpoint import read_manifest
 from qs_jax.config import Config, ModelConfig
 from qs_jax.engine.devices import local_devices
 from qs_jax.errors import InputError
 from qs_jax.evaluation import journal, perplexity
 from qs_jax.evaluation.datasets import read_text
+from qs_jax.load import choose_dtype, find_maps, load
 from qs_jax.mechanisms.kv_maps import KVMaps
-from qs_jax.mechanisms.shipped_maps import find_maps, reads_maps
 from qs_jax.models import Params
 
 
 @dataclasses.dataclass(kw_only=True)
 class RunOptions:
-    """A checkpoint under a preset: what every command that runs a model takes."""
+    """A checkpoint under a preset: the options of every command that runs a model."""
 
     ckpt: Path
     """Folder written by convert.hf_to_flax."""
@@ -47,7 +48,7 @@ class RunOptions:
     qs-jax/xla in the user's cache folder."""
 
     def config(self, preset: str | None = None, **settings: Any) -> Config:
-        """The call under a preset, by default that of --preset; the weights are not read."""
+        """The configuration of a preset, by default --preset; the weights are not read."""
         model = ModelConfig.from_dict(read_manifest(self.ckpt)["model"])
         model = model.replace(dtype=choose_dtype(self.dtype, model))
         quicksilver = presets.by_name(preset or self.preset, model)
@@ -55,8 +56,6 @@ class RunOptions:
 
     def find_maps(self, cfg: Config, preset: str | None = None) -> tuple[KVMaps | None, str | None]:
         """Maps of a preset and their file's SHA-256; None twice where it reads none."""
-        if self.kv_maps is not None and not reads_maps(cfg):
-            raise InputError("--kv-maps is for presets whose kv_skip.policy is 'extrapolate'.")
         maps, path = find_maps(cfg, self.ckpt, self.kv_maps, preset or self.preset)
         return maps, path and hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -65,12 +64,8 @@ class RunOptions:
         params, _ = load(self.ckpt, dtype=self.dtype)
         return params if maps is None else {**params, "kv_maps": maps}
 
-    def load_tokenizer(self) -> Any:
-        """The checkpoint's tokenizer."""
-        return load_tokenizer(self.ckpt)
-
     def settings(self, cfg: Config, **others: Any) -> dict[str, Any]:
-        """For a results file: what decides the numbers; paths go by their last name."""
+        """Settings that decide the numbers of a results file; paths go by their last name."""
         assert cfg.quicksilver is not None
         return others | {
             "backend": jax.default_backend(),
@@ -82,7 +77,7 @@ class RunOptions:
         }
 
     def origin(self, cfg: Config) -> dict[str, Any]:
-        """For a results file: the model, and the code that ran it."""
+        """The model and the code that produced a results file."""
         manifest = read_manifest(self.ckpt)
         model = {"source": manifest["source"], "config": cfg.model.to_dict()}
         model["fingerprint"] = manifest["params"]
@@ -96,7 +91,7 @@ class FileOptions(RunOptions):
     out: Path
     """Results, as JSON."""
     overwrite: bool = False
-    """Replace what exists."""
+    """Replace a file that exists."""
 
     def check_out(self) -> None:
         """Refuse --out, before anything is computed, if it exists or cannot be written."""
@@ -109,19 +104,14 @@ class ScoringOptions(FileOptions):
 
     engine: Literal["masked", "compact"] = "masked"
     """masked computes everything and selects: savings are simulated. compact makes the same
-    decisions and computes active tokens only; AMQ in presets runs where int8 is faster, or not."""
+    decisions and computes active tokens only."""
     batch_size: int = 8
     """Rows scored at a time."""
     devices: str = "1"
     """Local devices that share each batch: a number, or all."""
 
     def local_devices(self) -> tuple[jax.Device, ...] | None:
-        """The devices to share batches; None for one.
-
-        Raises:
-          ConfigError: There are not so many.
-          InputError: --batch-size is below 1.
-        """
+        """The devices to share batches; None for one."""
         if self.batch_size < 1:
             raise InputError(f"--batch-size must be at least 1, got {self.batch_size}.")
         devices = local_devices(self.devices)
@@ -141,16 +131,14 @@ class TextOptions(FileOptions):
     """Take the first tokens of the text only."""
 
     def encode_text(self, tokenizer: Any) -> tuple[list[int], int]:
-        """Tokens of the text within the limit, and how many there are beyond it.
-
-        Raises:
-          InputError: There are fewer than two.
-        """
+        """Tokens of the text within the limit, and how many there are beyond it."""
         if self.limit_tokens is not None and self.limit_tokens < 2:
             raise InputError(f"--limit-tokens must be at least 2, got {self.limit_tokens}.")
         text = sys.stdin.read() if self.text == "-" else self.text or ""
-        if self.text != "-" and _is_file(text):
-            text = read_text(text).text
+        named = False
+        with contextlib.suppress(OSError, ValueError):  # no name: too long, or with a null
+            named = self.text != "-" and Path(text).is_file()
+        text = read_text(text).text if named else text
         ids = list(tokenizer(text, verbose=False).input_ids)
         if len(ids) < 2:
             raise InputError(f"the text has {len(ids)} token(s); there is nothing to predict.")
@@ -161,13 +149,6 @@ class TextOptions(FileOptions):
         if self.continuation_tokens is not None:
             return self.continuation_tokens
         return max(1, min(128, tokens // 4))
-
-
-def _is_file(text: str) -> bool:
-    try:
-        return Path(text).is_file()
-    except (OSError, ValueError):  # no name at all: too long, or with a null character
-        return False
 
 
 def print_table(

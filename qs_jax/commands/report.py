@@ -1,4 +1,4 @@
-"""`python -m qs_jax report`: what every token did at every layer, as one HTML file."""
+"""`python -m qs_jax report`: every token at every layer, as one HTML file."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from qs_jax import report as reports
+from qs_jax.checkpoint import load_tokenizer
 from qs_jax.commands.options import TextOptions
 from qs_jax.config import Config
 from qs_jax.errors import InputError
@@ -18,7 +19,7 @@ from qs_jax.report import PresetRuns, TextRuns, figures
 
 @dataclasses.dataclass(kw_only=True)
 class Report(TextOptions):
-    """Show what presets do to a text, token by token and layer by layer, in one HTML file."""
+    """Show a text under presets, token by token and layer by layer, in one HTML file."""
 
     out: Path
     """The page; it opens from disk and needs no network."""
@@ -41,7 +42,7 @@ class Report(TextOptions):
         """Check, run, write."""
         self.check_out()
         if not (self.text is not None or self.results or self.search):
-            raise InputError("give what to show: --text, --results or --search.")
+            raise InputError("give something to show: --text, --results or --search.")
         if self.figures is not None:
             figures.require_matplotlib()
         results = [reports.read_results(path) for path in self.results]
@@ -60,26 +61,24 @@ class Report(TextOptions):
             raise InputError("--text needs --ckpt, the model that reads it.")
         if not self.preset:
             raise InputError("--preset names nothing.")
-        tokenizer = self.load_tokenizer()
+        tokenizer = load_tokenizer(self.ckpt)
         ids, _ = self.encode_text(tokenizer)
         common = {"continuation_tokens": self.scored_tokens(len(ids)), "engine": "masked"}
         cfgs = {name: self.config(name, **common) for name in self.preset}
         protocols = {cfg.effective_protocol for cfg in cfgs.values()}
         protocol = "continuation" if "continuation" in protocols else "teacher-forced"
         params = self.load()
-        runs = [
-            self._preset(name, params, np.asarray(ids, np.int32), cfg.replace(protocol=protocol))
-            for name, cfg in cfgs.items()
-        ]
+        row = np.asarray(ids, np.int32)
+        cfgs = {name: cfg.replace(protocol=protocol) for name, cfg in cfgs.items()}
+        runs = [self._preset(name, params, row, cfg) for name, cfg in cfgs.items()]
         cfg = runs[0].cfg
         prompt = len(ids) - cfg.continuation_tokens if protocol == "continuation" else 0
         origin = self.origin(cfg)
+        scored = f", last {len(ids) - prompt} tokens scored" if prompt else ""
         about = {
             "model": str(origin["model"]["source"]),
             "tokens": f"{len(ids):,}",
-            "protocol": f"{protocol}, last {len(ids) - prompt} tokens scored"
-            if prompt
-            else protocol,
+            "protocol": protocol + scored,
             "dtype": cfg.model.dtype,
             "engine": "masked: every token is computed, savings are simulated",
             "versions": ", ".join(f"{name} {of}" for name, of in origin["versions"].items()),
@@ -89,12 +88,8 @@ class Report(TextOptions):
 
     def _preset(self, name: str, params: Params, row: Any, cfg: Config) -> PresetRuns:
         maps, _ = self.find_maps(cfg, name)
-        runs = reports.trace(
-            params if maps is None else {**params, "kv_maps": maps},
-            row,
-            cfg,
-            all_combinations=self.all_combinations,
-            progress=True,
-        )
+        params = params if maps is None else {**params, "kv_maps": maps}
+        every = self.all_combinations
+        runs = reports.trace(params, row, cfg, all_combinations=every, progress=True)
         sizes = None if maps is None else maps.sizes
         return PresetRuns(Path(name).name.removesuffix(".json"), cfg, list(runs), sizes)

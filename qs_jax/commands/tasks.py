@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from qs_jax.checkpoint import read_manifest
+from qs_jax.checkpoint import load_tokenizer, read_manifest
 from qs_jax.commands.options import ScoringOptions, print_table
 from qs_jax.errors import InputError
 from qs_jax.evaluation.classification import measure_heads
@@ -29,12 +29,8 @@ class Tasks(ScoringOptions):
     """Of the draw and of --head linear's split."""
     head: str = "none"
     """none: by the likelihood of label words, through lm-evaluation-harness. linear: a head fitted
-    on frozen states of a share of the examples, evaluated on the others. DIR: one made by
-    convert.classifier."""
-    head_input: Literal["pair", "prompt"] = "pair"
-    """--head DIR: feed it the bare text or pair of texts, or the task's prompt."""
-    fit_on: Literal["dense", "preset"] = "dense"
-    """--head linear: whose states it is fitted on; both models are evaluated with the same head."""
+    on the dense model's states of a share of the examples, evaluated on the others. DIR: one made
+    by convert.hf_to_flax --classifier."""
     train_share: float = 0.5
     """--head linear: share of the examples it is fitted on."""
     l2: float = 0.1
@@ -44,21 +40,11 @@ class Tasks(ScoringOptions):
 
     def run(self) -> None:
         """Check, score, write, report."""
-        results = self.measure()
-        write_json(self.out, results)
+        write_json(self.out, results := self.measure())
         self._print(results)
 
     def measure(self) -> dict[str, Any]:
-        """Run all tasks.
-
-        Returns:
-          "tasks", by name: what `task_results` returns, the examples' source and what was cut; and
-          all settings.
-
-        Raises:
-          InputError: A task is unknown, or its data or head cannot be used; lm-evaluation-harness
-            is needed and not installed.
-        """
+        """Run all tasks; the results of each by name under "tasks", and all settings."""
         self.check_out()
         devices = self.local_devices()
         cfg = self.config(engine=self.engine)
@@ -72,25 +58,15 @@ class Tasks(ScoringOptions):
             settings = {name: getattr(self, name) for name in names}
             settings |= {"ckpt": str(self.ckpt), "protocol": cfg.effective_protocol}
             mechanisms = {"preset": self.preset, "kv_maps": self.kv_maps}
-            tasks = measure_words(
-                settings, None if cfg.quicksilver.is_off else mechanisms, examples
-            )
+            mechanisms = None if cfg.quicksilver.is_off else mechanisms
+            tasks = measure_words(settings, mechanisms, examples)
         else:
-            tasks = measure_heads(
-                self.load(maps),
-                cfg,
-                examples,
-                self.load_tokenizer(),
-                head=None if self.head == "linear" else self._load_head(),
-                bare=self.head != "linear" and self.head_input == "pair",
-                fit_on=self.fit_on,
-                train_share=self.train_share,
-                seed=self.seed,
-                l2=self.l2,
-                batch_size=self.batch_size,
-                devices=devices,
-            )
-        names = "batch_size head_input fit_on train_share l2 limit seed".split()
+            head = None if self.head == "linear" else self._load_head()
+            settings = {name: getattr(self, name) for name in "train_share seed l2".split()}
+            settings |= {"head": head, "batch_size": self.batch_size, "devices": devices}
+            tokenizer = load_tokenizer(self.ckpt)
+            tasks = measure_heads(self.load(maps), cfg, examples, tokenizer, **settings)
+        names = "batch_size train_share l2 limit seed".split()
         others = {name: getattr(self, name) for name in names}
         config = self.settings(cfg, head=Path(self.head).name, kv_maps_sha256=digest, **others)
         simulated = self.engine == "masked" and not cfg.quicksilver.is_off
@@ -102,35 +78,28 @@ class Tasks(ScoringOptions):
             raise InputError(f"--tasks {' '.join(unknown)}: the tasks are {', '.join(TASKS)}.")
         if Path(self.data).is_file() and len(set(self.tasks)) > 1:
             raise InputError(f"{self.data} is one file; for several tasks give their folder.")
-        return {
-            name: read_examples(TASKS[name], self.data, self.limit, self.seed)
-            for name in self.tasks
-        }
+        rest = (self.data, self.limit, self.seed)
+        return {name: read_examples(TASKS[name], *rest) for name in self.tasks}
 
     def _load_head(self) -> Head:
         head = Head.load(Path(self.head))
         if head.backbone != read_manifest(self.ckpt)["params"]:
-            raise InputError(
-                f"the head in {self.head} was trained with another model than {self.ckpt}: a "
-                "sequence classifier brings its own; give the same folder as --ckpt and --head."
-            )
+            other = f"the head in {self.head} was trained with another model than {self.ckpt}"
+            raise InputError(f"{other}: give the same folder as --ckpt and --head.")
         return head
 
     def _print(self, results: dict[str, Any]) -> None:
         config, tasks = results["config"], results["tasks"]
-        compared = any("quicksilver" in task for task in tasks.values())
-        columns = ["task", "metric", "dense"]
-        if compared:
+        columns, rows = ["task", "metric", "dense"], []
+        if any("quicksilver" in task for task in tasks.values()):
             how = "simulated" if results["simulated"] else "counted"
             columns += [config["preset"], "change", "McNemar p", f"FLOPs saved, {how}"]
-        rows = []
         for name, task in tasks.items():
-            cells = [f"{name}\n{task['examples']:,}", task["metric"], _cell(task["dense"])]
-            if compared:
+            rows.append([f"{name}\n{task['examples']:,}", task["metric"], _cell(task["dense"])])
+            if "quicksilver" in task:
                 change, saved = task["difference"], task["quicksilver"]["saved"]
-                cells += [_cell(task["quicksilver"]), _cell(change, "+")]
-                cells += [f"{change['mcnemar_p']:.2g}", f"{saved['exact_flops_saved']:.1%}"]
-            rows.append(cells)
+                rows[-1] += [_cell(task["quicksilver"]), _cell(change, "+")]
+                rows[-1] += [f"{change['mcnemar_p']:.2g}", f"{saved['exact_flops_saved']:.1%}"]
         title = f"95 % intervals · {config['protocol']} · head: {config['head']}"
         print_table(title, columns, rows, lines=True)
         for name, task in tasks.items():

@@ -36,17 +36,12 @@ def _not_nan(value: float) -> float:
     return value
 
 
-def _in_tuple(value: Any) -> Any:
-    value = _from_numpy(value)
-    return (value,) if isinstance(value, str | int) else value
-
-
 def _threshold(value: Any) -> Any:
     return TypeAdapter(Number if np.ndim(value) == 0 else Numbers).validate_python(value)
 
 
 _NumPy = BeforeValidator(_from_numpy)
-ONE_OR_MORE = BeforeValidator(_in_tuple)
+ONE_OR_MORE = BeforeValidator(lambda v: (v,) if isinstance(v, str | int | np.integer) else v)
 Flag = Annotated[bool, _NumPy, Strict()]
 Integer = Annotated[int, _NumPy, Strict()]
 Count = Annotated[Integer, Field(ge=0)]
@@ -62,9 +57,7 @@ Threshold = Annotated[float | tuple[float, ...], PlainValidator(_threshold)]
 def _config_errors(path: str, names: Sequence[str] = ()) -> Iterator[None]:
     """Turn pydantic's errors into a `ConfigError` that names fields by their path.
 
-    Args:
-      path: Of the object.
-      names: Its fields, in the order of positional arguments.
+    `names` are the object's fields, in the order of positional arguments.
     """
     try:
         yield
@@ -80,20 +73,14 @@ def _message(path: str, names: Sequence[str], error: Mapping[str, Any]) -> str:
     first, *rest = error["loc"] or ("",)
     first = names[first] if isinstance(first, int) and names else first
     name = ".".join(str(part) for part in (path, first, *rest) if part != "")
-    if error["type"] in ("missing", "missing_argument"):
-        return f"{name} is missing."
-    if error["type"] == "unexpected_keyword_argument":
-        return f"{name} is unknown."
+    if error["type"] in ("missing", "missing_argument", "unexpected_keyword_argument"):
+        return f"{name} is {'missing' if 'missing' in error['type'] else 'unknown'}."
     _, should, rule = error["msg"].partition(" should ")
     return f"{name} must {rule}, got {error['input']!r}." if should else f"{name}: {error['msg']}."
 
 
 def parse(name: str, value: Any, kind: Any) -> Any:
-    """Check one value, an argument called `name`, against one of the types above.
-
-    Raises:
-      ConfigError: It is something else.
-    """
+    """Check one value, an argument called `name`, against one of the types above."""
     with _config_errors(name):
         return TypeAdapter(kind).validate_python(value)
 
@@ -125,11 +112,7 @@ class Settings:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
-        """Inverse of `to_dict`.
-
-        Raises:
-          ConfigError: Unknown or missing fields, or values that do not fit.
-        """
+        """Inverse of `to_dict`; ConfigError for unknown or missing fields, or wrong values."""
         if not isinstance(fields, Mapping):
             raise ConfigError(f"settings must be an object, got {fields!r}.")
         return cls(**fields)

@@ -27,7 +27,6 @@ from qs_jax.config.fields import (
 )
 from qs_jax.errors import ConfigError
 
-INF = float("inf")
 Entropy = Literal["vocab", "shortlist", "latent", "variance", "final_prev"]
 Target = Literal["linear", "hidden", "kv"]
 
@@ -170,10 +169,7 @@ class FusionConfig(Settings, path="fusion"):
 
     def __post_init__(self) -> None:
         if (self.window > 1) != (self.tau_attn is not None):
-            raise ConfigError(
-                "fusion.tau_attn and a fusion.window beyond 1 go together: adjacent tokens need no "
-                "attention test, others do."
-            )
+            raise ConfigError("fusion.tau_attn and a fusion.window beyond 1 go together.")
         taus = self.tau_fuse if isinstance(self.tau_fuse, tuple) else ()
         if any(tau > 0 for tau in taus[: max(self.first_layer - 1, 0)]):
             first = self.first_layer
@@ -219,9 +215,10 @@ class AMQConfig(Settings, path="amq"):
     @classmethod
     def uniform(cls, bits: Literal[2, 4, 8], layer: int, **fields: Any) -> AMQConfig:
         """The same number of bits for every token that is not protected."""
-        if bits not in (2, 4, 8):
+        taus = {2: (math.inf, math.inf), 4: (-math.inf, math.inf), 8: (-math.inf, -math.inf)}
+        if bits not in taus:
             raise ConfigError(f"bits must be 2, 4 or 8, got {bits!r}.")
-        low, high = {2: (INF, INF), 4: (-INF, INF), 8: (-INF, -INF)}[bits]
+        low, high = taus[bits]
         return cls(layer=layer, entropy=None, tau_low=low, tau_high=high, **fields)
 
     def __post_init__(self) -> None:
@@ -235,19 +232,12 @@ class AMQConfig(Settings, path="amq"):
             raise ConfigError("without amq.entropy, both thresholds must be infinite.")
         if self.entropy == "variance" and self.normalization == "log_vocab":
             raise ConfigError("entropy 'variance' has no largest value: use 'nats' or 'minmax'.")
-        if not self.targets:
-            raise ConfigError("amq.targets is empty: nothing would be quantised.")
-        if len(set(self.targets)) < len(self.targets):
-            raise ConfigError("amq.targets repeats a name.")
+        if not self.targets or len(set(self.targets)) < len(self.targets):
+            raise ConfigError(f"amq.targets must be one or more names, got {self.targets}.")
         if not fake and not (self.symmetric and self.rotate):
-            raise ConfigError(
-                "amq.execution 'int8' quantises symmetric and rotated, got "
-                f"symmetric={self.symmetric}, rotate={self.rotate}: leave them out, or use 'fake'."
-            )
+            got = f"symmetric={self.symmetric}, rotate={self.rotate}"
+            raise ConfigError(f"amq.execution 'int8' is symmetric and rotated, got {got}.")
         if not fake and self.targets == ("hidden",):
-            raise ConfigError(
-                "amq.execution 'int8' is for products and the KV cache: add 'linear' or 'kv' to "
-                "amq.targets, or use 'fake'."
-            )
+            raise ConfigError("amq.execution 'int8' is for amq.targets 'linear' and 'kv'.")
         if fake and self.rotate and self.group & (self.group - 1):
             raise ConfigError(f"amq.rotate needs a group that is a power of two, got {self.group}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -21,8 +22,9 @@ ROPE_SCALINGS: dict[str, tuple[str, ...]] = {
 class RopeScaling(Settings, path="rope_scaling"):
     """How rotary frequencies are stretched beyond the length a model was first trained on.
 
+    The names are those of Hugging Face configs, the rules are in `qs_jax.models.rope`.
+
     Attributes:
-      rope_type: Rule, by the name Hugging Face configs use.
       factor: Stretch of the context length.
       original_max_positions: Trained length in tokens (`llama3`, `yarn`).
       low_freq_factor: `llama3`: wavelengths above original/low are stretched fully.
@@ -30,12 +32,7 @@ class RopeScaling(Settings, path="rope_scaling"):
       beta_fast: `yarn`: rotations over the trained length above which nothing is stretched.
       beta_slow: `yarn`: rotations below which frequencies are stretched fully.
       attention_factor: `yarn`: multiplies cos and sin; None derives it from `factor`.
-      mscale: `yarn`: see `attention_factor` in `qs_jax.models.rope`.
-      mscale_all_dim: `yarn`: see `attention_factor` in `qs_jax.models.rope`.
       truncate: `yarn`: round the correction range to whole dimensions.
-
-    Raises:
-      ConfigError: A field the rule needs is missing or out of range.
     """
 
     rope_type: str
@@ -51,50 +48,41 @@ class RopeScaling(Settings, path="rope_scaling"):
     truncate: Flag = True
 
     def __post_init__(self) -> None:
+        kind = f"RoPE scaling {self.rope_type!r}"
         if self.rope_type not in ROPE_SCALINGS:
-            known = ", ".join(ROPE_SCALINGS)
-            raise ConfigError(
-                f"RoPE scaling {self.rope_type!r} is not implemented (known: {known})."
-            )
+            raise ConfigError(f"{kind} is not implemented (known: {', '.join(ROPE_SCALINGS)}).")
         missing = [name for name in ROPE_SCALINGS[self.rope_type] if getattr(self, name) is None]
         if missing:
-            raise ConfigError(f"RoPE scaling {self.rope_type!r} needs {', '.join(missing)}.")
+            raise ConfigError(f"{kind} needs {', '.join(missing)}.")
         low, high = self.low_freq_factor, self.high_freq_factor
         if low is not None and high is not None and not 0 < low < high:
-            raise ConfigError(
-                "llama3 RoPE scaling needs 0 < low_freq_factor < high_freq_factor, got "
-                f"{low} and {high}."
-            )
+            need = "0 < low_freq_factor < high_freq_factor"
+            raise ConfigError(f"{kind} needs {need}, got {low} and {high}.")
 
 
 class ModelConfig(Settings):
     """The architecture of a frozen checkpoint; every size comes from the checkpoint itself.
 
     Attributes:
-      model_type: Hugging Face `model_type`, the key of the block registry.
-      vocab_size: V, number of token ids.
+      model_type: As in Hugging Face configs: "gpt2" or "llama".
+      vocab_size: V.
       num_layers: L.
       hidden_size: D, width of the residual stream.
       num_heads: N, query heads.
       num_kv_heads: K, key/value heads; N is a multiple of K.
-      head_dim: H, width of one head.
+      head_dim: H.
       mlp_size: F, inner width of the MLP.
       max_positions: Largest prompt + continuation, in tokens.
       norm_eps: Added to the variance in every norm.
       activation: MLP nonlinearity.
       tie_embeddings: The head reuses the token embedding.
-      attention_bias: Projections of attention have biases.
-      mlp_bias: Projections of the MLP have biases.
       rope_theta: RoPE base; None for learned positions.
-      rope_scaling: RoPE stretch; None for plain RoPE.
+      rope_scaling: None for plain RoPE.
       dtype: Of the parameters and of the residual stream. Norms, softmax and logits are float32,
         or float64 where this is.
       bos_token_id: First token of a document, if the model has one.
       eos_token_ids: Any of these ends a row.
       pad_token_id: Fills rows after their end; None means 0.
-
-    Raises:
-      ConfigError: Sizes do not fit each other.
     """
 
     model_type: str
@@ -121,19 +109,21 @@ class ModelConfig(Settings):
     def __post_init__(self) -> None:
         heads, kv_heads = self.num_heads, self.num_kv_heads
         if heads % kv_heads:
-            raise ConfigError(
-                f"num_heads ({heads}) must be a multiple of num_kv_heads ({kv_heads})."
-            )
+            raise ConfigError(f"num_heads {heads} must be a multiple of num_kv_heads {kv_heads}.")
         if self.model_type == "llama" and (self.rope_theta is None or self.rope_theta <= 0):
             raise ConfigError(f"a llama model needs a positive rope_theta, got {self.rope_theta}.")
         if self.model_type == "llama" and self.head_dim % 2:
             raise ConfigError(f"RoPE needs an even head_dim, got {self.head_dim}.")
-        for name in ("bos_token_id", "pad_token_id", "eos_token_ids"):
-            value = getattr(self, name)
-            for token in value if isinstance(value, tuple) else (value,):
-                if token is not None and not 0 <= token < self.vocab_size:
-                    size = self.vocab_size
-                    raise ConfigError(f"{name} {token} is outside the vocabulary of {size}.")
+        self.check_ids("eos_token_ids", self.eos_token_ids)
+        for name in ("bos_token_id", "pad_token_id"):
+            self.check_ids(name, (getattr(self, name) or 0,))
+
+    def check_ids(self, name: str, ids: Sequence[int]) -> None:
+        """Refuse token ids outside the vocabulary."""
+        for token in ids:
+            if not 0 <= token < self.vocab_size:
+                size = self.vocab_size
+                raise ConfigError(f"{name} {token} is outside the vocabulary of {size}.")
 
     @property
     def q_size(self) -> int:

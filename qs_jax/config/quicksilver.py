@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from qs_jax.config.fields import (
     ONE_OR_MORE,
@@ -17,7 +17,6 @@ from qs_jax.config.fields import (
     Number,
     Positive,
     Settings,
-    Threshold,
 )
 from qs_jax.config.mechanisms import AMQConfig, Entropy, FusionConfig, HaltingConfig, KVSkipConfig
 from qs_jax.config.model import ModelConfig
@@ -44,9 +43,6 @@ class QuickSilverConfig(Settings):
       shortlist_layer: Layer whose logit lens picks the ids of the "shortlist" entropy.
       shortlist_size: How many ids.
       provenance: Where the numbers come from; plays no part in equality.
-
-    Raises:
-      ConfigError: Values out of range, or parts that contradict each other.
     """
 
     halting: HaltingConfig | None = None
@@ -64,18 +60,13 @@ class QuickSilverConfig(Settings):
     def __post_init__(self) -> None:
         halting, skip, amq = self.halting, self.kv_skip, self.amq
         if skip is not None and halting is None:
-            raise ConfigError(
-                "kv_skip acts on the keys of halted tokens: switch halting on (freeze=False lets "
-                "tokens keep computing)."
-            )
+            raise ConfigError("kv_skip acts on the keys of halted tokens: switch halting on.")
         skips = skip is not None and skip.policy in ("skip", "attended")
         if halting is not None and not halting.freeze and not skips:
             raise ConfigError("halting.freeze=False does nothing unless kv_skip skips keys.")
         if halting is not None and skip is not None and skip.policy == "extrapolate":
             if halting.layers is None:
-                raise ConfigError(
-                    "'extrapolate' has maps for each layer: name the few halting.layers."
-                )
+                raise ConfigError("'extrapolate' has maps by layer: name the few halting.layers.")
             if halting.forced_layer not in (None, *halting.layers):
                 raise ConfigError("policy 'extrapolate' needs forced_layer among halting.layers.")
         if "final_prev" in self.entropies and amq is not None and amq.normalization == "minmax":
@@ -98,35 +89,22 @@ class QuickSilverConfig(Settings):
     def prompts_only(self) -> str | None:
         """Why these settings can act on prompts only, or None if they can act anywhere."""
         if self.halting is not None and self.halting.rule == "quota":
-            return (
-                "the quota rule ranks a whole prompt, so a later token would decide about an "
-                "earlier one"
-            )
+            return "the quota rule ranks a whole prompt, so later tokens decide about earlier ones"
         amq = self.amq
         if amq is not None and amq.normalization == "minmax" and not amq.allow_noncausal:
-            return (
-                "min-max entropy looks at later tokens and at batch mates (allow_noncausal=True "
-                "accepts that)"
-            )
+            return "min-max entropy looks at later tokens and at batch mates (allow_noncausal=True)"
         return None
 
     def check(self, model: ModelConfig, protocol: str) -> None:
-        """Refuse what does not fit the model or the protocol.
-
-        Raises:
-          ConfigError: With the reason.
-        """
+        """Refuse what does not fit the model or the protocol, by a ConfigError with the reason."""
         if protocol not in PROTOCOLS:
             raise ConfigError(f"protocol must be one of {PROTOCOLS}, got {protocol!r}.")
         if protocol == "teacher-forced" and self.prompts_only is not None:
-            raise ConfigError(
-                f"teacher-forced scoring refuses this configuration: {self.prompts_only}. Use "
-                "protocol='continuation'."
-            )
+            raise ConfigError(f"{self.prompts_only}: use protocol='continuation'.")
         if protocol == "continuation" and "final_prev" in self.entropies:
             raise ConfigError(
-                "the final_prev entropy is the previous step's output: a prompt, which runs in one "
-                "pass, has none. Use protocol='teacher-forced'."
+                "final_prev is the entropy of the previous step's output, and a prompt, which runs "
+                "in one pass, has none. Use protocol='teacher-forced'."
             )
         if model.num_layers == 1 and not self.is_off:
             raise ConfigError("a model of one layer has no layers to save.")
@@ -135,8 +113,7 @@ class QuickSilverConfig(Settings):
         if self.amq is not None:
             _check_group(self.amq, model)
         ids = [*self.protect_ids, *(self.halting.forced_ids if self.halting else ())]
-        ids += self.kv_skip.retain_ids if self.kv_skip else ()
-        _check_ids("token id", ids, model.vocab_size)
+        model.check_ids("token id", [*ids, *(self.kv_skip.retain_ids if self.kv_skip else ())])
         if "shortlist" in self.entropies and self.shortlist_size > model.vocab_size:
             raise ConfigError(f"shortlist_size {self.shortlist_size} exceeds the vocabulary.")
 
@@ -155,18 +132,14 @@ def _check_layers(qs: QuickSilverConfig, depth: int) -> None:
             raise ConfigError(f"halting.min_layer {first} leaves no layer up to {last}.")
         for layer in halting.layers or ():
             if not first <= layer <= last:
-                raise ConfigError(
-                    f"halting.layers: {layer} is outside the window {first} to {last}."
-                )
+                raise ConfigError(f"halting.layers: {layer} is outside the window {first}-{last}.")
         if halting.entropy_used == "shortlist":
             readers["halting"] = halting.layers[0] if halting.layers else first
     if fusion is not None:
-        layers |= {"fusion.first_layer": fusion.first_layer, "fusion.last_layer": fusion.last_layer}
-        if fusion.first_layer > (fusion.last_layer or deepest):
-            raise ConfigError(
-                f"fusion.last_layer {fusion.last_layer} comes before fusion.first_layer "
-                f"{fusion.first_layer}."
-            )
+        start, end = fusion.first_layer, fusion.last_layer
+        layers |= {"fusion.first_layer": start, "fusion.last_layer": end}
+        if start > (end or deepest):
+            raise ConfigError(f"fusion.last_layer {end} comes before fusion.first_layer {start}.")
     if amq is not None:
         layers["amq.layer"] = amq.layer
         if amq.entropy == "shortlist":
@@ -175,35 +148,18 @@ def _check_layers(qs: QuickSilverConfig, depth: int) -> None:
         layers["shortlist_layer"] = qs.shortlist_layer
     for name, layer in layers.items():
         if layer is not None and not 1 <= layer <= deepest:
-            raise ConfigError(
-                f"{name} is layer {layer}, but only layers 1 to {deepest} leave any to save."
-            )
+            raise ConfigError(f"{name} is layer {layer}; only 1 to {deepest} leave any to save.")
     for name, start in readers.items():
         if start < (qs.shortlist_layer or 0):
-            raise ConfigError(
-                f"{name} reads the shortlist at layer {start}, before shortlist_layer "
-                f"{qs.shortlist_layer} has picked it."
-            )
+            picked = f"before shortlist_layer {qs.shortlist_layer}"
+            raise ConfigError(f"{name} reads the shortlist at layer {start}, {picked}.")
 
 
 def _check_thresholds(qs: QuickSilverConfig, depth: int) -> None:
-    named: dict[str, Threshold] = {}
-    if qs.halting is not None:
-        named |= {
-            "halting.tau_drift": qs.halting.tau_drift,
-            "halting.tau_halt": qs.halting.tau_halt,
-        }
-    if qs.fusion is not None:
-        named |= {"fusion.tau_fuse": qs.fusion.tau_fuse}
-    for name, taus in named.items():
+    for part, name in (("halting", "tau_drift"), ("halting", "tau_halt"), ("fusion", "tau_fuse")):
+        taus = getattr(getattr(qs, part), name, None)
         if isinstance(taus, tuple) and len(taus) != depth:
-            raise ConfigError(f"{name} has {len(taus)} entries for {depth} layers.")
-
-
-def _check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
-    for token in ids:
-        if not 0 <= token < vocab_size:
-            raise ConfigError(f"{name} {token} is outside the vocabulary of {vocab_size}.")
+            raise ConfigError(f"{part}.{name} has {len(taus)} entries for {depth} layers.")
 
 
 def _check_group(amq: AMQConfig, model: ModelConfig) -> None:
@@ -217,17 +173,6 @@ def _check_group(amq: AMQConfig, model: ModelConfig) -> None:
     for name, width in widths.items():
         if width % amq.group:
             raise ConfigError(f"amq.group {amq.group} does not divide the model's {name}, {width}.")
-
-
-def _made_by(source: str, kind: type) -> BeforeValidator:
-    """Refuse other types, and name what makes this one."""
-
-    def check(value: Any) -> Any:
-        if not isinstance(value, kind):
-            raise ConfigError(f"{kind.__name__} must come from {source}, got {value!r}.")
-        return value
-
-    return BeforeValidator(check)
 
 
 class Config(Settings):
@@ -253,19 +198,10 @@ class Config(Settings):
         masks; savings are simulated. "compact": the fast engines for prompts and new tokens, which
         take the same decisions, compute active tokens only and cache only what later queries see.
         "auto" is "compact" wherever it can run.
-      decode_weights: "stacked": decoding scans over the stacked layers. "separate": it runs layer
-        after layer on arrays of their own, copied once and kept as long as the parameters; XLA's
-        CPU backend would otherwise copy every layer's weights at every token of several rows.
-        "auto" is "separate" for several rows on CPU.
-
-    Raises:
-      ConfigError: A value is outside its range.
     """
 
-    model: Annotated[ModelConfig, _made_by("qs_jax.load", ModelConfig)]
-    quicksilver: (
-        Annotated[QuickSilverConfig, _made_by("qs_jax.presets", QuickSilverConfig)] | None
-    ) = None
+    model: ModelConfig
+    quicksilver: QuickSilverConfig | None = None
     protocol: Protocol | None = None
     continuation_tokens: Positive = 128
     max_new_tokens: Positive = 64
@@ -276,20 +212,15 @@ class Config(Settings):
     seed: Annotated[Integer, Field(ge=0, lt=2**32)] = 0
     eos_token_ids: Annotated[Integers, ONE_OR_MORE] | None = None
     engine: Literal["auto", "masked", "compact"] = "auto"
-    decode_weights: Literal["auto", "stacked", "separate"] = "auto"
 
     def __post_init__(self) -> None:
         if self.quicksilver is not None:
             self.quicksilver.check(self.model, self.effective_protocol)
-        _check_ids("eos_token_ids: id", self.eos_token_ids or (), self.model.vocab_size)
+        self.model.check_ids("eos_token_ids: id", self.eos_token_ids or ())
 
     @property
     def effective_protocol(self) -> Protocol:
-        """The protocol of this call.
-
-        As given; else "teacher-forced", unless the mechanisms can act on prompts only
-        (`QuickSilverConfig.prompts_only`).
-        """
+        """As given; else "teacher-forced", unless the mechanisms can act on prompts only."""
         if self.protocol is not None:
             return self.protocol
         return PROTOCOLS[self.quicksilver is not None and bool(self.quicksilver.prompts_only)]

@@ -5,14 +5,7 @@ threshold; `suggest_protect` names the ids to leave alone, and `protected` makes
 """
 
 from qs_jax.diagnostics.diagnosis import Diagnosis, diagnose
-from qs_jax.diagnostics.protect import (
-    Flags,
-    Suspect,
-    describe,
-    flag,
-    protected,
-    suggest_protect,
-)
+from qs_jax.diagnostics.protect import Flags, Suspect, describe, flag, protected, suggest_protect
 
 __all__ = [
     "Diagnosis",

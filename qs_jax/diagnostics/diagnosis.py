@@ -1,10 +1,11 @@
-"""Where a preset moves the model away from itself, and which tokens the loss blames (paper R.3)."""
+"""Semantic drift of a preset from the dense model, and error attribution to tokens (paper R.3)."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import flax.linen as nn
@@ -28,25 +29,20 @@ from qs_jax.state import LayerRecord, TokenState, evidence, exact_dtype
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-    """A text under a preset, beside the dense model; rows are right-padded, padding holds 0.
+    """A text under a preset, beside the dense model; padding and what is not scored hold 0.
 
     Attributes:
-      tokens: int `[B, T]`.
-      lengths: int `[B]`, tokens of each row.
-      drift_index: float `[L, B, T]`, semantic drift index after each layer: the L2 distance of a
-        token's state from its state in the dense model.
-      relative_index: float `[L, B, T]`, the same over the norm of the dense state.
-      attribution: float `[B, T]`, error attribution score: norm of the gradient, with respect to
-        the token's input embedding, of the row's mean loss under the preset less the dense one, in
-        nats per unit of the embedding.
-      dense_logprobs: float `[B, T]`, log-probability of each token in the dense model, in nats; 0
-        where nothing is scored.
-      logprobs: float `[B, T]`, the same under the preset.
-      kl: float `[B, T]`, divergence of the preset's prediction of this token from the dense one,
-        KL(dense || preset) in nats; 0 where nothing is scored.
-      agrees: bool `[B, T]`, both predict the same token as the likeliest; false where not scored.
-      mask: bool `[B, T]`, positions that are scored.
-      record: What the mechanisms did; simulated.
+      tokens: Token ids, right-padded.
+      lengths: Tokens of each row.
+      drift_index: Semantic drift index after each layer, a distance from the dense state.
+      relative_index: Drift index over the norm of the dense state.
+      attribution: Error attribution score, in nats per unit of the input embedding.
+      dense_logprobs: Log-probability of each token in the dense model, in nats.
+      logprobs: Log-probability of each token under the preset, in nats.
+      kl: KL(dense || preset) of the predictions of this token, in nats.
+      agrees: Both predict the same token as the likeliest.
+      mask: Positions that are scored.
+      record: Of the mechanisms, simulated.
     """
 
     tokens: Int[np.ndarray, "B T"]
@@ -75,22 +71,16 @@ class Diagnosis:
         return record.real & (halted | (record.representative != own) | (record.bits.min(0) < 8))
 
     def summary(self) -> dict[str, float]:
-        """Quality of all scored positions together.
+        """Perplexities, mean KL (nats), share of agreement and layer-tokens saved of a text."""
 
-        Returns:
-          "dense_perplexity", "perplexity", "kl" (mean, in nats), "top1_agreement" and
-          "layer_tokens_saved", both shares.
-        """
-        count = int(self.mask.sum())
-
-        def perplexity(logprobs: np.ndarray) -> float:
-            return float(np.exp(-logprobs.sum(dtype=np.float64) / count))
+        def mean(values: np.ndarray) -> float:
+            return float(values.sum(dtype=np.float64) / self.mask.sum())
 
         return {
-            "dense_perplexity": perplexity(self.dense_logprobs),
-            "perplexity": perplexity(self.logprobs),
-            "kl": float(self.kl.sum(dtype=np.float64) / count),
-            "top1_agreement": float(self.agrees.sum() / count),
+            "dense_perplexity": math.exp(-mean(self.dense_logprobs)),
+            "perplexity": math.exp(-mean(self.logprobs)),
+            "kl": mean(self.kl),
+            "top1_agreement": mean(self.agrees),
             "layer_tokens_saved": self.record.layer_tokens_saved,
         }
 
@@ -100,7 +90,6 @@ def diagnose(
     tokens: inputs.TokensLike,
     cfg: Config,
     *,
-    prompt_lengths: Sequence[int] | np.ndarray | None = None,
     overrides: TokenOverrides | None = None,
 ) -> Diagnosis:
     """Compare a preset with the dense model, token by token and layer by layer.
@@ -111,18 +100,14 @@ def diagnose(
         attribution(t)     = || d (L_preset - L_dense) / d x_t ||_2 ,  x_t the input embedding.
 
     The gradient is `jax.grad` through the masked engine. Decisions are piecewise constant and have
-    none; rounding and merging are passed straight through (`masked_states`). Memory grows with
-    L x B x T x D and with the attention weights of all layers, L x B x N x T x T.
+    none; rounding and merging are passed straight through. Memory grows with the states and the
+    attention weights of all layers, L x B x T x D and L x B x N x T x T.
 
     Args:
       params: From `qs_jax.load`.
       tokens: int `[B, T]`, one row `[T]`, or rows of different lengths.
       cfg: Model, mechanisms and protocol; the masked engine runs whatever `engine` says.
-      prompt_lengths: As in `qs_jax.score`.
       overrides: As in `qs_jax.score`.
-
-    Returns:
-      Indices, scores and predictions.
 
     Raises:
       ConfigError: The parameters are another model's, or the maps a policy needs are missing.
@@ -135,13 +120,10 @@ def diagnose(
     if mech.is_off:
         raise InputError("there is nothing to diagnose: every mechanism is off.")
     if mech.reads_previous:
-        raise InputError(
-            "the final_prev entropy runs token by token, which has no gradient over whole rows: "
-            "diagnose a preset with another estimator."
-        )
+        raise InputError("final_prev has no gradient over whole rows: use another entropy.")
     params = prepare_params(params, model, mech)
     batch, padded = inputs.prepare_batch(tokens, model)
-    ends_B = inputs.split_prompts(batch.lengths_B, prompt_lengths, cfg)
+    ends_B = inputs.split_prompts(batch.lengths_B, None, cfg)
     width = batch.tokens_BT.shape[1]
     column_1T = np.arange(padded.tokens_BT.shape[1])[None]
     ends_B1 = np.maximum(ends_B, 1)[:, None]
@@ -149,15 +131,12 @@ def diagnose(
     if not mask_BT.any(1).all():
         raise InputError("a row of one token predicts nothing: give at least two.")
     chosen = inputs.override_arrays(overrides, padded.tokens_BT.shape, width, cfg)
-    text = (padded, ends_B, chosen)
-    out = jax.device_get(_compare(params, *text, mask_BT, mech, model=model))
+    out = jax.device_get(_compare(params, padded, ends_B, chosen, mask_BT, mech, model=model))
     check_finite(np.isfinite(out["attribution"]).all(1) & np.isfinite(out["kl"]).all(1))
     record = Record.of(out.pop("evidence"), width, batch.lengths_B, ends_B, cfg.effective_protocol)
     mask_BT = mask_BT[:, :width]
-    cut = {name: array[..., :width] for name, array in out.items()}
-    for name in ("drift_index", "relative_index", "attribution"):
-        cut[name] = np.where(record.real, cut[name], 0).astype(cut[name].dtype)
-    return Diagnosis(batch.tokens_BT, batch.lengths_B, **cut, mask=mask_BT, record=record)
+    out = {k: np.where(record.real, x[..., :width], x.dtype.type(0)) for k, x in out.items()}
+    return Diagnosis(batch.tokens_BT, batch.lengths_B, **out, mask=mask_BT, record=record)
 
 
 @jax.jit(static_argnames=("model",))
@@ -175,30 +154,29 @@ def _compare(
     rows = inputs.whole_rows(batch, ends_B, overrides, mech)
 
     def loss_difference(nudge_BTD: Array) -> tuple[Array, dict[str, Any]]:
-        with nudged(model, nudge_BTD):
-            theirs_LBTD = dense_states(params, batch.tokens_BT, model)
-            ours_LBTD, state, record = masked_states(params, rows, model, mech)
-        last = (head.normed(params, states[-1], model) for states in (theirs_LBTD, ours_LBTD))
-        dense_BTD, preset_BTD = last
+        with nudge_embeddings(model, nudge_BTD):
+            dense_LBTD = dense_states(params, batch.tokens_BT, model)
+            preset_LBTD, state, record = masked_states(params, rows, model, mech)
+        dense_BTD = head.normed(params, dense_LBTD[-1], model)
+        preset_BTD = head.normed(params, preset_LBTD[-1], model)
         dense_logprobs = next_logprobs(params, dense_BTD, batch.tokens_BT)
         logprobs = next_logprobs(params, preset_BTD, batch.tokens_BT)
         kl_BT, agrees_BT = _divergence(params, dense_BTD, preset_BTD)
-        norms_LBT, apart_LBT = (_norm(x) for x in (theirs_LBTD, theirs_LBTD - ours_LBTD))
-        found = {
-            "drift_index": apart_LBT,
-            "relative_index": apart_LBT / jnp.maximum(norms_LBT, 1e-30),
+        drift_LBT = _norm(dense_LBTD - preset_LBTD)
+        out = {
+            "drift_index": drift_LBT,
+            "relative_index": drift_LBT / jnp.maximum(_norm(dense_LBTD), 1e-30),
             "dense_logprobs": jnp.where(mask_BT, dense_logprobs, 0),
             "logprobs": jnp.where(mask_BT, logprobs, 0),
             "kl": jnp.where(mask_BT, kl_BT, 0),
             "agrees": mask_BT & agrees_BT,
             "evidence": evidence(state, record),
         }
-        return ((dense_logprobs - logprobs) * scored_BT).sum(), found
+        return ((dense_logprobs - logprobs) * scored_BT).sum(), out
 
-    shape = (*batch.tokens_BT.shape, model.hidden_size)
-    nothing_BTD = jnp.zeros(shape, model.dtype)
-    gradient_BTD, found = jax.grad(loss_difference, has_aux=True)(nothing_BTD)
-    return found | {"attribution": _norm(gradient_BTD)}
+    zeros_BTD = jnp.zeros((*batch.tokens_BT.shape, model.hidden_size), model.dtype)
+    gradient_BTD, out = jax.grad(loss_difference, has_aux=True)(zeros_BTD)
+    return out | {"attribution": _norm(gradient_BTD)}
 
 
 def _norm(x: Float[Array, "*batch D"]) -> Float[Array, "*batch"]:
@@ -206,10 +184,7 @@ def _norm(x: Float[Array, "*batch D"]) -> Float[Array, "*batch"]:
 
 
 def _divergence(params: Params, dense_BTD: Array, preset_BTD: Array) -> tuple[Array, Array]:
-    """KL(dense || preset) of each token's prediction, and whether the likeliest token is the same.
-
-    Column i is about the prediction of token i, read from the state before it; column 0 is 0.
-    """
+    """KL(dense || preset) of the predictions of each token, and whether their likeliest agree."""
 
     def compare(*states_BCD: Array) -> Array:
         p, q = (jax.nn.log_softmax(head.logits(params, h)) for h in states_BCD)
@@ -217,13 +192,12 @@ def _divergence(params: Params, dense_BTD: Array, preset_BTD: Array) -> tuple[Ar
         return jnp.stack([(jnp.exp(p) * (p - q)).sum(-1), same.astype(p.dtype)], axis=-1)
 
     states = jax.lax.stop_gradient((dense_BTD, preset_BTD))
-    found_BT2 = head.map_positions(compare, 2 * head.head_table(params).shape[0], *states)
-    found_BT2 = jnp.pad(found_BT2[:, :-1], ((0, 0), (1, 0), (0, 0)))
-    return found_BT2[..., 0], found_BT2[..., 1] > 0
+    out_BT2 = head.map_positions(compare, 2 * head.head_table(params).shape[0], *states)
+    out_BT2 = jnp.pad(out_BT2[:, :-1], ((0, 0), (1, 0), (0, 0)))
+    return out_BT2[..., 0], out_BT2[..., 1] > 0
 
 
-@contextmanager
-def nudged(model: ModelConfig, nudge_BTD: Float[Array, "B T D"]) -> Iterator[None]:
+def nudge_embeddings(model: ModelConfig, nudge_BTD: Array) -> AbstractContextManager[Any]:
     """Add `nudge_BTD` to the input embeddings of every engine traced inside."""
     embed = family_of(model).embed
 
@@ -232,35 +206,23 @@ def nudged(model: ModelConfig, nudge_BTD: Float[Array, "B T D"]) -> Iterator[Non
         is_embed = isinstance(context.module, embed) and context.method_name == "__call__"
         return out + nudge_BTD if is_embed else out
 
-    with nn.intercept_methods(add):
-        yield
+    return nn.intercept_methods(add)
 
 
 def dense_states(
     params: Params, tokens_BT: Int[Array, "B T"], model: ModelConfig
 ) -> Float[Array, "L B T D"]:
     """States after each layer of the dense model."""
-
     return dense.look_at_layers(params, tokens_BT, model, lambda _, after, __: after)[1]
 
 
 def masked_states(
     params: Params, rows: Rows, model: ModelConfig, mech: Mechanisms
 ) -> tuple[Float[Array, "L B T D"], TokenState, LayerRecord]:
-    """States after each layer of the masked engine; `masked.run` gives their last one, normed.
+    """States after each layer of the masked engine, the final carry and the evidence `[L, B, T]`.
 
-    Decisions are steps, so they have no gradient. Merging runs in a loop of unknown length and
-    rounding is a step: gradients go through both as if they changed nothing (the straight-through
-    estimator, Bengio et al. 2013).
-
-    Args:
-      params: As a program takes them (`weights.prepare_params`).
-      rows: Right-padded rows.
-      model: Architecture.
-      mech: Mechanisms; not one that reads the previous step's output.
-
-    Returns:
-      The states, the final carry, and the record `[L, B, T]`.
+    JAX has no gradient of merging, and that of rounding is 0: gradients go through both as if they
+    changed nothing (the straight-through estimator, Bengio et al. 2013).
     """
     call = masked.open_call(params, rows, model, mech)
     # Sees what fusion hid, but neither merges nor rounds.
@@ -273,11 +235,11 @@ def masked_states(
         acting = call._replace(embedded_BTD=frozen)
         after, record, _ = masked.run_layer(acting, fixed, *scanned)
         smooth = masked.run_layer(straight, state, *scanned)[0].h_BTD
-        # Adds exactly nothing to the value.
-        passed = smooth - lax.stop_gradient(smooth)
-        return after.replace(h_BTD=lax.stop_gradient(after.h_BTD) + passed), record
+        # Adds its gradient and exactly nothing to the value.
+        zero_BTD = smooth - lax.stop_gradient(smooth)
+        return after.replace(h_BTD=lax.stop_gradient(after.h_BTD) + zero_BTD), record
 
-    @jax.checkpoint  # a layer's attention weights are made again rather than kept
+    @jax.checkpoint  # a layer's attention weights are computed again rather than stored
     def body(state: TokenState, scanned: Any) -> tuple[TokenState, tuple[Array, LayerRecord]]:
         after, record = run(state, scanned)
         return after, (after.h_BTD, record)

@@ -1,4 +1,4 @@
-"""Flags for tokens that a preset hurts, and the ids to protect from it (paper R.1, R.3, B.5)."""
+"""Flags for tokens that a preset hurts, and token ids to protect (paper R.1, R.3, B.5)."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Flags:
     """Tokens over a threshold; the paper flags "high drift or attribution" and gives no number.
 
     Attributes:
-      by_drift: bool `[B, T]`, semantic drift index of the last layer above `drift_threshold`.
-      by_attribution: bool `[B, T]`, error attribution score above `attribution_threshold`.
+      by_drift: Semantic drift index of the last layer above `drift_threshold`.
+      by_attribution: Error attribution score above `attribution_threshold`.
       drift_threshold: In the units of the index.
       attribution_threshold: In nats per unit of the embedding.
     """
@@ -39,20 +39,12 @@ class Flags:
         return self.by_drift | self.by_attribution
 
 
-def flag(
-    diagnosis: Diagnosis,
-    *,
-    percentile: float = 95.0,
-    drift_threshold: float | None = None,
-    attribution_threshold: float | None = None,
-) -> Flags:
-    """Flag tokens whose index or score is above a threshold.
+def flag(diagnosis: Diagnosis, *, percentile: float = 95.0) -> Flags:
+    """Flag tokens whose index or score is above a percentile of all tokens of the text.
 
     Args:
       diagnosis: Of `diagnose`.
-      percentile: Of all tokens of the text: the threshold of each measure that has none given.
-      drift_threshold: Of the semantic drift index; None takes the percentile.
-      attribution_threshold: Of the error attribution score; None takes the percentile.
+      percentile: Threshold of both measures, between 0 and 100.
 
     Raises:
       InputError: The percentile is not between 0 and 100.
@@ -60,15 +52,10 @@ def flag(
     if not 0 <= percentile <= 100:
         raise InputError(f"the percentile must be between 0 and 100, got {percentile}.")
     real = diagnosis.record.real
-
-    def over(values: np.ndarray, threshold: float | None) -> tuple[np.ndarray, float]:
-        if threshold is None:
-            threshold = float(np.percentile(values[real], percentile))
-        return real & (values > threshold), threshold
-
-    by_drift, drift_at = over(diagnosis.token_drift, drift_threshold)
-    by_attribution, attribution_at = over(diagnosis.attribution, attribution_threshold)
-    return Flags(by_drift, by_attribution, drift_at, attribution_at)
+    measures = (diagnosis.token_drift, diagnosis.attribution)
+    taus = [float(np.percentile(values[real], percentile)) for values in measures]
+    drift, attribution = (real & (x > tau) for x, tau in zip(measures, taus, strict=True))
+    return Flags(drift, attribution, *taus)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,23 +75,18 @@ class Suspect:
     drift: float
 
     def describe(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        """The same with its text, in plain JSON types."""
-        return {
-            "id": self.token,
-            "text": tokenizer.decode([self.token]),
-            "flagged": self.count,
-            "attribution": self.attribution,
-            "drift_index": self.drift,
-        }
+        """The suspect and its text in plain JSON types."""
+        content = {"id": self.token, "text": tokenizer.decode([self.token]), "flagged": self.count}
+        return content | {"attribution": self.attribution, "drift_index": self.drift}
 
 
 def suggest_protect(
     diagnosis: Diagnosis, flags: Flags, cfg: Config, *, limit: int | None = 16
 ) -> list[Suspect]:
-    """Ids of flagged tokens that a mechanism touched, the most blamed first.
+    """Ids of flagged tokens that a mechanism touched, the highest attribution first.
 
-    A flagged token that ran all its layers untouched is not among them: it was hurt by others, and
-    protecting it would change nothing. Protection is by id, so it holds for every occurrence.
+    A flagged token that no mechanism touched was hurt by others: protecting it would change
+    nothing. Protection is by id, so it holds for every occurrence.
 
     Args:
       diagnosis: Of `diagnose`.
@@ -112,28 +94,19 @@ def suggest_protect(
       cfg: The call diagnosed; ids it protects already are left out.
       limit: How many ids at most; None is all.
     """
-    guilty = flags.either & diagnosis.touched
+    flagged = flags.either & diagnosis.touched
     known = set(cfg.quicksilver.protect_ids) if cfg.quicksilver is not None else set()
     suspects = []
-    for token in np.unique(diagnosis.tokens[guilty]).tolist():
-        here = guilty & (diagnosis.tokens == token)
-        if token not in known:
-            scores, drifts = diagnosis.attribution[here], diagnosis.token_drift[here]
-            suspects.append(
-                Suspect(token, int(here.sum()), float(scores.sum()), float(drifts.max()))
-            )
+    for token in set(diagnosis.tokens[flagged].tolist()) - known:
+        here = flagged & (diagnosis.tokens == token)
+        scores, drifts = diagnosis.attribution[here], diagnosis.token_drift[here]
+        suspects.append(Suspect(token, int(here.sum()), float(scores.sum()), float(drifts.max())))
     suspects.sort(key=lambda suspect: (-suspect.attribution, -suspect.drift, suspect.token))
     return suspects[:limit]
 
 
 def protected(cfg: Config, suspects: Sequence[Suspect], about: dict[str, Any]) -> Config:
-    """The same call with the suspects protected as well.
-
-    Args:
-      cfg: The call diagnosed.
-      suspects: Of `suggest_protect`.
-      about: Added to the preset's provenance under "protected".
-    """
+    """The call with the suspects protected too; `about` goes into the preset's provenance."""
     assert cfg.quicksilver is not None
     ids = {*cfg.quicksilver.protect_ids, *(suspect.token for suspect in suspects)}
     provenance = dict(cfg.quicksilver.provenance) | {"protected": about}
@@ -148,8 +121,8 @@ def describe(
 ) -> dict[str, Any]:
     """The first row of a text, token by token and layer by layer, in plain JSON types."""
     record, ids = diagnosis.record, diagnosis.tokens[0]
-    raised = {"drift": flags.by_drift, "attribution": flags.by_attribution}
-    shown = {
+    measures = {"drift": flags.by_drift, "attribution": flags.by_attribution}
+    columns = {
         "id": ids,
         "layers_run": record.depth[0],
         "representative": record.representative[0],
@@ -165,17 +138,15 @@ def describe(
         {
             "position": at,
             "text": tokenizer.decode([int(ids[at])]),
-            **{name: values[at].item() for name, values in shown.items()},
-            "flagged_by": [name for name, flagged_BT in raised.items() if flagged_BT[0, at]],
+            **{name: values[at].item() for name, values in columns.items()},
+            "flagged_by": [name for name, flagged_BT in measures.items() if flagged_BT[0, at]],
         }
         for at in range(int(diagnosis.lengths[0]))
     ]
+    limits = {"drift_index": flags.drift_threshold, "attribution": flags.attribution_threshold}
     return {
         "summary": diagnosis.summary(),
-        "thresholds": {
-            "drift_index": flags.drift_threshold,
-            "attribution": flags.attribution_threshold,
-        },
+        "thresholds": limits,
         "tokens": tokens,
         "drift_index": diagnosis.drift_index[:, 0].astype(float).tolist(),
         "relative_index": diagnosis.relative_index[:, 0].astype(float).tolist(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +26,7 @@ def attention_weights(
 ) -> Float[Array, "B N T S"]:
     """Softmax of the query-key products; a masked key weighs exactly 0.
 
-    Args:
-      q_BTNH: Queries.
-      k_BSKH: Keys.
-      mask_BTS: Each query sees at least one key.
-      log_size_BS: Added to a key's logits (proportional attention), or None.
+    `log_size_BS` is added to the keys' logits (proportional attention).
     """
     batch, width, heads, dim = q_BTNH.shape
     kv_heads, exact = k_BSKH.shape[2], exact_dtype(q_BTNH.dtype)
@@ -84,63 +79,45 @@ def blocked_attention(
       rising: Query positions rise, each another one: query slot i is then at most at position
         S - T + i, and a block reads the keys up to its last query's only.
     """
-    width, slots, heads = q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.shape[2]
+    width, slots = q_BTNH.shape[1], k_BSKH.shape[1]
+    attend = _attend_block if cpu.on_cpu() else jax.nn.dot_product_attention
     size = -(-width // min(-(-width // QUERY_BLOCK), MOST_BLOCKS))
     spans = [(start, min(start + size, width)) for start in range(0, width, size)]
 
-    def mask_of(span: tuple[int, int], pos_BT: Any, first_BS: Any) -> tuple[int, Array]:
-        start, end = span
+    out = []
+    for start, end in spans:
         keys = slots - width + end if rising else slots
-        if pos_BT is None:
-            return keys, (jnp.arange(keys)[None] <= jnp.arange(start, end)[:, None])[None]
-        return keys, first_BS[:, None, :keys] <= pos_BT[:, start:end, None]
-
-    if not cpu.on_cpu():
-        out = []
-        for start, end in spans:
-            keys, mask_BTS = mask_of((start, end), query_pos_BT, first_BS)
-            operands = (q_BTNH[:, start:end], k_BSKH[:, :keys], v_BSKH[:, :keys])
-            out.append(jax.nn.dot_product_attention(*operands, mask=mask_BTS[:, None]))
-        return jnp.concatenate(out, axis=1)
-
-    def attend(q_BKGTH, k_BKSH, v_BKSH, pos_BT, first_BS):
-        out = []
-        for start, end in spans:
-            keys, mask_BTS = mask_of((start, end), pos_BT, first_BS)
-            block = (q_BKGTH[:, :, :, start:end], k_BKSH[:, :, :keys], v_BKSH[:, :, :keys])
-            out.append(_attend_block(*block, mask_BTS))
-        return jnp.concatenate(out, axis=3)
-
-    # Heads that share keys become rows of one product; T stays inside, for the blocks to cut.
-    batch, kv_heads = q_BTNH.shape[0], k_BSKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(batch, width, kv_heads, heads // kv_heads, -1)
-    operands = (q_BTKGH.transpose(0, 2, 3, 1, 4), *(x.transpose(0, 2, 1, 3) for x in (k_BSKH, v_BSKH)))
-    bytes_of_one = jnp.dtype(exact_dtype(q_BTNH.dtype)).itemsize
-    logits_bytes = batch * heads * size * slots * bytes_of_one
-    others = (query_pos_BT, first_BS)
-    context_BKGTH = cpu.map_heads(attend, logits_bytes, operands, others)
-    return context_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
+        if query_pos_BT is None or first_BS is None:
+            mask_BTS = (jnp.arange(keys)[None] <= jnp.arange(start, end)[:, None])[None]
+        else:
+            mask_BTS = first_BS[:, None, :keys] <= query_pos_BT[:, start:end, None]
+        block = (q_BTNH[:, start:end], k_BSKH[:, :keys], v_BSKH[:, :keys])
+        out.append(attend(*block, mask=mask_BTS[:, None]))
+    return jnp.concatenate(out, axis=1)
 
 
-def _attend_block(q_BKGTH: Array, k_BKSH: Array, v_BKSH: Array, mask: Array) -> Array:
-    """One block of queries over all its keys; `mask` is `[B or 1, T, S]`.
+def _attend_block(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask: Array) -> Array:
+    """One block of queries over all its keys; `mask` is `[B or 1, 1, T, S]`.
 
     Products have one leading axis, rows and heads in one: with two, XLA on CPU converts bfloat16
     operands to float32 and multiplies those, at less than half the speed.
     """
-    batch, kv_heads, groups, width, dim = q_BKGTH.shape
-    exact, both = exact_dtype(q_BKGTH.dtype), batch * kv_heads
-    q_XRH = q_BKGTH.reshape(both, groups * width, dim)
-    k_XSH, v_XSH = (leaf.reshape(both, -1, dim) for leaf in (k_BKSH, v_BKSH))
+    batch, width, heads, dim = q_BTNH.shape
+    kv_heads, exact = k_BSKH.shape[2], exact_dtype(q_BTNH.dtype)
+    both, groups = batch * kv_heads, heads // kv_heads
+    q_BTKGH = q_BTNH.reshape(batch, width, kv_heads, groups, dim)
+    q_XRH = q_BTKGH.transpose(0, 2, 3, 1, 4).reshape(both, groups * width, dim)
+    k_XSH, v_XSH = (x.transpose(0, 2, 1, 3).reshape(both, -1, dim) for x in (k_BSKH, v_BSKH))
     logits = jnp.einsum("xrh,xsh->xrs", q_XRH, k_XSH, preferred_element_type=exact)
     logits = logits.reshape(batch, kv_heads, groups, width, -1) / math.sqrt(dim)
-    logits = jnp.where(mask[:, None, None], logits, jnp.finfo(exact).min)
+    logits = jnp.where(mask[:, :, None], logits, jnp.finfo(exact).min)
     # Normalised after the product with the values: S divisions a query become H.
     weights = jnp.exp(logits - logits.max(-1, keepdims=True))
     total = weights.sum(-1, keepdims=True)
-    weights_XRS = weights.astype(v_BKSH.dtype).reshape(both, groups * width, -1)
+    weights_XRS = weights.astype(v_BSKH.dtype).reshape(both, groups * width, -1)
     context = jnp.einsum("xrs,xsh->xrh", weights_XRS, v_XSH, preferred_element_type=exact)
-    return (context.reshape(q_BKGTH.shape) / total).astype(v_BKSH.dtype)
+    context = context.reshape(batch, kv_heads, groups, width, dim) / total
+    return context.astype(v_BSKH.dtype).transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
 
 
 def step_attention(
@@ -149,13 +126,9 @@ def step_attention(
     new: tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]],
     mask_BTX: Bool[Array, "B T X"],
 ) -> Float[Array, "B T N H"]:
-    """Attention of a few new tokens over a cache and over themselves.
+    """Attention of a few new tokens over a cache's slots `[B, C, K * H]` and over themselves.
 
-    Args:
-      q_BTNH: Queries.
-      cached: Keys and values of the cache's slots, O = K * H.
-      new: Those of the new tokens.
-      mask_BTX: Which of the X = C + T keys each query sees, the new tokens' last.
+    `mask_BTX` says which of the X = C + T keys each query sees, the new tokens' last.
     """
     batch, width, heads, dim = q_BTNH.shape
     (k_BCO, v_BCO), (k_BTKH, v_BTKH) = cached, new

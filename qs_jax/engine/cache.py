@@ -40,12 +40,7 @@ def cache_bytes(caches: Any) -> int:
 
 @no_type_check
 class KVCache(flax.struct.PyTreeNode):
-    """Keys and values of a prompt; a token's slot is its position in its row.
-
-    Attributes:
-      k_LBSKH: Keys, after RoPE, in storage.
-      v_LBSKH: Values.
-    """
+    """Keys, after RoPE, and values of a prompt, in storage; a slot is a position."""
 
     k_LBSKH: Float[Array, "L B S K H"] | UInt16[Array, "L B S K H"]
     v_LBSKH: Float[Array, "L B S K H"] | UInt16[Array, "L B S K H"]
@@ -62,14 +57,7 @@ class KVCache(flax.struct.PyTreeNode):
     def write(
         self, index: Array, slots_BT: Int[Array, "B T"] | None, k_BTKH: Array, v_BTKH: Array
     ) -> KVCache:
-        """Keys and values of a layer's tokens, at distinct slots; at or past the end for nowhere.
-
-        Args:
-          index: The layer's, from 0.
-          slots_BT: Where; None for slots 0 and on.
-          k_BTKH: Keys.
-          v_BTKH: Values.
-        """
+        """Keys and values of a layer at distinct slots: None is 0 and on, past the end nowhere."""
 
         def put(old_LBSKH: Array, new_BTKH: Array) -> Array:
             new_BTKH = to_storage(new_BTKH)
@@ -122,8 +110,8 @@ class SlotCache(flax.struct.PyTreeNode):
 
     k_CO: Float[Array, "*lB C O"] | UInt16[Array, "*lB C O"] | Int8[Array, "*lB C O"]
     v_CO: Float[Array, "*lB C O"] | UInt16[Array, "*lB C O"] | Int8[Array, "*lB C O"]
-    k_scale_CK: Float[Array, "*lB C K"] | None
-    v_scale_CK: Float[Array, "*lB C K"] | None
+    k_scale_CK: Any
+    v_scale_CK: Any
     fill_lB: Int[Array, "l B"]
     layers: int = field(pytree_node=False)
     head_dim: int = field(pytree_node=False)
@@ -141,13 +129,7 @@ class SlotCache(flax.struct.PyTreeNode):
     ) -> SlotCache:
         """A segment's entries that a later query can see, in order, then room.
 
-        Args:
-          prompt: Keys and values of all layers.
-          span: The segment's layers.
-          held_lBS: Entries to hold.
-          capacity: Slots a row.
-          bits_lBS: Hold int8 codes: bits of each token.
-          keeps_all: As the attribute.
+        With bits, the cache holds int8 codes.
         """
         fill_lB = held_lBS.sum(2, dtype=jnp.int32)
         order_lBC = _widen(jnp.argsort(~held_lBS, axis=2, stable=True), capacity, 2)
@@ -158,7 +140,8 @@ class SlotCache(flax.struct.PyTreeNode):
             index = order_lBC[..., None, None]
             return jnp.take_along_axis(array_LBSKH[span], index, axis=2)
 
-        k, v, scales = gather(prompt.k_LBSKH), gather(prompt.v_LBSKH), (None, None)
+        k, v = gather(prompt.k_LBSKH), gather(prompt.v_LBSKH)
+        k_scale = v_scale = None
         layers, batch, _, _, dim = k.shape
         many = [size for size in (layers, batch) if size > 1]
 
@@ -169,8 +152,8 @@ class SlotCache(flax.struct.PyTreeNode):
             bits_lBC = jnp.take_along_axis(bits_lBS, order_lBC, axis=2)
             codes = [int8.recode_kv(from_storage(x), bits_lBC) for x in (k, v)]
             k, v = (each.codes for each in codes)
-            scales = tuple(flat(each.scale) for each in codes)
-        return cls(flat(k), flat(v), *scales, fill_lB, layers, dim, keeps_all)
+            k_scale, v_scale = (flat(each.scale) for each in codes)
+        return cls(flat(k), flat(v), k_scale, v_scale, fill_lB, layers, dim, keeps_all)
 
     @property
     def capacity(self) -> int:
@@ -190,16 +173,9 @@ class SlotCache(flax.struct.PyTreeNode):
         k_lBTKH: Float[Array, "l B T K H"],
         v_lBTKH: Float[Array, "l B T K H"],
         keep_lBT: Bool[Array, "l B T"],
-        bits_BT: Int[Array, "B T"] | None = None,
+        bits_BT: Int[Array, "B T"],
     ) -> SlotCache:
-        """Append the tokens that are kept, in place.
-
-        Args:
-          k_lBTKH: Keys.
-          v_lBTKH: Values.
-          keep_lBT: The token is kept in the layer.
-          bits_BT: Of the tokens; needed where the cache holds int8 codes.
-        """
+        """Append the tokens that are kept, in place; a cache of codes needs their bits."""
         slots_lBT = self.fill_lB[..., None] + jnp.cumsum(keep_lBT, axis=2, dtype=jnp.int32) - 1
         # What is not kept goes to the slot that the next token will overwrite.
         slots_lBT = jnp.where(keep_lBT, slots_lBT, slots_lBT + 1)
@@ -226,14 +202,14 @@ class SlotCache(flax.struct.PyTreeNode):
             # In place of a scatter, which is a loop of its own on CPU.
             value = value_lBTO[:, 0] if layers > 1 else value_lBTO[0, 0]
             return lax.dynamic_update_slice_in_dim(array_CO, value, slots_lBT[0, 0, 0], axis=-2)
-        l, b = jnp.arange(layers)[:, None, None], jnp.arange(batch)[None, :, None]
+        at, b = jnp.arange(layers)[:, None, None], jnp.arange(batch)[None, :, None]
         if layers == 1 and batch == 1:
             return array_CO.at[slots_lBT[0, 0]].set(value_lBTO[0, 0], mode="drop")
         if layers == 1:
             return array_CO.at[b[0], slots_lBT[0]].set(value_lBTO[0], mode="drop")
         if batch == 1:
-            return array_CO.at[l[:, 0], slots_lBT[:, 0]].set(value_lBTO[:, 0], mode="drop")
-        return array_CO.at[l, b, slots_lBT].set(value_lBTO, mode="drop")
+            return array_CO.at[at[:, 0], slots_lBT[:, 0]].set(value_lBTO[:, 0], mode="drop")
+        return array_CO.at[at, b, slots_lBT].set(value_lBTO, mode="drop")
 
     def take_back(self, kept_lB: Int[Array, "l B"]) -> SlotCache:
         """Without the last entries of each layer and row: so many of the tokens appended last."""

@@ -21,23 +21,17 @@ from qs_jax.config import ModelConfig
 from qs_jax.engine import sampling
 from qs_jax.engine.attention import step_attention
 from qs_jax.engine.cache import SlotCache
-from qs_jax.mechanisms import Mechanisms, Rows, halting, kv_maps, signals
+from qs_jax.mechanisms import Mechanisms, Rows, kv_maps, signals
 from qs_jax.models import Params, family_of, head, rope
 from qs_jax.models.cpu import InPlace, layer_weights
-from qs_jax.models.layers import dense_product
 from qs_jax.state import NEVER, Decisions, TokenState, exact_dtype
 
 
 class Call(NamedTuple):
     """What all layers of a step share.
 
-    Attributes:
-      params: Without the layers' own; with "int8" and "kv_maps" where they are read.
-      layers: From `cpu.decode_layers`.
-      model: Architecture.
-      mech: Mechanisms.
-      rows: The tokens; rows that have ended are not real.
-      embedded_BTD: Input embeddings.
+    `params` are without the layers' own, which `layers` has as `cpu.decode_layers` gives them; rows
+    that have ended are not real.
     """
 
     params: Params
@@ -90,19 +84,11 @@ def step(
     model: ModelConfig,
     mech: Mechanisms,
 ) -> Step:
-    """Run T tokens of each row, the first at `pos_B`.
+    """Run T tokens of each row, the first at `pos_B`, and append to the caches of each segment.
 
-    Args:
-      params: As in `Call`.
-      layers: From `cpu.decode_layers`.
-      tokens_BT: Ids.
-      pos_B: Position of the first.
-      live_B: Rows that have not ended; others append nothing.
-      caches: Of each segment, with room for T tokens.
-      model: Architecture.
-      mech: Mechanisms.
+    Rows that are not live append nothing.
     """
-    pos_BT = pos_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
+    pos_BT = pos_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
     real_BT = jnp.broadcast_to(live_B[:, None], tokens_BT.shape)
     nobody_B = jnp.zeros_like(pos_B)  # under "continuation" no new token is a subject
     rows = mech.rows(tokens_BT, pos_BT, real_BT, nobody_B)
@@ -112,10 +98,10 @@ def step(
     call = Call(params, layers, model, mech, rows, embedded)
     state, outs, appended, keeps, first = _start(call), [], [], [], 0
     for cache in caches:
-        state, (out, keys_values, keep_lBT) = _segment(call, state, cache, first)
+        state, (out, (k, v), keep_lBT) = _segment(call, state, cache, first)
         outs.append(out)
         keeps.append(keep_lBT)
-        appended.append(cache.append(*keys_values, keep_lBT, state.bits_BT))
+        appended.append(cache.append(k, v, keep_lBT, state.bits_BT))
         first += cache.layers
     drift_LBT, entropy_LBT = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outs)
     logits_BTV = head.logits(params, head.normed(params, state.h_BTD, model))
@@ -129,7 +115,7 @@ def take_back(
     after = []
     for cache, keep_lBT in zip(caches, keeps, strict=True):
         rejected_BT = jnp.arange(keep_lBT.shape[2])[None] >= accepted_B[:, None]
-        after.append(cache.take_back((keep_lBT & rejected_BT).sum(2, dtype=jnp.int32)))
+        after.append(cache.take_back((keep_lBT & rejected_BT[None]).sum(2, dtype=jnp.int32)))
     return tuple(after)
 
 
@@ -143,7 +129,7 @@ def _segment(call: Call, state: TokenState, cache: SlotCache, first: int):
 
     Layers of a single row whose weights lie in place are left out one by one.
     """
-    runs = [functools.partial(_stay, call, stores) for stores in (False, True)]
+    runs: list[Any] = [functools.partial(_stay, call, stores) for stores in (False, True)]
     runs.append(functools.partial(_run_layer, call))
 
     def needed(state: TokenState, layer: Array) -> Array:
@@ -189,10 +175,10 @@ def _stay(call: Call, stores: bool, state: TokenState, cache: SlotCache, offset:
     if stores:
         block = family_of(model).block(model)
         params = {"params": layer_weights(call.layers, index)}
-        multiply = _multiply(call, state.bits_BT, index)
+        multiply = mech.multiply(state.bits_BT, _codes(call, index), layer)
         at = (state.h_BTD, call.rows.pos_BT, multiply)
         out: Any = block.apply(params, *at, method=block.keys_values)
-        k, v = _stored(call, state, *out, layer)
+        k, v = _stored(call, state, out[0], out[1], layer)
     keep_BT = mech.kv_skip.written(state.depth_BT, call.rows.retain_BT, layer) & call.rows.real_BT
     state = _assign_bits(call, _pick_shortlist(call, state, layer), layer)
     return state, (_unread(call), (k, v), keep_BT)
@@ -213,7 +199,7 @@ def _run_layer(call: Call, state: TokenState, cache: SlotCache, offset: Any, ind
     layer, width = jnp.int32(index) + 1, rows.pos_BT.shape[1]
     keep_BT = mech.kv_skip.written(state.depth_BT, rows.retain_BT, layer) & rows.real_BT
     earlier_TT = jnp.tri(width, k=-1, dtype=bool)
-    own_BTT = (earlier_TT & keep_BT[:, None, :]) | jnp.eye(width, dtype=bool)
+    own_BTT = (earlier_TT[None] & keep_BT[:, None, :]) | jnp.eye(width, dtype=bool)[None]
     held_BC = cache.held(offset)
     held_BTC = jnp.broadcast_to(held_BC[:, None], (len(held_BC), width, held_BC.shape[1]))
     mask_BTX = jnp.concatenate([held_BTC, own_BTT], axis=2)
@@ -224,7 +210,7 @@ def _run_layer(call: Call, state: TokenState, cache: SlotCache, offset: Any, ind
 
     block = family_of(model).block(model)
     params = {"params": layer_weights(call.layers, index)}
-    multiply = _multiply(call, state.bits_BT, index)
+    multiply = mech.multiply(state.bits_BT, _codes(call, index), layer)
     out: Any = block.apply(params, state.h_BTD, rows.pos_BT, attend, multiply)
     h_BTD, keys_values = out
     before = state
@@ -239,12 +225,8 @@ def _run_layer(call: Call, state: TokenState, cache: SlotCache, offset: Any, ind
     return state, (read, keys_values, keep_BT)
 
 
-def _multiply(call: Call, bits_BT: Array, index: Any):
-    amq = call.mech.amq
-    if amq is None:
-        return dense_product
-    codes = _at(call.params["int8"], index) if amq.multiplies_int8 else None
-    return amq.multiply(bits_BT, codes, jnp.int32(index) + 1)
+def _codes(call: Call, index: Any) -> Any:
+    return _at(call.params["int8"], index) if "int8" in call.params else None
 
 
 def _stored(call: Call, state: TokenState, k: Array, v: Array, layer: Array):
@@ -259,9 +241,7 @@ def _stored(call: Call, state: TokenState, k: Array, v: Array, layer: Array):
             k_mapped = rope.rotate(k_mapped, call.rows.pos_BT, model)
         halted = (state.depth_BT < layer)[..., None, None]
         k, v = jnp.where(halted, k_mapped, k), jnp.where(halted, v_mapped, v)
-    if mech.amq is None:
-        return k, v
-    return mech.amq.stored(k, state.bits_BT), mech.amq.stored(v, state.bits_BT)
+    return mech.stored(k, v, state.bits_BT)
 
 
 def _halt(call: Call, state: TokenState, before: TokenState, layer: Array):
@@ -270,25 +250,16 @@ def _halt(call: Call, state: TokenState, before: TokenState, layer: Array):
     assert rule is not None
     with jax.named_scope("signals"):
         drift_BT = signals.drift(rule.drift, state.h_BTD, before.h_BTD)
-    eligible_BT, halted_BT = rows.subject_BT & ~rows.full_BT, state.depth_BT < layer
-    read = halting.Signals(rows.pos_BT, eligible_BT, halted_BT, drift_BT, None)
-    entropy_BT = None
-    if rule.entropy is not None:
-        candidates_BT = rule.candidates(read, layer)
-        entropy_BT = _entropy(call, state, rule.entropy, candidates_BT)
-        entropy_BT = jnp.where(candidates_BT, entropy_BT, jnp.nan)
-        read = read._replace(entropy_BT=entropy_BT)
     with jax.named_scope("halt"):
-        forced_BT = eligible_BT & ~halted_BT & (layer >= rows.forced_layer_BT)
-        halts_BT = rule.decide(read, layer) | forced_BT
-    state = state.replace(
-        depth_BT=jnp.where(halts_BT, layer, state.depth_BT), active_BT=state.active_BT & ~halts_BT
-    )
-    return state, (jnp.where(before.active_BT, drift_BT, jnp.nan), entropy_BT)
-
-
-def _entropy(call: Call, state: TokenState, kind: str, needed_BT: Array) -> Array:
-    return signals.entropy_where(needed_BT, kind, state, call.params, call.model)
+        signals_read = (
+            rows.subject_BT & ~rows.full_BT,
+            drift_BT,
+            layer,
+            signals.entropies(state, call.params, call.model),
+        )
+        state, entropy_BT = rule.after_layer(state, rows, *signals_read)
+    drift_BT = jnp.where(before.active_BT, drift_BT, jnp.nan)
+    return state, (drift_BT, entropy_BT if rule.entropy is not None else None)
 
 
 def _pick_shortlist(call: Call, state: TokenState, layer: Array) -> TokenState:
@@ -297,24 +268,17 @@ def _pick_shortlist(call: Call, state: TokenState, layer: Array) -> TokenState:
 
 
 def _assign_bits(call: Call, state: TokenState, layer: Array) -> TokenState:
-    amq, rows = call.mech.amq, call.rows
+    amq = call.mech.amq
     if amq is None:
         return state
-    here = layer == amq.layer
-    entropy_BT = jnp.zeros(rows.pos_BT.shape, exact_dtype(call.model.dtype))
-    if amq.entropy is not None and not call.mech.continuation:
-        entropy_BT = _entropy(call, state, amq.entropy, rows.subject_BT & here)
-    assigned_BT = amq.assign(entropy_BT, rows.subject_BT, rows.full_BT)
-    return state.replace(bits_BT=jnp.where(here, assigned_BT, state.bits_BT))
+    return amq.assign_at(layer, state, call.rows, signals.entropies(state, call.params, call.model))
 
 
 def _encode(call: Call, state: TokenState, layer: Array) -> TokenState:
     """What the maps of deeper layers read of tokens that halted at this one."""
     now_BT = state.depth_BT == layer
     sources = {"state": lambda: state.h_BTD, "embedding": lambda: call.embedded_BTD}
-    code_BTR = kv_maps.encode(
-        call.params["kv_maps"], sources, state.depth_BT, call.model.dtype
-    )
+    code_BTR = kv_maps.encode(call.params["kv_maps"], sources, state.depth_BT, call.model.dtype)
     return state.replace(code_BTR=jnp.where(now_BT[..., None], code_BTR, state.code_BTR))
 
 

@@ -57,8 +57,8 @@ def run(
     Rows that do not divide are filled up with the last one, whose copies are dropped again.
 
     Args:
-      function: Not jitted; returns arrays whose first axis is the rows, with those of
-        ["evidence"]["layers"] on the second, and "overflow", one truth value.
+      function: Not jitted; returns arrays whose first axis is the rows, or the second where they
+        are of all layers (`state.Evidence.layers`, `state.Decisions`).
       devices: Where to run.
       params: Put on all devices, if they are not there.
       rows: Trees of host arrays, `[B, ...]`.
@@ -80,21 +80,15 @@ def run(
     program = _program(function, tuple(devices), len(rows), len(shared), tuple(static.items()))
     out = jax.device_get(program(replicate(params, devices), *jax.tree.map(split, rows), *shared))
 
-    def join(leaf: np.ndarray) -> np.ndarray:
-        return leaf.reshape(share * count, *leaf.shape[2:])[:batch]
+    def join(path: Any, leaf: np.ndarray) -> np.ndarray:
+        """The rows' axis is the first, or the second of what there is for every layer."""
+        names = jax.tree_util.keystr(path, simple=True, separator=" ").split()
+        axis = int("layers" in names or names[-1].endswith("_LBT"))
+        leaf = np.moveaxis(leaf, 0, axis)
+        joined = leaf.reshape(*leaf.shape[:axis], share * count, *leaf.shape[axis + 2 :])
+        return joined[:, :batch] if axis else joined[:batch]
 
-    def join_second(leaf: np.ndarray) -> np.ndarray:
-        leaf = np.moveaxis(leaf, 0, 1)
-        return leaf.reshape(len(leaf), share * count, *leaf.shape[3:])[:, :batch]
-
-    overflow = out.pop("overflow", None)
-    layers = out.get("evidence", {}).pop("layers", None)
-    joined = jax.tree.map(join, out)
-    if overflow is not None:
-        joined["overflow"] = np.any(overflow)
-    if layers is not None:
-        joined["evidence"]["layers"] = jax.tree.map(join_second, layers)
-    return joined
+    return jax.tree_util.tree_map_with_path(join, out)
 
 
 @functools.lru_cache(maxsize=64)

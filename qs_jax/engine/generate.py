@@ -21,16 +21,18 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.config import Config, ModelConfig
-from qs_jax.engine import decode, inputs, masked, prompt, sampling
+from qs_jax.engine import decode, inputs, prompt, sampling
 from qs_jax.engine.cache import KVCache, SlotCache, bucket, cache_bytes
 from qs_jax.engine.decode import DecodeState
 from qs_jax.engine.inputs import TokenOverrides
 from qs_jax.engine.prompt_plan import arrange, runs_fast
+from qs_jax.engine.score import run_masked
 from qs_jax.engine.weights import check_finite, prepare_params
 from qs_jax.mechanisms import Mechanisms, Overrides, resolve
 from qs_jax.models import Params, cpu, head
 from qs_jax.record import Record, decided
 from qs_jax.state import FULL_BITS, NEVER, Decisions, evidence
+
 
 @dataclasses.dataclass(frozen=True)
 class GenerateOutput:
@@ -86,18 +88,7 @@ class StreamStep:
 
 
 class _Call(NamedTuple):
-    """A call, ready to run.
-
-    Attributes:
-      params: As programs take them.
-      batch: Prompts as given, as wide as the longest.
-      padded: The same padded to their bucket.
-      overrides: Of single tokens.
-      mech: Mechanisms.
-      numbers: Of sampling, traced.
-      plan: Of sampling, static.
-      cfg: The call.
-    """
+    """A call, ready to run; `padded` holds the prompts padded to their bucket."""
 
     params: Params
     batch: inputs.Batch
@@ -123,7 +114,7 @@ def _prepare(
     overrides: TokenOverrides | None,
 ) -> _Masked | _Fast:
     model, mech = cfg.model, resolve(cfg.quicksilver, cfg.model, cfg.effective_protocol)
-    params = prepare_params(params, model, mech, stored=False)
+    params = prepare_params(params, model, mech)
     given = {"lengths": lengths, "attention_mask": attention_mask}
     batch, padded = inputs.prepare_batch(tokens, model, new_tokens=cfg.max_new_tokens, **given)
     chosen = inputs.override_arrays(
@@ -236,16 +227,14 @@ class _Masked:
     kv_bytes = 0  # it keeps no cache
 
     def __init__(self, call: _Call) -> None:
-        self.call, self.params = call, cpu.stored_params(call.params)
-        more = call.plan.capacity
+        self.call, more = call, call.plan.capacity
 
         def widen(array: Any, value: Any) -> Any:
             return np.pad(array, ((0, 0), (0, more)), constant_values=value)
 
         self.tokens, self.overrides = widen(call.padded.tokens_BT, 0), None
         if call.overrides is not None:
-            values = Overrides(full_BT=False, forced_layer_BT=NEVER, retain_BT=False)
-            self.overrides = Overrides(*map(widen, call.overrides, values))
+            self.overrides = Overrides(*map(widen, call.overrides, (False, NEVER, False)))
         self.text: Any = None
         self.evidence: Any = None
 
@@ -255,7 +244,7 @@ class _Masked:
         given = (self.tokens, call.batch.lengths_B, self.overrides, self.text)
         static = {"model": call.cfg.model, "plan": call.plan}
         self.tokens, self.text, self.evidence = _rescore(
-            self.params, *given, call.mech, call.numbers, **static
+            self.call.params, *given, call.mech, call.numbers, **static
         )
         return self.text
 
@@ -270,8 +259,8 @@ class _Masked:
 @functools.partial(jax.jit, static_argnames=("model", "plan"))
 def _rescore(
     params: Params,
-    tokens_BS: Int[Array, "B S"],
-    prompt_lengths_B: Int[Array, "B"],
+    tokens_BS: Array,
+    prompt_lengths_B: Array,
     overrides: Overrides | None,
     text: sampling.Text | None,
     mech: Mechanisms,
@@ -289,7 +278,7 @@ def _rescore(
         lengths_B = text.pos_B
     batch = inputs.Batch(tokens_BS, lengths_B)
     rows = inputs.whole_rows(batch, prompt_lengths_B, overrides, mech)
-    h_BTD, state, record = masked.run_to_the_end(params, rows, model, mech)
+    h_BTD, state, record = run_masked(params, rows, model, mech)
     logits_BV = head.logits(params, h_BTD[rows_B, lengths_B - 1])
     if text is None:
         text = sampling.begin(tokens_BS, lengths_B, logits_BV, numbers, plan)
@@ -302,8 +291,7 @@ def _rescore(
 
 # Most new tokens a cache has room for before it grows.
 GROWTH = 256
-# Layers that share a capacity, and segments of stacked layers, where tokens may leave anywhere.
-SHARED = 3
+# Segments into which stacked layers are cut where tokens may leave at any of them.
 STACKED_SEGMENTS = 6
 # Room for new tokens beyond what the prompt's share foretells.
 MARGIN = 1.25
@@ -337,22 +325,20 @@ class _Fast:
 
     def __init__(self, call: _Call) -> None:
         self.call, self.cfg = call, call.cfg
-        self.params = cpu.stored_params(call.params)
-        self.segments = _segments(self.cfg, call.rows)
+        self.segments = _segments(self.cfg)
         self.produced = self.limit = 0
-        self.surprised = False  # a cache was full before its time
         self.state: Any = None  # (Text, KVCache, Decisions) after the prompt, then a DecodeState
         self.static = {"model": self.cfg.model, "plan": call.plan}
 
     @functools.cached_property
     def rest(self) -> Params:
         """Parameters of a step, without the layers' own."""
-        return {name: part for name, part in self.params.items() if name != "layers"}
+        return {name: part for name, part in self.call.params.items() if name != "layers"}
 
     @functools.cached_property
     def layers(self) -> Any:
         """The layers as a step takes them, once a second token is asked for."""
-        return cpu.decode_layers(self.call.params, self.cfg.decode_weights, self.call.rows)
+        return cpu.decode_layers(self.call.params, self.call.rows)
 
     @property
     def kv_bytes(self) -> int:
@@ -366,7 +352,7 @@ class _Fast:
         batch, lengths_B = call.padded, call.padded.lengths_B
         cut, segments = arrange(self.cfg, batch, lengths_B, call.overrides, call.mech)
         given = (batch, call.overrides, call.mech, segments, call.numbers)
-        self.state = jit_start(self.params, *given, **self.static, prompt_plan=cut)
+        self.state = jit_start(self.call.params, *given, **self.static, prompt_plan=cut)
         self.produced = self.limit = 1
         return self.state[0]
 
@@ -399,32 +385,36 @@ class _Fast:
         return text, state.decisions if isinstance(state, DecodeState) else state[2]
 
     def make_room(self) -> None:
-        """Caches with room for the next steps; `limit` is where it ends."""
-        call, mech = self.call, self.call.mech
-        self.surprised |= self.produced < self.limit
+        """Make room in the caches for the next steps; `limit` is where it ends."""
+        call, state = self.call, self.state
+        # A cache that was full before its time: from here on, room for every token.
+        surprised = 1 < self.produced < self.limit
         room = min(call.plan.capacity - self.produced, GROWTH)
-        if isinstance(self.state, DecodeState):
-            caches = self.state.caches
-            fills = jax.device_get([cache.fill_lB for cache in caches])
-            most = [int(fill.max()) for fill in fills]
-            longest = int(np.asarray(self.state.text.pos_B).max())
-            sizes = [cache.capacity for cache in caches]
-            wanted = _capacities(self.cfg, self.segments, most, longest, room, self.surprised)
-            sizes = tuple(max(pair) for pair in zip(sizes, wanted, strict=True))
-            self.state = _grow(self.state, sizes)
-            old: Any = caches
+        text = state.text if isinstance(state, DecodeState) else state[0]
+        longest = int(np.asarray(text.pos_B).max())
+        spans = [
+            slice(a, b) for a, b in itertools.pairwise(np.cumsum((0, *self.segments)).tolist())
+        ]
+        if isinstance(state, DecodeState):
+            old: Any = state.caches
+            fills = jax.device_get([cache.fill_lB for cache in old])
+            sizes = [_capacity(self.cfg, int(f.max()), longest, room, surprised) for f in fills]
+            sizes = [max(cache.capacity, size) for cache, size in zip(old, sizes, strict=True)]
+            self.state = _grow(state, tuple(sizes))
         else:
-            text, cache, decisions = self.state
+            text, old, decisions = state
             held_LBS = _held(decisions, text.pos_B, self.cfg)
-            filled = np.asarray(held_LBS.sum(2).max(1))
-            spans = _spans(self.segments)
-            most = [int(filled[span].max()) for span in spans]
-            longest = int(np.asarray(text.pos_B).max())
-            sizes = _capacities(self.cfg, self.segments, most, longest, room, self.surprised)
-            width = cache.k_LBSKH.shape[2] + call.plan.capacity
-            static = (self.segments, sizes, _coded_after(self.cfg), _keeps_all(self.cfg))
-            self.state = _pack(text, cache, decisions, held_LBS, *static, width, mech.is_off)
-            old = cache
+            most_L = held_LBS.sum(2).max(1)
+            most = [int(most_L[span].max()) for span in spans]
+            sizes = tuple(_capacity(self.cfg, count, longest, room, surprised) for count in most)
+            coded, keeps_all = _coded_after(self.cfg), _keeps_all(self.cfg)
+            layout = tuple(
+                (span.start, span.stop, size, span.start >= coded, keeps_all)
+                for span, size in zip(spans, sizes, strict=True)
+            )
+            width = old.k_LBSKH.shape[2] + call.plan.capacity
+            noted = None if call.mech.is_off else decisions
+            self.state = _pack(text, old, noted, held_LBS, decisions.bits_BT, layout, width)
         used = {id(leaf) for leaf in jax.tree.leaves(self.state)}  # some may be handed through
         for leaf in jax.tree.leaves(old):
             if id(leaf) not in used:
@@ -432,55 +422,22 @@ class _Fast:
         self.limit = self.produced + room
 
 
-def _spans(sizes: tuple[int, ...]) -> list[slice]:
-    edges = np.cumsum((0, *sizes)).tolist()
-    return [slice(a, b) for a, b in itertools.pairwise(edges)]
-
-
-def _leaving(cfg: Config) -> set[int]:
-    """Layers after which keys may leave, where the configuration names few."""
-    qs = cfg.quicksilver
-    if qs is None or qs.halting is None or qs.halting.layers is None:
-        return set()
-    delay = qs.kv_skip.delay if qs.kv_skip is not None else 0
-    layers = {at for layer in qs.halting.layers for at in (layer, layer + delay)}
-    return {layer for layer in layers if layer < cfg.model.num_layers}
-
-
-def _first_leaving(cfg: Config) -> int:
-    """Layers at the front that keep every token."""
+def _segments(cfg: Config) -> tuple[int, ...]:
+    """Layers of each segment."""
     count, qs = cfg.model.num_layers, cfg.quicksilver
-    first = {count}
-    if qs is not None and qs.halting is not None:
-        first |= set((np.flatnonzero(qs.halting.may_halt(count)) + 1).tolist()[:1])
-        first |= set() if qs.halting.forced_layer is None else {qs.halting.forced_layer}
-    if qs is not None and qs.fusion is not None:
-        first |= {max(qs.fusion.first_layer, 1)}
-    return min(first)
-
-
-def _segments(cfg: Config, rows: int) -> tuple[int, ...]:
-    """Layers of each segment: one each where weights are separate, else few."""
-    count, qs = cfg.model.num_layers, cfg.quicksilver
-    if cpu.separates(cfg.decode_weights, rows):
-        return (1,) * count
-    edges = {_coded_after(cfg)}
+    edges = {0, _coded_after(cfg), count}
     if qs is not None and (qs.halting is not None or qs.fusion is not None):
-        leaving, first = _leaving(cfg), _first_leaving(cfg)
-        if leaving and len(leaving) <= 2 * STACKED_SEGMENTS:
-            edges |= leaving | {first}
-        else:
-            width = max(-(-(count - first) // (STACKED_SEGMENTS - 1)), 1)
-            edges |= set(range(first, count, width))
-    inner = [0, *sorted(edges - {0, count}), count]
-    return tuple(b - a for a, b in itertools.pairwise(inner))
+        layers = (qs.halting.layers if qs.halting is not None else None) or ()
+        few = 0 < len(layers) <= STACKED_SEGMENTS
+        edges |= set(layers) if few else set(range(0, count, -(-count // STACKED_SEGMENTS)))
+    return tuple(b - a for a, b in itertools.pairwise(sorted(edges)))
 
 
 def _coded_after(cfg: Config) -> int:
     """Layers before those whose cache holds int8 codes; all of them where none does."""
     amq = cfg.quicksilver.amq if cfg.quicksilver is not None else None
     if amq is not None and amq.execution == "int8" and "kv" in amq.targets:
-        return min(amq.layer, cfg.model.num_layers)
+        return amq.layer
     return cfg.model.num_layers
 
 
@@ -492,98 +449,64 @@ def _keeps_all(cfg: Config) -> bool:
     return qs.fusion is None and (qs.kv_skip is None or qs.kv_skip.policy != "skip")
 
 
-def _capacities(
-    cfg: Config,
-    segments: tuple[int, ...],
-    most: list[int],
-    longest: int,
-    room: int,
-    for_all: bool,
-) -> tuple[int, ...]:
-    """Slots of each segment's cache: what it holds, and room for the next tokens.
+def _capacity(cfg: Config, held: int, longest: int, room: int, for_all: bool) -> int:
+    """Slots of a segment's cache: what it holds, and room for the next tokens.
 
-    New tokens get room for as large a share of them as of the prompt; where that runs out the loop
-    stops, and from there on there is room for all.
-
-    Args:
-      cfg: Where tokens may leave.
-      segments: Layers of each.
-      most: Most slots that are taken.
-      longest: Tokens of the longest row.
-      room: Steps that will follow.
-      for_all: Make room for all of their tokens in every layer.
+    New tokens get room for as large a share of them as of the prompt, or for all of them.
     """
-    width = bucket(longest + room)
-    if _keeps_all(cfg):
-        return (width,) * len(segments)
-    rounded, first = width - room, _first_leaving(cfg)  # few values of the longest row
-    least = 1.0 if for_all or cfg.effective_protocol == "continuation" else 0.0
-    groups: dict[int, list[int]] = {}
-    leaving = sorted(_leaving(cfg)) or list(range(first, cfg.model.num_layers, SHARED))
-    for index, span in enumerate(_spans(segments)):
-        group = 0 if span.stop <= first else 1 + sum(edge <= span.start for edge in leaving)
-        groups.setdefault(group, []).append(index)
-    sizes = [width] * len(segments)
-    for group, members in groups.items():
-        if group == 0:
-            continue
-        # The last token always runs: a round share of a round prompt and it are one bucket.
-        held = bucket(max(most[i] for i in members) - 1, smallest=0) + 1
-        share = min(max(MARGIN * held / rounded, least), 1.0)
-        size = held + max(math.ceil(share * room), 1)
-        for i in members:
-            sizes[i] = min(max(size, 8), width)
-    return tuple(sizes)
+    share = min(MARGIN * held / longest, 1.0)
+    if for_all or _keeps_all(cfg) or cfg.effective_protocol == "continuation":
+        share = 1.0
+    return bucket(held + max(math.ceil(share * room), 1))
 
 
-@functools.partial(jax.jit, static_argnames=("cfg",))
-def _held(decisions: Decisions, lengths_B: Array, cfg: Config) -> Bool[Array, "L B S"]:
-    """Entries of a prompt that its next query can see, layer by layer."""
-    qs, depth_BS = cfg.quicksilver, decisions.depth_BT
-    layer = jnp.arange(1, cfg.model.num_layers + 1)[:, None, None]
-    real_BS = jnp.arange(depth_BS.shape[1])[None] < lengths_B[:, None]
-    held_LBS = real_BS & (layer <= decisions.fused_after_BT)
-    if qs is not None and qs.kv_skip is not None and qs.kv_skip.policy == "skip":
-        held_LBS &= (layer <= depth_BS + qs.kv_skip.delay) | decisions.retain_BT
-    return held_LBS
+def _held(decisions: Decisions, lengths_B: Any, cfg: Config) -> Bool[np.ndarray, "L B S"]:
+    """Entries of a prompt that its next query can see, layer by layer; on the host."""
+    names = ("depth_BT", "fused_after_BT", "retain_BT")
+    depth, fused_after, retain = (np.asarray(getattr(decisions, name)) for name in names)
+    layer = np.arange(1, cfg.model.num_layers + 1)[:, None, None]
+    held = (np.arange(depth.shape[1]) < np.asarray(lengths_B)[:, None]) & (layer <= fused_after)
+    skip = cfg.quicksilver.kv_skip if cfg.quicksilver is not None else None
+    if skip is not None and skip.policy == "skip":
+        held &= (layer <= depth + skip.delay) | retain
+    return held
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7, 8, 9))
+@functools.partial(jax.jit, static_argnames=("layout", "width"))
 def _pack(
     text: sampling.Text,
     cache: KVCache,
-    decisions: Decisions,
+    decisions: Decisions | None,
     held_LBS: Array,
-    segments: tuple[int, ...],
-    capacities: tuple[int, ...],
-    coded_after: int,
-    keeps_all: bool,
+    bits_BS: Array,
+    layout: tuple[tuple[int, int, int, bool, bool], ...],
     width: int,
-    off: bool,
 ) -> DecodeState:
-    """Caches of decoding from a prompt's, and decisions over `width` positions."""
+    """Caches of decoding from a prompt's, and decisions over `width` positions.
+
+    `layout` is, for each segment: its first layer, the one after its last, slots, whether it holds
+    int8 codes, and whether it keeps every token.
+    """
     caches = []
-    for span, capacity in zip(_spans(segments), capacities, strict=True):
-        bits = None
-        if span.start >= coded_after:
-            bits = jnp.broadcast_to(decisions.bits_BT, held_LBS[span].shape)
+    for first, end, capacity, coded, keeps_all in layout:
+        span = slice(first, end)
+        bits = jnp.broadcast_to(bits_BS, held_LBS[span].shape) if coded else None
         packed = (cache, span, held_LBS[span], capacity, bits, keeps_all)
         caches.append(SlotCache.pack(*packed))
 
-    def widen(array: Array | None, empty: Any) -> Array | None:
+    def widen(array: Any, empty: Any) -> Any:
         if array is None:
             return None
         widths = [(0, 0)] * (array.ndim - 1) + [(0, width - array.shape[-1])]
         return jnp.pad(array, widths, constant_values=empty)
 
-    noted = None
-    if not off:
+    if decisions is not None:
         layers = cache.k_LBSKH.shape[0]
-        empty = Decisions(layers, NEVER, NEVER, FULL_BITS, False, jnp.nan, jnp.nan)
-        fields = (field.name for field in dataclasses.fields(Decisions))
-        pairs = {name: (getattr(decisions, name), getattr(empty, name)) for name in fields}
-        noted = Decisions(**{name: widen(*pair) for name, pair in pairs.items()})
-    return DecodeState(text, tuple(caches), noted, jnp.zeros((), bool))
+        empty = (layers, NEVER, NEVER, FULL_BITS, False, jnp.nan, jnp.nan)
+        names = (field.name for field in dataclasses.fields(Decisions))
+        pairs = zip(names, empty, strict=True)
+        decisions = Decisions(**{n: widen(getattr(decisions, n), value) for n, value in pairs})
+    return DecodeState(text, tuple(caches), decisions, jnp.zeros((), bool))
 
 
 @functools.partial(jax.jit, static_argnames=("capacities",))

@@ -26,25 +26,16 @@ SMALLEST_BUCKET = 16
 
 @no_type_check
 class Batch(NamedTuple):
-    """Right-padded token rows.
+    """Right-padded token rows, int32; columns at or past a row's length hold 0."""
 
-    Attributes:
-      tokens_BT: int32; columns at or past a row's length hold 0.
-      lengths_B: int32, at least 1.
-    """
-
-    tokens_BT: np.ndarray
-    lengths_B: np.ndarray
+    tokens_BT: Any
+    lengths_B: Any
 
 
 def bucket_size(n: int, limit: int | None = None) -> int:
     """The smallest bucket that holds `n`, cut to `limit`.
 
     Buckets are 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, ... (four per doubling).
-
-    Args:
-      n: A length in tokens, at least 1.
-      limit: Largest useful size, at least `n`.
     """
     size = SMALLEST_BUCKET
     if n > size:
@@ -54,11 +45,7 @@ def bucket_size(n: int, limit: int | None = None) -> int:
 
 
 def make_batch(
-    tokens: TokensLike,
-    model: ModelConfig,
-    *,
-    lengths: Any = None,
-    attention_mask: Any = None,
+    tokens: TokensLike, model: ModelConfig, *, lengths: Any = None, attention_mask: Any = None
 ) -> Batch:
     """Check and right-pad the tokens a user gave.
 
@@ -112,14 +99,7 @@ def prepare_batch(
     lengths: Any = None,
     attention_mask: Any = None,
 ) -> tuple[Batch, Batch]:
-    """What every entry point does with its tokens: check them and pad them to a bucket.
-
-    Returns:
-      The batch as given, as wide as its longest row, and the same padded to its bucket.
-
-    Raises:
-      InputError: As `make_batch` and `check_positions`.
-    """
+    """The batch as given, as wide as its longest row, and the same padded to its bucket."""
     batch = make_batch(tokens, model, lengths=lengths, attention_mask=attention_mask)
     width = batch.tokens_BT.shape[1]
     check_positions(width, new_tokens, model)
@@ -127,15 +107,7 @@ def prepare_batch(
 
 
 def split_prompts(lengths_B: np.ndarray, prompt_lengths: Any, cfg: Config) -> np.ndarray:
-    """Tokens of each row's prompt: what "continuation" acts on and does not score.
-
-    Args:
-      lengths_B: Tokens of each row.
-      prompt_lengths: As the caller gave them, or None.
-      cfg: Protocol and default length of the continuation.
-
-    Returns:
-      int32 `[B]`; 0 under "teacher-forced".
+    """Tokens of each row's prompt, which "continuation" acts on and does not score; int32 `[B]`.
 
     Raises:
       InputError: They do not fit the rows, or the protocol has no prompts.
@@ -161,16 +133,7 @@ def split_prompts(lengths_B: np.ndarray, prompt_lengths: Any, cfg: Config) -> np
 
 
 def check_positions(longest: int, new_tokens: int, model: ModelConfig) -> None:
-    """Refuse what would run past the position limit.
-
-    Args:
-      longest: Tokens of the longest row.
-      new_tokens: Tokens to be generated, 0 for scoring.
-      model: Has `max_positions`.
-
-    Raises:
-      InputError: The sum exceeds `max_positions`.
-    """
+    """Refuse prompt and new tokens that together exceed `max_positions`."""
     if longest + new_tokens <= model.max_positions:
         return
     what = f"{longest} prompt tokens" + (f" + {new_tokens} new tokens" if new_tokens else "")
@@ -233,10 +196,7 @@ def _rows_of_lengths(rows: list[np.ndarray], lengths: np.ndarray) -> list[np.nda
 
 
 def whole_rows(
-    batch: Batch,
-    prompt_lengths_B: Int[Array, "B"],
-    overrides: Overrides | None,
-    mech: Mechanisms,
+    batch: Batch, prompt_lengths_B: Int[Array, "B"], overrides: Overrides | None, mech: Mechanisms
 ) -> Rows:
     """All tokens of a batch from position 0, with their exemptions; inside a program."""
     tokens_BT = jnp.asarray(batch.tokens_BT)

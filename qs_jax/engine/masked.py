@@ -17,7 +17,6 @@ Nothing a token does depends on a later token, except where a rule ranks a whole
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -30,8 +29,7 @@ from qs_jax.engine.attention import attention
 from qs_jax.engine.weights import Weights, layer_weights
 from qs_jax.mechanisms import Mechanisms, Rows, fusion, halting, kv_maps, kv_skip, signals
 from qs_jax.models import Params, family_of, head, rope
-from qs_jax.models.cpu import as_state, from_storage
-from qs_jax.models.layers import dense_product
+from qs_jax.models.cpu import from_storage
 from qs_jax.state import NEVER, LayerRecord, TokenState, exact_dtype
 
 
@@ -56,16 +54,9 @@ class Call(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """What signals read of a layer's block.
+    """What signals read of a layer's block: states after it, queries, keys, attention weights."""
 
-    Attributes:
-      h_BTD: States after it, before fusion.
-      q_BTNH: Queries.
-      k_BTKH: Keys.
-      weights_BNTS: Attention weights.
-    """
-
-    h_BTD: Float[Array, "B T D"] | None
+    h_BTD: Any
     q_BTNH: Float[Array, "B T N H"]
     k_BTKH: Float[Array, "B T K H"]
     weights_BNTS: Float[Array, "B N T S"]
@@ -85,7 +76,7 @@ def run(
       rows: Right-padded rows from position 0.
       model: Architecture.
       mech: Mechanisms.
-      previous_BT: See `Call`; `run_to_the_end` finds it.
+      previous_BT: See `Call`; `score.run_masked` finds it.
 
     Returns:
       Normed states, as they were when each token stopped; the final carry; the record `[L, B, T]`.
@@ -99,31 +90,6 @@ def run(
     numbers = jnp.arange(1, model.num_layers + 1, dtype=jnp.int32)
     state, record = lax.scan(body, start(call), (numbers, layer_weights(params)))
     return head.normed(params, state.h_BTD, model), state, record
-
-
-def run_to_the_end(params: Params, rows: Rows, model: ModelConfig, mech: Mechanisms):
-    """`run`, also where a decision reads the model's output one position earlier.
-
-    Outputs of position i are final once those before it are: rows run until nothing changes.
-    """
-    if not mech.reads_previous:
-        return run(params, rows, model, mech)
-
-    def entropy_before(h_BTD: Array) -> Array:
-        def exact(h_BCD: Array) -> Array:
-            return signals.entropy_of(head.logits(params, h_BCD))
-
-        found_BT = head.map_positions(exact, model.vocab_size, h_BTD)
-        return jnp.pad(found_BT[:, :-1], ((0, 0), (1, 0)), constant_values=jnp.inf)
-
-    def again(carry):
-        previous_BT, _ = carry
-        found_BT = entropy_before(run(params, rows, model, mech, previous_BT)[0])
-        return found_BT, (rows.real_BT & (found_BT != previous_BT)).any()
-
-    unknown_BT = jnp.full(rows.pos_BT.shape, jnp.inf, exact_dtype(model.dtype))
-    previous_BT = lax.while_loop(lambda carry: carry[1], again, (unknown_BT, jnp.bool_(True)))[0]
-    return run(params, rows, model, mech, previous_BT)
 
 
 def open_call(
@@ -153,14 +119,8 @@ def run_layer(
 ) -> tuple[TokenState, LayerRecord, Attended]:
     """One layer, in the order of the module's docstring.
 
-    Args:
-      call: What all layers share.
-      state: The carry.
-      layer: Layer number, from 1.
-      weights: Of the layer.
-
     Returns:
-      The next carry, what was in force in this layer, and its attention.
+      The next carry, what was in force in this layer, and what signals read of its block.
     """
     mech, before = call.mech, state
     mask_BTS = attention_mask(call, state, layer)
@@ -237,14 +197,11 @@ def _block(
     def attend(q: Array, k: Array, v: Array) -> tuple[Array, Attended]:
         if mech.kv_skip.policy == "extrapolate":
             k, v = _extrapolated(call, state, layer, weights, k, v)
-        if mech.amq is not None:
-            k, v = mech.amq.stored(k, state.bits_BT), mech.amq.stored(v, state.bits_BT)
+        k, v = mech.stored(k, v, state.bits_BT)
         context_BTNH, weights_BNTS = attention(q, k, v, mask_BTS, log_size_BS)
         return context_BTNH, Attended(None, q, k, weights_BNTS)
 
-    multiply = dense_product
-    if mech.amq is not None:
-        multiply = mech.amq.multiply(state.bits_BT, weights.int8, layer)
+    multiply = mech.multiply(state.bits_BT, weights.int8, layer)
     block = family_of(model).block(model)
     params = {"params": from_storage(weights.params)}
     out: Any = block.apply(params, state.h_BTD, pos_BT, attend, multiply)
@@ -274,20 +231,12 @@ def _encode(call: Call, state: TokenState, layer: Array) -> TokenState:
 
     def neurons() -> Array:
         params_l = jax.tree.map(lambda leaf: leaf[layer], call.params["layers"])  # of the next
-        out: Any = block.apply(
-            {"params": from_storage(params_l)}, h_BTD, method=block.mlp_neurons
-        )
+        out: Any = block.apply({"params": from_storage(params_l)}, h_BTD, method=block.mlp_neurons)
         return out
 
-    sources: dict[str, Callable[[], Array]] = {
-        "state": lambda: h_BTD,
-        "embedding": lambda: call.embedded_BTD,
-        "previous": lambda: fusion.back(h_BTD, 1),
-        "neurons": neurons,
-    }
-
     def encode() -> Array:
-        maps = call.params["kv_maps"]
+        read = (h_BTD, call.embedded_BTD, fusion.back(h_BTD, 1), neurons)
+        maps, sources = call.params["kv_maps"], kv_maps.sources(*read)
         code_BTR = kv_maps.encode(maps, sources, state.depth_BT, model.dtype)
         return jnp.where(now_BT[..., None], code_BTR, state.code_BTR)
 
@@ -301,17 +250,15 @@ def _receive(
     here_BS = state.depth_BT + call.mech.kv_skip.delay == layer
     pos_BT, weights_BTS = call.rows.pos_BT, attended.weights_BNTS.max(1)
     found_BTS = kv_skip.running_maximum(weights_BTS, pos_BT, pos_BT, ran_BT)
-    return state.replace(
-        received_BTS=jnp.where(here_BS[:, None, :], found_BTS, state.received_BTS)
-    )
+    return state.replace(received_BTS=jnp.where(here_BS[:, None, :], found_BTS, state.received_BTS))
 
 
 def _written(call: Call, state: TokenState, mask_BTS: Array, layer: Array) -> Array:
-    """Tokens whose keys exist at this layer; one brought back by attention, once a query sees it."""
+    """Tokens whose keys exist at this layer; one brought back by attention once it is seen."""
     mech, rows = call.mech, call.rows
     exists_BT = mech.kv_skip.written(state.depth_BT, rows.retain_BT, layer)
     if mech.kv_skip.policy == "attended":
-        others_BTS = mask_BTS & ~jnp.eye(mask_BTS.shape[1], dtype=bool)
+        others_BTS = mask_BTS & ~jnp.eye(mask_BTS.shape[1], dtype=bool)[None]
         exists_BT |= (others_BTS & state.active_BT[:, :, None]).any(1)
     exists_BT |= layer <= state.depth_BT
     return rows.real_BT & ~_stopped(call, state) & exists_BT
@@ -328,24 +275,12 @@ def eligible(call: Call, state: TokenState) -> Bool[Array, "B T"]:
 def _halt(
     call: Call, state: TokenState, attended: Attended, drift_BT: Array, layer: Array
 ) -> tuple[TokenState, Array]:
-    rule, rows = call.mech.halting, call.rows
+    rule = call.mech.halting
     assert rule is not None
-    halted_BT, eligible_BT = state.depth_BT < layer, eligible(call, state)
-    read = halting.Signals(rows.pos_BT, eligible_BT, halted_BT, drift_BT, None)
-    entropy_BT = jnp.full_like(drift_BT, jnp.nan)
-    if rule.entropy is not None:
-        candidates_BT = rule.candidates(read, layer)
-        entropy_BT = _entropy(call, state, rule.entropy, candidates_BT)
-        entropy_BT = jnp.where(candidates_BT, entropy_BT, jnp.nan)
-        read = read._replace(entropy_BT=entropy_BT)
-    if rule.reads_attention:
-        read = read._replace(received_BT=received(call, state, attended))
-    forced_BT = eligible_BT & ~halted_BT & (layer >= rows.forced_layer_BT)
-    halts_BT = rule.decide(read, layer) | forced_BT
-    state = state.replace(depth_BT=jnp.where(halts_BT, layer, state.depth_BT))
-    if rule.freeze:
-        state = state.replace(active_BT=state.active_BT & ~halts_BT)
-    return state, entropy_BT
+    received_BT = received(call, state, attended) if rule.reads_attention else None
+    entropy_of = signals.entropies(state, call.params, call.model, call.previous_BT)
+    signals_read = (eligible(call, state), drift_BT, layer, entropy_of)
+    return rule.after_layer(state, call.rows, *signals_read, received_BT=received_BT)
 
 
 def received(call: Call, state: TokenState, attended: Attended) -> Float[Array, "B T"]:
@@ -356,17 +291,12 @@ def received(call: Call, state: TokenState, attended: Attended) -> Float[Array, 
     return halting.attention_received(attended.weights_BNTS.max(1), counted_BT, own_BT)
 
 
-def _entropy(call: Call, state: TokenState, kind: str, needed_BT: Array) -> Array:
-    given = (call.params, call.model, call.previous_BT)
-    return signals.entropy_where(needed_BT, kind, state, *given)
-
-
 # --- 4. fusion, and 5. bits ---------------------------------------------------------------------
 
 
 def _fuse(
     call: Call, state: TokenState, attended: Attended, layer: Array
-) -> tuple[TokenState, Bool[Array, "B T"]]:
+) -> tuple[TokenState, Array]:
     rows, rule = call.rows, call.mech.fusion
     assert rule is not None
     tokens = fusion.Tokens(
@@ -385,21 +315,9 @@ def _fuse(
         state = state.replace(similarity_BTW=sum_BTW)
         mean_BTW = sum_BTW / layer.astype(sum_BTW.dtype)
     pairs_BTW = rule.pairs(tokens, mean_BTW, layer)
-    weight_BT, paid_BTW = _weigh(call, state, attended, pairs_BTW)
-    merged, takes_BTW = fusion.merge(
-        state.h_BTD, pairs_BTW, weight_BT, paid_BTW, state.size_BT, call.model.dtype
-    )
-    absorbed_BT = fusion.absorbers(takes_BTW, rows.pos_BT)
-    now_BT = absorbed_BT != NEVER
-    state = state.replace(
-        h_BTD=merged.h_BTD,
-        size_BT=merged.size_BT,
-        fused_BT=jnp.minimum(state.fused_BT, absorbed_BT),
-        fused_after_BT=jnp.minimum(state.fused_after_BT, jnp.where(now_BT, layer, NEVER)),
-    )
-    if call.mech.continuation:
-        state = state.replace(active_BT=state.active_BT & ~now_BT)
-    return state, now_BT | takes_BTW.any(-1)
+    weights = _weigh(call, state, attended, pairs_BTW)
+    merging = (rows.pos_BT, pairs_BTW, weights, layer, call.model.dtype)
+    return rule.absorb(state, *merging, stops=call.mech.continuation)
 
 
 def _weigh(call: Call, state: TokenState, attended: Attended, pairs_BTW: Array):
@@ -425,16 +343,11 @@ def _weigh(call: Call, state: TokenState, attended: Attended, pairs_BTW: Array):
 
 
 def _quantize(call: Call, state: TokenState, ran_BT: Array, layer: Array) -> TokenState:
-    rows, amq, model = call.rows, call.mech.amq, call.model
+    amq = call.mech.amq
     assert amq is not None
-    here = layer == amq.layer
-    entropy_BT = jnp.zeros(rows.pos_BT.shape, exact_dtype(model.dtype))
-    if amq.entropy is not None:
-        entropy_BT = _entropy(call, state, amq.entropy, rows.subject_BT & here)
-    assigned_BT = amq.assign(entropy_BT, rows.subject_BT, rows.full_BT)
-    state = state.replace(bits_BT=jnp.where(here, assigned_BT, state.bits_BT))
+    entropy_of = signals.entropies(state, call.params, call.model, call.previous_BT)
+    state = amq.assign_at(layer, state, call.rows, entropy_of)
     if "hidden" in amq.targets:
-        coarse_BTD = amq.quantize(state.h_BTD.astype(model.dtype), state.bits_BT)
-        coarse_BTD = as_state(coarse_BTD, model.dtype)
+        coarse_BTD = amq.quantize(state.h_BTD, state.bits_BT)
         state = state.replace(h_BTD=jnp.where(ran_BT[..., None], coarse_BTD, state.h_BTD))
     return state

@@ -25,7 +25,6 @@ from qs_jax.engine.weights import Weights, layer_weights
 from qs_jax.mechanisms import Mechanisms, Rows, fusion, halting, kv_maps, signals
 from qs_jax.models import Params, family_of, head, rope
 from qs_jax.models.cpu import from_storage, to_storage
-from qs_jax.models.layers import dense_product
 from qs_jax.state import NEVER, Decisions, TokenState, exact_dtype
 
 FILL = 32  # stopped tokens of a row whose keys are filled in at a time, where their number varies
@@ -148,7 +147,14 @@ def run(
     with jax.named_scope("embed"):
         embedded: Any = embed.apply({"params": params["embed"]}, rows.tokens_BT, rows.pos_BT)
     call = Call(params, model, mech, plan, rows, embedded, layer_weights(params))
-    carry = _start(call)
+    rule, shape = mech.halting, rows.pos_BT.shape
+    unread = jnp.full((model.num_layers, *shape), jnp.nan, exact_dtype(model.dtype))
+    carry = Carry(
+        mech.start(embedded, rows, model),
+        KVCache.zeros(model, *shape),
+        unread if rule is not None and rule.reads_drift else None,
+        unread if rule is not None and rule.entropy is not None else None,
+    )
     if plan.fixed:
         for s, slots in enumerate(plan.slots):
             first, last = segments.first_S[s], segments.last_S[s]
@@ -171,19 +177,6 @@ def run(
         entropy_LBT=carry.entropy_LBT,
     )
     return Result(head.normed(params, h_BQD, model), cache, decisions)
-
-
-def _start(call: Call) -> Carry:
-    mech, model, shape = call.mech, call.model, call.rows.pos_BT.shape
-    state = mech.start(call.embedded_BTD, call.rows, model)
-    rule, exact = mech.halting, exact_dtype(model.dtype)
-    unread = jnp.full((model.num_layers, *shape), jnp.nan, exact)
-    return Carry(
-        state,
-        KVCache.zeros(model, *shape),
-        unread if rule is not None and rule.reads_drift else None,
-        unread if rule is not None and rule.entropy is not None else None,
-    )
 
 
 # --- segments -----------------------------------------------------------------------------------
@@ -239,7 +232,7 @@ def _segment(
 
     rule = call.mech.halting
     at_end = rule is not None and not call.decides_inside
-    remembers = at_end and (rule.reads_drift or rule.reads_attention)
+    remembers = rule is not None and at_end and (rule.reads_drift or rule.reads_attention)
     loop = (carry._replace(state=state), state.h_BTD if remembers else None)
     carry, before_BCD = lax.fori_loop(first - 1, last, body, loop)
     if at_end:
@@ -260,19 +253,29 @@ def _put(array_BT: Array, index_BC: Array, value_BC: Array) -> Array:
     return from_storage(at.set(value, mode="promise_in_bounds", unique_indices=True))
 
 
-def _gather(
-    call: Call, whole: TokenState, slots: int, first: Array
-) -> tuple[Slots, TokenState]:
+def _gather(call: Call, whole: TokenState, slots: int, first: Array) -> tuple[Slots, TokenState]:
     """The tokens that compute, and others in spare slots, which their masks keep still."""
     if slots == call.rows.pos_BT.shape[1]:
         return Slots(None, call.rows, None, first), whole
-    order_BT = jnp.argsort((~whole.active_BT).astype(jnp.int32), axis=1, stable=True)
-    index_BC = jnp.sort(order_BT[:, :slots].astype(jnp.int32), axis=1)
+    rows_B1 = jnp.arange(len(whole.active_BT))[:, None]
+    chosen_BC = _true_first(whole.active_BT)[:, :slots]
+    chosen_BT = jnp.zeros_like(whole.active_BT).at[rows_B1, chosen_BC].set(True)
+    index_BC = _true_first(chosen_BT)[:, :slots]
     waiting_BT = _eligible(call.rows, whole, call) & (whole.depth_BT < first)
     inside_B = _take(waiting_BT, index_BC).sum(1, dtype=jnp.int32)
     outside_B = waiting_BT.sum(1, dtype=jnp.int32) - inside_B
     rows, state = jax.tree.map(lambda leaf: _take(leaf, index_BC), (call.rows, whole))
     return Slots(index_BC, rows, outside_B, first), state
+
+
+def _true_first(mask_BT: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+    """Positions where a mask is true, then the others, both rising."""
+    place_BT = jnp.broadcast_to(jnp.arange(mask_BT.shape[1], dtype=jnp.int32)[None], mask_BT.shape)
+    before_BT = jnp.cumsum(mask_BT, axis=1, dtype=jnp.int32) - mask_BT
+    rank_BT = jnp.where(
+        mask_BT, before_BT, before_BT[:, -1:] + mask_BT[:, -1:] + place_BT - before_BT
+    )
+    return place_BT.at[jnp.arange(len(mask_BT))[:, None], rank_BT].set(place_BT)
 
 
 def _scatter(whole: TokenState, state: TokenState, index_BC: Array | None) -> TokenState:
@@ -289,20 +292,14 @@ def _everywhere(whole_BT: Array, chosen: Slots, own_BC: Array) -> Array:
 # --- one layer ----------------------------------------------------------------------------------
 
 
-def _run_layer(
-    call: Call,
-    carry: Carry,
-    chosen: Slots,
-    whole: TokenState,
-    index: Array,
-) -> Carry:
+def _run_layer(call: Call, carry: Carry, chosen: Slots, whole: TokenState, index: Array) -> Carry:
     mech, model, state, rows = call.mech, call.model, carry.state, chosen.rows
     layer, weights = index + 1, _at(call.weights, index)
     gathered = chosen.index_BC is not None
     among_all = gathered and call.plan.keeps_keys
 
     def attend(q: Array, k: Array, v: Array):
-        k, v = _stored(mech, k, v, state.bits_BT)
+        k, v = mech.stored(k, v, state.bits_BT)
         slots_BC = None
         if gathered or (call.plan.keeps_keys and not chosen.leading):
             # Keys of tokens that stopped in an earlier segment are there already.
@@ -315,7 +312,7 @@ def _run_layer(
 
     block = family_of(model).block(model)
     params = {"params": from_storage(weights.params)}
-    multiply = _multiply(call, state.bits_BT, weights, layer)
+    multiply = call.mech.multiply(state.bits_BT, weights.int8, layer)
     out: Any = block.apply(params, state.h_BTD, rows.pos_BT, attend, multiply)
     h_BTD, cache = out
     before_BTD = state.h_BTD
@@ -327,31 +324,20 @@ def _run_layer(
     if not call.decides_inside:
         return carry
     if mech.halting is not None:
-        carry = _decide_if_asked(call, carry, chosen, whole, before_BTD, layer)
+        carry = _decide(call, carry, chosen, whole, before_BTD, layer)
     if mech.fusion is not None:
         with jax.named_scope("fuse"):
             carry = carry._replace(state=_fuse(call, carry.state, chosen.rows, layer))
     return carry
 
 
-def _at(tree: Any, index: Array) -> Any:
+def _at(tree: Any, index: Any) -> Any:
     return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False), tree)
-
-
-def _stored(mech: Mechanisms, k: Array, v: Array, bits_BT: Array) -> tuple[Array, Array]:
-    if mech.amq is None:
-        return k, v
-    return mech.amq.stored(k, bits_BT), mech.amq.stored(v, bits_BT)
-
-
-def _multiply(call: Call, bits_BT: Array, weights: Weights, layer: Array):
-    amq = call.mech.amq
-    return dense_product if amq is None else amq.multiply(bits_BT, weights.int8, layer)
 
 
 def _first_queries(
     call: Call, chosen: Slots, whole: TokenState, state: TokenState, layer: Array, among_all: bool
-) -> Int[Array, "B S"]:
+) -> Array:
     """Position of the first query that sees each key: its own, or NEVER."""
     rows, depth_BS, absorbed_BS = chosen.rows, state.depth_BT, state.fused_BT
     if among_all:
@@ -370,9 +356,9 @@ def _last_layer(call: Call, carry: Carry, read_BQ: Array) -> tuple[Array, KVCach
     layer, weights = jnp.int32(model.num_layers), _at(call.weights, index)
     params = {"params": from_storage(weights.params)}
     block = family_of(model).block(model)
-    multiply = _multiply(call, state.bits_BT, weights, layer)
-    out: Any = block.apply(params, state.h_BTD, rows.pos_BT, multiply, method=block.keys_values)
-    k, v = _stored(call.mech, *out, state.bits_BT)
+    multiply = call.mech.multiply(state.bits_BT, weights.int8, layer)
+    found: Any = block.apply(params, state.h_BTD, rows.pos_BT, multiply, method=block.keys_values)
+    k, v = call.mech.stored(found[0], found[1], state.bits_BT)
     slots_BT = jnp.where(state.active_BT, rows.pos_BT, NEVER) if call.plan.keeps_keys else None
     cache = carry.cache.write(jnp.int32(index), slots_BT, k, v)
     k, v = cache.layer(jnp.int32(index))
@@ -385,7 +371,7 @@ def _last_layer(call: Call, carry: Carry, read_BQ: Array) -> tuple[Array, KVCach
     rows_B1 = jnp.arange(len(read_BQ))[:, None]
     own = (state.h_BTD, state.bits_BT, state.active_BT)
     h_BQD, bits_BQ, active_BQ = (array_BT[rows_B1, read_BQ] for array_BT in own)
-    multiply = _multiply(call, bits_BQ, weights, layer)
+    multiply = call.mech.multiply(bits_BQ, weights.int8, layer)
     read: Any = block.apply(params, h_BQD, read_BQ, attend, multiply)
     return jnp.where(active_BQ[..., None], read[0], h_BQD), cache
 
@@ -397,58 +383,36 @@ def _eligible(rows: Rows, state: TokenState, call: Call) -> Bool[Array, "B T"]:
     return rows.subject_BT & ~rows.full_BT & (state.fused_BT == NEVER)
 
 
-def _decide_if_asked(call, carry, chosen, whole, before_BCD, layer) -> Carry:
-    rule = call.mech.halting
-    asked = rule.may_halt_L[layer - 1] | (chosen.rows.forced_layer_BT == layer).any()
-    if rule.reads_drift:
-        # XLA cannot know that no drift is below -1, and works drifts out before it overwrites the
-        # states they are read from; read by a branch only, those would be copied.
-        drift_BT = signals.drift(rule.drift, carry.state.h_BTD, before_BCD)
-        asked &= ~(drift_BT < -1).any()
-
-    def decide(carry: Carry) -> tuple[TokenState, Any, Any]:
-        after = _decide(call, carry, chosen, whole, before_BCD, layer)
-        return after.state, after.drift_LBT, after.entropy_LBT
-
-    def keep(carry: Carry) -> tuple[TokenState, Any, Any]:
-        return carry.state, carry.drift_LBT, carry.entropy_LBT
-
-    state, drift_LBT, entropy_LBT = lax.cond(asked, decide, keep, carry)
-    return carry._replace(state=state, drift_LBT=drift_LBT, entropy_LBT=entropy_LBT)
-
-
 def _decide(
     call: Call,
     carry: Carry,
     chosen: Slots,
     whole: TokenState,
-    before_BCD: Array | None,
+    before_BCD: Any,
     layer: Array,
 ) -> Carry:
     """Halting after a layer, as `masked._halt`."""
     rule, state, rows = call.mech.halting, carry.state, chosen.rows
     assert rule is not None
-    eligible_BT, halted_BT = _eligible(rows, state, call), state.depth_BT < layer
-    drift_BT = entropy_BT = jnp.full(rows.pos_BT.shape, jnp.nan, exact_dtype(call.model.dtype))
-    if rule.reads_drift:
-        with jax.named_scope("signals"):
+    drift_BT = jnp.full(rows.pos_BT.shape, jnp.nan, exact_dtype(call.model.dtype))
+    received_BT, ran_BT = None, state.active_BT
+    with jax.named_scope("signals"):
+        if rule.reads_drift:
             drift_BT = signals.drift(rule.drift, state.h_BTD, before_BCD)
-    read = halting.Signals(
-        rows.pos_BT, eligible_BT, halted_BT, drift_BT, None, outside_B=chosen.outside_B
-    )
-    if rule.entropy is not None:
-        candidates_BT = rule.candidates(read, layer)
-        entropy_BT = _entropy(call, state, rule.entropy, candidates_BT)
-        entropy_BT = jnp.where(candidates_BT, entropy_BT, jnp.nan)
-        read = read._replace(entropy_BT=entropy_BT)
-    if rule.reads_attention:
-        with jax.named_scope("signals"):
-            received_BT = _received(call, carry, chosen, whole, before_BCD, layer)
-            read = read._replace(received_BT=received_BT)
+        if rule.reads_attention:
+            read = lambda: _received(call, carry, chosen, whole, before_BCD, layer)  # noqa: E731
+            nothing = jnp.zeros_like(drift_BT)
+            received_BT = lax.cond(rule.may_halt_L[layer - 1], read, lambda: nothing)
     with jax.named_scope("halt"):
-        forced_BT = eligible_BT & ~halted_BT & (layer >= rows.forced_layer_BT)
-        halts_BT = rule.decide(read, layer) | forced_BT
-    drift_BT = jnp.where(state.active_BT, drift_BT, jnp.nan)
+        signals_read = (
+            _eligible(rows, state, call),
+            drift_BT,
+            layer,
+            signals.entropies(state, call.params, call.model),
+        )
+        outside = {"received_BT": received_BT, "outside_B": chosen.outside_B}
+        state, entropy_BT = rule.after_layer(state, rows, *signals_read, **outside)
+    drift_BT = jnp.where(ran_BT, drift_BT, jnp.nan)
 
     def note(signals_LBT: Array | None, own_BC: Array) -> Array | None:
         if signals_LBT is None:
@@ -456,14 +420,8 @@ def _decide(
         nothing_BT = jnp.full(signals_LBT.shape[1:], jnp.nan, signals_LBT.dtype)
         return signals_LBT.at[layer - 1].set(_everywhere(nothing_BT, chosen, own_BC))
 
-    return carry._replace(
-        state=state.replace(
-            depth_BT=jnp.where(halts_BT, layer, state.depth_BT),
-            active_BT=state.active_BT & ~halts_BT,
-        ),
-        drift_LBT=note(carry.drift_LBT, drift_BT),
-        entropy_LBT=note(carry.entropy_LBT, entropy_BT),
-    )
+    drift_LBT, entropy_LBT = note(carry.drift_LBT, drift_BT), note(carry.entropy_LBT, entropy_BT)
+    return carry._replace(state=state, drift_LBT=drift_LBT, entropy_LBT=entropy_LBT)
 
 
 def _received(call, carry, chosen, whole, before_BCD, layer) -> Float[Array, "B C"]:
@@ -471,12 +429,12 @@ def _received(call, carry, chosen, whole, before_BCD, layer) -> Float[Array, "B 
     rule, rows, state = call.mech.halting, chosen.rows, carry.state
     counted_BC = rows.scoring_BT & state.active_BT
     count = min(rule.score_queries, counted_BC.shape[1])
-    index_BQ = jnp.argsort(~counted_BC, axis=1, stable=True)[:, :count]
+    index_BQ = _true_first(counted_BC)[:, :count]
     read = (before_BCD, rows.pos_BT, state.bits_BT, counted_BC)
     h_BQD, pos_BQ, bits_BQ, counted_BQ = (_take(x, index_BQ) for x in read)
     weights = _at(call.weights, layer - 1)
     block = family_of(call.model).block(call.model)
-    multiply = _multiply(call, bits_BQ, weights, layer)
+    multiply = call.mech.multiply(bits_BQ, weights.int8, layer)
     params = {"params": from_storage(weights.params)}
     q_BQNH: Any = block.apply(params, h_BQD, pos_BQ, multiply, method=block.queries)
     k_BSKH, _ = carry.cache.layer(layer - 1 - chosen.offset)
@@ -485,10 +443,6 @@ def _received(call, carry, chosen, whole, before_BCD, layer) -> Float[Array, "B 
     weights_BQS = attention_weights(q_BQNH, k_BSKH, mask_BQS).max(1)
     received_BS = halting.attention_received(weights_BQS, counted_BQ, pos_BQ)
     return received_BS if chosen.index_BC is None else _take(received_BS, chosen.index_BC)
-
-
-def _entropy(call: Call, state: TokenState, kind: str, needed_BT: Array) -> Array:
-    return signals.entropy_where(needed_BT, kind, state, call.params, call.model)
 
 
 def _fuse(call: Call, state: TokenState, rows: Rows, layer: Array) -> TokenState:
@@ -500,40 +454,22 @@ def _fuse(call: Call, state: TokenState, rows: Rows, layer: Array) -> TokenState
     nobody_BTW = jnp.zeros((*rows.pos_BT.shape, 1), bool)
     find = lambda: rule.pairs(tokens, None, layer)  # noqa: E731
     pairs_BTW = lax.cond(rule.may_fuse_L[layer - 1], find, lambda: nobody_BTW)
-    size_BT = state.size_BT
-    merged, takes_BTW = fusion.merge(
-        state.h_BTD, pairs_BTW, size_BT, None, size_BT, call.model.dtype
-    )
-    absorbed_BT = fusion.absorbers(takes_BTW, rows.pos_BT)
-    now_BT = absorbed_BT != NEVER
-    return state.replace(
-        h_BTD=merged.h_BTD,
-        size_BT=merged.size_BT,
-        active_BT=state.active_BT & ~now_BT,
-        fused_BT=jnp.minimum(state.fused_BT, absorbed_BT),
-        fused_after_BT=jnp.minimum(state.fused_after_BT, jnp.where(now_BT, layer, NEVER)),
-    )
+    merging = (rows.pos_BT, pairs_BTW, (state.size_BT, None), layer, call.model.dtype)
+    return rule.absorb(state, *merging, stops=True)[0]
 
 
 # --- the end of a segment -----------------------------------------------------------------------
 
 
-def _end_segment(
-    call: Call, carry: Carry, first: Array, last: Array, fill: int | None
-) -> Carry:
+def _end_segment(call: Call, carry: Carry, first: Array, last: Array, fill: int | None) -> Carry:
     """Bits of every token, at the layer that assigns them; deeper keys of tokens that stopped."""
-    amq, rows, state = call.mech.amq, call.rows, carry.state
+    amq, state = call.mech.amq, carry.state
     if amq is not None:
-
-        def assign() -> Array:
-            entropy_BT = jnp.zeros(rows.pos_BT.shape, exact_dtype(call.model.dtype))
-            if amq.entropy is not None:
-                entropy_BT = _entropy(call, state, amq.entropy, rows.subject_BT)
-            return amq.assign(entropy_BT, rows.subject_BT, rows.full_BT)
-
         with jax.named_scope("amq"):
-            bits_BT = lax.cond(last == amq.layer, assign, lambda: state.bits_BT)
-        carry = carry._replace(state=state.replace(bits_BT=bits_BT))
+            state = amq.assign_at(
+                last, state, call.rows, signals.entropies(state, call.params, call.model)
+            )
+        carry = carry._replace(state=state)
     if call.plan.keeps_keys and fill != 0:
         carry = carry._replace(cache=_fill(call, carry, first, last, fill))
     return carry
@@ -548,7 +484,7 @@ def _fill(call: Call, carry: Carry, first: Array, last: Array, fill: int | None)
         until = jnp.where(last < mech.amq.layer, mech.amq.layer, until)
     stopped_BT = rows.real_BT & (state.depth_BT >= since) & (state.depth_BT <= last)
     stopped_BT &= state.fused_BT == NEVER
-    order_BT = jnp.argsort((~stopped_BT).astype(jnp.int32), axis=1, stable=True).astype(jnp.int32)
+    order_BT = _true_first(stopped_BT)
     count_B1 = stopped_BT.sum(1, dtype=jnp.int32)[:, None]
     at_once = order_BT.shape[1] if fill is None else fill
     at_once = min(FILL, at_once) if fill is None else at_once
@@ -578,9 +514,9 @@ def _frozen_keys_values(call: Call, state: TokenState, index_BP: Array, last: Ar
     def propagated(index: Array) -> tuple[Array, Array]:
         weights = _at(call.weights, index)
         params = {"params": from_storage(weights.params)}
-        multiply = _multiply(call, bits_BP, weights, index + 1)
+        multiply = call.mech.multiply(bits_BP, weights.int8, index + 1)
         out: Any = block.apply(params, h_BPD, index_BP, multiply, method=block.keys_values)
-        return _stored(mech, *out, bits_BP)
+        return mech.stored(out[0], out[1], bits_BP)
 
     if mech.kv_skip.policy != "extrapolate":
         return propagated
@@ -592,12 +528,8 @@ def _frozen_keys_values(call: Call, state: TokenState, index_BP: Array, last: Ar
 
     maps = call.params["kv_maps"]
     x = jnp.argmax(jnp.asarray(maps.layers) == last)
-    sources = {
-        "state": lambda: h_BPD,
-        "embedding": lambda: _take(call.embedded_BTD, index_BP),
-        "previous": lambda: _take(fusion.back(state.h_BTD, 1), index_BP),
-        "neurons": neurons,
-    }
+    before = _take(fusion.back(state.h_BTD, 1), index_BP)
+    sources = kv_maps.sources(h_BPD, _take(call.embedded_BTD, index_BP), before, neurons)
     code_BPR = kv_maps.encode_at(maps, x, sources, model.dtype)
 
     def mapped(index: Array) -> tuple[Array, Array]:
@@ -605,6 +537,6 @@ def _frozen_keys_values(call: Call, state: TokenState, index_BP: Array, last: Ar
         k, v = kv_maps.keys_values(code_BPR, map_RO, model)
         if family_of(model).rotates:
             k = rope.rotate(k, index_BP, model)
-        return _stored(mech, k, v, bits_BP)
+        return mech.stored(k, v, bits_BP)
 
     return mapped

@@ -84,15 +84,7 @@ def arrange(
     overrides: Overrides | None,
     mech: Mechanisms,
 ) -> tuple[Plan, Segments]:
-    """Segments of a call's prompts, and their slots.
-
-    Args:
-      cfg: Mechanisms and protocol.
-      padded: Rows as the program gets them.
-      prompt_lengths_B: Tokens of each prompt; 0 where rows are scored teacher-forced.
-      overrides: Of single tokens, or None.
-      mech: The mechanisms, resolved.
-    """
+    """Segments of a call's prompts, and their slots."""
     qs, layers = cfg.quicksilver or QuickSilverConfig(), cfg.model.num_layers
     ends = _ends(qs, layers, overrides)
     first = [1, *(end + 1 for end in ends[:-1])][: len(ends)]
@@ -211,4 +203,6 @@ def _stopped_by(
 
 def _after(stopped: dict[int, np.ndarray], layer: int) -> np.ndarray:
     """Tokens that have stopped after a layer."""
-    return max((gone for at, gone in stopped.items() if at <= layer), key=np.sum, default=np.array(0))
+    return max(
+        (gone for at, gone in stopped.items() if at <= layer), key=np.sum, default=np.array(0)
+    )

@@ -107,15 +107,7 @@ def begin(
     numbers: Numbers,
     plan: Plan,
 ) -> Text:
-    """Choose the first token of each row.
-
-    Args:
-      tokens_BT: Right-padded prompts.
-      lengths_B: Tokens of each prompt.
-      logits_BV: After the last of them.
-      numbers: Traced part.
-      plan: Static part.
-    """
+    """Choose the first token of each row from the logits after its prompt."""
     batch, width = tokens_BT.shape
     seen_BV = jnp.zeros((batch, logits_BV.shape[1] if plan.penalize else 1), bool)
     if plan.penalize:
@@ -224,16 +216,7 @@ def choose(
     plan: Plan,
     numbers: Numbers,
 ) -> Int[Array, "B"]:
-    """The next token of each row.
-
-    Args:
-      logits_BV: float32 logits of the plain model.
-      seen_BV: Ids of prompt and continuation; any width when the penalty is off.
-      keys_B: From `row_keys`.
-      step: Index of the token, folded into the keys.
-      plan: What runs.
-      numbers: With which numbers.
-    """
+    """The next token of each row; `step` is folded into its key."""
     if plan.penalize:
         logits_BV = penalize(logits_BV, seen_BV, numbers.repetition_penalty)
     if plan.greedy:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.config import Config, ModelConfig
@@ -17,10 +18,10 @@ from qs_jax.engine import devices as on_devices
 from qs_jax.engine.inputs import TokenOverrides
 from qs_jax.engine.prompt_plan import arrange, runs_fast
 from qs_jax.engine.weights import check_finite, prepare_params
-from qs_jax.mechanisms import Mechanisms, Overrides, resolve
+from qs_jax.mechanisms import Mechanisms, Overrides, Rows, resolve, signals
 from qs_jax.models import Params, head
 from qs_jax.record import Record, decided
-from qs_jax.state import evidence
+from qs_jax.state import evidence, exact_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +138,7 @@ def score_masked(
 ) -> dict[str, Any]:
     """Log-probabilities under the mechanisms, and the evidence of their record."""
     rows = inputs.whole_rows(batch, ends_B, overrides, mech)
-    h_BTD, state, record = masked.run_to_the_end(params, rows, model, mech)
+    h_BTD, state, record = run_masked(params, rows, model, mech)
     out = _outputs(params, h_BTD, batch.tokens_BT, Scored(first_B, count), returns)
     return out | {"evidence": evidence(state, record)}
 
@@ -168,16 +169,34 @@ def score_prompt(
     return {"logprobs": logprobs_BT, "decisions": result.decisions}
 
 
+def run_masked(params: Params, rows: Rows, model: ModelConfig, mech: Mechanisms):
+    """`masked.run`, also where a decision reads the model's output one position earlier.
+
+    Outputs of position i are final once those before it are: rows run until nothing changes.
+    """
+    if not mech.reads_previous:
+        return masked.run(params, rows, model, mech)
+
+    def entropy_before(h_BTD: Array) -> Array:
+        def exact(h_BCD: Array) -> Array:
+            return signals.entropy_of(head.logits(params, h_BCD))
+
+        found_BT = head.map_positions(exact, model.vocab_size, h_BTD)
+        return jnp.pad(found_BT[:, :-1], ((0, 0), (1, 0)), constant_values=jnp.inf)
+
+    def again(carry):
+        previous_BT, _ = carry
+        found_BT = entropy_before(masked.run(params, rows, model, mech, previous_BT)[0])
+        return found_BT, (rows.real_BT & (found_BT != previous_BT)).any()
+
+    unknown_BT = jnp.full(rows.pos_BT.shape, jnp.inf, exact_dtype(model.dtype))
+    previous_BT = lax.while_loop(lambda carry: carry[1], again, (unknown_BT, jnp.bool_(True)))[0]
+    return masked.run(params, rows, model, mech, previous_BT)
+
+
 _jit_dense = jax.jit(score_dense, static_argnames=("model", "count", "returns"))
 _jit_masked = jax.jit(score_masked, static_argnames=("model", "count", "returns"))
 _jit_prompt = jax.jit(score_prompt, static_argnames=("model", "plan", "count"))
-
-
-def _columns(mask_BT: np.ndarray, width: int, cfg: Config) -> int:
-    """Columns that go through the head: a bucket, so that near counts share a program."""
-    if cfg.effective_protocol != "continuation":
-        return width
-    return inputs.bucket_size(max(int(mask_BT.sum(1).max()), 1), width)
 
 
 def score(
@@ -234,12 +253,13 @@ def score(
     first_B1 = np.maximum(ends_B, 1)[:, None]
     mask_BT = (column_1T < batch.lengths_B[:, None]) & (column_1T >= first_B1)
     first_B = first_B1[:, 0].astype(np.int32)
-    static: dict[str, Any] = {
-        "model": model,
-        "count": _columns(mask_BT, padded.tokens_BT.shape[1], cfg),
-    }
+    count = padded.tokens_BT.shape[1]
+    if cfg.effective_protocol == "continuation":  # a bucket, so that near counts share a program
+        count = inputs.bucket_size(max(int(mask_BT.sum(1).max()), 1), count)
+    static: dict[str, Any] = {"model": model, "count": count}
     chosen = inputs.override_arrays(overrides, padded.tokens_BT.shape, width, cfg)
-    returns = tuple(n for n, asked in (("logits", return_logits), ("states", return_states)) if asked)
+    wanted = {"logits": return_logits, "states": return_states}
+    returns = tuple(name for name, is_wanted in wanted.items() if is_wanted)
     rows, shared = (padded, ends_B, first_B, chosen), (mech,)
     if mech.is_off:
         static["returns"], rows, shared = returns, (padded.tokens_BT, first_B), ()
@@ -256,21 +276,14 @@ def score(
     record = None
     if not mech.is_off:
         assert cfg.quicksilver is not None
-        counted = (width, batch.lengths_B, ends_B, cfg.effective_protocol)
-        simulated = function is score_masked
-        if simulated:
-            found = out["evidence"]
+        about = (width, batch.lengths_B, ends_B, cfg.effective_protocol)
+        if "evidence" in out:
+            record = Record.of(out["evidence"], *about)
         else:
-            found = decided(out["decisions"], cfg.quicksilver, model.num_layers, batch.lengths_B)
-        record = Record.of(found, *counted, simulated=simulated)
-    logprobs_BT, logits_BTV = out["logprobs"], out.get("logits")
-    logprobs_BT = np.where(mask_BT, logprobs_BT[:, :width], np.zeros((), logprobs_BT.dtype))
-    check_finite(np.all(np.isfinite(logprobs_BT), axis=1))
-    if logits_BTV is not None:
-        logits_BTV = logits_BTV[:, :width]
-        check_finite(np.all(np.isfinite(logits_BTV), axis=(1, 2)))
-    states_BTD = out.get("states")
-    if states_BTD is not None:
-        states_BTD = states_BTD[:, :width]
-        check_finite(np.all(np.isfinite(states_BTD.astype(np.float32)), axis=(1, 2)))
-    return ScoreOutput(logprobs_BT, mask_BT, logits_BTV, states_BTD, record)
+            given = (cfg.quicksilver, model.num_layers, batch.lengths_B)
+            record = Record.of(decided(out["decisions"], *given), *about, simulated=False)
+    logprobs_BT = np.where(mask_BT, out["logprobs"][:, :width], out["logprobs"].dtype.type(0))
+    arrays = {name: out[name][:, :width] for name in returns}
+    for array in (logprobs_BT[..., None], *arrays.values()):
+        check_finite(np.all(np.isfinite(array.astype(np.float32)), axis=(1, 2)))
+    return ScoreOutput(logprobs_BT, mask_BT, arrays.get("logits"), arrays.get("states"), record)

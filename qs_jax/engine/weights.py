@@ -20,13 +20,7 @@ _EXTRAS = ("kv_maps", "int8")  # they travel with the parameters; what needs the
 
 
 class Weights(NamedTuple):
-    """Arrays of one layer, or of all on a leading axis of L.
-
-    Attributes:
-      params: Of the block.
-      int8: Codes of its projections, for int8 products; else None.
-      maps: Extrapolation maps, `[X, R, O]`; None under other policies.
-    """
+    """Arrays of one layer or of all: the block's; int8 codes and maps, None where not read."""
 
     params: Any
     int8: Any
@@ -39,16 +33,8 @@ def layer_weights(params: Params) -> Weights:
     return Weights(params["layers"], params.get("int8"), maps)
 
 
-def prepare_params(
-    params: Params, model: ModelConfig, mech: Mechanisms, *, stored: bool = True
-) -> Params:
-    """Check parameters and add what the mechanisms read: int8 codes, maps of the halting layers.
-
-    Args:
-      params: From `qs_jax.load`.
-      model: Architecture.
-      mech: Mechanisms.
-      stored: In the form that programs take (`cpu.stored_params`).
+def prepare_params(params: Params, model: ModelConfig, mech: Mechanisms) -> Params:
+    """Check parameters; as programs take them, with the codes and maps that the mechanisms read.
 
     Raises:
       ConfigError: They are another model's, or the maps a policy needs are missing.
@@ -64,7 +50,7 @@ def prepare_params(
         require_maps(params, layers, model, prompts_only=mech.continuation)
         maps = params["kv_maps"]
         prepared["kv_maps"] = maps if maps.layers == layers else select(maps, layers)
-    return stored_params(prepared) if stored else prepared
+    return stored_params(prepared)
 
 
 @functools.lru_cache(maxsize=64)
@@ -102,11 +88,7 @@ def check_params(params: Params, model: ModelConfig) -> None:
 
 
 def check_finite(finite_B: np.ndarray) -> None:
-    """Results of every row must be finite.
-
-    Raises:
-      NonFiniteError: Some row is not.
-    """
+    """Raise `NonFiniteError` unless the results of every row are finite."""
     if not finite_B.all():
         rows = np.flatnonzero(~finite_B).tolist()
         raise NonFiniteError(

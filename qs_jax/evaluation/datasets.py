@@ -18,6 +18,7 @@ import dataclasses
 import gzip
 import hashlib
 import json
+import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -26,53 +27,31 @@ from typing import Any
 from qs_jax.errors import InputError
 
 SEPARATOR = "\n\n"
-HUB = {
-    "wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
-    "c4": ("allenai/c4", "en"),
-}
+HUB = {"wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1"), "c4": ("allenai/c4", "en")}
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """What is evaluated.
-
-    Attributes:
-      name: Of the data set, or the file's name without its folder.
-      text: All of it.
-      sha256: Of `text` in UTF-8.
-      documents: How many were joined.
-      complete: False if more documents could have been taken.
-    """
+    """A text of several documents with its origin, a data set's or a file's name."""
 
     name: str
     text: str
     sha256: str
     documents: int
-    complete: bool = True
 
 
 def read_text(data: str, limit_chars: int | None = None) -> Text:
-    """Read a data set by name, or a local file.
-
-    Args:
-      data: "wikitext-103", "c4" or a path; `./c4` is a file of that name.
-      limit_chars: "c4" only, which is too large to read whole: take documents until there are this
-        many characters.
+    """Read a data set by name, or a local file; of "c4" documents until `limit_chars` characters.
 
     Raises:
-      InputError: Neither a name nor a file; a file that is empty, damaged or not UTF-8, or a line
-        without text; "c4" without a limit; the hub cannot be reached.
+      InputError: The data cannot be read, or hold no text.
     """
-    path, complete = Path(data), True
+    path = Path(data)
     if data in HUB:
-        documents, complete = _hub_documents(data, limit_chars)
-    elif path.is_dir():
-        raise InputError(f"{data} is a folder; give one file.")
-    elif not path.exists():
-        raise InputError(
-            f"unknown data {data!r}: there is no such file, and the known names are "
-            f"{', '.join(HUB)}."
-        )
+        documents = _hub_documents(data, limit_chars)
+    elif path.is_dir() or not path.exists():
+        reason = "is a folder" if path.is_dir() else "is no file"
+        raise InputError(f"{data} {reason}; give one file. The known names are {', '.join(HUB)}.")
     elif path.name.endswith((".jsonl", ".jsonl.gz", ".json.gz")):
         documents = list(_json_texts(path))
     else:
@@ -84,7 +63,7 @@ def read_text(data: str, limit_chars: int | None = None) -> Text:
         digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
     except UnicodeEncodeError as error:
         raise InputError(f"{data} holds half of a surrogate pair, which is no text.") from error
-    return Text(path.name, text, digest, len(documents), complete)
+    return Text(path.name, text, digest, len(documents))
 
 
 def _decode(path: Path) -> str:
@@ -95,25 +74,17 @@ def _decode(path: Path) -> str:
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path} is not a whole gzip file: {error}.") from error
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is not UTF-8 text: byte {error.start} is 0x{content[error.start]:02x}."
-        ) from error
+        raise InputError(f"{path} is not UTF-8 text: {error}.") from error
 
 
 def json_records(path: Path) -> Iterator[tuple[int, Any]]:
-    """What stands on each line of a JSON Lines file, with its number; blank lines are skipped.
-
-    Raises:
-      InputError: The file is not UTF-8, a damaged gzip, or a line is not JSON.
-    """
+    """Values of a JSON Lines file, each with the number of its line; blank lines are skipped."""
     for number, line in enumerate(_decode(path).split("\n"), start=1):
-        if not line.strip():
-            continue
         try:
-            record = json.loads(line)
+            if line.strip():
+                yield number, json.loads(line)
         except ValueError as error:
             raise InputError(f"{path}, line {number} is not JSON: {error}.") from error
-        yield number, record
 
 
 def _json_texts(path: Path) -> Iterator[str]:
@@ -123,44 +94,28 @@ def _json_texts(path: Path) -> Iterator[str]:
         yield record["text"]
 
 
-def _hub_documents(name: str, limit_chars: int | None) -> tuple[list[str], bool]:
-    """Documents of a validation split, and whether they are all of them."""
-    if name != "c4":  # a megabyte: always whole
-        return hub_rows(*HUB[name], "validation", _texts), True
-    if limit_chars is None:
+def _hub_documents(name: str, limit_chars: int | None) -> list[str]:
+    streaming = name == "c4"
+    limit = limit_chars if streaming else math.inf  # the other is a megabyte: always whole
+    if limit is None:
         raise InputError("c4 is too large to score whole: say how much with --limit-windows N.")
 
-    def take(rows: Iterable[Any]) -> tuple[list[str], bool]:
+    def take(rows: Iterable[Any]) -> list[str]:
         documents, characters = [], -len(SEPARATOR)
         for row in rows:
             documents.append(row["text"])
             characters += len(row["text"]) + len(SEPARATOR)
-            if characters >= limit_chars:
-                return documents, False
-        return documents, True
+            if characters >= limit:
+                break
+        return documents
 
-    return hub_rows(*HUB[name], "validation", take, streaming=True)
-
-
-def _texts(rows: Iterable[Any]) -> list[str]:
-    return [row["text"] for row in rows]
+    return hub_rows(*HUB[name], "validation", take, streaming=streaming)
 
 
 def hub_rows(
     repo: str, config: str, split: str, take: Callable[[Iterable[Any]], Any], **options: Any
 ) -> Any:
-    """What `take` makes of the rows of a data set on the Hugging Face Hub.
-
-    Args:
-      repo: Of the data set.
-      config: Its configuration.
-      split: Its split.
-      take: Gets the rows; what it returns must not need the connection.
-      **options: Of `datasets.load_dataset`.
-
-    Raises:
-      InputError: The extra is missing, the hub cannot be reached, or it has no such data.
-    """
+    """What `take` makes of the rows of a data set on the Hugging Face Hub."""
     try:
         import datasets
     except ImportError as error:
@@ -170,8 +125,7 @@ def hub_rows(
     try:
         return take(datasets.load_dataset(repo, config, split=split, **options))
     except Exception as error:  # the hub, its HTTP client and pyarrow raise many kinds
-        reason = (str(error).splitlines() or [""])[0]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise InputError(
-            f"{repo} could not be read from the Hugging Face Hub ({type(error).__name__}: "
-            f"{reason}). Without a connection, download it elsewhere and give a local file."
+            f"{repo} could not be read from the Hugging Face Hub ({reason}): give a local file."
         ) from error

@@ -10,26 +10,19 @@ from typing import Any
 import numpy as np
 import scipy.optimize
 import scipy.special
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from qs_jax.errors import CheckpointError, InputError
 from qs_jax.evaluation.tasks import Task
 
 FILE_NAME = "classifier.safetensors"
-_MAX_ITERATIONS = 500
-_GRADIENT = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """A linear classifier of final states.
-
-    Attributes:
-      weight_CD: float32.
-      bias_C: float32.
-      labels: Name of each class, in the head's own order.
-      backbone: `fingerprint` of the parameters it was trained with; None if unknown.
-    """
+    """A linear classifier of final states; `backbone` is the fingerprint of its parameters."""
 
     weight_CD: Float[np.ndarray, "C D"]
     bias_C: Float[np.ndarray, "C"]
@@ -41,31 +34,18 @@ class Head:
         return states_ED.astype(np.float32) @ self.weight_CD.T + self.bias_C
 
     def for_task(self, task: Task) -> Head:
-        """The same head with its classes in the task's order.
-
-        Labels that are only numbered (LABEL_0, ...) are taken to be in the data set's order.
-
-        Raises:
-          InputError: The classes are not the task's.
-        """
+        """The head in the task's order, which numbered classes (LABEL_0, ...) are taken to have."""
         names = [label.lower() for label in self.labels]
-        wanted = [label.lower() for label in task.labels]
-        if names == [f"label_{index}" for index in range(len(wanted))]:
-            return dataclasses.replace(self, labels=task.labels)
-        if sorted(names) != sorted(wanted):
-            raise InputError(
-                f"the head's classes are {', '.join(self.labels)}; {task.name} has "
-                f"{', '.join(task.labels)}."
-            )
-        order = [names.index(label) for label in wanted]
-        return dataclasses.replace(
-            self, weight_CD=self.weight_CD[order], bias_C=self.bias_C[order], labels=task.labels
-        )
+        if names == [f"label_{index}" for index in range(len(task.labels))]:
+            names = list(task.labels)
+        if sorted(names) != sorted(task.labels):
+            classes, others = ", ".join(self.labels), ", ".join(task.labels)
+            raise InputError(f"the head's classes are {classes}; {task.name} has {others}.")
+        order = [names.index(label) for label in task.labels]
+        return Head(self.weight_CD[order], self.bias_C[order], task.labels, self.backbone)
 
     def save(self, folder: Path) -> Path:
         """Write `classifier.safetensors` into a folder; returns the file."""
-        from safetensors.numpy import save_file
-
         about = {"labels": list(self.labels), "backbone": self.backbone}
         path = folder / FILE_NAME
         tensors = {"weight": np.ascontiguousarray(self.weight_CD), "bias": self.bias_C}
@@ -74,18 +54,12 @@ class Head:
 
     @classmethod
     def load(cls, folder: Path) -> Head:
-        """Read what `save` wrote.
-
-        Raises:
-          CheckpointError: There is no such file, or it is damaged.
-        """
-        from safetensors import SafetensorError, safe_open
-
+        """Read what `save` wrote."""
         path = folder / FILE_NAME
         if not path.is_file():
             raise CheckpointError(
-                f"{folder} has no {FILE_NAME}; python -m convert.classifier makes it from a "
-                "Hugging Face sequence classifier."
+                f"{folder} has no {FILE_NAME}; python -m convert.hf_to_flax --classifier makes it "
+                "from a Hugging Face sequence classifier."
             )
         try:
             with safe_open(path, framework="numpy") as file:
@@ -97,28 +71,12 @@ class Head:
 
 
 def fit_head(
-    states_ED: Float[np.ndarray, "E D"],
-    labels_E: Int[np.ndarray, "E"],
-    labels: tuple[str, ...],
-    *,
-    l2: float,
+    states_ED: Float[np.ndarray, "E D"], labels_E: np.ndarray, labels: tuple[str, ...], *, l2: float
 ) -> tuple[Head, dict[str, Any]]:
-    """Fit multinomial logistic regression on frozen states by L-BFGS.
+    """Fit multinomial logistic regression on frozen states by L-BFGS, and say where it stopped.
 
-    States are standardised channel by channel; the loss is the mean cross-entropy plus
-    `l2 / 2` times the squared weights on that scale. Both are folded into the head.
-
-    Args:
-      states_ED: Frozen features, finite.
-      labels_E: Class of each.
-      labels: Name of each class.
-      l2: At least 0.
-
-    Returns:
-      The head, and "iterations", "loss" and "gradient_norm" where it stopped.
-
-    Raises:
-      InputError: `l2` is negative, or no row has some class.
+    States are standardised channel by channel, which is folded into the head; the loss is the mean
+    cross-entropy plus `l2 / 2` times the squared weights on that scale.
     """
     if l2 < 0:
         raise InputError(f"--l2 must be at least 0, got {l2}.")
@@ -138,7 +96,7 @@ def fit_head(
         return value, np.column_stack([gradient_CD, error_EC.sum(0)]).ravel()
 
     start = np.zeros(classes * (x_ED.shape[1] + 1))
-    options = {"maxiter": _MAX_ITERATIONS, "gtol": _GRADIENT}
+    options = {"maxiter": 500, "gtol": 1e-6}
     best = scipy.optimize.minimize(loss, start, jac=True, method="L-BFGS-B", options=options)
     weight_CD, bias_C = np.split(best.x.reshape(classes, -1), [-1], axis=1)
     weight_CD, bias_C = weight_CD / std_D, bias_C[:, 0] - (weight_CD / std_D) @ mean_D

@@ -1,7 +1,7 @@
-"""A long run that can be killed and continued, and the file it writes.
+"""Results files that are written whole, and the journal of a run that can be killed and continued.
 
-Finished batches go to `OUT.partial`, one JSON line each, behind a first line that says what the run
-is. `OUT` itself appears whole, as the last step. Nothing that exists is replaced unasked.
+Finished batches go to `OUT.partial`, one JSON line each, behind a first line with the run's
+identity. `OUT` itself appears as the last step. Nothing that exists is replaced unasked.
 """
 
 from __future__ import annotations
@@ -16,22 +16,13 @@ from flax.traverse_util import flatten_dict
 
 from qs_jax.errors import InputError
 
-_SHOWN = 6
-
 
 def check_target(
     out: Path, *, overwrite: bool = False, resume: bool | None = None, option: str = "--out"
 ) -> None:
     """Refuse a target that cannot be written, or that exists and may not be replaced.
 
-    Args:
-      out: File to be written.
-      overwrite: The caller may replace what exists.
-      resume: The caller will continue a run, or find it complete; None where it cannot.
-      option: What names the target.
-
-    Raises:
-      InputError: With what to do.
+    `resume` is None where the caller cannot continue a run.
     """
     if resume and overwrite:
         raise InputError("--resume continues a run and --overwrite starts it anew: give one.")
@@ -50,147 +41,109 @@ def check_target(
 
 
 def partial_path(out: Path) -> Path:
-    """Where the finished batches of an unfinished run are."""
+    """Journal of an unfinished run."""
     return out.with_name(out.name + ".partial")
 
 
 def is_complete(out: Path, identity: dict[str, Any]) -> bool:
-    """Whether the results of this run are there already.
-
-    Args:
-      out: Results file; it may be missing.
-      identity: What the run is. A results file holds it at its top level; where the code stood
-        ("versions", "git") plays no part.
-
-    Raises:
-      InputError: The file is of another configuration, or no results file.
-    """
+    """Whether the results of this run are there; "versions" and "git" play no part."""
     if not out.exists():
         return False
-    names = [name for name in identity if name not in ("versions", "git")]
+    here = {name: identity[name] for name in identity if name not in ("versions", "git")}
     try:
         results = json.loads(out.read_text(encoding="utf-8"))
-        there = {name: results[name] for name in names}
+        there = {name: results[name] for name in here}
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{out} is not a results file of this command; name another --out. Nothing was changed."
         ) from error
-    _require_same(out, there, {name: identity[name] for name in names})
+    _require_same(out, there, here)
     return True
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write indented JSON; the file appears whole or not at all.
-
-    Raises:
-      ValueError: The content holds NaN or infinity.
-    """
+    """Write indented JSON; the file appears whole or not at all."""
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     staged = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with staged.open("w", encoding="utf-8") as file:
-            file.write(text)
-            _flush(file)
+        _write(staged, "wb", text.encode("utf-8"))
         os.replace(staged, path)
     finally:
         staged.unlink(missing_ok=True)
 
 
 class Journal:
-    """Finished batches of a run, on disk as soon as they are added.
-
-    The file is touched by the first `append`, so that a run which fails before it leaves nothing.
-
-    Attributes:
-      path: The file.
-      entries: All batches so far; what was read back and what was appended look the same.
-    """
+    """Finished batches of a run, on disk as soon as they are added; the first makes the file."""
 
     def __init__(self, out: Path, identity: dict[str, Any], *, resume: bool = False) -> None:
         self.path = partial_path(out)
         self.entries: list[dict[str, Any]] = []
-        self._file: Any = None
-        self._identity = json.loads(_line(identity))
-        self._kept = self._read() if resume and self.path.exists() else 0
+        self._identity = identity
+        if resume and self.path.exists():
+            self._read()
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
         if kind is KeyboardInterrupt and self.entries:
             print(f"finished batches are in {self.path}; --resume goes on", file=sys.stderr)
 
     def append(self, entry: dict[str, Any]) -> None:
         """Add a finished batch; it is on disk when this returns."""
-        if self._file is None:
-            self._file = self.path.open("r+b" if self._kept else "wb")
-            self._file.truncate(self._kept)
-            self._file.seek(self._kept)
-            if not self._kept:
-                self._file.write(_line(self._identity))
         line = _line(entry)
-        self._file.write(line)
-        _flush(self._file)
+        if self.entries:
+            _write(self.path, "ab", line)
+        else:
+            _write(self.path, "wb", _line(self._identity) + line)
         self.entries.append(json.loads(line))
 
     def remove(self) -> None:
         """Delete the file, once the results are written."""
-        if self._file is not None:
-            self._file.close()
         self.path.unlink(missing_ok=True)
 
-    def _read(self) -> int:
-        """Take over the batches in the file; returns the bytes that are whole.
-
-        A last line without its end was being written when the run was killed: it is dropped.
-        """
+    def _read(self) -> None:
+        """Take over the batches in the file, without a last line that was being written."""
         content = self.path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         if not whole:
-            return 0
+            return
         try:
             identity, *entries = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
             if not all(isinstance(entry, dict) for entry in (identity, *entries)):
                 raise ValueError("a line is not an object")
         except ValueError as error:
             raise InputError(
-                f"{self.path} is damaged ({error}): pass --overwrite to start anew. Nothing was "
-                "changed."
+                f"{self.path} is damaged ({error}): pass --overwrite. Nothing was changed."
             ) from error
         _require_same(self.path, identity, self._identity)
+        os.truncate(self.path, len(whole))
         self.entries = entries
-        return len(whole)
 
 
 def _require_same(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
-    """Refuse to go on with the file of another run.
-
-    Raises:
-      InputError: Naming the fields that differ.
-    """
+    """Refuse to go on with the file of another run, naming the fields that differ."""
     old, new = (flatten_dict(each, sep=".") for each in (there, json.loads(_line(here))))
-    names = [name for name in {**new, **old} if old.get(name) != new.get(name)]
-    if not names:
-        return
-    changes = [f"{n} is {_short(old.get(n))}, now {_short(new.get(n))}" for n in names[:_SHOWN]]
-    changes += [f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
-    raise InputError(
-        f"{path} is from another configuration: {'; '.join(changes)}. Nothing was changed: give "
-        "the same options, another --out, or --overwrite."
-    )
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 40 else text[:39] + "…"
+    changes = [
+        f"{name} is {json.dumps(old.get(name))}, now {json.dumps(new.get(name))}"
+        for name in {**new, **old}
+        if old.get(name) != new.get(name)
+    ]
+    if changes:
+        more = f"; and {len(changes) - 6} more" if len(changes) > 6 else ""
+        raise InputError(
+            f"{path} is from another configuration: {'; '.join(changes[:6])}{more}. Nothing was "
+            "changed: give the same options, another --out, or --overwrite."
+        )
 
 
 def _line(content: dict[str, Any]) -> bytes:
     return json.dumps(content, allow_nan=False).encode("ascii") + b"\n"
 
 
-def _flush(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def _write(path: Path, mode: str, content: bytes) -> None:
+    """Write, and wait until it is on disk."""
+    with path.open(mode) as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

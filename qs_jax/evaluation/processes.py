@@ -25,19 +25,14 @@ CONNECT_SECONDS = 60
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """Which of how many processes this one is.
-
-    Attributes:
-      index: From 0.
-      count: 1 for a run on its own.
-    """
+    """Number of this process, from 0, among all; a run on its own is one."""
 
     index: int = 0
     count: int = 1
 
     @property
     def suffix(self) -> str:
-        """Tells the journals of processes that share a folder apart."""
+        """Ending of this process's journal: processes may share a folder."""
         return "" if self.count == 1 else f".{self.index}-of-{self.count}"
 
     def share(self, items: Sequence[Any]) -> Sequence[Any]:
@@ -45,51 +40,28 @@ class Processes:
         return items[self.index :: self.count]
 
     def gather(self, entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The entries of all processes in the order of the batches, on every process.
-
-        Args:
-          entries: This process's, JSON types, in order.
-
-        Raises:
-          InputError: Another process is gone.
-        """
+        """The entries of all processes in the order of the batches, on every process."""
         if self.count == 1:
             return list(entries)
-        mine = np.frombuffer(json.dumps(list(entries)).encode("ascii"), np.uint8)
-        sizes = self._all(np.array([len(mine)], np.int32)).reshape(-1)
-        padded = np.zeros(int(sizes.max()), np.uint8)
-        padded[: len(mine)] = mine
-        texts = self._all(padded)
-        lists = [
-            json.loads(bytes(text[:size])) for text, size in zip(texts, sizes.tolist(), strict=True)
-        ]
+        from jax.experimental.multihost_utils import process_allgather
+
+        sent = np.frombuffer(json.dumps(list(entries)).encode("ascii"), np.uint8)
+        try:
+            sizes = np.asarray(process_allgather(np.array(len(sent), np.int32)))
+            padded = np.pad(sent, (0, int(sizes.max()) - len(sent)))
+            texts = np.asarray(process_allgather(padded))
+        except (RuntimeError, ValueError) as error:  # a broken connection
+            raise InputError(
+                f"process {self.index} of {self.count} lost another one, whose output says why. "
+                "Finished batches are kept: start all processes again with --resume."
+            ) from error
+        lists = [json.loads(bytes(text[:size])) for text, size in zip(texts, sizes, strict=True)]
         rounds = itertools.zip_longest(*lists)
         return [entry for one in rounds for entry in one if entry is not None]
 
-    def _all(self, array: np.ndarray) -> np.ndarray:
-        """The array of every process, stacked."""
-        from jax.experimental import multihost_utils
-
-        try:
-            return np.asarray(multihost_utils.process_allgather(array))
-        except (RuntimeError, ValueError) as error:  # a broken connection
-            raise InputError(
-                f"process {self.index} of {self.count} found another one lost; its own output says "
-                "why. Finished batches are kept: start all processes again with --resume."
-            ) from error
-
 
 def connect(coordinator: str | None, count: int, index: int) -> Processes:
-    """Join the other processes; to be called before anything is computed.
-
-    Args:
-      coordinator: HOST:PORT of process 0, which listens there; None for a run on its own.
-      count: Processes in all.
-      index: Of this one, from 0.
-
-    Raises:
-      ConfigError: The numbers do not fit, or the others did not come within a minute.
-    """
+    """Join the others at HOST:PORT of process 0 before anything is computed; None runs alone."""
     if coordinator is None:
         if (count, index) != (1, 0):
             raise ConfigError("several processes need --coordinator HOST:PORT, that of process 0.")
@@ -106,9 +78,7 @@ def connect(coordinator: str | None, count: int, index: int) -> Processes:
             shutdown_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except (RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"process {index} of {count} could not join at {coordinator}: {error}"
-        ) from error
+        raise ConfigError(f"process {index} could not join at {coordinator}: {error}") from error
     # JAX ends every process, past all Python, when one of them falls silent: say it beforehand.
     print(
         f"process {index} of {count}; all end within {HEARTBEAT_SECONDS} seconds if one is lost: "

@@ -9,16 +9,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from qs_jax.errors import InputError
 from qs_jax.evaluation.datasets import hub_rows, json_records
-
-_SPLITS = ("", ".dev", ".validation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,22 +26,16 @@ class Task:
     """A classification task.
 
     Attributes:
-      name: For the command line.
-      fields: Names of each text field; the first is what `template` calls it, the others are what
-        other files call it.
+      fields: Names of each text field: that in `template`, then those in other files.
       passage: The field that is cut where an example is too long.
-      template: Prompt, with {field} for each field.
       labels: Names of the classes, in the order of the data set's own numbers.
-      metric: "accuracy"; or "matthews", for two classes.
-      hub: Its repository on the Hugging Face Hub; the configuration has the task's name.
-      split: On the hub.
-      files: What a local file may be called, before `.jsonl` or `.dev.jsonl`; by default `name`.
+      files: Names of a local file, before `.jsonl` or `.dev.jsonl`; by default `name`.
     """
 
     name: str
+    template: str
     fields: tuple[tuple[str, ...], ...]
     passage: str
-    template: str
     labels: tuple[str, ...]
     metric: str = "accuracy"
     hub: str = "nyu-mll/glue"
@@ -53,11 +47,7 @@ class Task:
         return self.template.format(**{name: text.strip() for name, text in fields.items()})
 
     def class_of(self, value: Any) -> int:
-        """The class of a label as a file has it: a name, its number, or a truth value.
-
-        Raises:
-          InputError: It is none of these.
-        """
+        """Number of a class from a file's label: a name, the number, or a truth value."""
         if isinstance(value, bool | str) and str(value).lower() in self.labels:
             return self.labels.index(str(value).lower())
         if type(value) is int and 0 <= value < len(self.labels):
@@ -69,128 +59,78 @@ class Task:
 
 
 @dataclasses.dataclass(frozen=True)
-class Example:
-    """One row of a task: its fields by their names in the template, and its class."""
-
-    fields: Mapping[str, str]
-    label: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Examples:
-    """What is evaluated.
+    """Rows of a task, in the order of a file of so many `available`; texts by template name."""
 
-    Attributes:
-      items: In the order of the file.
-      name: Of the file without its folder, or of the hub's data set.
-      rows: How many there are to take from.
-    """
-
-    items: tuple[Example, ...]
+    fields: tuple[dict[str, str], ...]
+    labels_E: Int[np.ndarray, "E"]
     name: str
-    rows: int
+    available: int
 
-    @property
-    def labels(self) -> np.ndarray:
-        """Class of each item, int `[E]`."""
-        return np.array([item.label for item in self.items])
-
-    @property
-    def sha256(self) -> str:
-        """Identifies the items."""
-        content = json.dumps([[dict(item.fields), item.label] for item in self.items])
-        return hashlib.sha256(content.encode()).hexdigest()
+    def take(self, index: np.ndarray) -> Examples:
+        """The rows at these places."""
+        fields = tuple(self.fields[i] for i in index)
+        return dataclasses.replace(self, fields=fields, labels_E=self.labels_E[index])
 
     def describe(self) -> dict[str, Any]:
-        """Where they come from, for a results file."""
-        used = len(self.items)
-        return {"name": self.name, "rows": self.rows, "used": used, "sha256": self.sha256}
+        """Origin, number and digest of the rows, for a results file."""
+        content = json.dumps([*map(list, zip(self.fields, self.labels_E.tolist(), strict=True))])
+        digest = hashlib.sha256(content.encode()).hexdigest()
+        count = len(self.fields)
+        return {"name": self.name, "rows": self.available, "used": count, "sha256": digest}
 
 
 _PAIR = (("premise", "sentence1"), ("hypothesis", "sentence2"))
 _SENTENCE = (("sentence",),)
 _ENTAILED = ("entailment", "not_entailment")
-
-TASKS = {
-    task.name: task
-    for task in (
-        Task(
-            name="mnli",
-            fields=_PAIR,
-            passage="premise",
-            template="{premise}\nQuestion: {hypothesis} True, False or Neither?\nAnswer:",
-            labels=("entailment", "neutral", "contradiction"),
-            split="validation_matched",
-            files=("mnli_matched", "mnli"),
-        ),
-        Task(
-            name="qnli",
-            fields=(("question",), ("sentence",)),
-            passage="sentence",
-            template="{question}\n{sentence}\nQuestion: Does this response answer the question?\n"
-            "Answer:",
-            labels=_ENTAILED,
-        ),
-        Task(
-            name="sst2",
-            fields=_SENTENCE,
-            passage="sentence",
-            template="{sentence}\nQuestion: Is this sentence positive or negative?\nAnswer:",
-            labels=("negative", "positive"),
-        ),
-        Task(
-            name="cola",
-            fields=_SENTENCE,
-            passage="sentence",
-            template="{sentence}\nQuestion: Does this sentence make sense?\nAnswer:",
-            labels=("unacceptable", "acceptable"),
-            metric="matthews",
-        ),
-        Task(
-            name="rte",
-            fields=_PAIR,
-            passage="premise",
-            template="{premise}\nQuestion: {hypothesis} True or False?\nAnswer:",
-            labels=_ENTAILED,
-        ),
-        Task(
-            name="boolq",
-            fields=(("question",), ("passage",)),
-            passage="passage",
-            template="{passage}\nQuestion: {question}?\nAnswer:",
-            labels=("false", "true"),
-            hub="aps/super_glue",
-        ),
-    )
+_PROMPTS = {
+    "mnli": "{premise}\nQuestion: {hypothesis} True, False or Neither?\nAnswer:",
+    "qnli": "{question}\n{sentence}\nQuestion: Does this response answer the question?\nAnswer:",
+    "sst2": "{sentence}\nQuestion: Is this sentence positive or negative?\nAnswer:",
+    "cola": "{sentence}\nQuestion: Does this sentence make sense?\nAnswer:",
+    "rte": "{premise}\nQuestion: {hypothesis} True or False?\nAnswer:",
+    "boolq": "{passage}\nQuestion: {question}?\nAnswer:",
 }
 
 
+def _task(name: str, *settings: Any, **options: Any) -> tuple[str, Task]:
+    return name, Task(name, _PROMPTS[name], *settings, **options)
+
+
+_MNLI = {"split": "validation_matched", "files": ("mnli_matched", "mnli")}
+_BOOLQ = (("question",), ("passage",))
+TASKS = dict(
+    [
+        _task("mnli", _PAIR, "premise", ("entailment", "neutral", "contradiction"), **_MNLI),
+        _task("qnli", (("question",), *_SENTENCE), "sentence", _ENTAILED),
+        _task("sst2", _SENTENCE, "sentence", ("negative", "positive")),
+        _task("cola", _SENTENCE, "sentence", ("unacceptable", "acceptable"), metric="matthews"),
+        _task("rte", _PAIR, "premise", _ENTAILED),
+        _task("boolq", _BOOLQ, "passage", ("false", "true"), hub="aps/super_glue"),
+    ]
+)
+
+
 def read_examples(task: Task, data: str, limit: int | None = None, seed: int = 0) -> Examples:
-    """Read the labelled rows of a task.
+    """Read the labelled rows of a task, or a draw of `limit` of them without replacement.
 
-    Args:
-      task: What the rows must hold.
-      data: "hub", a .jsonl file (.gz is unpacked), or a folder that holds one of `task.files` with
-        `.jsonl`, `.dev.jsonl` or `.validation.jsonl`.
-      limit: Take so many rows, drawn without replacement; None takes all. Some development files
-        are sorted by source, so the first rows would be no sample.
-      seed: Of the draw.
-
-    Raises:
-      InputError: There is no such file, or more than one; it is empty; a row lacks a field, or has
-        an unknown label; the hub cannot be reached.
+    `data` is "hub", a .jsonl file (.gz is unpacked), or a folder that holds one of `task.files`
+    with `.jsonl`, `.dev.jsonl` or `.validation.jsonl`.
     """
     if limit is not None and limit < 1:
         raise InputError(f"--limit must be at least 1, got {limit}.")
-    name, rows = _from_hub(task) if data == "hub" else _from_file(task, Path(data))
-    items = tuple(_example(task, row, where) for where, row in rows)
-    if not items:
+    if data == "hub":
+        name, unit = f"{task.hub}/{task.name} ({task.split})", "row"
+        rows = enumerate(hub_rows(task.hub, task.name, task.split, list))
+    else:
+        path = _find_file(task, Path(data))
+        name, unit, rows = path.name, "line", json_records(path)
+    pairs = [_parse(task, row, f"{name}, {unit} {number}") for number, row in rows]
+    if not pairs:
         raise InputError(f"{name} is empty: {task.name} needs labelled rows.")
-    count = len(items)
-    if limit is not None and limit < count:
-        drawn = np.random.default_rng(seed).permutation(count)[:limit]
-        items = tuple(items[index] for index in np.sort(drawn))
-    return Examples(items, name, count)
+    fields, labels = zip(*pairs, strict=True)
+    sample = np.random.default_rng(seed).permutation(len(pairs))[:limit]
+    return Examples(fields, np.array(labels), name, len(pairs)).take(np.sort(sample))
 
 
 def split_examples(
@@ -198,71 +138,52 @@ def split_examples(
 ) -> tuple[Examples, Examples]:
     """Two disjoint parts, to fit a head on the first and evaluate it on the second.
 
-    Rows that share their passage go to the same part. Which one is decided by a hash of passage
-    and seed, so the shares are met only nearly.
-
-    Args:
-      task: Names the passage.
-      examples: All rows.
-      train_share: Expected share of the first part, between 0 and 1.
-      seed: Another one gives another split.
-
-    Raises:
-      InputError: A part lacks a class or is empty.
+    A hash of passage and seed decides the part of a row: rows that share their passage stay
+    together, and `train_share`, between 0 and 1, is met only nearly.
     """
     if not 0 < train_share < 1:
         raise InputError(f"--train-share must lie between 0 and 1, got {train_share}.")
-
-    def in_first(item: Example) -> bool:
-        digest = hashlib.sha256(f"{seed} {item.fields[task.passage]}".encode()).digest()
-        return int.from_bytes(digest[:8], "big") < train_share * 2**64
-
-    first, second = [], []
-    for item in examples.items:
-        (first if in_first(item) else second).append(item)
-    parts = [dataclasses.replace(examples, items=tuple(part)) for part in (first, second)]
-    for part in parts:
-        if len({item.label for item in part.items}) < len({item.label for item in examples.items}):
-            raise InputError(
-                f"{examples.name}: a split of {len(examples.items)} rows at {train_share} leaves a "
-                "part without some class; take more rows or another --seed."
-            )
-    return parts[0], parts[1]
+    keys = [f"{seed} {fields[task.passage]}".encode() for fields in examples.fields]
+    hashes = [int.from_bytes(hashlib.sha256(key).digest()[:8], "big") for key in keys]
+    trains_E = np.array([value < train_share * 2**64 for value in hashes])
+    train, test = (examples.take(np.flatnonzero(part_E)) for part_E in (trains_E, ~trains_E))
+    classes = set(examples.labels_E)
+    if set(train.labels_E) != classes or set(test.labels_E) != classes:
+        raise InputError(
+            f"{examples.name}: a split of {len(keys)} rows at {train_share} leaves a part without "
+            "some class; take more rows or another --seed."
+        )
+    return train, test
 
 
-def _from_hub(task: Task) -> tuple[str, Iterable[tuple[str, Any]]]:
-    name = f"{task.hub}/{task.name} ({task.split})"
-    rows = hub_rows(task.hub, task.name, task.split, list)
-    return name, ((f"{name}, row {number}", row) for number, row in enumerate(rows))
-
-
-def _from_file(task: Task, path: Path) -> tuple[str, Iterable[tuple[str, Any]]]:
+def _find_file(task: Task, path: Path) -> Path:
     if path.is_dir():
-        files = task.files or (task.name,)
-        names = [f"{file}{split}.jsonl" for file in files for split in _SPLITS]
-        found = [path / f"{name}{end}" for end in ("", ".gz") for name in names]
-        found = [file for file in found if file.is_file()]
-        if len(found) != 1:
-            which = ", ".join(file.name for file in found) or "none of " + ", ".join(names)
-            raise InputError(f"{path} must hold exactly one file of {task.name}; it has {which}.")
-        path = found[0]
+        names = "|".join(task.files or (task.name,))
+        pattern = rf"({names})(\.dev|\.validation)?\.jsonl(\.gz)?"
+        files = sorted(file for file in path.iterdir() if re.fullmatch(pattern, file.name))
+        if len(files) != 1:
+            raise InputError(
+                f"{path} must hold one file of {task.name}, such as {task.name}.dev.jsonl; it has "
+                f"{', '.join(file.name for file in files) or 'none'}."
+            )
+        return files[0]
     if not path.is_file():
         raise InputError(f"{path}: no such file; give a .jsonl file, a folder of them, or hub.")
-    return path.name, ((f"{path.name}, line {n}", row) for n, row in json_records(path))
+    return path
 
 
-def _example(task: Task, row: Any, where: str) -> Example:
+def _parse(task: Task, row: Any, where: str) -> tuple[dict[str, str], int]:
     if not isinstance(row, Mapping):
         raise InputError(f"{where} is not a JSON object.")
     fields = {}
     for names in task.fields:
-        present = [name for name in names if isinstance(row.get(name), str)]
-        if not present:
+        texts = [row[name] for name in names if isinstance(row.get(name), str)]
+        if not texts:
             raise InputError(f'{where} has no field "{names[0]}" that holds a string.')
-        fields[names[0]] = row[present[0]]
+        fields[names[0]] = texts[0]
     if "label" not in row:
         raise InputError(f'{where} has no field "label".')
     try:
-        return Example(fields, task.class_of(row["label"]))
+        return fields, task.class_of(row["label"])
     except InputError as error:
         raise InputError(f"{where}: {error}") from None

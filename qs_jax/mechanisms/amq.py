@@ -13,8 +13,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.mechanisms import int8
+from qs_jax.mechanisms.signals import EntropyOf
 from qs_jax.models.layers import Multiply, dense_product
-from qs_jax.state import FULL_BITS, exact_dtype
+from qs_jax.state import FULL_BITS, TokenState, exact_dtype
 
 
 @no_type_check
@@ -61,10 +62,7 @@ class AMQ(flax.struct.PyTreeNode):
     ) -> Int[Array, "B T"]:
         """Bits of each token (E.2): 8 above tau_high, 2 below tau_low, 4 in between.
 
-        Args:
-          entropy_BT: After fusion, in nats; anything where the thresholds decide alone.
-          subject_BT: Tokens the mechanisms act on; others keep `FULL_BITS`, or 8 in int8.
-          full_BT: Tokens that do not go below 8 bits.
+        Tokens that no mechanism acts on keep `FULL_BITS`, or 8 in int8.
         """
         if self.normalization == "log_vocab" and self.entropy is not None:
             entropy_BT = entropy_BT / self.largest_entropy
@@ -77,6 +75,17 @@ class AMQ(flax.struct.PyTreeNode):
         bits_BT = jnp.where(full_BT, 8, bits_BT)
         spared = 8 if self.narrow else FULL_BITS
         return jnp.where(subject_BT, bits_BT, spared).astype(jnp.int32)
+
+    def assign_at(
+        self, layer: Int[Array, ""], state: TokenState, rows: Any, entropy_of: EntropyOf
+    ) -> TokenState:
+        """The carry with every token's bits, if this is the layer that assigns them."""
+        here = layer == self.layer
+        entropy_BT = jnp.zeros_like(state.size_BT)
+        if self.entropy is not None:
+            entropy_BT = entropy_of(self.entropy, rows.subject_BT & here)
+        bits_BT = self.assign(entropy_BT, rows.subject_BT, rows.full_BT)
+        return state.replace(bits_BT=jnp.where(here, bits_BT, state.bits_BT))
 
     def quantize(
         self, x: Float[Array, "*batch C"], bits: Int[Array, "*batch"]
@@ -93,13 +102,10 @@ class AMQ(flax.struct.PyTreeNode):
         weights: Mapping[str, int8.QTensor] | None,
         layer: Int[Array, ""],
     ) -> Multiply:
-        """How a block multiplies tokens of these bits.
+        """How a block multiplies tokens of these bits, with the layer's int8 codes by projection.
 
-        Args:
-          bits_BT: Of each token.
-          weights: Of the layer's projections by name, for int8 products.
-          layer: Layer number. Whether it has bits is chosen in each product: around whole blocks,
-            XLA would copy the cache that they write.
+        Whether the layer has bits is chosen in each product: around whole blocks, XLA would copy
+        the cache that they write.
         """
         if "linear" not in self.targets:
             return dense_product
@@ -111,7 +117,9 @@ class AMQ(flax.struct.PyTreeNode):
             assert weights is not None
             with jax.named_scope("amq"):
                 bias_O = dense.variables["params"].get("bias")
-                columns = jax.tree.map(lambda leaf: leaf[..., start:], (weights[dense.name], bias_O))
+                columns = jax.tree.map(
+                    lambda leaf: leaf[..., start:], (weights[dense.name], bias_O)
+                )
                 return lax.cond(
                     layer > self.layer,
                     lambda: int8.product(x, bits_BT, self.group, *columns),
@@ -135,16 +143,11 @@ class AMQ(flax.struct.PyTreeNode):
             return fake_quantize(x_BTKH, bits_BTK, self)
 
 
-def code(
-    x: Float[Array, "*batch C"], amq: AMQ
-) -> tuple[Int[Array, "*batch M G"], Array, Array]:
-    """8-bit codes with the scale of each group: floor(256 (x - low) / range).
+def code(x: Float[Array, "*batch C"], amq: AMQ) -> tuple[Int[Array, "*batch M G"], Array, Array]:
+    """8-bit codes `[..., C/G, G]`, floor(256 (x - low) / range), with each group's low and range.
 
     A floor nests: the top 4 or 2 bits are floor(16 ...) and floor(4 ...), the codes a direct
     quantisation to 4 or 2 bits would give.
-
-    Returns:
-      Codes 0..255 `[..., C/G, G]`, and `low` and `range` `[..., C/G, 1]` of each group.
     """
     groups = x.reshape(*x.shape[:-1], -1, amq.group)
     tiny = jnp.finfo(x.dtype).tiny
@@ -173,13 +176,7 @@ def decode(codes: Array, bits: Array, low: Array, span: Array) -> Array:
 def fake_quantize(
     x: Float[Array, "*batch C"], bits: Int[Array, "*batch"], amq: AMQ
 ) -> Float[Array, "*batch C"]:
-    """Quantise and dequantise each vector at its own number of bits; `FULL_BITS` is untouched.
-
-    Args:
-      x: Vectors of C channels, C a multiple of the group.
-      bits: 2, 4, 8 or `FULL_BITS`.
-      amq: Group, symmetry, rotation.
-    """
+    """Quantise and dequantise each vector at its own number of bits; `FULL_BITS` is untouched."""
     exact = x.astype(exact_dtype(x.dtype))
     if amq.rotate:
         exact = int8.rotate_groups(exact, amq.group)
@@ -187,5 +184,7 @@ def fake_quantize(
     kept = jnp.minimum(bits, 8)[..., None, None]
     out = decode(slice_code(codes, kept), kept, low, span).reshape(x.shape)
     if amq.rotate:
-        out = int8.rotate_groups(out, amq.group)  # the Sylvester matrix is symmetric: its own inverse
+        out = int8.rotate_groups(
+            out, amq.group
+        )  # the Sylvester matrix is symmetric: its own inverse
     return jnp.where((bits < FULL_BITS)[..., None], out.astype(x.dtype), x)

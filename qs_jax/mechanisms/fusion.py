@@ -17,8 +17,7 @@ from flax.struct import field
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from qs_jax.models.cpu import as_state
-from qs_jax.state import NEVER, exact_dtype
+from qs_jax.state import NEVER, TokenState, exact_dtype
 
 
 class Tokens(NamedTuple):
@@ -40,13 +39,7 @@ class Tokens(NamedTuple):
 
 
 class Merged(NamedTuple):
-    """States after fusion.
-
-    Attributes:
-      h_BTD: Weighted means; a token that absorbed nothing keeps its state, bit for bit.
-      mass_BT: Sum of the weights in it.
-      size_BT: Tokens in it.
-    """
+    """States after fusion: weighted means, the weights in them, and the tokens in them."""
 
     h_BTD: Float[Array, "B T D"]
     mass_BT: Float[Array, "B T"]
@@ -77,10 +70,8 @@ class Fusion(flax.struct.PyTreeNode):
     ) -> Bool[Array, "B T W"]:
         """Which of the W slots before each token it may absorb (2.3, D.8).
 
-        Args:
-          tokens: Some of each row's; tokens further back than W positions never fuse.
-          similarity_BTW: Running mean over layers of query-key cosines; None for adjacency only.
-          layer: Layer number.
+        Tokens further back than W positions never fuse. `similarity_BTW` is the running mean over
+        layers of query-key cosines; None for adjacency only.
         """
         pos_BT, found = tokens.pos_BT, []
         states_apart = self._distances_back(tokens.h_BTD)
@@ -99,6 +90,33 @@ class Fusion(flax.struct.PyTreeNode):
             found.append(ok_BT)
         return jnp.stack(found, axis=-1) & self.may_fuse_L[layer - 1]
 
+    def absorb(
+        self,
+        state: TokenState,
+        pos_BT: Int[Array, "B T"],
+        pairs_BTW: Bool[Array, "B T W"],
+        weights: tuple[Array, Array | None],
+        layer: Int[Array, ""],
+        dtype: Any,
+        *,
+        stops: bool,
+    ) -> tuple[TokenState, Bool[Array, "B T"]]:
+        """Merge pairs (2.3); also which tokens took part.
+
+        `weights` are each token's own, and what it pays to the W before it: see `merge`.
+        """
+        merged, takes_BTW = merge(state.h_BTD, pairs_BTW, *weights, state.size_BT, dtype)
+        absorbed_BT = absorbers(takes_BTW, pos_BT)
+        now_BT = absorbed_BT != NEVER
+        state = state.replace(
+            h_BTD=merged.h_BTD,
+            size_BT=merged.size_BT,
+            active_BT=state.active_BT & ~now_BT if stops else state.active_BT,
+            fused_BT=jnp.minimum(state.fused_BT, absorbed_BT),
+            fused_after_BT=jnp.minimum(state.fused_after_BT, jnp.where(now_BT, layer, NEVER)),
+        )
+        return state, now_BT | takes_BTW.any(-1)
+
     def _distances_back(self, x_BTD: Array) -> Callable[[int], Array]:
         norm_BT = jnp.linalg.norm(x_BTD.astype(exact_dtype(x_BTD.dtype)), axis=-1)
 
@@ -115,14 +133,7 @@ def back(array_BT: Array, distance: int) -> Array:
 
 
 def distances(a: Array, b: Array, kind: str, norms: tuple[Array, Array] | None = None) -> Array:
-    """||a - b||_2, or that over the mean of the two norms.
-
-    Args:
-      a: Vectors, `[..., D]`.
-      b: Likewise.
-      kind: "raw", or "relative".
-      norms: Of a and b, where they are known.
-    """
+    """||a - b||_2, or that over the mean of the two norms, which may be given."""
     exact = exact_dtype(a.dtype)
     a, b = a.astype(exact), b.astype(exact)
     apart = jnp.linalg.norm(a - b, axis=-1)
@@ -168,22 +179,11 @@ def merge(
     """What a decoder would do along the row: each token absorbs what nobody has absorbed before.
 
     The mean is (w_u h_u + sum_t w_t m_t) / (w_u + sum_t w_t), where m_t is t's state with all it
-    has absorbed. With weights of their own (`paid_BTW` None), w_t is the sum over t's members; else
-    it is what u pays to t.
+    has absorbed. With weights of their own (`paid_BTW` None), w_t is the sum over t's members;
+    else it is what u pays to t. Means are rounded to the model's dtype.
 
     A token waits for those that it absorbs and for no others: a pass merges every token whose own
     are done, so there are as many passes as the longest chain has links, not tokens in a row.
-
-    Args:
-      h_BTD: States before fusion.
-      pairs_BTW: From `Fusion.pairs`.
-      weight_BT: A token's own weight.
-      paid_BTW: Weights u gives to the W tokens before it, or None.
-      size_BT: Tokens each state stands for already.
-      dtype: Of the model: means are rounded to it.
-
-    Returns:
-      States after fusion, and which pairs took place.
     """
     takes_BTW = first_takers(pairs_BTW)
     level_BT = levels(takes_BTW)
@@ -203,7 +203,7 @@ def merge(
         mean_BTD = sum_BTD / jnp.maximum(mass_BT, 1e-30)[..., None]
         due_BT = level_BT == number
         return Merged(
-            jnp.where(due_BT[..., None], as_state(mean_BTD, dtype), merged.h_BTD),
+            jnp.where(due_BT[..., None], mean_BTD.astype(dtype), merged.h_BTD),
             jnp.where(due_BT, mass_BT, merged.mass_BT),
             jnp.where(due_BT, size_BT, merged.size_BT),
         )

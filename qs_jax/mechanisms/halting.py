@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, no_type_check
+from typing import Any, NamedTuple, no_type_check
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from flax.struct import field
 from jaxtyping import Array, Bool, Float, Int
+
+from qs_jax.mechanisms.signals import EntropyOf
+from qs_jax.state import TokenState
 
 
 class Signals(NamedTuple):
@@ -67,9 +70,7 @@ class Halting(flax.struct.PyTreeNode):
         """Whether decisions read how far a layer moved a token."""
         return self.rule == "dual" or self.score == "drift"
 
-    def candidates(
-        self, signals: Signals, layer: Int[Array, ""]
-    ) -> Bool[Array, "B T"]:
+    def candidates(self, signals: Signals, layer: Int[Array, ""]) -> Bool[Array, "B T"]:
         """Tokens whose entropy the decision reads: who fails the cheap test needs none."""
         may_BT = signals.eligible_BT & ~signals.halted_BT & self.may_halt_L[layer - 1]
         return may_BT & self._moved_little(signals, layer) if self.rule == "dual" else may_BT
@@ -91,6 +92,34 @@ class Halting(flax.struct.PyTreeNode):
             halts_BT = lowest(score_BT, signals.eligible_BT, *halted)
         may_BT = signals.eligible_BT & ~signals.halted_BT & self.may_halt_L[layer - 1]
         return halts_BT & may_BT
+
+    def after_layer(
+        self,
+        state: TokenState,
+        rows: Any,
+        eligible_BT: Bool[Array, "B T"],
+        drift_BT: Float[Array, "B T"],
+        layer: Int[Array, ""],
+        entropy_of: EntropyOf,
+        **read: Any,
+    ) -> tuple[TokenState, Float[Array, "B T"]]:
+        """Stop tokens, by a forced halt or by `decide`; also the entropies that were read.
+
+        `rows` are the `Rows` of the state's tokens, `read` other `Signals`.
+        """
+        halted_BT = state.depth_BT < layer
+        signals = Signals(rows.pos_BT, eligible_BT, halted_BT, drift_BT, None, **read)
+        entropy_BT = jnp.full_like(drift_BT, jnp.nan)
+        if self.entropy is not None:
+            candidates_BT = self.candidates(signals, layer)
+            entropy_BT = entropy_of(self.entropy, candidates_BT)
+            entropy_BT = jnp.where(candidates_BT, entropy_BT, jnp.nan)
+            signals = signals._replace(entropy_BT=entropy_BT)
+        forced_BT = eligible_BT & ~halted_BT & (layer >= rows.forced_layer_BT)
+        halts_BT = self.decide(signals, layer) | forced_BT
+        active_BT = state.active_BT & ~halts_BT if self.freeze else state.active_BT
+        depth_BT = jnp.where(halts_BT, layer, state.depth_BT)
+        return state.replace(depth_BT=depth_BT, active_BT=active_BT), entropy_BT
 
     def _moved_little(self, signals: Signals, layer: Array) -> Array:
         return signals.drift_BT < self.tau_drift_L[layer - 1]
@@ -116,20 +145,14 @@ def lowest(
 ) -> Bool[Array, "B T"]:
     """The lowest scores, until `share` of the eligible tokens has stopped.
 
-    Exactly floor(share * eligible tokens) have stopped afterwards, unless more already had; ties go
-    to the earlier position. Each row is ranked alone.
-
-    Args:
-      score_BT: The lower, the sooner.
-      eligible_BT: Tokens that count and may stop.
-      halted_BT: Tokens that have stopped before.
-      share: Between 0 and 1.
-      outside_B: Eligible tokens that have halted and are not among these; None for none.
+    Exactly floor(share * eligible tokens) have stopped afterwards, unless more already had; ties
+    go to the earlier position. Each row is ranked alone.
     """
     key_BT = jnp.where(halted_BT, -jnp.inf, score_BT)
     key_BT = jnp.where(eligible_BT, key_BT, jnp.inf)
     order_BT = jnp.argsort(key_BT, axis=1, stable=True)
-    rank_BT = jnp.argsort(order_BT, axis=1, stable=True)
+    place_BT = jnp.broadcast_to(jnp.arange(order_BT.shape[1])[None], order_BT.shape)
+    rank_BT = place_BT.at[jnp.arange(len(order_BT))[:, None], order_BT].set(place_BT)
     # 1e-3 keeps float32 from turning 0.7 * 10 into 6.9999998.
     outside_B = jnp.zeros_like(rank_BT[:, 0]) if outside_B is None else outside_B
     target_B = jnp.floor(share * (eligible_BT.sum(1) + outside_B) + 1e-3) - outside_B
@@ -141,10 +164,7 @@ def attention_received(
 ) -> Float[Array, "B S"]:
     """Most attention any of the counted queries pays to each other position.
 
-    Args:
-      weights_BQS: Maximum over heads of this layer's attention weights.
-      counted_BQ: Query mask.
-      own_BQ: Each query's own slot: its weight on itself does not count.
+    `own_BQ` is each query's own slot: its weight on itself does not count.
     """
     other_BQS = jnp.arange(weights_BQS.shape[2])[None, None] != own_BQ[..., None]
     return jnp.where(counted_BQ[:, :, None] & other_BQS, weights_BQS, 0).max(1)

@@ -58,13 +58,7 @@ class QTensor(flax.struct.PyTreeNode):
 
 
 def encode(x: Float[Array, "*batch C"], bits: Int[Array, "*#batch"], group: int) -> QTensor:
-    """Codes of each vector at its own number of bits; 16 counts as 8.
-
-    Args:
-      x: Vectors.
-      bits: 2, 4, 8 or 16.
-      group: Channels that leave out the same bits; divides C.
-    """
+    """Codes of each vector at its own number of bits; 16 counts as 8. `group` divides C."""
     exact = x.astype(exact_dtype(x.dtype))
     scale = jnp.abs(exact).max(-1) / 127
     tiny = jnp.finfo(exact.dtype).tiny
@@ -96,18 +90,11 @@ decode_kv = decode
 
 
 def recode_kv(x: Float[Array, "*batch K H"], bits: Int[Array, "*#batch"]) -> QTensor:
-    """The codes of keys or values that `decode_kv` gave, from their values alone.
+    """The codes of keys or values that `decode_kv` gave, from their values and bits alone.
 
     A cache is packed after attention has read what the codes stand for. The largest code of a
     vector is known: +-127, with the bits below b exchanged for their middle. So the step is too.
     From bfloat16, which has 8 bits itself, the largest codes may come back as their neighbours.
-
-    Args:
-      x: What `decode_kv(encode_kv(...))` gave.
-      bits: Of each token, as `encode_kv` had them.
-
-    Returns:
-      Codes, and scales in the dtype of `x`.
     """
     dropped = 8 - jnp.clip(bits, 2, 8)
     largest = ((127 >> dropped) << dropped) + ((1 << dropped) >> 1)
@@ -140,18 +127,7 @@ def product(
     weights: QTensor,
     bias_O: Float[Array, "O"] | None = None,
 ) -> Float[Array, "*batch O"]:
-    """A projection in int8: every token rides at its own bits (16: at 8, the width of the product).
-
-    Args:
-      x: Inputs.
-      bits: Of each token.
-      group: Channels that leave out the same bits.
-      weights: Of one layer, codes `[D, O]`, from `quantize_kernel`.
-      bias_O: Added in full precision.
-
-    Returns:
-      At least float32.
-    """
+    """A projection in int8, at least float32: every token rides at its own bits."""
     vectors = encode(rotate(x), bits, group)
     dims = (((x.ndim - 1,), (0,)), ((), ()))
     dots = lax.dot_general(vectors.codes, weights.codes, dims, preferred_element_type=jnp.int32)
@@ -166,11 +142,7 @@ def product(
 
 @jax.jit
 def quantize_kernel(kernel: Float[Array, "*L D O"]) -> QTensor:
-    """Rotated codes of a projection, of one layer or stacked, with a scale an output channel.
-
-    Raises:
-      ConfigError: It has so many input channels that the int32 could overflow.
-    """
+    """Rotated codes of a projection, of one layer or stacked, with a scale an output channel."""
     if kernel.shape[-2] > MOST_CHANNELS:
         raise ConfigError(
             f"a projection of {kernel.shape[-2]} channels could overflow int32, {MOST_CHANNELS} "

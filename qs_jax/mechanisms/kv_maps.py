@@ -27,13 +27,7 @@ PROMPT_FEATURES = ("previous", "neurons")
 
 
 class MapSizes(NamedTuple):
-    """What decides the work of extrapolating.
-
-    Attributes:
-      features: Numbers read of a token that stops.
-      code: Numbers that the map of each deeper layer reads; fewer where there is a code.
-      neurons: Inner activations of an MLP are among the features.
-    """
+    """What decides the work of extrapolating: numbers read of a token, and of its code."""
 
     features: int
     code: int
@@ -168,12 +162,7 @@ def feature_count(features: Sequence[str], model: ModelConfig) -> int:
 def require_maps(
     params: dict[str, Any], layers: tuple[int, ...], model: ModelConfig, *, prompts_only: bool
 ) -> None:
-    """Refuse to extrapolate without the maps of these halting layers.
-
-    Raises:
-      ConfigError: `params["kv_maps"]` is absent, lacks one of the layers, or reads features that
-        only a prompt has.
-    """
+    """Refuse to extrapolate without maps of these halting layers, or with prompts' features."""
     maps = params.get("kv_maps")
     if maps is None:
         raise ConfigError(
@@ -196,11 +185,7 @@ def require_maps(
 
 
 def select(maps: KVMaps, layers: tuple[int, ...]) -> KVMaps:
-    """The maps of some of the halting layers.
-
-    Raises:
-      ConfigError: There are none for one of them.
-    """
+    """The maps of some of the halting layers."""
     missing = [layer for layer in layers if layer not in maps.layers]
     if missing:
         raise ConfigError(f"there are KV maps for layers {maps.layers}, none for {missing}.")
@@ -220,14 +205,7 @@ def extrapolate(
     depth_BT: Int[Array, "B T"],
     layers: Sequence[int],
 ) -> Float[Array, "B T O"]:
-    """What the map of the layer that each token halted at gives; zeros for other tokens.
-
-    Args:
-      code_BTR: What the maps read.
-      maps_XRO: One for each halting layer.
-      depth_BT: Layer at which each token halted.
-      layers: The halting layers, in the order of the maps.
-    """
+    """What the map of the layer that each token halted at gives; zeros for other tokens."""
     out = jnp.zeros((*code_BTR.shape[:2], maps_XRO.shape[-1]), exact_dtype(code_BTR.dtype))
     for index, layer in enumerate(layers):
         here_BT1 = (depth_BT == layer)[..., None]
@@ -253,14 +231,7 @@ def split(mapped_BTO: Float[Array, "B T O"], model: ModelConfig) -> tuple[Array,
 def encode(
     kv_maps: KVMaps, sources: Sources, depth_BT: Int[Array, "B T"], dtype: Any
 ) -> Float[Array, "B T R"]:
-    """What the maps of all deeper layers read of a token that stops: its features, or their code.
-
-    Args:
-      kv_maps: With `encode_XFR` where a code stands between features and maps.
-      sources: Each feature of the tokens.
-      depth_BT: Layer at which each token halted.
-      dtype: As in `features`.
-    """
+    """What the maps of deeper layers read of a token that stops: its features, or their code."""
     read_BTF = features(sources, kv_maps.features, dtype)
     if kv_maps.encode_XFR is None:
         return read_BTF
@@ -278,15 +249,20 @@ def encode_at(
     return product(read_BTF, encoder_FR).astype(read_BTF.dtype)
 
 
-def features(sources: Sources, names: Sequence[str], dtype: Any) -> Float[Array, "B T F"]:
-    """What is read of tokens that stop, in the order of the names, and 1.
+def sources(
+    h_BTD: Array, embedded_BTD: Array, previous_BTD: Array, neurons: Callable[[], Array]
+) -> Sources:
+    """Where each feature comes from."""
+    return {
+        "state": lambda: h_BTD,
+        "embedding": lambda: embedded_BTD,
+        "previous": lambda: previous_BTD,
+        "neurons": neurons,
+    }
 
-    Args:
-      sources: "state", "embedding", "previous": `[B, T, D]`; "neurons": `[B, T, F]`. Called for
-        those that are named.
-      names: Of `KVMaps.features`.
-      dtype: Of the model, and of the result; states may be held in another.
-    """
+
+def features(sources: Sources, names: Sequence[str], dtype: Any) -> Float[Array, "B T F"]:
+    """What is read of tokens that stop, in the order of the names, and 1; in the model's dtype."""
     found = {name: sources[name]().astype(dtype) for name in names}
     parts = [x if name == "neurons" else rms_normalised(x) for name, x in found.items()]
     return jnp.concatenate([*parts, jnp.ones_like(parts[0][..., :1])], axis=-1)

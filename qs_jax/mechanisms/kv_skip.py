@@ -74,13 +74,6 @@ def running_maximum(
     key_pos_BS: Int[Array, "B S"],
     counted_BT: Bool[Array, "B T"],
 ) -> Float[Array, "B T S"]:
-    """Most attention each key received from later queries up to each query (C.4, read causally).
-
-    Args:
-      weights_BTS: Maximum over heads of this layer's attention weights.
-      query_pos_BT: Positions of the queries.
-      key_pos_BS: Positions of the keys.
-      counted_BT: Query mask.
-    """
+    """Most attention each key received from later queries up to each query (C.4, read causally)."""
     later_BTS = counted_BT[:, :, None] & (key_pos_BS[:, None, :] < query_pos_BT[:, :, None])
     return jax.lax.cummax(jnp.where(later_BTS, weights_BTS, 0), axis=1)

@@ -20,6 +20,7 @@ from qs_jax.mechanisms.fusion import Fusion
 from qs_jax.mechanisms.halting import Halting
 from qs_jax.mechanisms.kv_skip import KVSkip
 from qs_jax.mechanisms.signals import largest_entropy
+from qs_jax.models.layers import Multiply, dense_product
 from qs_jax.state import FULL_BITS, NEVER, TokenState, exact_dtype
 
 
@@ -132,6 +133,15 @@ class Mechanisms(flax.struct.PyTreeNode):
         exempt = (subject_BT, full_BT, forced_BT, retain_BT, scoring_BT)
         return Rows(tokens_BT, pos_BT, real_BT, *exempt)
 
+    def multiply(self, bits_BT: Array, codes: Any, layer: Int[Array, ""]) -> Multiply:
+        """How a block multiplies tokens of these bits; see `AMQ.multiply`."""
+        return dense_product if self.amq is None else self.amq.multiply(bits_BT, codes, layer)
+
+    def stored(self, k: Array, v: Array, bits_BT: Array) -> tuple[Array, Array]:
+        """Keys and values `[B, T, K, H]` as they come back from the cache."""
+        if self.amq is None:
+            return k, v
+        return self.amq.stored(k, bits_BT), self.amq.stored(v, bits_BT)
 
     def start(
         self,
@@ -144,12 +154,8 @@ class Mechanisms(flax.struct.PyTreeNode):
     ) -> TokenState:
         """The carry before the first layer: everybody active, nobody fused, nothing quantised.
 
-        Args:
-          embedded_BTD: Input embeddings.
-          rows: The tokens.
-          model: Architecture.
-          code_size: Numbers that extrapolation maps read of a token; 0 where none are kept.
-          receives: Attention received is kept for every query and key.
+        `code_size` numbers are kept of a token for extrapolation maps; `receives` keeps attention
+        received for every query and key.
         """
         shape, exact = rows.pos_BT.shape, exact_dtype(model.dtype)
         never_BT = jnp.full(shape, NEVER, jnp.int32)
@@ -198,6 +204,10 @@ def resolve(qs: QuickSilverConfig | None, model: ModelConfig, protocol: str) -> 
     )
 
 
+def _fields(config: Any, names: str) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in names.split()}
+
+
 def _number(value, model: ModelConfig) -> Array:
     return jnp.asarray(0.0 if value is None else value, exact_dtype(model.dtype))
 
@@ -228,14 +238,9 @@ def _halting(qs: QuickSilverConfig, model: ModelConfig) -> Halting | None:
         quota_L=_by_layer(quota, model),
         forced_layer=jnp.int32(NEVER if forced is None else forced),
         forced_ids=_ids(config.forced_ids),
-        rule=config.rule,
-        drift=config.drift,
         entropy=config.entropy_used,
-        score=config.score,
-        score_queries=config.score_queries,
-        seed=config.seed,
-        freeze=config.freeze,
         layers=config.layers if mapped else None,
+        **_fields(config, "rule drift score score_queries seed freeze"),
     )
 
 
@@ -258,12 +263,8 @@ def _fusion(qs: QuickSilverConfig, model: ModelConfig) -> Fusion | None:
         tau_fuse_L=_by_layer(config.tau_fuse, model),
         tau_attn=_number(config.tau_attn, model),
         tau_ctx=_number(config.tau_ctx, model),
-        distance=config.distance,
-        window=config.window,
-        alpha=config.alpha,
-        proportional_attention=config.proportional_attention,
         filters_context=config.tau_ctx is not None,
-        context=config.context,
+        **_fields(config, "distance window alpha proportional_attention context"),
     )
 
 
@@ -276,12 +277,6 @@ def _amq(qs: QuickSilverConfig, model: ModelConfig) -> AMQ | None:
         layer=jnp.int32(config.layer),
         tau_low=_number(config.tau_low, model),
         tau_high=_number(config.tau_high, model),
-        entropy=config.entropy,
-        normalization=config.normalization,
         largest_entropy=largest,
-        targets=config.targets,
-        group=config.group,
-        symmetric=config.symmetric,
-        rotate=config.rotate,
-        execution=config.execution,
+        **_fields(config, "entropy normalization targets group symmetric rotate execution"),
     )

@@ -6,14 +6,19 @@ Sources: paper 2.1 and B.1 (drift, entropy), 2.5 and E.1 (entropy for AMQ), FAQ 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.config import ModelConfig
-from qs_jax.state import TokenState, exact_dtype
 from qs_jax.models import Params, head
+from qs_jax.state import TokenState, exact_dtype
+
+# entropy_of(estimator, needed_BT) -> [B, T] in nats.
+EntropyOf: TypeAlias = Callable[[str, Array], Array]
 
 _TINY = 1e-12
 
@@ -21,14 +26,7 @@ _TINY = 1e-12
 def drift(
     kind: str, after_BTD: Float[Array, "B T D"], before_BTD: Float[Array, "B T D"]
 ) -> Float[Array, "B T"]:
-    """Distance a layer moved each token.
-
-    Args:
-      kind: "raw": ||after - before||_2 (the paper). "relative": over ||after||_2. "cosine":
-        1 - cos(after, before).
-      after_BTD: States after the layer.
-      before_BTD: States before it.
-    """
+    """Distance a layer moved each token: "raw" L2 (the paper), "relative", or 1 - "cosine"."""
     exact = exact_dtype(after_BTD.dtype)
     after, before = after_BTD.astype(exact), before_BTD.astype(exact)
     if kind == "cosine":
@@ -97,22 +95,23 @@ def entropy(
     return previous_BT
 
 
-def entropy_where(
-    needed_BT: Bool[Array, "B T"],
-    kind: str,
-    state: TokenState,
-    params: Params,
-    model: ModelConfig,
-    previous_BT: Float[Array, "B T"] | None = None,
-) -> Float[Array, "B T"]:
-    """`entropy` of states after a layer, computed only if some token needs it; else zeros."""
+def entropies(
+    state: TokenState, params: Params, model: ModelConfig, previous_BT: Array | None = None
+) -> EntropyOf:
+    """A function from an estimator and a mask to entropies of states after a layer, in nats.
 
-    def compute() -> Array:
-        with jax.named_scope("signals"):
-            return entropy(kind, state.h_BTD, params, model, state.shortlist_BTX, previous_BT)
+    They are computed only if some token is needed; else they are zeros.
+    """
 
-    nothing_BT = jnp.zeros(needed_BT.shape, exact_dtype(model.dtype))
-    return jax.lax.cond(needed_BT.any(), compute, lambda: nothing_BT)
+    def entropy_of(kind: str, needed_BT: Bool[Array, "B T"]) -> Float[Array, "B T"]:
+        def compute() -> Array:
+            with jax.named_scope("signals"):
+                return entropy(kind, state.h_BTD, params, model, state.shortlist_BTX, previous_BT)
+
+        nothing_BT = jnp.zeros(needed_BT.shape, exact_dtype(model.dtype))
+        return jax.lax.cond(needed_BT.any(), compute, lambda: nothing_BT)
+
+    return entropy_of
 
 
 def largest_entropy(kind: str, model: ModelConfig, shortlist_size: int) -> float:
@@ -147,10 +146,7 @@ def pick_shortlist(
 
 
 def token_probability(
-    h_BTD: Float[Array, "B T D"],
-    tokens_BT: Int[Array, "B T"],
-    params: Params,
-    model: ModelConfig,
+    h_BTD: Float[Array, "B T D"], tokens_BT: Int[Array, "B T"], params: Params, model: ModelConfig
 ) -> Float[Array, "B T"]:
     """Probability of each token by the logit lens of the state given for it."""
 

@@ -1,23 +1,19 @@
 """Everything that exists for XLA on CPU only; on other backends each function hands its input on.
 
 XLA's CPU backend multiplies bfloat16 but neither slices, gathers nor updates it: it converts the
-whole array to float32 and back around each such step. It multiplies single bfloat16 vectors in
-scalar code, and copies a layer's weights out of the stacked arrays at every step of a scan.
+whole array to float32 and back around each such step. And it copies a layer's weights out of the
+stacked arrays before it multiplies a single vector with them.
 
 * Storage: stacked weights, embedding tables and KV caches are held as uint16, the bits of their
   bfloat16 values, and read as bfloat16 where they are multiplied.
-* States between layers are held in float32 with bfloat16's values.
-* A single vector is multiplied with the stacked weights where they lie (`KernelInPlace`); several
-  rows are decoded with every layer's weights in arrays of its own (`separate_layers`).
-* Attention runs row by row where its logits would leave the processor's cache, and for one query a
-  row reads keys and values once, against block-diagonal queries.
+* A single vector is multiplied with stacked weights (`KernelInPlace`) and the head where they lie.
+* Attention of new tokens reads keys and values once, against block-diagonal queries.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,8 +33,6 @@ CPU_INFO = Path("/proc/cpuinfo")
 MOST_TERMS = 24
 # Fewest rows of a block of a kernel, and fewest lanes of a block of a table.
 LEAST_ROWS, LEAST_LANES = 64, 32
-# Bytes of attention logits that exist at a time, at most.
-MOST_LOGITS = 6 * 2**20
 # Block-diagonal queries cost K times the arithmetic; more query heads than this no longer hide it.
 MOST_HEADS = 16
 
@@ -80,24 +74,11 @@ def from_storage(tree: Any) -> Any:
     return jax.tree.map(read, tree)
 
 
-def state_dtype(dtype: Any) -> Any:
-    """The dtype that states between layers are held in."""
-    return exact_dtype(dtype) if storage_dtype(dtype) != jnp.dtype(dtype) else jnp.dtype(dtype)
-
-
-def as_state(x: Array, dtype: Any) -> Array:
-    """States of a model of this dtype: rounded to its values, in `state_dtype`."""
-    if state_dtype(dtype) == jnp.dtype(dtype):
-        return x.astype(dtype)
-    kept = jnp.finfo(dtype)  # XLA may take out a conversion to bfloat16 and back
-    return lax.reduce_precision(x.astype(exact_dtype(dtype)), kept.nexp, kept.nmant)
-
-
 def stored_params(params: dict[str, Any]) -> dict[str, Any]:
     """Parameters as programs take them: layers and embeddings in storage.
 
-    Nothing is copied: the arrays share the memory of those given. The head, which may be the
-    embedding table, is there in floats, for products, and as "stored", for single rows of it.
+    Nothing is copied: the arrays share the memory of those given. A head that is the embedding
+    table is there in floats, for products, and as "stored", for single rows of it.
 
     Args:
       params: Arrays, not traced, on one device or on several.
@@ -127,21 +108,9 @@ def _aliased(leaf: Any) -> Any:
 # --- products of a single vector ----------------------------------------------------------------
 
 
-def as_two_rows(x: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
-    """A single bfloat16 vector as two equal rows, `[2, C]`; anything else as it is."""
-    if x.size == x.shape[-1] and x.dtype != exact_dtype(x.dtype) and on_cpu():
-        return jnp.broadcast_to(x.reshape(1, -1), (2, x.shape[-1]))
-    return x
-
-
 @dataclasses.dataclass(frozen=True)
 class KernelInPlace:
-    """One layer's kernel `[C, O]` inside the stacked array; not a pytree, but a leaf of one.
-
-    Attributes:
-      stacked_LCO: Of all layers, in storage.
-      layer: Which, from 0.
-    """
+    """One layer's kernel `[C, O]` inside the stacked array; not a pytree, but a leaf of one."""
 
     stacked_LCO: Shaped[Array, "L C O"]
     layer: Any
@@ -175,12 +144,12 @@ def table_product(x_C: Float[Array, "C"], table_OC: UInt16[Array, "O C"]) -> Flo
     if lanes is None:
         return _product("oc,c->o", from_storage(table_OC), x_C)
     x_C, table_OC = lax.optimization_barrier((x_C, table_OC))
+    ones = jnp.ones(lanes, exact_dtype(x_C.dtype))
 
     def block(at: int) -> Array:
         return _exact(table_OC[:, at * lanes : (at + 1) * lanes])
 
-    sums_OC = _sum_of_products(x_C.reshape(-1, 1, lanes), block)
-    return sums_OC @ jnp.ones(lanes, exact_dtype(x_C.dtype))
+    return _sum_of_products(x_C.reshape(-1, 1, lanes), block) @ ones
 
 
 def block_size(inputs: int, least: int) -> int | None:
@@ -208,9 +177,6 @@ def _sum_of_products(x_T: Shaped[Array, "T ..."], block: Callable[[int], Array])
     return lax.optimization_barrier(functools.reduce(jnp.add, terms))
 
 
-# --- the layers' weights in decoding ------------------------------------------------------------
-
-
 @flax.struct.dataclass
 class InPlace:
     """Stacked layers whose kernels a single vector is multiplied with as they lie."""
@@ -218,15 +184,14 @@ class InPlace:
     stacked: Any
 
 
-def layer_weights(layers: Any, index: Any) -> Any:
-    """One layer's parameters.
+def decode_layers(params: dict[str, Any], rows: int) -> Any:
+    """The stacked layers as decoding takes them: `InPlace` for a single row."""
+    layers = params["layers"]
+    return InPlace(layers) if rows == 1 and on_cpu() else layers
 
-    Args:
-      layers: Stacked, `InPlace`, or a tuple of each layer's own.
-      index: From 0; static where there is a tuple.
-    """
-    if isinstance(layers, tuple):
-        return layers[index]
+
+def layer_weights(layers: Any, index: Any) -> Any:
+    """One layer's parameters, out of stacked or `InPlace` ones."""
     if not isinstance(layers, InPlace):
         return from_storage(jax.tree.map(lambda leaf: leaf[index], layers))
 
@@ -235,85 +200,6 @@ def layer_weights(layers: Any, index: Any) -> Any:
 
     parts = layers.stacked.items()
     return {part: {name: read(name, x) for name, x in leaves.items()} for part, leaves in parts}
-
-
-def decode_layers(params: dict[str, Any], setting: str, rows: int) -> Any:
-    """The layers as decoding takes them: stacked, `InPlace`, or separate.
-
-    Args:
-      params: Stacked tree.
-      setting: `Config.decode_weights`.
-      rows: Rows that are decoded together.
-    """
-    if separates(setting, rows):
-        return separate_layers(params)
-    layers = stored_params(params)["layers"]
-    return InPlace(layers) if rows == 1 and on_cpu() else layers
-
-
-def separates(setting: str, rows: int) -> bool:
-    """Whether each layer's weights are in arrays of their own."""
-    return setting == "separate" or (setting == "auto" and rows > 1 and on_cpu())
-
-
-# The layers separated last, by the identity of the arrays they were made from.
-_separated: dict[tuple[int, ...], tuple[Any, ...]] = {}
-
-
-def separate_layers(params: dict[str, Any]) -> tuple[Any, ...]:
-    """The layers of stacked parameters, one tree each.
-
-    Kept as long as the stacked arrays live, or until other parameters are separated: they take as
-    many bytes again.
-    """
-    leaves = jax.tree.leaves(params["layers"])
-    key = tuple(id(leaf) for leaf in leaves)
-    if key not in _separated:
-        _separated.clear()
-        for leaf in leaves:
-            weakref.finalize(leaf, _separated.pop, key, None).atexit = False
-        _separated[key] = _split(stored_params(params)["layers"])
-    return _separated[key]
-
-
-@jax.jit
-def _split(layers: Any) -> tuple[Any, ...]:
-    count = jax.tree.leaves(layers)[0].shape[0]
-    return tuple(layer_weights(layers, at) for at in range(count))
-
-
-# --- attention ----------------------------------------------------------------------------------
-
-
-def map_heads(attend: Callable[..., Array], logits_bytes: int, operands: Any, others: Any) -> Array:
-    """Attention of all rows and heads, or of one row or head after the other on CPU.
-
-    Loops take and fill stored arrays: XLA would convert a whole bfloat16 result for each row.
-
-    Args:
-      attend: Of operands `[B, K, ...]` and others `[B, ...]` to `[B, K, ...]`.
-      logits_bytes: Of all rows and heads; several passes are made over them.
-      operands: Queries, keys and values by KV head.
-      others: What is the same for all heads; None is allowed in it.
-    """
-    batch, kv_heads = operands[0].shape[:2]
-    if logits_bytes <= MOST_LOGITS or not on_cpu():
-        return attend(*operands, *others)
-
-    def tile(operands: Any, others: Any) -> Array:
-        return to_storage(attend(*from_storage(operands), *others))
-
-    def of_row(row: Any) -> Array:
-        operands, others = jax.tree.map(lambda leaf: leaf[None], row)
-        if logits_bytes <= MOST_LOGITS * batch:
-            return tile(operands, others)[0]
-
-        def of_head(head: Any) -> Array:
-            return tile(jax.tree.map(lambda leaf: leaf[None, None], head), others)[0, 0]
-
-        return lax.map(of_head, jax.tree.map(lambda leaf: leaf[0], operands))
-
-    return from_storage(lax.map(of_row, (jax.tree.map(to_storage, operands), others)))
 
 
 def block_diagonal(heads: int) -> bool:

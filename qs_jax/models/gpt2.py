@@ -26,7 +26,7 @@ class Embed(nn.Module):
         table_PD = self.param("positions", init, (m.max_positions, m.hidden_size))
         tokens_BTD = layers.embed_lookup(table_VD, tokens_BT)
         positions_BTD = layers.embed_lookup(table_PD, pos_BT)
-        return layers.as_state(tokens_BTD + positions_BTD, m.dtype)
+        return (tokens_BTD + positions_BTD).astype(m.dtype)
 
 
 class Block(layers.PreNormBlock):

@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from qs_jax.config import ModelConfig
-from qs_jax.models import cpu, layers
+from qs_jax.models import layers
 from qs_jax.models.params import Params
 from qs_jax.models.registry import family_of
 
@@ -26,17 +26,13 @@ def head_table(params: Params) -> Float[Array, "V D"]:
 
 def head_rows(params: Params, ids: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
     """Rows of the output embedding."""
-    stored_VD = _stored_table(params)
+    stored_VD = params["head"].get("stored") if "head" in params else None
     return layers.embed_lookup(head_table(params) if stored_VD is None else stored_VD, ids)
-
-
-def _stored_table(params: Params) -> Array | None:
-    return params["head"].get("stored") if "head" in params else None
 
 
 def logits(params: Params, h: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
     """Logits of normed states, in at least float32."""
-    stored_VD = _stored_table(params)
+    stored_VD = params["head"].get("stored") if "head" in params else None
     with jax.named_scope("head"):
         if stored_VD is not None and h.size == h.shape[-1]:
             return cpu.table_product(h.reshape(-1), stored_VD).reshape(*h.shape[:-1], -1)
@@ -57,13 +53,7 @@ def normed(params: Params, h: Array, model: ModelConfig) -> Array:
 def map_positions(function: Callable[..., Array], width: int, *arrays: Array) -> Array:
     """Apply a function along T piece by piece, so that its wide intermediate stays small.
 
-    Args:
-      function: Of arrays `[B, C, ...]`, C positions at a time, to `[B, C, ...]`.
-      width: Elements of the intermediate a position needs.
-      *arrays: `[B, T, ...]`.
-
-    Returns:
-      `[B, T, ...]`.
+    `width` is how many elements of the intermediate a position needs.
     """
     batch, positions = arrays[0].shape[:2]
     chunk = max(min(HEAD_ELEMENTS // (batch * width), positions), 1)

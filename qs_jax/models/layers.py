@@ -16,7 +16,6 @@ from jaxtyping import Array, Float, Int, UInt16
 
 from qs_jax.config import ModelConfig
 from qs_jax.models import cpu
-from qs_jax.models.cpu import as_state
 from qs_jax.state import exact_dtype
 
 # Given this layer's queries [B, T, N, H] and keys and values [B, T, K, H] of the same tokens,
@@ -39,17 +38,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def product(x: Float[Array, "*batch C"], kernel: Array, transposed: bool = False) -> Array:
-    """`x @ kernel`, accumulated in and returned in at least float32.
-
-    Args:
-      x: Vectors.
-      kernel: `[C, O]`, or `[O, C]` where transposed.
-      transposed: As said.
-    """
-    rows = cpu.as_two_rows(x)
+    """`x @ kernel` (or its transpose), accumulated in and returned in at least float32."""
     equation = "...c,oc->...o" if transposed else "...c,co->...o"
-    y = jnp.einsum(equation, rows, kernel, preferred_element_type=exact_dtype(x.dtype))
-    return y if rows is x else y[0].reshape(*x.shape[:-1], -1)
+    return jnp.einsum(equation, x, kernel, preferred_element_type=exact_dtype(x.dtype))
 
 
 def dense_product(dense: nn.Dense, x: Array, start: int = 0) -> Array:
@@ -144,12 +135,7 @@ class PreNormBlock(nn.Module):
 
 
 class FinalNorm(nn.Module):
-    """The norm between the last layer and the head.
-
-    Attributes:
-      model: Architecture.
-      make_norm: `rms_norm` or `layer_norm`.
-    """
+    """The norm between the last layer and the head."""
 
     model: ModelConfig
     make_norm: Callable[[ModelConfig], nn.Module]
@@ -183,7 +169,7 @@ def added(
     h: Float[Array, "*batch D"], update: Float[Array, "*batch D"], model: ModelConfig
 ) -> Float[Array, "*batch D"]:
     """Add an update to states, rounded once."""
-    return as_state(h.astype(update.dtype) + update, model.dtype)
+    return (h.astype(update.dtype) + update).astype(model.dtype)
 
 
 def split_heads(qkv_BTO: Float[Array, "B T O"], model: ModelConfig) -> tuple[Array, Array, Array]:

@@ -25,7 +25,7 @@ class Embed(nn.Module):
         del pos_BT
         init = nn.initializers.normal(0.02)
         table_VD = self.param("tokens", init, (self.model.vocab_size, self.model.hidden_size))
-        return layers.as_state(layers.embed_lookup(table_VD, tokens_BT), self.model.dtype)
+        return (layers.embed_lookup(table_VD, tokens_BT)).astype(self.model.dtype)
 
 
 class Block(layers.PreNormBlock):

@@ -15,15 +15,7 @@ Params: TypeAlias = dict[str, Any]
 
 
 def init_params(model: ModelConfig, key: jax.Array) -> Params:
-    """Random parameters of the right structure, for tests and for shapes.
-
-    Args:
-      model: Architecture.
-      key: A typed PRNG key.
-
-    Returns:
-      A tree in `model.dtype`; every leaf under "layers" has a leading axis of L.
-    """
+    """Random parameters of the right structure in `model.dtype`, for tests and for shapes."""
     family, zeros_BT = family_of(model), jnp.zeros((1, 1), jnp.int32)
     h_BTD = jnp.zeros((1, 1, model.hidden_size))
     k_embed, k_layers, k_norm, k_head = jax.random.split(key, 4)

@@ -42,11 +42,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(model: ModelConfig) -> Family:
-    """The modules of `model`.
-
-    Raises:
-      ConfigError: No family is registered for its `model_type`.
-    """
+    """The modules of `model`; refuses a `model_type` that none is registered for."""
     if model.model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise ConfigError(f"model_type {model.model_type!r} is not supported; known: {known}.")

@@ -5,7 +5,7 @@ results of other commands, `write` makes the page, and `figures.save` draws figu
 """
 
 from qs_jax.report.content import PresetRuns, Report, TextRuns, render, to_json, write
-from qs_jax.report.files import read_front, read_results
+from qs_jax.report.measures import read_front, read_results
 from qs_jax.report.tokens import labels
 from qs_jax.report.trace import Run, trace
 

@@ -29,12 +29,10 @@ _SCRIPTS = ("data.js", "svg.js", "maps.js", "text.js", "charts.js", "app.js")
 
 @dataclasses.dataclass(frozen=True)
 class PresetRuns:
-    """A preset and its runs.
+    """A preset and its runs, the dense model first and the whole preset last.
 
     Attributes:
-      name: As given.
       cfg: The call with everything on.
-      runs: Of `trace`, the dense model first and the whole preset last.
       map_sizes: Of the extrapolation maps, where it reads them.
     """
 
@@ -51,13 +49,7 @@ class PresetRuns:
 
 @dataclasses.dataclass(frozen=True)
 class TextRuns:
-    """A text and the presets it ran under.
-
-    Attributes:
-      ids: Token ids, one row.
-      labels: What to write for each.
-      presets: At least one.
-    """
+    """A text of one row, the labels to write for its tokens, and the presets it ran under."""
 
     ids: Int[np.ndarray, "T"]
     labels: Sequence[str]
@@ -69,11 +61,9 @@ class Report:
     """Everything a report shows.
 
     Attributes:
-      title: Of the page.
       about: Where it comes from: name and value of each fact.
-      text: A text under presets, or None.
-      results: Results files of `evaluate`, as `files.read_results` gives them.
-      front: A search of `calibrate`, as `files.read_front` gives it, or None.
+      results: Results files of `evaluate`, of `read_results`.
+      front: A search of `calibrate`, of `read_front`.
     """
 
     title: str
@@ -109,11 +99,7 @@ def render(report: Report) -> str:
 
 
 def embedded(content: dict[str, Any]) -> Markup:
-    """JSON that is safe inside a script element: no character HTML or a script could act on.
-
-    Raises:
-      ValueError: It holds NaN or infinity.
-    """
+    """JSON that is safe inside a script element: no character HTML or a script could act on."""
     text = json.dumps(content, separators=(",", ":"), allow_nan=False)  # ASCII only
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -139,23 +125,19 @@ def to_json(report: Report) -> dict[str, Any]:
 
 
 def _text(text: TextRuns, store: Callable[[np.ndarray], int]) -> dict[str, Any]:
-    return {
-        "labels": list(text.labels),
-        "ids": store(text.ids),
-        "tokens": len(text.ids),
-        "layers": text.presets[0].cfg.model.num_layers,
-        "presets": [
-            {
-                "name": preset.name,
-                "letters": letters_of(preset.quicksilver),
-                "signals": signal_names(preset.quicksilver),
-                "thresholds": thresholds(preset),
-                "settings": preset.quicksilver.to_dict(),
-                "runs": {run.letters: _run(run, preset, store) for run in preset.runs},
-            }
-            for preset in text.presets
-        ],
-    }
+    presets = [
+        {
+            "name": preset.name,
+            "letters": letters_of(preset.quicksilver),
+            "signals": signal_names(preset.quicksilver),
+            "thresholds": thresholds(preset),
+            "settings": preset.quicksilver.to_dict(),
+            "runs": {run.letters: _run(run, preset, store) for run in preset.runs},
+        }
+        for preset in text.presets
+    ]
+    size = {"tokens": len(text.ids), "layers": text.presets[0].cfg.model.num_layers}
+    return {"labels": list(text.labels), "ids": store(text.ids), **size, "presets": presets}
 
 
 def _run(run: Run, preset: PresetRuns, store: Callable[[np.ndarray], int]) -> dict[str, Any]:
@@ -199,12 +181,7 @@ def finite(value: float) -> float | None:
 
 
 def thresholds(preset: PresetRuns) -> dict[str, list[Any] | None]:
-    """What decisions of a preset compare signals with.
-
-    Returns:
-      "drift" and "halt" (nats): a number for each layer where the dual rule may halt, else None.
-      "bits" (nats): the two cutoffs of AMQ. None where a mechanism is off or compares nothing.
-    """
+    """What a preset compares signals with: drift and entropy by layer, the two cutoffs of bits."""
     qs, model = preset.quicksilver, preset.cfg.model
     limits: dict[str, list[Any] | None] = dict.fromkeys(["drift", "halt", "bits"])
     if qs.halting is not None and qs.halting.rule == "dual":

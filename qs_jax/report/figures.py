@@ -25,11 +25,7 @@ _NAMED = 60
 
 
 def require_matplotlib() -> None:
-    """Say what to install where matplotlib is missing.
-
-    Raises:
-      InputError: It is.
-    """
+    """Say what to install where matplotlib is missing."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -37,9 +33,7 @@ def require_matplotlib() -> None:
 
 
 def save(report: Report, folder: Path) -> list[Path]:
-    """Draw every figure of a report into a folder, as PNG and SVG.
-
-    Figures of a text show the whole preset, one set for each preset.
+    """Draw every figure of a report, of a text those of each whole preset, as PNG and SVG.
 
     Returns:
       The files.
@@ -56,23 +50,23 @@ def save(report: Report, folder: Path) -> list[Path]:
         for preset in text.presets:
             for draw in (halting_timeline, kv_writes, fusion_flow, bit_widths):
                 drawn[f"{preset.name}.{draw.__name__}"] = draw(text, preset)
-            for draw in (entropy_by_layer, drift_curves, active_tokens):
+            for draw in (entropy_by_layer, drift_curves):
                 drawn[f"{preset.name}.{draw.__name__}"] = draw(preset)
+            counts, of = measures.active_tokens(preset.runs[-1].record), preset.name
+            drawn[f"{of}.active_tokens"] = active_tokens(counts, of, f"{of} (simulated)")
     for number, row in enumerate(report.results, start=1):
         of = f"{row['preset']}, {row['data']} ({'simulated' if row['simulated'] else 'counted'})"
         counts = row["per_layer"]["layer_tokens"]
-        drawn[f"results-{number}.active_tokens"] = _decay(counts, row["preset"], of)
+        drawn[f"results-{number}.active_tokens"] = active_tokens(counts, row["preset"], of)
     if report.front is not None:
         drawn["pareto_front"] = pareto_front(report.front)
-    written = []
+    paths = {folder / f"{name}.{kind}": name for name in drawn for kind in ("png", "svg")}
     # Text stays text in SVG; what a file holds does not depend on the day.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "qs-jax"}):
-        for name, figure in drawn.items():
-            for kind, metadata in (("png", None), ("svg", {"Date": None})):
-                path = folder / f"{name}.{kind}"
-                figure.savefig(path, dpi=200, metadata=metadata)
-                written.append(path)
-    return written
+        for path, name in paths.items():
+            metadata = {"Date": None} if path.suffix == ".svg" else None
+            drawn[name].savefig(path, dpi=200, metadata=metadata)
+    return list(paths)
 
 
 def _plot(title: str = "", width: float = 7.0, height: float = 3.6) -> tuple[Figure, Axes]:
@@ -234,14 +228,8 @@ def drift_curves(preset: PresetRuns) -> Figure:
     return figure
 
 
-def active_tokens(preset: PresetRuns) -> Figure:
-    """Active tokens by layer with the fitted exponential (paper J, K)."""
-    counts = measures.active_tokens(preset.runs[-1].record)
-    return _decay(counts, preset.name, f"{preset.name} (simulated)")
-
-
-def _decay(active_L: Any, name: str, of: str) -> Figure:
-    """Counts of active tokens and their fit, parameters in the legend."""
+def active_tokens(active_L: Any, name: str, of: str) -> Figure:
+    """Active tokens by layer with the fitted exponential, parameters in the legend (paper J, K)."""
     figure, axes = _plot(f"Active tokens, {of}")
     decay, layers = fit_decay(active_L), np.arange(1, len(active_L) + 1)
     r_squared = decay.pop("r_squared")

@@ -1,9 +1,11 @@
-"""Numbers of a run: cost by component, and the decay of active tokens."""
+"""Numbers of runs and of other commands' files: cost by component, decay of active tokens."""
 
 from __future__ import annotations
 
+import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,8 @@ import numpy as np
 from qs_jax import accounting
 from qs_jax.accounting import flops
 from qs_jax.config import ModelConfig, QuickSilverConfig
+from qs_jax.errors import InputError
+from qs_jax.evaluation.perplexity import SAVED
 from qs_jax.mechanisms.kv_maps import MapSizes
 from qs_jax.models import family_of
 from qs_jax.record import Record
@@ -29,16 +33,15 @@ COMPONENTS = {
     "signals": "signals and tests",
 }
 
+_CONFIG = ("preset", "protocol", "data", "seq_len", "dtype", "engine")
+_MEASURED = ("perplexity", "perplexity_interval", "windows", "simulated", *SAVED)
+_COUNTED = ("layer_tokens", "kv_written", "halted", "fused", "bits_2", "bits_4", "bits_8")
+
 
 def fit_decay(active_L: Sequence[Any] | np.ndarray) -> dict[str, Any]:
     """Fit N(l) = start * exp(-rate * l) to the active tokens of layers l = 1 to L.
 
-    Args:
-      active_L: Active tokens of each layer.
-
-    Returns:
-      "start" in tokens; "rate" per layer, which the paper reports as 0.05 to 0.1; "r_squared", the
-      share of the variance explained, None where every layer has as many tokens.
+    "r_squared" is None where every layer has as many tokens.
 
     Source: QuickSilver J and K, "Active Token Decay".
     """
@@ -70,14 +73,7 @@ def active_tokens(record: Record) -> np.ndarray:
 def costs(
     record: Record, model: ModelConfig, qs: QuickSilverConfig, sizes: MapSizes | None = None
 ) -> dict[str, float]:
-    """FLOPs of each component; they add up to the exact count of `qs_jax.accounting`.
-
-    Args:
-      record: Of the run.
-      model: Sizes.
-      qs: Mechanisms that ran.
-      sizes: Of the extrapolation maps, where the policy reads them.
-    """
+    """FLOPs of each component; they add up to the exact count of `qs_jax.accounting`."""
     flops_of = counted_costs(accounting.tally(record, model, qs, sizes), model)
     if qs.kv_skip is None or qs.kv_skip.policy != "extrapolate":
         sizes = None
@@ -104,4 +100,74 @@ def counted_costs(counted: dict[str, Any], model: ModelConfig) -> dict[str, floa
         "mlp": total("layer_tokens") * mlp,
         "head": total("readouts") * flops.head_flops(model),
         "signals": total("added_flops"),
+    }
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """What a report shows of a results file of `python -m qs_jax evaluate`.
+
+    Raises:
+      InputError: It is no such file.
+    """
+    return _read(path, _results, "a results file of `python -m qs_jax evaluate`")
+
+
+def read_front(path: Path) -> dict[str, Any]:
+    """The candidates and the budget of a `FILE.search.json` of `python -m qs_jax calibrate`.
+
+    Raises:
+      InputError: It is no such file.
+    """
+    return _read(path, _front, "a search of `python -m qs_jax calibrate` (FILE.search.json)")
+
+
+def _read(path: Path, parse: Callable[[dict[str, Any]], dict[str, Any]], kind: str) -> Any:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is not an object in JSON.")
+    try:
+        return {"file": path.name} | parse(content)
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise InputError(f"{path} is not {kind}: {reason}.") from error
+
+
+def _results(content: dict[str, Any]) -> dict[str, Any]:
+    config, counts = content["config"], content["counts"]
+    model = ModelConfig.from_dict(content["model"]["config"])
+    both = [counts["prefill"], counts["decode"]]
+    # Under "continuation" the mechanisms act on the prompt.
+    parts = both[:1] if config["protocol"] == "continuation" else both
+    layers = {
+        name: [sum(each) for each in zip(*(part["per_layer"][name] for part in parts), strict=True)]
+        for name in _COUNTED
+    }
+    return {
+        **{name: config[name] for name in _CONFIG},
+        **{name: content[name] for name in _MEASURED},
+        "tokens": sum(part["tokens"] for part in parts),
+        "per_layer": layers,
+        "decay": fit_decay(layers["layer_tokens"]),
+        "costs": {name: flops for name, flops in counted_costs(counts, model).items() if flops},
+        "dense_flops": float(sum(part["exact_flops_dense"] for part in both)),
+    }
+
+
+def _front(content: dict[str, Any]) -> dict[str, Any]:
+    provenance = content["preset"]["provenance"]
+    saved = f"{provenance['objective']}_saved"
+
+    def points(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{name: row[name] for name in ("family", "saving", "ppl_increase")} for row in rows]
+
+    measured = [row for row in content["verified"] if row.get(saved) is not None]
+    return {
+        "points": points(content["points"]),
+        "front": points(content["front"]),
+        "verified": points([{"saving": row[saved]} | row for row in measured]),
+        "objective": provenance["objective"],
+        "budget": provenance["max_ppl_increase"],
     }

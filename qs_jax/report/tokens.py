@@ -23,10 +23,6 @@ def labels(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
 
     A token that is a part of a character is its bytes, as in ⟨E2 9D⟩; the last part has the
     character behind them. Line ends and tabs get a sign, other invisible characters are ⟨U+200D⟩.
-
-    Args:
-      tokenizer: Of the checkpoint.
-      ids: One row.
     """
     backend, table = getattr(tokenizer, "backend_tokenizer", None), {}
     if backend is not None and "ByteLevel" in repr(backend.decoder):

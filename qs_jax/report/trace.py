@@ -43,12 +43,10 @@ class Run:
 
     Attributes:
       letters: Which: a part of "HKFQ"; "" is the dense model.
-      quicksilver: Their settings.
       record: What they did, one row; simulated.
-      signals: float `[L, T]` by name (`signal_kinds`), after every layer; nan where the token did
-        not run it.
-      logprobs: float `[T]`, log-probability of each token, in nats; 0 where not scored.
-      mask: bool `[T]`, positions that are scored.
+      signals: By name, after every layer; nan where the token did not run it.
+      logprobs: Log-probability of each token, in nats; 0 where not scored.
+      mask: Positions that are scored.
     """
 
     letters: str
@@ -67,7 +65,6 @@ class Run:
 def signal_kinds(qs: QuickSilverConfig) -> dict[str, str]:
     """Signals of a preset's runs, and how each is computed; what halting reads comes first.
 
-    "received" is the most attention from the prompt's last queries, where a quota ranks by it.
     "entropy" is by the estimator that halting reads, else the exact logit lens. "bits_entropy" is
     of the state after fusion, where AMQ reads another estimator.
     """
@@ -93,20 +90,13 @@ def letters_of(qs: QuickSilverConfig) -> str:
 
 
 def reduced(qs: QuickSilverConfig, letters: str) -> QuickSilverConfig:
-    """The same settings with only some mechanisms on.
-
-    Raises:
-      ConfigError: They make no sense without the others.
-    """
+    """The same settings with only some mechanisms on."""
     off = {part: None for letter, part in PARTS.items() if letter not in letters}
     return dataclasses.replace(qs, **off)
 
 
 def combinations(qs: QuickSilverConfig) -> dict[str, QuickSilverConfig]:
-    """Mechanisms of a preset that can be on together, from the dense model "" to everything.
-
-    KV skipping, for one, needs halting.
-    """
+    """Mechanisms of a preset that can be on together, from the dense model "" to everything."""
     letters, valid = letters_of(qs), {}
     for count in range(len(letters) + 1):
         for chosen in map("".join, itertools.combinations(letters, count)):
@@ -126,9 +116,8 @@ def trace(
     """Run a text under every combination of a preset's mechanisms, the dense model first.
 
     Decisions, records and log-probabilities are those of `qs_jax.score` on the masked engine. Two
-    programs at most are compiled, since mechanisms are switched by numbers. Memory grows with the
-    attention weights of a layer, N x T x T. Logit-lens entropies cost several times the forward
-    pass, so that only the dense model and the whole preset have them.
+    programs at most are compiled. Only the dense model and the whole preset have logit-lens
+    entropies, which cost several times the forward pass.
 
     Args:
       params: From `qs_jax.load`; with "kv_maps" where the preset extrapolates.
@@ -137,9 +126,6 @@ def trace(
       all_combinations: False runs the dense model and the whole preset only.
       progress: Show a progress bar.
 
-    Yields:
-      A run for each combination.
-
     Raises:
       ConfigError: The parameters are another model's, or the maps a policy needs are missing.
       InputError: Tokens cannot be used, or rows of this preset can only run token by token.
@@ -147,10 +133,7 @@ def trace(
     """
     qs = cfg.quicksilver or QuickSilverConfig()
     if "final_prev" in qs.entropies:
-        raise InputError(
-            "the final_prev entropy runs token by token, and a report looks at whole rows: use a "
-            "preset with another estimator."
-        )
+        raise InputError("final_prev runs token by token: use another entropy in a report.")
     batch, padded = inputs.prepare_batch(tokens, cfg.model)
     text = (padded, inputs.split_prompts(batch.lengths_B, None, cfg))
     ends = {"", letters_of(qs)}
@@ -162,9 +145,7 @@ def trace(
         yield _as_run(out, text, cfg, letters, mask_T)
 
 
-def _as_run(
-    out: dict[str, Any], text: Text, cfg: Config, letters: str, mask_T: np.ndarray
-) -> Run:
+def _as_run(out: dict[str, Any], text: Text, cfg: Config, letters: str, mask_T: np.ndarray) -> Run:
     qs, width = cfg.quicksilver or QuickSilverConfig(), len(mask_T)
     lengths_B, ends_B = text[0].lengths_B, text[1]
     record = Record.of(out["evidence"], width, lengths_B, ends_B, cfg.effective_protocol)
@@ -181,9 +162,7 @@ def _as_run(
     return Run(letters, reduced(qs, letters), record, values, logprobs_T, mask_T)
 
 
-def _run(
-    params: Params, text: Text, cfg: Config, letters: str, kinds: dict[str, str]
-) -> dict[str, Any]:
+def _run(params: Params, text: Text, cfg: Config, letters: str, kinds: dict[str, str]) -> Any:
     """Run one combination; those that skip keys share a program, and all others share one."""
     qs = cfg.quicksilver or QuickSilverConfig()
     if "K" not in letters:
@@ -197,10 +176,7 @@ def _run(
 
 
 def switch_off(mech: Mechanisms, letters: str) -> Mechanisms:
-    """The same program with no other mechanism than `letters` acting: no layer is one of theirs.
-
-    Whether keys are skipped is in the program itself.
-    """
+    """The same program with no other mechanism than `letters` acting: no layer is one of theirs."""
     rule, fusion, amq = mech.halting, mech.fusion, mech.amq
     if rule is not None and "H" not in letters:
         never = jnp.full_like(rule.forced_layer, NEVER)

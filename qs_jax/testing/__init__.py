@@ -16,74 +16,33 @@ if TYPE_CHECKING:
 
 __all__ = ["tiny_model", "tiny_params", "toy_tokenizer"]
 
-_COMMON: dict[str, Any] = {
-    "vocab_size": 97,
-    "num_layers": 3,
-    "hidden_size": 32,
-    "num_heads": 4,
-    "num_kv_heads": 4,
-    "head_dim": 8,
-    "mlp_size": 48,
-    "max_positions": 128,
-    "norm_eps": 1e-5,
-}
-_FAMILY: dict[str, dict[str, Any]] = {
-    "gpt2": {
-        "activation": "gelu_new",
-        "tie_embeddings": True,
-        "attention_bias": True,
-        "mlp_bias": True,
-    },
-    "llama": {
-        "num_kv_heads": 2,
-        "activation": "silu",
-        "tie_embeddings": False,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "rope_theta": 10000.0,
-    },
-}
-
 
 def tiny_model(model_type: str = "llama", **changes: Any) -> ModelConfig:
-    """A model of about 50,000 parameters.
-
-    Args:
-      model_type: "gpt2" or "llama".
-      **changes: Fields of `ModelConfig` to set.
-    """
-    fields: dict[str, Any] = {"model_type": model_type} | _COMMON | _FAMILY[model_type] | changes
-    return ModelConfig(**fields)
+    """A "gpt2" or "llama" of about 50,000 parameters, with `changes` to the fields."""
+    gpt2 = model_type == "gpt2"
+    fields: dict[str, Any] = {"attention_bias": gpt2, "mlp_bias": gpt2, "tie_embeddings": gpt2}
+    fields |= {"vocab_size": 97, "num_layers": 3, "hidden_size": 32, "num_heads": 4, "head_dim": 8}
+    fields |= {"num_kv_heads": 4 if gpt2 else 2, "mlp_size": 48, "max_positions": 128}
+    fields |= {"norm_eps": 1e-5, "activation": "gelu_new" if gpt2 else "silu"}
+    fields["rope_theta"] = None if gpt2 else 1e4
+    return ModelConfig(model_type, **(fields | changes))
 
 
 def tiny_params(model: ModelConfig, seed: int = 0, scale: float = 8.0) -> Params:
-    """Random parameters, with embeddings large enough that predictions differ clearly.
-
-    Args:
-      model: Architecture.
-      seed: Of the generator.
-      scale: Factor on the embedding and head tables.
-    """
+    """Random parameters; embeddings and head times `scale`, so that predictions differ clearly."""
     params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(seed))
-    for part in ("embed", "head"):
-        if part in params:
-            params[part] = jax.tree.map(lambda leaf: leaf * scale, params[part])
-    return params
+    tables = {part: params[part] for part in ("embed", "head") if part in params}
+    return params | jax.tree.map(lambda leaf: leaf * scale, tables)
 
 
 def toy_tokenizer(
     folder: str | Path | None = None, vocab_size: int = 97
 ) -> PreTrainedTokenizerFast:
-    """A tokenizer of single printable ASCII characters, with `<s>` and `</s>`.
-
-    Args:
-      folder: Save it there too, as a Hugging Face folder would have it.
-      vocab_size: Number of ids; at most 97.
-    """
+    """A tokenizer of up to 97 single ASCII characters, `<s>` and `</s>`; also saved in `folder`."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    characters = [chr(code) for code in range(32, 127)]
-    vocab = {token: index for index, token in enumerate(["<s>", "</s>", *characters][:vocab_size])}
+    characters = ["<s>", "</s>", *map(chr, range(32, 127))]
+    vocab = {token: index for index, token in enumerate(characters[:vocab_size])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="</s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()

@@ -12,7 +12,7 @@ import qs_jax
 from qs_jax import cli, presets
 from qs_jax.calibration import climb, families, search
 from qs_jax.calibration.observe import observe
-from qs_jax.engine import scoring
+from qs_jax.engine import score as scoring
 from qs_jax.testing import tiny_model, tiny_params
 
 WINDOWS, WIDTH, CONTINUED = 12, 60, 12
@@ -54,7 +54,6 @@ def test_the_bound_of_a_constant_difference_is_that_difference():
     dense = scores([1.0, 2.0, 3.0])
     worse = scores([1.1, 2.1, 3.1])
     expected = math.exp(2.1) - math.exp(2.0)
-    assert climb.ppl_increase(worse, dense) == pytest.approx(expected)
     assert climb.upper_bound(worse, dense, 0.95) == pytest.approx(expected)
     assert climb.upper_bound(scores([1.1]), scores([1.0]), 0.95) == math.inf
 
@@ -72,7 +71,7 @@ def test_the_bound_covers_as_often_as_it_says():
 
 
 def space_of(model):
-    return families.Space("skip", "skip", "quota", (2, 3, 4), None, model, fuses=False)
+    return families.Space("skip", "quota", (2, 3, 4), None, model, fuses=False)
 
 
 # Saving and price of a share halted by the first, second and third layer: closed forms.
@@ -84,7 +83,7 @@ def stand_in(task, space, levels):
     stopped = np.diff(np.array([0, *levels[:3]]) / 4)
     saving = float(np.dot(stopped, SAVES))
     price = float(np.dot(stopped**2, PRICES))
-    return climb.Point(space.name, levels, price, {}, saving)
+    return climb.Point(space.policy, levels, price, {}, saving)
 
 
 def task_of(budget):
@@ -99,11 +98,11 @@ def test_the_climb_finds_the_front_and_measures_little(model, monkeypatch):
     rising = itertools.combinations_with_replacement(range(5), 3)
     every = [stand_in(task, space, (*levels, 0, 0)) for levels in rising]
     assert len(every) == 35
-    best, mine = (
+    best, ours = (
         max(point.saving for point in points if point.ppl_increase <= 0.3)
         for points in (every, found)
     )
-    assert mine >= 0.95 * best
+    assert ours >= 0.95 * best
     assert len(found) < 25
     front = climb.pareto(every)
     for point in front:
@@ -128,15 +127,15 @@ def test_the_walk_ends_at_the_first_candidate_out_of_budget(model, monkeypatch):
     task = task_of(0.1)._replace(dense=dense)
     points = [climb.Point("skip", (level, level, level, 0, 0), 0.0, {}, 0.1) for level in (1, 2, 3)]
     spaces = {"skip": space_of(model)}
-    best, told = climb.verify(task, points, spaces, 0.95)
+    best, entries = climb.verify(task, points, spaces, 0.95)
     assert best == points[0]
-    assert [entry["within_budget"] for entry in told] == [True, False]
+    assert [entry["within_budget"] for entry in entries] == [True, False]
 
     increases = iter([0.05, 0.05, 0.05, 0.2, 0.05, 0.05])  # ours and the other text's, in turn
-    best, told = climb.verify(task, points, spaces, 0.95, also={"web": task})
+    best, entries = climb.verify(task, points, spaces, 0.95, also={"web": task})
     assert best == points[0], "the second leaves the budget on the other text only"
-    assert [entry["also"]["web"]["within_budget"] for entry in told] == [True, False]
-    assert told[1]["upper_bound"] <= 0.1
+    assert [entry["also"]["web"]["within_budget"] for entry in entries] == [True, False]
+    assert entries[1]["upper_bound"] <= 0.1
 
 
 @pytest.fixture(
@@ -149,10 +148,10 @@ def test_the_walk_ends_at_the_first_candidate_out_of_budget(model, monkeypatch):
 def generous(request, params, text, cfg):
     """A search with a budget of a tenth of the perplexity; programs compiled; its options."""
     dense = qs_jax.score(params, text, cfg.replace(protocol="continuation")).perplexity
-    before = scoring.jit_score_masked._cache_size()
+    before = scoring._jit_masked._cache_size()
     options = {"max_evaluations": 25} | request.param
     found = search(params, text, cfg, max_ppl_increase=dense / 10, **options)
-    return found, dense, scoring.jit_score_masked._cache_size() - before, options
+    return found, dense, scoring._jit_masked._cache_size() - before, options
 
 
 def test_a_calibrated_preset_keeps_its_budget_on_windows_it_never_saw(generous, params, text, cfg):
@@ -161,10 +160,10 @@ def test_a_calibrated_preset_keeps_its_budget_on_windows_it_never_saw(generous, 
     verified = found.preset.provenance["verified"]
     assert not found.preset.is_off
     assert verified["upper_bound"] <= dense / 10
-    mine = cfg.replace(protocol="continuation", quicksilver=found.preset, engine="compact")
+    fast = cfg.replace(protocol="continuation", quicksilver=found.preset, engine="compact")
     rows = text[WINDOWS // 2 :]
-    worse = qs_jax.score(params, rows, mine)
-    plain = qs_jax.score(params, rows, mine.replace(quicksilver=None))
+    worse = qs_jax.score(params, rows, fast)
+    plain = qs_jax.score(params, rows, fast.replace(quicksilver=None))
     assert worse.perplexity - plain.perplexity == pytest.approx(
         verified["ppl_increase"], abs=1e-3 * plain.perplexity
     )
@@ -212,7 +211,7 @@ def test_teacher_forced_thresholds_come_from_percentiles(params, text, cfg):
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "told"),
+    ("changes", "error", "message"),
     [
         ({"max_ppl_increase": 0.0}, qs_jax.ConfigError, "must be positive"),
         ({"max_ppl_increase": float("nan")}, qs_jax.ConfigError, "must be positive"),
@@ -225,9 +224,9 @@ def test_teacher_forced_thresholds_come_from_percentiles(params, text, cfg):
         ({"verify_share": 0.1}, qs_jax.InputError, "too few"),
     ],
 )
-def test_mistakes_are_told(params, text, cfg, changes, error, told):
+def test_bad_settings(params, text, cfg, changes, error, message):
     settings = {"max_ppl_increase": 1.0, "max_evaluations": 1} | changes
-    with pytest.raises(error, match=told):
+    with pytest.raises(error, match=message):
         search(params, text, cfg, **settings)
 
 
@@ -253,12 +252,12 @@ def command(ckpt, folder, characters, *flags):
 def test_it_writes_a_preset_that_evaluate_takes(tiny_checkpoint, tmp_path, capsys):
     flags = ["--max-ppl-increase", "1e6", "--fit-windows", "16", "--max-evaluations", "6"]
     assert command(tiny_checkpoint, tmp_path, 3000, *flags, "--timed-runs", "0") == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     content = json.loads((tmp_path / "preset.json").read_text())
     verified = content["provenance"]["verified"]
     names = {"ppl_increase", "upper_bound", "exact_flops_saved", "paper_flops_saved"}
     assert names | {"measured_time_saved", "data", "windows"} <= set(verified)
-    assert "preset.json" in told
+    assert "preset.json" in printed
     searched = json.loads((tmp_path / "preset.search.json").read_text())
     assert {point["family"] for point in searched["points"]} == {"skip", "extrapolate"}
     evaluate = ["evaluate", "--ckpt", str(tiny_checkpoint), "--data", str(tmp_path / "text.txt")]
@@ -274,7 +273,7 @@ def test_it_writes_a_preset_that_evaluate_takes(tiny_checkpoint, tmp_path, capsy
 
 
 @pytest.mark.parametrize(
-    ("characters", "flags", "told"),
+    ("characters", "flags", "message"),
     [
         (30, [], "has 0 windows of 48 tokens"),
         (600, [], "were asked for"),
@@ -282,8 +281,8 @@ def test_it_writes_a_preset_that_evaluate_takes(tiny_checkpoint, tmp_path, capsy
         (3000, ["--fit-windows", "-1"], "--fit-windows must be at least 0"),
     ],
 )
-def test_mistakes(tiny_checkpoint, tmp_path, capsys, characters, flags, told):
+def test_mistakes(tiny_checkpoint, tmp_path, capsys, characters, flags, message):
     flags = ["--max-ppl-increase", "0.2", *flags]
     assert command(tiny_checkpoint, tmp_path, characters, *flags) == 1
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "preset.json").exists()

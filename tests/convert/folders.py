@@ -55,6 +55,15 @@ def assert_same_tree(ours: Params, expected: Params) -> None:
     jax.tree.map(np.testing.assert_array_equal, ours, expected)
 
 
+def assert_converts(source, out, seed: int = 0, **options):
+    """The source becomes the checkpoint of `llama_tensors`; returns its configuration."""
+    model, _ = convert(str(source), out, **options)
+    params, loaded = qs_jax.load(out)
+    assert loaded == model
+    assert_same_tree(params, llama_tensors(seed)[1])
+    return model
+
+
 def refused(source, tmp_path, **options):
     """The message of the refusal; asserts that nothing is left behind."""
     tmp_path.mkdir(exist_ok=True)

@@ -14,6 +14,7 @@ from qs_jax.errors import CheckpointError
 from qs_jax.testing import tiny_model, tiny_params
 from tests.convert.folders import (
     LLAMA_CONFIG,
+    assert_converts,
     assert_same_tree,
     llama_tensors,
     refused,
@@ -23,15 +24,20 @@ from tests.convert.folders import (
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1e4}
 
 
-def test_a_folder_becomes_a_checkpoint(source, tmp_path):
+def test_a_folder_becomes_a_checkpoint(source, tmp_path, capsys):
     _, expected, model = llama_tensors()
-    converted, notes = convert(str(source), tmp_path / "out")
+    command = ["--source", str(source), "--out", str(tmp_path / "out")]
+    assert hf_to_flax.main(command) == 0
+    assert "wrote llama, 0.0 M parameters, 3 layers, float32" in capsys.readouterr().out
     params, loaded = qs_jax.load(tmp_path / "out")
-    assert converted == loaded == model
-    assert notes == []
+    assert loaded == model
     assert_same_tree(params, expected)
     tokenizer = qs_jax.load_tokenizer(tmp_path / "out")
     assert tokenizer.decode(tokenizer("hello, world").input_ids) == "hello, world"
+    assert hf_to_flax.main(command) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+    assert hf_to_flax.main([*command, "--overwrite", "--dtype", "bfloat16"]) == 0
+    assert qs_jax.load(tmp_path / "out", dtype=None)[1].dtype == "bfloat16"
 
 
 def test_sharded_weights_with_an_index(source, tmp_path, tensors):
@@ -45,9 +51,7 @@ def test_sharded_weights_with_an_index(source, tmp_path, tensors):
         weight_map |= dict.fromkeys(names[part::3], file)
     index = source / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    convert(str(source), tmp_path / "out")
-    assert_same_tree(qs_jax.load(tmp_path / "out")[0], llama_tensors()[1])
-
+    assert_converts(source, tmp_path / "out")
     (source / "model-00002-of-00003.safetensors").unlink()
     assert "model-00002-of-00003.safetensors is missing" in refused(source, tmp_path / "second")
 
@@ -62,8 +66,7 @@ def test_pytorch_weights(source, tmp_path, tensors):
     parameters = {k: torch.nn.Parameter(v) for k, v in plain.items()}
     for stored, zipped in ((plain, True), (parameters, False)):
         torch.save(stored, file, _use_new_zipfile_serialization=zipped)
-        convert(str(source), tmp_path / "out", overwrite=not zipped)
-        assert_same_tree(qs_jax.load(tmp_path / "out")[0], llama_tensors()[1])
+        assert_converts(source, tmp_path / "out", overwrite=not zipped)
     torch.save({"state_dict": parameters}, file)
     assert "is not a plain dictionary of tensors" in refused(source, tmp_path / "second")
     file.write_bytes(b"PK\x03\x04 not a model")
@@ -86,8 +89,7 @@ def test_a_hub_id_resolves_through_the_hub_cache(tmp_path, tensors, monkeypatch)
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(commit)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    convert("someone/tiny-llama", tmp_path / "out")
-    assert_same_tree(qs_jax.load(tmp_path / "out")[0], llama_tensors()[1])
+    assert_converts("someone/tiny-llama", tmp_path / "out")
     manifest = json.loads((tmp_path / "out" / "qs_jax.json").read_text())
     assert manifest["source"] == "someone/tiny-llama (Hugging Face Hub)"
     message = refused("someone/unknown", tmp_path / "second")
@@ -121,8 +123,7 @@ def test_harmless_leftovers_are_ignored(tmp_path, tensors):
         "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
     }
     config = LLAMA_CONFIG | {"use_cache": True, "dtype": "float16"} | both
-    model, _ = convert(str(write_folder(tmp_path / "hf", more, config)), tmp_path / "out")
-    assert_same_tree(qs_jax.load(tmp_path / "out")[0], llama_tensors()[1])
+    model = assert_converts(write_folder(tmp_path / "hf", more, config), tmp_path / "out")
     assert model.rope_scaling is not None
     assert model.rope_scaling.factor == 4.0
 
@@ -188,30 +189,35 @@ def test_a_tied_head_that_differs_is_refused(tmp_path, tensors):
     assert "differs from model.embed_tokens.weight" in refused(other, tmp_path)
 
 
-@pytest.mark.parametrize("keep", [4, 100, 5000, -1])
-def test_truncated_safetensors(source, tmp_path, keep):
-    file = source / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:keep])
-    assert "truncated or not a safetensors file" in refused(source, tmp_path)
-
-
 @pytest.mark.parametrize(
-    ("bad", "dtype", "told"),
-    [(np.nan, "float32", ""), (np.inf, "float32", ""), (3.4e38, "bfloat16", " in bfloat16")],
+    ("bad", "dtype", "message"),
+    [
+        (np.nan, "float32", "{} holds NaN or infinite weights."),
+        (np.inf, "float32", "{} holds NaN or infinite weights."),
+        (3.4e38, "bfloat16", "{} holds NaN or infinite weights in bfloat16."),
+        (np.int8(1), "float32", "tensor dtypes (1):\n    - {}: I8 is not implemented"),
+        (np.True_, "float32", "tensor dtypes (1):\n    - {}: BOOL is not implemented"),
+    ],
 )
-def test_weights_that_are_not_finite(tmp_path, tensors, bad, dtype, told):
+def test_weights_that_are_not_finite_numbers(tmp_path, tensors, bad, dtype, message):
     name = "model.layers.2.mlp.down_proj.weight"
-    broken = tensors | {name: tensors[name].copy()}
-    broken[name][3, 3] = bad
-    source = write_folder(tmp_path / "hf", broken)
-    message = refused(source, tmp_path, dtype=dtype)
-    assert f"{name} holds NaN or infinite weights{told}" in message
+    broken = tensors[name].astype(bad.dtype if isinstance(bad, np.generic) else np.float32)
+    broken[3, 3] = bad
+    source = write_folder(tmp_path / "hf", tensors | {name: broken})
+    assert message.format(name) in refused(source, tmp_path, dtype=dtype)
+
+
+def test_float64_is_rounded(tmp_path, tensors):
+    wide = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}
+    _, notes = convert(str(write_folder(tmp_path / "hf", wide)), tmp_path / "out")
+    assert notes == [f"{len(tensors)} float64 tensor(s) are rounded"]
+    assert_same_tree(qs_jax.load(tmp_path / "out")[0], llama_tensors()[1])
 
 
 def test_a_missing_tokenizer(tmp_path, tensors):
     source = write_folder(tmp_path / "hf", tensors, tokenizer=False)
     assert "has no tokenizer" in refused(source, tmp_path)
-    convert(str(source), tmp_path / "out", tokenizer=False)
+    assert_converts(source, tmp_path / "out", tokenizer=False)
     with pytest.raises(CheckpointError, match="no tokenizer"):
         qs_jax.load_tokenizer(tmp_path / "out")
 
@@ -250,7 +256,7 @@ def test_a_tokenizer_of_another_model(source, tmp_path):
     tokenizer = json.loads((source / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"] |= {f"extra{i}": 97 + i for i in range(3)}
     (source / "tokenizer.json").write_text(json.dumps(tokenizer))
-    assert "the tokenizer has 100 ids, the model only 97" in refused(source, tmp_path)
+    assert "it has 100 ids, the model 97" in refused(source, tmp_path)
     tokenizer["model"]["vocab"] = {
         token: index for token, index in tokenizer["model"]["vocab"].items() if index < 97
     }
@@ -265,32 +271,17 @@ def test_a_tokenizer_of_another_model(source, tmp_path):
     assert "the tokenizer cannot be read" in refused(source, tmp_path)
 
 
-def test_sources_that_are_nothing(tmp_path):
+def test_sources_that_cannot_be_read(source, tmp_path):
     assert "no such file or folder" in refused("./nowhere", tmp_path)
-    (tmp_path / "weights.bin").write_bytes(b"")
-    assert "not a .gguf" in refused(tmp_path / "weights.bin", tmp_path)
-    folder = tmp_path / "empty"
-    folder.mkdir()
-    assert "has no config.json" in refused(folder, tmp_path)
+    file = source / "model.safetensors"
+    assert "not a .gguf" in refused(file, tmp_path)
+    whole = file.read_bytes()
+    for keep in (4, 100, 5000, -1):
+        file.write_bytes(whole[:keep])
+        assert "truncated or not a safetensors file" in refused(source, tmp_path)
+    file.unlink()
     for config, message in (("[1]", "must hold a JSON object"), ("{}", "has no weights")):
-        (folder / "config.json").write_text(config)
-        assert message in refused(folder, tmp_path)
-
-
-def test_the_command_line(source, tmp_path, capsys):
-    arguments = ["--source", str(source), "--out", str(tmp_path / "out"), "--dtype", "bfloat16"]
-    assert hf_to_flax.main(arguments) == 0
-    assert "llama, 0.0 M parameters, 3 layers, bfloat16" in capsys.readouterr().out
-    assert qs_jax.load(tmp_path / "out", dtype=None)[1].dtype == "bfloat16"
-    assert hf_to_flax.main(arguments) == 1
-    assert capsys.readouterr().err.startswith("error: ")
-
-
-def test_tensors_that_are_not_floating_point_numbers(tmp_path, tensors):
-    name = "model.layers.0.mlp.up_proj.weight"
-    for dtype in (np.int8, np.bool_):
-        source = write_folder(tmp_path / "hf", tensors | {name: tensors[name].astype(dtype)})
-        assert f"tensor dtypes (1):\n    - {name}: " in refused(source, tmp_path)
-    source = write_folder(tmp_path / "hf", tensors | {name: tensors[name].astype(np.float64)})
-    _, notes = convert(str(source), tmp_path / "out")
-    assert notes == ["1 float64 tensor(s) are rounded"]
+        (source / "config.json").write_text(config)
+        assert message in refused(source, tmp_path)
+    (source / "config.json").unlink()
+    assert "has no config.json" in refused(source, tmp_path)

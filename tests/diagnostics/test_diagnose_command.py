@@ -31,9 +31,7 @@ def command(tiny_checkpoint, tmp_path, monkeypatch):
 
 def test_it_writes_what_diagnose_finds_and_a_preset_that_recovers(command, tmp_path, capsys):
     safe = tmp_path / "safe.json"
-    command = dataclasses.replace(
-        command, suggest_protect=safe, percentile=50.0, max_protect=3, show=2
-    )
+    command = dataclasses.replace(command, suggest_protect=safe, percentile=50.0, max_protect=3)
     command.run()
     printed = capsys.readouterr().out
     content = json.loads(command.out.read_text())
@@ -51,11 +49,11 @@ def test_it_writes_what_diagnose_finds_and_a_preset_that_recovers(command, tmp_p
     assert 0 < len(suggested) <= 3
     loaded = presets.load(safe, model)
     assert list(loaded.protect_ids) == sorted(suggested)
-    told = loaded.provenance["protected"]["tokens"]
-    assert [entry["text"] for entry in told] == [chr(entry["id"] + 30) for entry in told]
+    tokens = loaded.provenance["protected"]["tokens"]
+    assert [entry["text"] for entry in tokens] == [chr(entry["id"] + 30) for entry in tokens]
     again = qs_jax.score(params, ids, cfg.replace(quicksilver=loaded))
     assert content["protect"]["after"]["perplexity"] == pytest.approx(again.perplexity, rel=1e-5)
-    for word in ("dense", "protected", "flagged tokens", "2 at most", str(safe.name)):
+    for word in ("dense", "protected", "flagged tokens", "20 at most", str(safe.name)):
         assert word in printed
     assert "[red]" not in printed
 
@@ -85,7 +83,7 @@ def test_a_file_is_cut_and_says_so(command, tmp_path, capsys):
 )
 def test_mistakes(command, tmp_path, monkeypatch, changes, message):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "safe.json").write_text("mine")
+    (tmp_path / "safe.json").write_text("ours")
     with pytest.raises(InputError, match=message):
         dataclasses.replace(command, **changes).run()
-    assert (tmp_path / "safe.json").read_text() == "mine"
+    assert (tmp_path / "safe.json").read_text() == "ours"

@@ -6,8 +6,8 @@ import scipy.optimize
 import scipy.special
 
 import qs_jax
-from convert.classifier import convert_classifier
 from convert.errors import ConversionError
+from convert.hf_to_flax import convert
 from qs_jax import accounting
 from qs_jax.config import Config
 from qs_jax.errors import CheckpointError, InputError
@@ -46,15 +46,11 @@ def config(model, name):
     return Config(model, quicksilver, protocol=protocol, engine="masked")
 
 
-def states_of(params, model, prompts, name, **options):
-    return last_states(params, config(model, name), prompts, **({"batch_size": 4} | options))
-
-
 @pytest.mark.parametrize("name", SETTINGS)
 def test_states_are_those_of_each_row_alone(params, model, prompts, name):
     """Whatever the lengths of its batch mates; the mechanisms see the prompt as a whole."""
-    states, counts = states_of(params, model, prompts, name)
     cfg = config(model, name)
+    states, counts = last_states(params, cfg, prompts, batch_size=4)
     ends = [len(prompts[0])] if cfg.effective_protocol == "continuation" else None
     row = [*prompts[0], 0]
     alone = qs_jax.score(params, [row], cfg, prompt_lengths=ends, return_states=True)
@@ -85,30 +81,23 @@ def hf_classifier(kind, folder, **changes):
     [
         ("gpt2", {"num_labels": 2, "id2label": {0: "neg", 1: "pos"}}),
         pytest.param("llama", {}, marks=pytest.mark.slow),
-        pytest.param(
-            "llama",
-            {"num_key_value_heads": 1, "head_dim": 16, "attention_bias": True},
-            marks=pytest.mark.slow,
-        ),
     ],
 )
 def test_hugging_face_sequence_classifiers(tmp_path, prompts, kind, changes):
     """Converted backbone and head give torch's logits, on rows of different lengths."""
     torch = pytest.importorskip("torch")
     hf = hf_classifier(kind, tmp_path / "hf", **changes)
-    model, head = convert_classifier(tmp_path / "hf", tmp_path / "ours", tokenizer=False)
+    model, _ = convert(str(tmp_path / "hf"), tmp_path / "ours", tokenizer=False, classifier=True)
     params, loaded = qs_jax.load(tmp_path / "ours")
     assert loaded == model
     stored = Head.load(tmp_path / "ours")
-    assert stored.labels == head.labels == tuple(hf.config.id2label.values())
-    states, counts = states_of(params, model, prompts, "dense")
-    ours = stored.logits(states)
+    assert stored.labels == tuple(hf.config.id2label.values())
+    ours = stored.logits(last_states(params, config(model, "dense"), prompts)[0])
     for prompt, row in zip(prompts, ours, strict=True):
         with torch.no_grad():
             theirs = hf(torch.tensor([prompt])).logits[0].numpy()
         np.testing.assert_allclose(row, theirs, atol=1e-4)
     assert np.abs(ours).max() > 0.5
-    assert counts["decode"]["tokens"] == 0
 
 
 def test_a_head_on_states_under_the_mechanisms(params, model, prompts):
@@ -144,7 +133,7 @@ def test_classifiers_that_cannot_be_converted(tmp_path):
     def refused(changed):
         save_file(changed, path, metadata={"format": "pt"})
         with pytest.raises(ConversionError) as caught:
-            convert_classifier(tmp_path / "hf", tmp_path / "out", tokenizer=False)
+            convert(str(tmp_path / "hf"), tmp_path / "out", tokenizer=False, classifier=True)
         assert not (tmp_path / "out").exists()
         assert [p.name for p in tmp_path.iterdir()] == ["hf"], "nothing may be left behind"
         return str(caught.value)
@@ -152,13 +141,12 @@ def test_classifiers_that_cannot_be_converted(tmp_path):
     score = tensors.pop("score.weight")
     assert "has no score.weight" in refused(tensors)
     for changed, message in (
-        (np.ones((3, 4), np.float32), "score.weight is [3, 4], the model is 32 wide"),
+        (np.ones((3, 4), np.float32), "score.weight: [3, 4], expected [3, 32]"),
         (score * np.nan, "NaN or infinite"),
+        (score.astype(np.int8), "score.weight: I8 is not implemented"),
         (np.ones((4, 32), np.float32), "the head has 4 classes"),
     ):
         assert message in refused(tensors | {"score.weight": changed})
-    with pytest.raises(ConversionError, match="is not a folder"):
-        convert_classifier(tmp_path / "nothing", tmp_path / "out")
 
 
 def test_heads_fit_the_classes_of_a_task(tmp_path):
@@ -207,17 +195,11 @@ def test_a_fitted_head_is_the_minimum():
         fit_head(x, y, ("a", "b", "c"), l2=-1.0)
 
 
-@pytest.mark.parametrize("engine", ["masked", "compact"])
-def test_states_are_what_the_head_reads(params, model, prompts, engine):
-    """For both engines: the states times the head's table are the logits."""
-    cfg = Config(model, QUOTA, engine=engine)
-    prompts, ends = prompts[:4], [14] * 4
-    out = qs_jax.score(
-        params, prompts, cfg, prompt_lengths=ends, return_logits=True, return_states=True
-    )
+def test_states_are_what_the_head_reads(params, model, prompts):
+    """The states times the head's table are the logits."""
+    cfg, ends = config(model, "quota"), [14] * 4
+    options = {"return_logits": True, "return_states": True}
+    out = qs_jax.score(params, prompts[:4], cfg, prompt_lengths=ends, **options)
     table = np.asarray(params["head"]["tokens"])
-    for row, length in enumerate(LENGTHS[:4]):
-        np.testing.assert_allclose(
-            out.states[row, :length] @ table.T, out.logits[row, :length], atol=1e-3
-        )
-    assert qs_jax.score(params, prompts, cfg, prompt_lengths=ends).states is None
+    for states, logits, length in zip(out.states, out.logits, LENGTHS, strict=False):
+        np.testing.assert_allclose(states[:length] @ table.T, logits[:length], atol=1e-3)

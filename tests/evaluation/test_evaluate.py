@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
 import scipy.special
@@ -11,7 +10,7 @@ import scipy.special
 import qs_jax
 from qs_jax import cli, presets
 from qs_jax.config import HaltingConfig, KVSkipConfig, QuickSilverConfig
-from qs_jax.evaluation import journal, perplexity
+from qs_jax.evaluation import journal, perplexity, rows
 from qs_jax.mechanisms.kv_maps import KVMaps
 
 pytestmark = pytest.mark.xdist_group("evaluate")
@@ -20,7 +19,7 @@ TEXT = ("the quick brown fox jumps over the lazy dog; " * 5)[:221]
 WIDTH, WINDOWS, CONTINUED = 24, 9, 8
 TOP = ["perplexity", "tokens_scored", "paper_flops_saved", "exact_flops_saved", "kv_bytes_saved"]
 TOP += ["layer_tokens_saved", "nll", "perplexity_interval", "windows", "per_window", "counts"]
-TOP += ["summary", "simulated", "note", "text", "config", "model", "versions", "git"]
+TOP += ["summary", "simulated", "text", "config", "model", "versions", "git"]
 
 
 @pytest.fixture(scope="module")
@@ -120,13 +119,11 @@ def test_the_file_says_what_was_run(ckpt, run, tmp_path):
     assert got["windows"] == 5
     counts = {"characters": 221, "documents": 1, "tokens": 221, "tokens_left_over": 5}
     assert got["text"] == counts
-    config = got["config"]
-    assert config["protocol"] == "teacher-forced"
-    assert config["continuation_tokens"] is None
-    assert (config["seq_len"], config["batch_size"], config["limit_windows"]) == (WIDTH, 4, 5)
-    assert (config["preset"], config["engine"], config["dtype"]) == ("off", "masked", "float32")
-    assert config["quicksilver"] == QuickSilverConfig().to_dict()
-    assert config["data"] == "text.txt"
+    expected = {"protocol": "teacher-forced", "continuation_tokens": None, "seq_len": WIDTH}
+    expected |= {"batch_size": 4, "limit_windows": 5, "preset": "off", "engine": "masked"}
+    expected |= {"dtype": "float32", "data": "text.txt"}
+    expected |= {"quicksilver": QuickSilverConfig().to_dict()}
+    assert got["config"] | expected == got["config"]
     assert got["model"]["config"] == qs_jax.load(ckpt)[1].to_dict()
     assert set(got["versions"]) == {"python", "jax", "jaxlib", "flax", "numpy", "qs_jax"}
     assert str(tmp_path) not in json.dumps(got["config"])
@@ -156,7 +153,7 @@ def kill_after(monkeypatch, batches):
             raise KeyboardInterrupt
         return qs_jax.score(*args, **options)
 
-    monkeypatch.setattr(perplexity, "score", score)
+    monkeypatch.setattr(rows, "score", score)
     return calls
 
 
@@ -200,24 +197,21 @@ def test_killed_before_the_first_batch_or_after_the_last(run, tmp_path, monkeypa
 
 def error_of(capsys, code):
     captured = capsys.readouterr().err
-    assert code == 1
-    lines = [line for line in captured.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, captured
-    assert captured.endswith(lines[0] + "\n")
-    return lines[0]
+    assert (code, captured.count("error: ")) == (1, 1), captured
+    last = captured.splitlines()[-1]
+    assert last.startswith("error: ")
+    return last
 
 
 MISTAKES = {
     "seq-len": (["--seq-len", "129"], "windows of 129 tokens exceed this model's 128 positions"),
-    "data": (["--data", "wikitext-2"], "unknown data 'wikitext-2'"),
     "c4": (["--data", "c4"], "--limit-windows"),
     "offline": (["--data", "wikitext-103"], "give a local file"),
     "continuation": (["--protocol", "continuation"], "raise --seq-len, lower --continuation"),
     "no windows": (["--limit-windows", "0"], "--limit-windows must be at least 1"),
     "no width": (["--seq-len", "1"], "--seq-len must be at least 2"),
     "both": (["--resume"], "give one"),
-    "short": (["--data", "short.txt"], "the text has 1 token;"),
-    "bytes": (["--data", "bad.txt"], "is not UTF-8 text: byte 2"),
+    "short": (["--data", "short.txt"], "must have at least 2 tokens, got 1"),
 }
 
 
@@ -227,7 +221,6 @@ def test_mistakes_are_one_clear_line(run, tmp_path, monkeypatch, capsys, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out.json").write_text("precious")
     (tmp_path / "short.txt").write_text("x")
-    (tmp_path / "bad.txt").write_bytes(b"ab\xff")
     before = content(tmp_path)
     flags, message = MISTAKES[name]
     assert message in error_of(capsys, run(*flags, "--overwrite"))
@@ -254,9 +247,7 @@ def test_unfinished_runs_are_not_replaced_unasked(run, tmp_path, capsys, monkeyp
         assert run() == 130
     capsys.readouterr()
     before = content(tmp_path)
-    error = error_of(capsys, run())
-    assert "--resume" in error
-    assert "--overwrite" in error
+    assert "pass --overwrite to start anew or --resume" in error_of(capsys, run())
     (tmp_path / "other.txt").write_text(TEXT[::-1])
     other = error_of(capsys, run("--resume", data=tmp_path / "other.txt"))
     assert 'config.data is "text.txt", now "other.txt"' in other
@@ -313,13 +304,11 @@ def test_numbers_at_the_edge(monkeypatch, tmp_path):
     assert perplexity.git_hash() is None, "outside a repository"
 
 
-def test_the_perplexity_does_not_depend_on_the_devices(run, tmp_path, capsys):
+def test_the_perplexity_does_not_depend_on_the_devices(run, tmp_path):
     """Nine windows in batches of four: the last batch has fewer windows than devices."""
     assert run(out="one.json") == 0
-    capsys.readouterr()
     assert run("--devices", "all", out="more.json") == 0
-    assert f"on each of {jax.local_device_count()} devices" in capsys.readouterr().out
-    one, more = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "more"))
+    one, more = (read(tmp_path, name) for name in ("one.json", "more.json"))
     assert more["perplexity"] == pytest.approx(one["perplexity"], rel=1e-6)
     assert more["config"] == one["config"]
     assert more["counts"] == one["counts"]

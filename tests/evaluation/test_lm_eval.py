@@ -82,7 +82,7 @@ def model_of(folder):
     @functools.cache
     def model_of(name, **options):
         preset = name if name == "off" else str(folder / f"{name}.json")
-        given = {"engine": "masked", "batch_size": 4, "rolling_block": 16} | options
+        given = {"engine": "masked", "batch_size": 4} | options
         return QSJaxLM(str(folder / "ckpt"), preset, **given)
 
     return model_of
@@ -129,10 +129,10 @@ def test_the_harness_runs_every_kind_of_task(model_of, folder):
     right = np.mean([b == d["label"] for b, d in zip(best, DOCUMENTS, strict=True)])
     assert results["results"]["choice_here"]["acc,none"] == pytest.approx(right)
     assert results["results"]["rolling_here"]["bits_per_byte,none"] > 0
-    told = results["config"]["qs_jax"]
-    assert told["preset"] == "half.json"
-    assert told["protocol"] == "continuation"
-    assert 0 < told["saved_scoring"]["layer_tokens_saved"] < 1
+    info = results["config"]["qs_jax"]
+    assert info["preset"] == "half.json"
+    assert info["protocol"] == "continuation"
+    assert 0 < info["saved_scoring"]["layer_tokens_saved"] < 1
     for sample, document in zip(results["samples"]["until_here"], DOCUMENTS, strict=True):
         cfg = lm.cfg.replace(max_new_tokens=12)
         out = qs_jax.generate(lm.params, [lm.tok_encode(document["text"])], cfg)
@@ -142,7 +142,7 @@ def test_the_harness_runs_every_kind_of_task(model_of, folder):
 
 @pytest.mark.parametrize("name", ["off", "half", pytest.param("dual", marks=pytest.mark.slow)])
 def test_words_of_one_token_share_a_row(model_of, name):
-    """Their context runs once; every value is that of a row of its own, and greedy is told."""
+    """Their context runs once; every value is that of a row of its own, and greedy is right."""
     lm, asked = model_of(name), [([5, 6, 7, 8, 9], [word]) for word in (3, 4)]
     asked += [([5, 6, 7, 8, 9], [3, 4]), ([6, 7, 8, 9, 9], [3])]
     best = logprobs_of(lm, [*asked[0][0], 3], 5)[1].tolist()
@@ -159,39 +159,29 @@ def test_words_of_one_token_share_a_row(model_of, name):
 
 @pytest.mark.parametrize("name", ["off", "half"])
 def test_rolling_predicts_every_token_once(model_of, name):
-    lm = model_of(name)
+    lm = model_of(name, max_length=128 if name == "off" else 32)
     text = "abcdefg hijklmn opqrstu vwxyz and so on"
     ids = [lm.prefix_token_id, *lm.tok_encode(text)]
     (found,) = lm.loglikelihood_rolling([request(text)], disable_tqdm=True)
     if name == "off":
         expected = logprobs_of(lm, ids, 1)[0].sum()
-    else:  # blocks of 16, each with all before it as its prompt
-        blocks = [(ids[: end + 16], end) for end in range(1, len(ids), 16)]
+    else:  # blocks of 16, each with what fits before it as its prompt
+        blocks = [(ids[max(end - 16, 0) : end + 16], min(end, 16)) for end in (1, 17, 33)]
         expected = sum(logprobs_of(lm, row, end)[0].sum() for row, end in blocks)
     assert found == pytest.approx(expected, abs=1e-3)
     assert lm.loglikelihood_rolling([request("")], disable_tqdm=True) == [0.0]
 
 
-def test_windows_fit_the_model(model_of):
-    lm = model_of("half", max_length=24)
-    ids = list(range(2, 62))
-    for block in lm._windows(ids):
-        assert 1 <= len(block[0]) <= 8
-        assert len(block[0]) + len(block[1]) <= 24
-    assert [token for _, block in lm._windows(ids) for token in block] == ids
+def test_requests_fit_the_model(model_of):
+    lm = model_of("half", max_length=32)
     before = lm.truncated
-    assert lm._cut(list(range(30)), [1, 2]) == (list(range(8, 30)), [1, 2])
+    assert lm._fit(list(range(40)), [1, 2]) == (list(range(10, 40)), [1, 2])
     assert lm.truncated == before + 1
-    with pytest.raises(InputError, match="leaves no room for its context"):
-        lm._cut([1], list(range(24)))
-    with pytest.raises(InputError, match="has no tokens"):
-        lm._cut([1], [])
-    for options, message in (
-        ({"batch_size": "auto"}, "--batch_size must be a number"),
-        ({"rolling_block": 128}, "rolling_block must lie between 1 and 127"),
-    ):
-        with pytest.raises(InputError, match=message):
-            model_of("off", **options)
+    for after in (list(range(32)), []):
+        with pytest.raises(InputError, match=f"1 to 31 tokens, got {len(after)}"):
+            lm._fit([1], after)
+    with pytest.raises(InputError, match="--batch_size must be a number"):
+        model_of("off", batch_size="auto")
 
 
 def test_generation_settings(model_of):

@@ -28,12 +28,12 @@ def run(tiny_checkpoint, tmp_path, monkeypatch):
     """Runs the command on 24 rows of a toy task; returns the results."""
     monkeypatch.setattr(console, "detect_legacy_windows", lambda: False)
     monkeypatch.setitem(tasks.TASKS, "toy", TOY)
-    mine = str(presets.save(tmp_path / "mine.json", SETTINGS))
+    preset = str(presets.save(tmp_path / "mine.json", SETTINGS))
     write(tmp_path / "toy.jsonl", toy_rows(24))
     write(tmp_path / "rte.jsonl", RTE * 4)
 
     def run(**options):
-        given = {"tasks": ("toy",), "data": str(tmp_path), "preset": mine, "batch_size": 8}
+        given = {"tasks": ("toy",), "data": str(tmp_path), "preset": preset, "batch_size": 8}
         given |= {"head": "linear"} | options
         Tasks(ckpt=tiny_checkpoint, out=tmp_path / "out.json", **given).run()
         return json.loads((tmp_path / "out.json").read_text())
@@ -86,14 +86,11 @@ def test_a_fitted_head(run, capsys):
     task = results["tasks"]["toy"]
     assert task["examples"] + task["train"]["used"] == 24
     assert task["fit"]["gradient_norm"] < 1e-3
-    told = capsys.readouterr().err
-    assert "toy, dense" in told
-    assert "toy, preset" in told
+    printed = capsys.readouterr().err
+    assert "toy, dense" in printed
+    assert "toy, preset" in printed
     with pytest.raises(InputError, match="--overwrite"):
         run()
-    other = run(l2=0.01, fit_on="preset", overwrite=True)["tasks"]["toy"]
-    assert other["train"] == task["train"]
-    assert other["per_example"]["dense"] != task["per_example"]["dense"]
 
 
 @pytest.mark.slow
@@ -133,11 +130,8 @@ def test_a_stored_head(run, tiny_checkpoint, tmp_path, capsys):
         ({"tasks": ("toy", "squad")}, "--tasks squad: the tasks are mnli"),
         ({"tasks": ()}, "the tasks are mnli"),
         ({"tasks": ("toy", "rte"), "data": __file__}, "for several tasks give their folder"),
-        ({"data": "nothing.jsonl"}, "no such file"),
-        ({"limit": 0}, "--limit must be at least 1"),
         ({"batch_size": 0}, "--batch-size must be at least 1"),
         ({"devices": "9"}, "devices must be 'all' or between 1 and 4"),
-        ({"train_share": 2.0}, "--train-share"),
     ],
 )
 def test_mistakes(run, tmp_path, options, message):

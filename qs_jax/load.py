@@ -1,0 +1,147 @@
+"""Loading a converted checkpoint: its parameters, and the extrapolation maps that go with them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from qs_jax.checkpoint import PARAMS, fingerprint, read_manifest
+from qs_jax.config import Config, ModelConfig
+from qs_jax.errors import CheckpointError, ConfigError, InputError, NonFiniteError
+from qs_jax.mechanisms.kv_maps import FILE_NAME, KVMaps, select
+from qs_jax.models import Params, abstract_params
+from qs_jax.models.cpu import processor_multiplies
+from qs_jax.presets import SHIPPED_PRESET, is_shipped, maps_path
+
+_finite = jax.jit(lambda leaf: jnp.isfinite(leaf).all())
+
+
+def load(
+    path: str | Path, *, dtype: str | None = "auto", devices: Sequence[jax.Device] | None = None
+) -> tuple[Params, ModelConfig]:
+    """Read a converted checkpoint, and check it against its checksum.
+
+    Args:
+      path: Folder written by `python -m convert.hf_to_flax`.
+      dtype: "float32" or "bfloat16" to convert while reading; "auto" is the faster of the two on
+        the device; None keeps the stored dtype.
+      devices: Shard the parameters over these, tensor-parallel; None is the default device.
+
+    Returns:
+      The stacked parameter tree, and the configuration with the dtype it has now. The tree holds
+      "kv_maps" where there is a kv_maps.safetensors in the folder, or maps for this checkpoint come
+      with the library.
+
+    Raises:
+      CheckpointError: The folder is missing, incomplete, damaged or of another format.
+      ConfigError: `dtype` is none of these, or `devices` is empty.
+      NonFiniteError: A weight is NaN or infinite.
+    """
+    path, manifest = Path(path), read_manifest(path)
+    model = ModelConfig.from_dict(manifest["model"])
+    if devices is not None and len(devices) == 0:
+        raise ConfigError("devices is empty; None takes the default device.")
+    model = model.replace(dtype=choose_dtype(dtype, model, devices[0] if devices else None))
+    # TensorStore reads a missing chunk as zeros, and Orbax leaves reads pending when one fails.
+    if fingerprint(path / PARAMS) != manifest["params"]:
+        raise CheckpointError(f"{path / PARAMS}: files were lost or changed. Convert again.")
+    params = _restore(path, model, devices)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if bad := [jax.tree_util.keystr(key) for key, leaf in leaves if not _finite(leaf)]:
+        raise NonFiniteError(f"{path}: NaN or infinite weights in {', '.join(bad)}.")
+    maps = path / FILE_NAME if (path / FILE_NAME).is_file() else None
+    if maps is None and manifest["source"].startswith("embedded "):
+        maps = shipped_maps(model)
+    return params if maps is None else {**params, "kv_maps": KVMaps.load(maps)}, model
+
+
+def choose_dtype(dtype: str | None, model: ModelConfig, device: Any = None) -> str:
+    """The dtype in which a stored model is used on a device, by default the default device.
+
+    "auto" is float32 on a CPU that does not multiply bfloat16 and on GPUs that do not (before
+    compute capability 8), and bfloat16 on everything else. None is the stored dtype.
+    """
+    if dtype != "auto":
+        return dtype or model.dtype
+    device = jnp.zeros(()).device if device is None else device
+    if device.platform == "cpu":
+        return "bfloat16" if processor_multiplies() else "float32"
+    major = str(getattr(device, "compute_capability", "")).partition(".")[0]
+    old = device.platform in ("gpu", "cuda") and major.isdigit() and int(major) < 8
+    return "float32" if old else "bfloat16"
+
+
+def _restore(path: Path, model: ModelConfig, devices: Sequence[jax.Device] | None) -> Params:
+    """The parameters in the model's dtype, on the default device or sharded over several.
+
+    Projections into heads and neurons are cut by columns, those back by rows, tables by tokens.
+    Axes that the devices do not divide evenly, and everything else, are replicated.
+    """
+    import orbax.checkpoint as ocp  # slow to import
+
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    mesh = None if devices is None else Mesh(np.asarray(devices), ("model",))
+
+    def place(key_path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        if mesh is None:
+            return leaf.update(sharding=SingleDeviceSharding(jnp.zeros(()).device))
+        module, name = (entry.key for entry in key_path[-2:])
+        spec: list[str | None] = [None] * len(leaf.shape)
+        axis = {"out": 1, "down": 1, "embed": 0, "head": 0}.get(module, len(spec) - 1)
+        sharded = name in ("kernel", "tokens") or module in ("qkv", "gate_up", "up")
+        if sharded and leaf.shape[axis] % mesh.size == 0:
+            spec[axis] = "model"
+        return leaf.update(sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+    target = jax.tree_util.tree_map_with_path(place, abstract_params(model))
+    restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+    args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args)
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(path.resolve() / PARAMS, args=args)
+    except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path} is damaged: {reason} Convert again.") from error
+
+
+def shipped_maps(model: ModelConfig) -> Path | None:
+    """The file of the maps that come with the library; None for a model of other sizes."""
+    return maps_path(SHIPPED_PRESET) if is_shipped(model) else None
+
+
+def find_maps(
+    cfg: Config, ckpt: Path, given: Path | None = None, preset: str = ""
+) -> tuple[KVMaps, Path] | tuple[None, None]:
+    """The maps of the configuration's halting layers and their file, if its policy reads any.
+
+    Args:
+      cfg: Its `kv_skip.policy` decides.
+      ckpt: Checkpoint folder, where the maps are unless the preset has its own.
+      given: Another file, or None.
+      preset: Name, or file beside which `calibrate` writes its maps; `balanced` has its own.
+
+    Raises:
+      CheckpointError: There is no such file.
+      ConfigError: The maps are of other layers or another model.
+      InputError: A file was given though the policy reads none.
+    """
+    qs = cfg.quicksilver
+    if not qs or not qs.halting or not qs.kv_skip or qs.kv_skip.policy != "extrapolate":
+        if given is not None:
+            raise InputError(f"{given}: KV maps are for kv_skip.policy 'extrapolate' only.")
+        return None, None
+    beside = maps_path(Path(preset)) if preset.endswith(".json") else ckpt / FILE_NAME
+    if preset == "balanced":
+        beside = shipped_maps(cfg.model) or beside
+    path = given or (beside if beside.exists() else ckpt / FILE_NAME)
+    path = path / FILE_NAME if path.is_dir() else path
+    maps = select(KVMaps.load(path), qs.halting.layers or ())
+    maps.check(cfg.model)
+    return maps, path
