@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import qs_jax
-from qs_jax.calibration import fit_maps, observe
+from qs_jax.calibration.fit_maps import _moments
+from qs_jax.calibration.observe import _signals
 from qs_jax.config import Config
 from qs_jax.models import cpu
 from tests.engine.contract import FAST, MATRIX, model_of, params_of
@@ -79,9 +80,9 @@ def test_calibration_lowers_for_cuda(name):
     params, every = params_of(MODEL), np.ones(TOKENS.shape, bool)
     if name == "fit_maps":
         static = {"model": MODEL, "chosen": (2, 4), "features": ("state", "neurons")}
-        function, arrays = fit_maps._moments, (params, TOKENS, every)
+        function, arrays = _moments, (params, TOKENS, every)
     else:
         static = {"model": MODEL}
-        function, arrays = observe._signals, (params, TOKENS, np.argsort(TOKENS)[:, :4])
+        function, arrays = _signals, (params, TOKENS, np.argsort(TOKENS)[:, :4])
     traced = jax.jit(function, static_argnames=tuple(static)).trace(*arrays, **static)
     assert "stablehlo.dot_general" in traced.lower(lowering_platforms=("cuda",)).as_text()

@@ -1,0 +1,42 @@
+"""Imports point down DESIGN's list of rooms, and no modules import each other in a circle."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import qs_jax
+
+ROOT = Path(qs_jax.__file__).parent
+FLOORS = (
+    "__init__ load cli __main__ lm_eval testing",
+    *("commands", "report", "diagnostics", "evaluation", "calibration", "text", "accounting"),
+    *("engine", "mechanisms", "models"),
+    "presets checkpoint record state config errors timing compilation_cache",
+)
+FLOOR = {room: depth for depth, rooms in enumerate(FLOORS) for room in rooms.split()}
+ENGINES = {f"qs_jax.engine.{name}" for name in ("prompt", "decode", "cache", "generate", "score")}
+
+
+def modules():
+    """Paths by dotted name."""
+    names = {path.relative_to(ROOT.parent).with_suffix(""): path for path in ROOT.rglob("*.py")}
+    return {".".join(name.parts).removesuffix(".__init__"): path for name, path in names.items()}
+
+
+def imports_of(path, known):
+    """Modules of this package that a file imports anywhere, functions and type checks included."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.ImportFrom) and node.module in known:
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if name in known else node.module for name in inner)
+
+
+def test_imports_point_down_and_in_no_circle():
+    known = modules()
+    graph = {name: set(imports_of(path, known)) for name, path in known.items()}
+    floor = {name: FLOOR[[*name.split("."), "__init__"][1]] for name in known}
+    assert not [(a, b) for a, found in graph.items() for b in found if floor[b] < floor[a]]
+    TopologicalSorter(graph).prepare()  # raises where there is a circle
+    assert not graph["qs_jax.engine.masked"] & ENGINES
