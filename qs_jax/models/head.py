@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from qs_jax.config import ModelConfig
-from qs_jax.models import layers
+from qs_jax.models import cpu, layers
 from qs_jax.models.params import Params
 from qs_jax.models.registry import family_of
 
