@@ -61,7 +61,7 @@ def test_greedy_takes_the_most_likely_token(model, params):
 
 
 @pytest.mark.hf
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("kind", [pytest.param("gpt2", marks=pytest.mark.slow), "llama"])
 def test_greedy_equals_hugging_face_generate(kind, tmp_path):
     torch = pytest.importorskip("torch")
     from tests.support import make_pair
