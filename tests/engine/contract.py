@@ -182,8 +182,7 @@ def fast_case(name: str, protocol: str | None, **fields):
     if qs is not None and qs.kv_skip is not None and qs.kv_skip.policy == "extrapolate":
         features = FEATURES if protocol == "continuation" else ("state", "embedding")
         params = with_maps(params, model, qs.halting.layers, features, 0, code=20)
-    given = {"eos_token_ids": ()} | fields
-    return params, Config(model, qs, protocol=protocol, **given)
+    return params, Config(model, qs, protocol=protocol, **{"eos_token_ids": ()} | fields)
 
 
 def few(names, *by_default):

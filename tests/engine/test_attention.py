@@ -56,20 +56,6 @@ def test_some_queries_see_the_keys_that_exist(monkeypatch, backend, rising):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize(("most", "kv_heads"), [(0, 1), (20_000, KV_HEADS)])
-def test_rows_and_heads_one_after_the_other_are_the_same_attention(monkeypatch, most, kv_heads):
-    q, (k, v), (pos_BT, first_BS) = random_heads(20, HEADS), keys_values(), some_of_each_row(20)
-    expected = attention.blocked_attention(q, k, v, pos_BT, first_BS)
-    monkeypatch.setattr(cpu, "MOST_LOGITS", most)
-    shapes, plain = [], attention._attend_block
-    monkeypatch.setattr(
-        attention, "_attend_block", lambda q, *a: shapes.append(q.shape[:2]) or plain(q, *a)
-    )
-    found = attention.blocked_attention(q, k, v, pos_BT, first_BS)
-    assert shapes == [(1, kv_heads)]
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-
-
 def test_a_query_that_sees_nothing_is_finite_and_touches_no_other(backend):
     q, (k, v) = random_heads(WIDTH, HEADS), keys_values()
     pos_BT = jnp.broadcast_to(jnp.arange(WIDTH, dtype=jnp.int32), (BATCH, WIDTH))

@@ -132,7 +132,7 @@ def assert_same_rows(found, expected, rows, real):
         np.testing.assert_array_equal(ours[:, real], theirs[:, real], part)
 
 
-@pytest.mark.parametrize("name", few(MECHANISMS, "dual-skip", "quota-fusion-int8"))
+@pytest.mark.parametrize("name", few(MECHANISMS, "dual-skip", "quota-extrapolate"))
 def test_rows_do_not_depend_on_padding(name):
     """Alone, a row is padded less: another program."""
     runs, length = run(name), LENGTHS[1]

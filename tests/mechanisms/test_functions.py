@@ -3,7 +3,6 @@
 import dataclasses
 import math
 
-import chex
 import hypothesis.extra.numpy as hnp
 import jax
 import jax.numpy as jnp
@@ -13,13 +12,12 @@ import scipy.linalg
 import scipy.special
 from hypothesis import given
 from hypothesis import strategies as st
-from qs_jax.mechanisms.plan import bind
 
 import qs_jax
 from qs_jax.config import AMQConfig, Config, HaltingConfig
-from qs_jax.engine import attention, scoring, tokenwise
-from qs_jax.mechanisms import amq, fusion, halting, signals
-from tests.engine.contract import MATRIX, model_of, params_of
+from qs_jax.engine import attention, score
+from qs_jax.mechanisms import amq, fusion, halting, int8, resolve, signals
+from tests.engine.contract import MATRIX, model_of, params_of, settings
 from tests.support import random_tokens
 
 # Steps of a thousandth: no differences so small that the processor flushes them to zero.
@@ -28,11 +26,17 @@ VECTORS = hnp.arrays(np.int32, (3, 16), elements=st.integers(-100_000, 100_000))
 )
 
 
+def coder(**fields):
+    """AMQ as engines have it, in groups of 8."""
+    setting = AMQConfig.uniform(8, 1, group=8, **fields)
+    return resolve(settings(amq=setting), model_of("llama"), "teacher-forced").amq
+
+
 @given(VECTORS, st.sampled_from([2, 4]), st.booleans())
 def test_sliced_codes_are_direct_codes(x, bits, symmetric):
     """Slicing the 8-bit code is floor(2^b (x - low) / range): quantising to b bits directly."""
-    setting = AMQConfig.uniform(8, 1, group=8, symmetric=symmetric)
-    codes, low, span = (np.asarray(part) for part in amq.code(jnp.asarray(x), setting))
+    parts = amq.code(jnp.asarray(x), coder(symmetric=symmetric))
+    codes, low, span = map(np.asarray, parts)
     groups = x.reshape(3, 2, 8)
     unit = (groups - low) / np.maximum(span, np.finfo(np.float32).tiny)
     direct = np.clip(np.floor(unit * 2**bits), 0, 2**bits - 1)
@@ -42,10 +46,9 @@ def test_sliced_codes_are_direct_codes(x, bits, symmetric):
 
 @given(VECTORS, st.sampled_from([2, 4, 8]), st.booleans())
 def test_quantisation_error_is_half_a_bin(x, bits, rotate):
-    setting = AMQConfig.uniform(8, 1, group=8, rotate=rotate)
     given_bits = jnp.full(3, bits, jnp.int32)
-    out = np.asarray(amq.fake_quantize(jnp.asarray(x), given_bits, setting))
-    inside = np.asarray(amq.rotate(jnp.asarray(x), 8)) if rotate else x
+    out = np.asarray(amq.fake_quantize(jnp.asarray(x), given_bits, coder(rotate=rotate)))
+    inside = np.asarray(int8.rotate_groups(jnp.asarray(x), 8)) if rotate else x
     groups = inside.reshape(3, 2, 8)
     half = (groups.max(-1) - groups.min(-1)) / 2**bits / 2
     error = np.linalg.norm((out - x).reshape(3, 2, 8), axis=-1)
@@ -55,7 +58,9 @@ def test_quantisation_error_is_half_a_bin(x, bits, rotate):
 
 def test_full_precision_is_untouched_and_bits_are_per_token():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 16)), jnp.float32)
-    out = amq.fake_quantize(x, jnp.array([16, 8, 4, 2]), AMQConfig.uniform(8, 1))
+    setting = AMQConfig.uniform(8, 1, group=16)
+    given_amq = resolve(settings(amq=setting), model_of("llama"), "teacher-forced").amq
+    out = amq.fake_quantize(x, jnp.array([16, 8, 4, 2]), given_amq)
     np.testing.assert_array_equal(out[0], x[0])
     errors = np.abs(np.asarray(out - x)).max(-1)
     assert 0 < errors[1] < errors[2] < errors[3]
@@ -65,9 +70,9 @@ def test_full_precision_is_untouched_and_bits_are_per_token():
 @pytest.mark.parametrize("size", [1, 2, 8, 16])
 def test_the_rotation_is_hadamard_and_its_own_inverse(size):
     expected = scipy.linalg.hadamard(size) / math.sqrt(size)
-    np.testing.assert_allclose(amq.hadamard(size), expected)
+    np.testing.assert_allclose(int8.hadamard(size), expected)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16)), jnp.float32)
-    np.testing.assert_allclose(amq.rotate(amq.rotate(x, size), size), x, atol=1e-6)
+    np.testing.assert_allclose(int8.rotate_groups(int8.rotate_groups(x, size), size), x, atol=1e-6)
 
 
 def test_drifts_and_entropies_by_hand():
@@ -88,7 +93,7 @@ def test_drifts_and_entropies_by_hand():
 def test_the_quota_stops_exactly_its_share(score, eligible, share):
     halted = np.zeros_like(eligible)
     halts = np.asarray(
-        halting.quota(*map(jnp.asarray, (score, eligible, halted)), jnp.float32(share))
+        halting.lowest(*map(jnp.asarray, (score, eligible, halted)), jnp.float32(share))
     )
     assert not halts[~eligible].any()
     for row in range(2):
@@ -119,15 +124,13 @@ def test_a_run_gives_each_member_the_mean_up_to_itself():
     h = jnp.asarray(np.random.default_rng(0).normal(size=(1, 5, 3)), jnp.float32)
     pairs = jnp.array([[[0], [1], [1], [0], [1]]], bool)  # 0-1-2 and 3-4
     ones = jnp.ones((1, 5), jnp.float32)
-    zero = jnp.zeros((1, 1))
-    earlier = fusion.Merged(jnp.zeros((1, 1, 3)), zero, zero)
-    merged, takes = fusion.merge(h, pairs, ones, None, ones, earlier, h.dtype)
-    np.testing.assert_array_equal(merged.size_BX[0], [1, 2, 3, 1, 2])
-    np.testing.assert_array_equal(merged.h_BXD[0, 0], h[0, 0])
-    np.testing.assert_allclose(merged.h_BXD[0, 1], h[0, :2].mean(0), rtol=1e-5)
-    np.testing.assert_allclose(merged.h_BXD[0, 2], h[0, :3].mean(0), rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(merged.h_BXD[0, 3], h[0, 3])
-    absorbed = fusion.absorbers(takes, jnp.arange(5)[None])[0, 1:]
+    merged, takes = fusion.merge(h, pairs, ones, None, ones, h.dtype)
+    np.testing.assert_array_equal(merged.size_BT[0], [1, 2, 3, 1, 2])
+    np.testing.assert_array_equal(merged.h_BTD[0, 0], h[0, 0])
+    np.testing.assert_allclose(merged.h_BTD[0, 1], h[0, :2].mean(0), rtol=1e-5)
+    np.testing.assert_allclose(merged.h_BTD[0, 2], h[0, :3].mean(0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(merged.h_BTD[0, 3], h[0, 3])
+    absorbed = fusion.absorbers(takes, jnp.arange(5, dtype=jnp.int32)[None])[0]
     np.testing.assert_array_equal(absorbed[jnp.array([0, 1, 3])], [1, 2, 4])
     np.testing.assert_array_equal(
         qs_jax.record.resolve(np.array([1, 2, 99, 4, 99])), [2, 2, 2, 4, 4]
@@ -136,17 +139,10 @@ def test_a_run_gives_each_member_the_mean_up_to_itself():
 
 @pytest.mark.parametrize("name", ["HKFQ", "quota"])
 def test_a_threshold_sweep_compiles_once(name):
-    chex.clear_trace_counter()  # it counts by source text: both parametrisations are one to it
     qs, model = MATRIX[name], model_of("llama")
     params, tokens_BT = params_of(model), random_tokens(model, batch=1, width=20)
-
-    @chex.assert_max_traces(n=1)
-    def traced(params, prompt, numbers, model, plan):
-        first_B = jnp.ones(1, jnp.int32)
-        return scoring.score_masked(params, prompt, first_B, numbers, model, plan, 20, False)
-
-    program = jax.jit(traced, static_argnames=("model", "plan"))
-    results = set()
+    given = {"prompt_lengths": [12]} if name == "quota" else {}
+    results, sizes = set(), []
     for step in range(4):
         fusing = dataclasses.replace(qs.fusion, tau_fuse=0.3 * step, first_layer=1 + step)
         bits = dataclasses.replace(qs.amq, layer=1 + step, tau_low=0.5 * step)
@@ -162,12 +158,10 @@ def test_a_threshold_sweep_compiles_once(name):
             sink_tokens=step,
             recent_tokens=step,
         )
-        protocol = "continuation" if name == "quota" else "teacher-forced"
-        plan, numbers = bind(swept, model, protocol)
-        ends = np.full(1, 12, np.int32)
-        prompt = tokenwise.Prompt(tokens_BT, ends + 8, ends, None)
-        out = program(params, prompt, numbers, model=model, plan=plan)
-        results.add(float(out["logprobs"].sum()))
+        out = qs_jax.score(params, tokens_BT, Config(model, swept, engine="masked"), **given)
+        results.add(float(out.logprobs.sum()))
+        sizes.append(score._jit_masked._cache_size())
+    assert sizes[0] == sizes[-1]
     assert len(results) == 4, "the swept numbers must matter"
 
 

@@ -1,4 +1,4 @@
-"""int8 execution: integer arithmetic, its stated bound, and what `auto` chooses."""
+"""int8 execution: integer arithmetic and its stated bounds."""
 
 import gc
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import qs_jax
 from qs_jax.config import AMQConfig, Config
 from qs_jax.errors import ConfigError
-from qs_jax.mechanisms import execution, int8
+from qs_jax.mechanisms import int8
 from qs_jax.models import init_params
 from tests.engine.contract import model_of, params_of, settings
 from tests.support import random_tokens
@@ -177,34 +177,28 @@ def test_layers_before_the_bits_are_untouched():
 
 def test_weights_are_quantised_once_and_go_with_their_parameters():
     params = params_of(MODEL)
-    first = execution.quantize_weights(params)
-    again = execution.quantize_weights(dict(params))
+    first = int8.quantize_weights(params)
+    again = int8.quantize_weights(dict(params))
     assert first["int8"]["qkv"] is again["int8"]["qkv"]
     assert first["layers"] is params["layers"]
     assert first["int8"]["down"].codes.shape == params["layers"]["down"]["kernel"].shape
-    assert execution.quantize_weights(first) is first
+    assert int8.quantize_weights(first) is first
     other = init_params(MODEL.replace(hidden_size=16), jax.random.key(0))
     with pytest.raises(ConfigError, match="another model"):
-        execution.quantize_weights(first | {"layers": other["layers"]})
+        int8.quantize_weights(first | {"layers": other["layers"]})
     del params, first, again, other
     gc.collect()
     fresh = init_params(MODEL, jax.random.key(1))
-    execution.quantize_weights(fresh)
-    assert execution._last
+    int8.quantize_weights(fresh)
+    assert int8._last
     del fresh
     gc.collect()
-    assert not execution._last
+    assert not int8._last
 
 
 def test_given_codes_change_nothing():
     setting = AMQConfig.uniform(8, 2, group=8, execution="int8")
     params = params_of(MODEL)
-    given = execution.quantize_weights(params)
+    given = int8.quantize_weights(params)
     np.testing.assert_array_equal(logits(given, MODEL, setting), logits(params, MODEL, setting))
     np.testing.assert_array_equal(logits(given, MODEL, None), logits(params, MODEL, None))
-
-
-def test_products_are_timed():
-    found = execution.product_seconds(16, 8, 4, ("float32", "bfloat16"), rounds=1, seconds=1e-4)
-    assert set(found) == {"float32", "bfloat16", "int8"}
-    assert all(each > 0 for each in found.values())

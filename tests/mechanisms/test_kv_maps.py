@@ -1,18 +1,16 @@
 """The fit against an independent least squares, and maps that must be there."""
 
-import hypothesis.extra.numpy as hnp
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import qs_jax
 from qs_jax import ConfigError, InputError
+from qs_jax.calibration.fit_maps import _moments
 from qs_jax.config import Config, HaltingConfig, KVSkipConfig, QuickSilverConfig
 from qs_jax.errors import CheckpointError
-from qs_jax.mechanisms import kv_skip
-from qs_jax.mechanisms.kv_maps import KVMaps, select
+from qs_jax.mechanisms.kv_maps import KVMaps, extrapolate, select
 from qs_jax.testing import tiny_model, tiny_params
 from tests.oracle import model as oracle_model
 from tests.support import random_tokens
@@ -64,9 +62,6 @@ def dense_states(params, tokens_NT):
         keys_values[layer] = np.stack([kv for kv, _ in rows])
         h = states[layer] = np.stack([after for _, after in rows])
     return states, keys_values
-
-
-grouped = jax.jit(kv_skip.extrapolate_grouped, static_argnames=("layers",))
 
 
 def dense_layer(weights, layer, h):
@@ -123,21 +118,16 @@ def test_extrapolation_refuses_to_run_without_its_maps(params, maps):
         )
 
 
-@given(
-    hnp.arrays(np.int32, (2, 90), elements=st.sampled_from([1, 3, 4, 9])),
-    hnp.arrays(bool, (2, 90)),
-)
-def test_grouped_products_are_the_plain_ones(halt_layer, wanted):
-    """Tokens of no map, maps without tokens, and groups that do not fill their chunks."""
+def test_each_token_is_read_by_the_map_of_its_own_layer():
+    """Tokens of no map, and maps without tokens."""
     rng = np.random.default_rng(0)
-    features, maps = rng.normal(size=(2, 90, 5)), rng.normal(size=(3, 5, 2))
-    found = grouped(features, maps, halt_layer, (1, 3, 7), wanted)
-    index = {1: 0, 3: 1}
-    expected = np.zeros((2, 90, 2))
-    for row, at in zip(*np.nonzero(wanted), strict=True):
-        if halt_layer[row, at] in index:
-            expected[row, at] = features[row, at] @ maps[index[halt_layer[row, at]]]
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    code, maps = rng.normal(size=(2, 20, 5)), rng.normal(size=(3, 5, 2))
+    depth, layers = rng.choice([1, 3, 4, 9], (2, 20)), (1, 3, 7)
+    found = extrapolate(*map(jnp.asarray, (code, maps, depth)), layers)
+    for row, at in np.ndindex(2, 20):
+        index = layers.index(depth[row, at]) if depth[row, at] in layers else None
+        expected = np.zeros(2) if index is None else code[row, at] @ maps[index]
+        np.testing.assert_allclose(found[row, at], expected, atol=1e-5)
 
 
 def test_bad_fits_are_refused(params):
@@ -220,3 +210,17 @@ def test_maps_of_more_layers_serve(params, maps):
     cost = both.record.kv_written & ~both.record.active
     assert cost.any()
     assert not np.allclose(both.logprobs, qs_jax.score(params, tokens_BT, Config(MODEL)).logprobs)
+
+
+def test_maps_are_fitted_from_sums_in_float32():
+    """Sums over tokens rounded to bfloat16 would spoil what is solved from them."""
+    half = MODEL.replace(dtype="bfloat16")
+    params = tiny_params(half)
+    exact = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    rows = jnp.asarray(random_tokens(MODEL, batch=4, width=32))
+    chosen = (jnp.ones(rows.shape, bool), (1, 3), ("state", "neurons"))
+    counted, *static = chosen
+    sums = _moments(params, rows, counted, half, *static)
+    for ours, theirs in zip(sums, _moments(exact, rows, counted, MODEL, *static), strict=True):
+        assert ours.dtype == jnp.float32
+        assert np.linalg.norm(ours - theirs) < 0.03 * np.linalg.norm(theirs)

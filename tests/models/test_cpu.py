@@ -1,23 +1,19 @@
-"""CPU: bfloat16 storage, products of a single vector and separate layers change no result.
+"""CPU: bfloat16 storage and products of a single vector change no result.
 
 Programs are read as XLA compiles them where a conversion or a copy would cost what is saved.
 """
 
-import gc
 import re
 
-import chex
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 
 import qs_jax
 from qs_jax.config import Config
-from qs_jax.engine import cache, score
+from qs_jax.engine import cache
 from qs_jax.models import cpu
-from qs_jax.testing import tiny_model, tiny_params
 from tests.engine.contract import MATRIX, model_of, params_of
 from tests.engine.programs import arguments_of
 from tests.support import OPTIMISED, random_tokens
@@ -62,14 +58,12 @@ def test_float32_is_its_own_storage():
     params = params_of(model_of("llama"))
     stored = cpu.stored_params(params)
     assert all(a is b for a, b in zip(*map(jax.tree.leaves, (stored, params)), strict=True))
-    assert cpu.storage_dtype("float32") == cpu.state_dtype("float32") == jnp.float32
-    np.testing.assert_array_equal(cpu.as_state(jnp.float32(1 / 3), "float32"), np.float32(1 / 3))
+    assert cpu.storage_dtype("float32") == jnp.float32
 
 
 def test_other_backends_store_what_they_compute_with(monkeypatch):
     monkeypatch.setattr(cpu, "on_cpu", lambda: False)
-    assert cpu.storage_dtype("bfloat16") == cpu.state_dtype("bfloat16") == jnp.bfloat16
-    assert cpu.as_state(jnp.float32(1 / 3), "bfloat16").dtype == jnp.bfloat16
+    assert cpu.storage_dtype("bfloat16") == jnp.bfloat16
 
 
 def test_storage_on_several_devices_stays_where_it_is():
@@ -133,42 +127,6 @@ def test_no_program_converts_stacked_weights_or_caches():
     assert found(stored) == set()
     if jax.__version_info__ < (0, 12):  # later ones convert no whole stack of values either
         assert found(params) != set(), "values would be converted: the pattern finds something"
-
-
-def test_states_are_rounded_as_a_conversion_rounds():
-    """Also in a program that XLA optimises: conversions there and back may be taken out of it."""
-    x = np.random.default_rng(0).standard_normal(4096).astype(np.float32)
-    halfway = np.float32(1) + np.float32(2) ** -8 * np.arange(16, dtype=np.float32)
-    x = np.concatenate([x, 1e4 * x, 1e-4 * x, halfway, -halfway, [0, np.inf, -np.inf]])
-    x = x.astype(np.float32)
-    rounded = jax.jit(lambda x: cpu.as_state(x + 0, "bfloat16"))
-    found = rounded.lower(x).compile(compiler_options=OPTIMISED)(x)
-    assert (cpu.state_dtype("bfloat16"), found.dtype) == (jnp.float32, jnp.float32)
-    np.testing.assert_array_equal(found, x.astype(ml_dtypes.bfloat16).astype(np.float32))
-
-
-@pytest.mark.parametrize(
-    ("name", "model_type"),
-    [
-        ("HKFQ", "llama"),
-        *[
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (("HKFQ", "gpt2"), ("HF", "gpt2"), ("dense", "gpt2"))
-        ],
-    ],
-)
-def test_every_final_state_has_a_value_of_the_model_s_dtype(name, model_type, monkeypatch):
-    """After blocks, fusion and quantisation of states: float32 holds, bfloat16 is."""
-    model, params = bfloat16_model(model_type)
-    rows, cfg = random_tokens(model, batch=2, width=24), Config(model, MATRIX.get(name))
-    monkeypatch.setattr(score.head, "normed", lambda params, h, model: h)
-    entry = "_jit_dense" if name == "dense" else "_jit_masked"
-    states = lambda: qs_jax.score(params, rows, cfg, return_states=True)  # noqa: E731
-    program, arrays, static = arguments_of(states, "score", entry)
-    compiled = program.lower(*arrays, **static).compile(compiler_options=OPTIMISED)
-    h_BTD = np.asarray(compiled(*arrays)["states"])
-    assert h_BTD.dtype == np.float32
-    np.testing.assert_array_equal(h_BTD, h_BTD.astype(ml_dtypes.bfloat16).astype(np.float32))
 
 
 # --- products of a single vector ----------------------------------------------------------------
@@ -275,18 +233,3 @@ def test_one_row_decodes_as_it_does_among_several(model_type, dtype):
     if dtype == "float32":
         np.testing.assert_array_equal(alone.tokens[0], among.tokens[0])
         np.testing.assert_allclose(alone.logprobs[0], among.logprobs[0], atol=tolerance)
-
-
-# --- separate layers ----------------------------------------------------------------------------
-
-
-def test_separate_layers_live_as_long_as_the_parameters():
-    model = tiny_model()
-    params = tiny_params(model)
-    layers = cpu.separate_layers(params)
-    assert cpu.separate_layers(dict(params)) is layers
-    chex.assert_trees_all_equal(layers[1], jax.tree.map(lambda leaf: leaf[1], params["layers"]))
-    assert len(cpu._separated) == 1
-    del params, layers
-    gc.collect()
-    assert cpu._separated == {}

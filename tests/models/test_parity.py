@@ -3,10 +3,10 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from qs_jax.engine.scoring import score
 
 from qs_jax.config import Config
 from qs_jax.engine import dense
+from qs_jax.engine.score import score
 from qs_jax.models import family_of, layers
 from tests.support import CASES, make_pair, random_tokens
 
@@ -74,10 +74,6 @@ def positions(tokens_BT):
     return jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
 
 
-def attend(q, k, v):
-    return dense.attend_causal(None, jnp.int32(0), q, k, v)
-
-
 def test_embedding(pair, tokens_BT, theirs):
     embed = family_of(pair.model).embed(pair.model)
     ours = embed.apply(
@@ -97,7 +93,7 @@ def test_norm(pair, theirs):
 def test_attention(pair, tokens_BT, theirs):
     def attention(block, x_BTD):
         q, k, v = block.project(x_BTD, positions(tokens_BT))
-        context_BTNH, _ = attend(q, k, v)
+        context_BTNH, _ = dense.attend_causal(q, k, v)
         return block.out(context_BTNH.reshape(*x_BTD.shape[:2], -1))
 
     ours = first_block(pair, attention, jnp.asarray(theirs["norm"]))
@@ -106,7 +102,7 @@ def test_attention(pair, tokens_BT, theirs):
 
 def test_block(pair, tokens_BT, theirs):
     def block(block, h_BTD):
-        return block(h_BTD, positions(tokens_BT), attend)[0]
+        return block(h_BTD, positions(tokens_BT), dense.attend_causal)[0]
 
     ours = first_block(pair, block, jnp.asarray(theirs["embed"]))
     np.testing.assert_allclose(ours, theirs["block"], atol=2e-5)
