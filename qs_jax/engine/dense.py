@@ -58,8 +58,6 @@ def look_at_layers(
     return lax.scan(layer, embedded, params["layers"])
 
 
-def forward(
-    params: Params, tokens_BT: Int[Array, "B T"], model: ModelConfig
-) -> Float[Array, "B T D"]:
+def forward(params: Params, tokens_BT: Array, model: ModelConfig) -> Array:
     """Normed states of right-padded rows; `head.logits` of position i uses tokens 0..i only."""
     return head.normed(params, look_at_layers(params, tokens_BT, model)[0], model)

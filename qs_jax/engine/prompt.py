@@ -384,12 +384,7 @@ def _eligible(rows: Rows, state: TokenState, call: Call) -> Bool[Array, "B T"]:
 
 
 def _decide(
-    call: Call,
-    carry: Carry,
-    chosen: Slots,
-    whole: TokenState,
-    before_BCD: Any,
-    layer: Array,
+    call: Call, carry: Carry, chosen: Slots, whole: TokenState, before_BCD: Any, layer: Array
 ) -> Carry:
     """Halting after a layer, as `masked._halt`."""
     rule, state, rows = call.mech.halting, carry.state, chosen.rows

@@ -101,11 +101,7 @@ def plan_of(cfg: Config, capacity: int) -> tuple[Plan, Numbers]:
 
 
 def begin(
-    tokens_BT: Int[Array, "B T"],
-    lengths_B: Int[Array, "B"],
-    logits_BV: Float[Array, "B V"],
-    numbers: Numbers,
-    plan: Plan,
+    tokens_BT: Array, lengths_B: Array, logits_BV: Array, numbers: Numbers, plan: Plan
 ) -> Text:
     """Choose the first token of each row from the logits after its prompt."""
     batch, width = tokens_BT.shape
@@ -149,17 +145,13 @@ def emit(text: Text, logits_BV: Float[Array, "B V"], numbers: Numbers, plan: Pla
     )
 
 
-def penalize(
-    logits_BV: Float[Array, "B V"], seen_BV: Bool[Array, "B V"], penalty: Float[Array, ""]
-) -> Float[Array, "B V"]:
+def penalize(logits_BV: Array, seen_BV: Array, penalty: Array) -> Array:
     """Divide positive logits of seen tokens by `penalty` and multiply negative ones by it."""
     changed_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
     return jnp.where(seen_BV, changed_BV, logits_BV)
 
 
-def filter_logits(
-    logits_BV: Float[Array, "B V"], plan: Plan, numbers: Numbers
-) -> Float[Array, "B V"]:
+def filter_logits(logits_BV: Array, plan: Plan, numbers: Numbers) -> Array:
     """Logits after temperature, top-k and top-p, with -inf where a token is filtered out.
 
     Top-k keeps every token at least as likely as the k-th. Top-p keeps the smallest set of most
@@ -209,13 +201,8 @@ def row_keys(seed: UInt[Array, ""], batch: int) -> Array:
 
 
 def choose(
-    logits_BV: Float[Array, "B V"],
-    seen_BV: Bool[Array, "B _"],
-    keys_B: Array,
-    step: Int[Array, ""],
-    plan: Plan,
-    numbers: Numbers,
-) -> Int[Array, "B"]:
+    logits_BV: Array, seen_BV: Array, keys_B: Array, step: Array, plan: Plan, numbers: Numbers
+) -> Array:
     """The next token of each row; `step` is folded into its key."""
     if plan.penalize:
         logits_BV = penalize(logits_BV, seen_BV, numbers.repetition_penalty)

@@ -69,11 +69,8 @@ class Scored(NamedTuple):
 
 
 def next_logprobs(
-    params: Params,
-    h_BTD: Float[Array, "B T D"],
-    tokens_BT: Int[Array, "B T"],
-    scored: Scored | None = None,
-) -> Float[Array, "B T"]:
+    params: Params, h_BTD: Array, tokens_BT: Array, scored: Scored | None = None
+) -> Array:
     """Log-probability of each token, read from the normed state before it; column 0 is 0.
 
     Where only some positions are scored, only they go through the head; the others are 0.

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax.struct import field
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from qs_jax.mechanisms import int8
 from qs_jax.mechanisms.signals import EntropyOf
@@ -54,12 +54,7 @@ class AMQ(flax.struct.PyTreeNode):
         """Whether caches hold int8 keys and values."""
         return self.narrow and "kv" in self.targets
 
-    def assign(
-        self,
-        entropy_BT: Float[Array, "B T"],
-        subject_BT: Bool[Array, "B T"],
-        full_BT: Bool[Array, "B T"],
-    ) -> Int[Array, "B T"]:
+    def assign(self, entropy_BT: Array, subject_BT: Array, full_BT: Array) -> Array:
         """Bits of each token (E.2): 8 above tau_high, 2 below tau_low, 4 in between.
 
         Tokens that no mechanism acts on keep `FULL_BITS`, or 8 in int8.
@@ -87,9 +82,7 @@ class AMQ(flax.struct.PyTreeNode):
         bits_BT = self.assign(entropy_BT, rows.subject_BT, rows.full_BT)
         return state.replace(bits_BT=jnp.where(here, bits_BT, state.bits_BT))
 
-    def quantize(
-        self, x: Float[Array, "*batch C"], bits: Int[Array, "*batch"]
-    ) -> Float[Array, "*batch C"]:
+    def quantize(self, x: Array, bits: Array) -> Array:
         """Quantise and dequantise each vector at its own number of bits; 16 is untouched."""
         with jax.named_scope("amq"):
             if self.narrow:
@@ -97,10 +90,7 @@ class AMQ(flax.struct.PyTreeNode):
             return fake_quantize(x, bits, self)
 
     def multiply(
-        self,
-        bits_BT: Int[Array, "B T"],
-        weights: Mapping[str, int8.QTensor] | None,
-        layer: Int[Array, ""],
+        self, bits_BT: Array, weights: Mapping[str, int8.QTensor] | None, layer: Array
     ) -> Multiply:
         """How a block multiplies tokens of these bits, with the layer's int8 codes by projection.
 
@@ -128,9 +118,7 @@ class AMQ(flax.struct.PyTreeNode):
 
         return in_int8 if self.narrow else simulated
 
-    def stored(
-        self, x_BTKH: Float[Array, "B T K H"], bits_BT: Int[Array, "B T"]
-    ) -> Float[Array, "B T K H"]:
+    def stored(self, x_BTKH: Array, bits_BT: Array) -> Array:
         """Keys or values as they come back from the cache."""
         if "kv" not in self.targets:
             return x_BTKH
@@ -173,9 +161,7 @@ def decode(codes: Array, bits: Array, low: Array, span: Array) -> Array:
     return low + (codes.astype(span.dtype) + 0.5) / levels * span
 
 
-def fake_quantize(
-    x: Float[Array, "*batch C"], bits: Int[Array, "*batch"], amq: AMQ
-) -> Float[Array, "*batch C"]:
+def fake_quantize(x: Array, bits: Array, amq: AMQ) -> Array:
     """Quantise and dequantise each vector at its own number of bits; `FULL_BITS` is untouched."""
     exact = x.astype(exact_dtype(x.dtype))
     if amq.rotate:

@@ -65,9 +65,7 @@ class Fusion(flax.struct.PyTreeNode):
     filters_context: bool = field(pytree_node=False)
     context: int = field(pytree_node=False)
 
-    def pairs(
-        self, tokens: Tokens, similarity_BTW: Float[Array, "B T W"] | None, layer: Int[Array, ""]
-    ) -> Bool[Array, "B T W"]:
+    def pairs(self, tokens: Tokens, similarity_BTW: Array | None, layer: Array) -> Array:
         """Which of the W slots before each token it may absorb (2.3, D.8).
 
         Tokens further back than W positions never fuse. `similarity_BTW` is the running mean over
@@ -143,12 +141,7 @@ def distances(a: Array, b: Array, kind: str, norms: tuple[Array, Array] | None =
     return apart / jnp.maximum((of_a + of_b) / 2, 1e-12)
 
 
-def similarity(
-    q_BTNH: Float[Array, "B T N H"],
-    k_BTKH: Float[Array, "B T K H"],
-    pos_BT: Int[Array, "B T"],
-    window: int,
-) -> Float[Array, "B T W"]:
+def similarity(q_BTNH: Array, k_BTKH: Array, pos_BT: Array, window: int) -> Array:
     """Cosine of each query with the keys 1..W positions back, mean over heads.
 
     Where tokens are left out, one that lies d positions back is at most d slots back; entry d - 1

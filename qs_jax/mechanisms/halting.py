@@ -159,9 +159,7 @@ def lowest(
     return eligible_BT & (rank_BT < target_B[:, None])
 
 
-def attention_received(
-    weights_BQS: Float[Array, "B Q S"], counted_BQ: Bool[Array, "B Q"], own_BQ: Int[Array, "B Q"]
-) -> Float[Array, "B S"]:
+def attention_received(weights_BQS: Array, counted_BQ: Array, own_BQ: Array) -> Array:
     """Most attention any of the counted queries pays to each other position.
 
     `own_BQ` is each query's own slot: its weight on itself does not count.

@@ -112,21 +112,15 @@ def rotate(x: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
     return rotate_groups(exact, min(channels & -channels, LARGEST_ROTATION))
 
 
-def simulate(
-    x: Float[Array, "*batch C"], bits: Int[Array, "*batch"], group: int
-) -> Float[Array, "*batch C"]:
+def simulate(x: Array, bits: Array, group: int) -> Array:
     """What an int8 product makes of its input; vectors of 16 bits are untouched."""
     out = rotate(decode(encode(rotate(x), bits, group)))
     return jnp.where((bits < FULL_BITS)[..., None], out.astype(x.dtype), x)
 
 
 def product(
-    x: Float[Array, "*batch D"],
-    bits: Int[Array, "*batch"],
-    group: int,
-    weights: QTensor,
-    bias_O: Float[Array, "O"] | None = None,
-) -> Float[Array, "*batch O"]:
+    x: Array, bits: Array, group: int, weights: QTensor, bias_O: Array | None = None
+) -> Array:
     """A projection in int8, at least float32: every token rides at its own bits."""
     vectors = encode(rotate(x), bits, group)
     dims = (((x.ndim - 1,), (0,)), ((), ()))

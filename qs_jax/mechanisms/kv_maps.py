@@ -11,7 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from qs_jax.config import ModelConfig
 from qs_jax.errors import CheckpointError, ConfigError
@@ -199,12 +199,7 @@ def rms_normalised(x: jax.Array) -> jax.Array:
     return x / jnp.maximum(jnp.sqrt((x * x).mean(-1, keepdims=True)), 1e-6)
 
 
-def extrapolate(
-    code_BTR: Float[Array, "B T R"],
-    maps_XRO: Float[Array, "X R O"],
-    depth_BT: Int[Array, "B T"],
-    layers: Sequence[int],
-) -> Float[Array, "B T O"]:
+def extrapolate(code_BTR: Array, maps_XRO: Array, depth_BT: Array, layers: Sequence[int]) -> Array:
     """What the map of the layer that each token halted at gives; zeros for other tokens."""
     out = jnp.zeros((*code_BTR.shape[:2], maps_XRO.shape[-1]), exact_dtype(code_BTR.dtype))
     for index, layer in enumerate(layers):
@@ -213,9 +208,7 @@ def extrapolate(
     return out.astype(code_BTR.dtype)
 
 
-def keys_values(
-    code_BTR: Float[Array, "B T R"], map_RO: Float[Array, "R O"], model: ModelConfig
-) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+def keys_values(code_BTR: Array, map_RO: Array, model: ModelConfig) -> tuple[Array, Array]:
     """Keys before RoPE, and values, by one map of one layer."""
     mapped_BTO = product(code_BTR, map_RO.astype(code_BTR.dtype)).astype(code_BTR.dtype)
     return split(mapped_BTO, model)
@@ -228,9 +221,7 @@ def split(mapped_BTO: Float[Array, "B T O"], model: ModelConfig) -> tuple[Array,
     return k_BTO.reshape(shape), v_BTO.reshape(shape)
 
 
-def encode(
-    kv_maps: KVMaps, sources: Sources, depth_BT: Int[Array, "B T"], dtype: Any
-) -> Float[Array, "B T R"]:
+def encode(kv_maps: KVMaps, sources: Sources, depth_BT: Array, dtype: Any) -> Array:
     """What the maps of deeper layers read of a token that stops: its features, or their code."""
     read_BTF = features(sources, kv_maps.features, dtype)
     if kv_maps.encode_XFR is None:
@@ -238,9 +229,7 @@ def encode(
     return extrapolate(read_BTF, kv_maps.encode_XFR, depth_BT, kv_maps.layers)
 
 
-def encode_at(
-    kv_maps: KVMaps, index: Int[Array, ""], sources: Sources, dtype: Any
-) -> Float[Array, "B T R"]:
+def encode_at(kv_maps: KVMaps, index: Array, sources: Sources, dtype: Any) -> Array:
     """`encode` of tokens that all halt at the same of the maps' layers, the one at `index`."""
     read_BTF = features(sources, kv_maps.features, dtype)
     if kv_maps.encode_XFR is None:

@@ -46,17 +46,13 @@ class KVSkip(flax.struct.PyTreeNode):
         """Whether every key exists in every layer."""
         return self.policy in ("propagate", "extrapolate")
 
-    def written(
-        self, depth_BS: Int[Array, "B S"], retain_BS: Bool[Array, "B S"], layer: Int[Array, ""]
-    ) -> Bool[Array, "B S"]:
+    def written(self, depth_BS: Array, retain_BS: Array, layer: Array) -> Array:
         """Keys that exist at a layer for every query."""
         if self.writes_all:
             return jnp.ones_like(retain_BS)
         return (layer <= depth_BS + self.delay) | retain_BS
 
-    def visible(
-        self, query_pos_BT: Int[Array, "B T"], keys: Keys, layer: Int[Array, ""]
-    ) -> Bool[Array, "B T S"]:
+    def visible(self, query_pos_BT: Array, keys: Keys, layer: Array) -> Array:
         """The attention mask of a layer: a query sees itself and every earlier key that exists."""
         query_BT1, key_B1S = query_pos_BT[:, :, None], keys.pos_BS[:, None, :]
         exists_BTS = self.written(keys.depth_BS, keys.retain_BS, layer)[:, None, :]
@@ -69,11 +65,8 @@ class KVSkip(flax.struct.PyTreeNode):
 
 
 def running_maximum(
-    weights_BTS: Float[Array, "B T S"],
-    query_pos_BT: Int[Array, "B T"],
-    key_pos_BS: Int[Array, "B S"],
-    counted_BT: Bool[Array, "B T"],
-) -> Float[Array, "B T S"]:
+    weights_BTS: Array, query_pos_BT: Array, key_pos_BS: Array, counted_BT: Array
+) -> Array:
     """Most attention each key received from later queries up to each query (C.4, read causally)."""
     later_BTS = counted_BT[:, :, None] & (key_pos_BS[:, None, :] < query_pos_BT[:, :, None])
     return jax.lax.cummax(jnp.where(later_BTS, weights_BTS, 0), axis=1)

@@ -23,9 +23,7 @@ EntropyOf: TypeAlias = Callable[[str, Array], Array]
 _TINY = 1e-12
 
 
-def drift(
-    kind: str, after_BTD: Float[Array, "B T D"], before_BTD: Float[Array, "B T D"]
-) -> Float[Array, "B T"]:
+def drift(kind: str, after_BTD: Array, before_BTD: Array) -> Array:
     """Distance a layer moved each token: "raw" L2 (the paper), "relative", or 1 - "cosine"."""
     exact = exact_dtype(after_BTD.dtype)
     after, before = after_BTD.astype(exact), before_BTD.astype(exact)
@@ -134,9 +132,7 @@ def pick_shortlist_at(
     return state.replace(shortlist_BTX=jax.lax.cond(here, pick, lambda: ids_BTX))
 
 
-def pick_shortlist(
-    h_BTD: Float[Array, "B T D"], params: Params, model: ModelConfig, size: int
-) -> Int[Array, "B T X"]:
+def pick_shortlist(h_BTD: Array, params: Params, model: ModelConfig, size: int) -> Array:
     """The `size` most likely ids of each token by the logit lens of this layer."""
 
     def pick(h_BCD: Array) -> Array:
@@ -145,9 +141,7 @@ def pick_shortlist(
     return head.map_positions(pick, model.vocab_size, h_BTD)
 
 
-def token_probability(
-    h_BTD: Float[Array, "B T D"], tokens_BT: Int[Array, "B T"], params: Params, model: ModelConfig
-) -> Float[Array, "B T"]:
+def token_probability(h_BTD: Array, tokens_BT: Array, params: Params, model: ModelConfig) -> Array:
     """Probability of each token by the logit lens of the state given for it."""
 
     def probability(h_BCD: Array, ids_BC: Array) -> Array:
