@@ -28,8 +28,7 @@ from qs_jax.config import ModelConfig
 from qs_jax.engine.attention import attention
 from qs_jax.engine.weights import Weights, layer_weights
 from qs_jax.mechanisms import Mechanisms, Rows, fusion, halting, kv_maps, kv_skip, signals
-from qs_jax.models import Params, family_of, head, rope
-from qs_jax.models.cpu import from_storage
+from qs_jax.models import Params, apply_block, embed, family_of, head, rope
 from qs_jax.state import NEVER, LayerRecord, TokenState, exact_dtype
 
 
@@ -100,10 +99,8 @@ def open_call(
     previous_BT: Array | None = None,
 ) -> Call:
     """Embed the tokens."""
-    embed = family_of(model).embed(model)
-    with jax.named_scope("embed"):
-        embedded: Any = embed.apply({"params": params["embed"]}, rows.tokens_BT, rows.pos_BT)
-    return Call(params, model, mech, rows, embedded, previous_BT)
+    embedded_BTD = embed(params, rows.tokens_BT, rows.pos_BT, model)
+    return Call(params, model, mech, rows, embedded_BTD, previous_BT)
 
 
 def start(call: Call) -> TokenState:
@@ -202,11 +199,10 @@ def _block(
         return context_BTNH, Attended(None, q, k, weights_BNTS)
 
     multiply = mech.multiply(state.bits_BT, weights.int8, layer)
-    block = family_of(model).block(model)
-    params = {"params": from_storage(weights.params)}
-    out: Any = block.apply(params, state.h_BTD, pos_BT, attend, multiply)
-    h_BTD = jnp.where(state.active_BT[..., None], out[0], state.h_BTD)
-    return state.replace(h_BTD=h_BTD), out[1]._replace(h_BTD=h_BTD)
+    inputs = (state.h_BTD, pos_BT, attend, multiply)
+    h_BTD, attended = apply_block(model, weights.params, *inputs)
+    h_BTD = jnp.where(state.active_BT[..., None], h_BTD, state.h_BTD)
+    return state.replace(h_BTD=h_BTD), attended._replace(h_BTD=h_BTD)
 
 
 def _extrapolated(
@@ -227,12 +223,10 @@ def _encode(call: Call, state: TokenState, layer: Array) -> TokenState:
     """What the maps of deeper layers read of the tokens that halted at this one."""
     model, h_BTD = call.model, state.h_BTD
     now_BT = (state.depth_BT == layer) & (layer < model.num_layers)
-    block = family_of(model).block(model)
 
     def neurons() -> Array:
-        params_l = jax.tree.map(lambda leaf: leaf[layer], call.params["layers"])  # of the next
-        out: Any = block.apply({"params": from_storage(params_l)}, h_BTD, method=block.mlp_neurons)
-        return out
+        following = jax.tree.map(lambda leaf: leaf[layer], call.params["layers"])
+        return apply_block(model, following, h_BTD, method="mlp_neurons")
 
     def encode() -> Array:
         read = (h_BTD, call.embedded_BTD, fusion.back(h_BTD, 1), neurons)

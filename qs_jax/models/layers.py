@@ -100,10 +100,6 @@ class PreNormBlock(nn.Module):
         """What `down` reads of normed states, `[B, T, F]` in their dtype."""
         raise NotImplementedError
 
-    def mlp(self, x_BTD: Array, multiply: Multiply) -> Array:
-        """The MLP of normed states, at least float32."""
-        return multiply(self.down, self.neurons(x_BTD, multiply))
-
     def mlp_neurons(self, h_BTD: Float[Array, "B T D"]) -> Array:
         """`neurons` of states as they come from the layer before."""
         return self.neurons(normed(self.mlp_norm, h_BTD, self.model), dense_product)
@@ -118,8 +114,8 @@ class PreNormBlock(nn.Module):
             context_BTO = context_BTNH.reshape(*h_BTD.shape[:2], -1)
             h_BTD = added(h_BTD, multiply(self.out, context_BTO), self.model)
         with jax.named_scope("mlp"):
-            update_BTD = self.mlp(normed(self.mlp_norm, h_BTD, self.model), multiply)
-            return added(h_BTD, update_BTD, self.model), kept
+            x_BTD = self.neurons(normed(self.mlp_norm, h_BTD, self.model), multiply)
+            return added(h_BTD, multiply(self.down, x_BTD), self.model), kept
 
 
 class FinalNorm(nn.Module):
