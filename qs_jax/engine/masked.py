@@ -171,16 +171,7 @@ def _hidden_from(call: Call, state: TokenState) -> Int[Array, "B T"]:
 
 def attention_mask(call: Call, state: TokenState, layer: Array) -> Bool[Array, "B T S"]:
     """Causal, and of the earlier keys only those that this layer still has."""
-    rows = call.rows
-    keys = kv_skip.Keys(
-        pos_BS=rows.pos_BT,
-        real_BS=rows.real_BT,
-        depth_BS=state.depth_BT,
-        hidden_from_BS=_hidden_from(call, state),
-        retain_BS=rows.retain_BT,
-        received_BTS=state.received_BTS,
-    )
-    return call.mech.kv_skip.visible(rows.pos_BT, keys, layer)
+    return call.mech.kv_skip.visible(call.rows, state, _hidden_from(call, state), layer)
 
 
 def _block(
@@ -293,22 +284,17 @@ def _fuse(
 ) -> tuple[TokenState, Array]:
     rows, rule = call.rows, call.mech.fusion
     assert rule is not None
-    tokens = fusion.Tokens(
-        pos_BT=rows.pos_BT,
-        h_BTD=state.h_BTD,
-        ready_BT=eligible(call, state) & (layer < state.depth_BT),
-        hidden_from_BT=_hidden_from(call, state),
-    )
+    ready_BT = eligible(call, state) & (layer < state.depth_BT)
+    tokens = (rows.pos_BT, state.h_BTD, ready_BT, _hidden_from(call, state))
+    contexts_BTD = mean_BTW = None
     if rule.filters_context:
         contexts_BTD = fusion.contexts(call.embedded_BTD, rows.real_BT, rule.context)
-        tokens = tokens._replace(context_BTD=contexts_BTD)
-    mean_BTW = None
     if rule.window > 1:
         keys = (attended.q_BTNH, attended.k_BTKH, rows.pos_BT)
         sum_BTW = state.similarity_BTW + fusion.similarity(*keys, rule.window)
         state = state.replace(similarity_BTW=sum_BTW)
         mean_BTW = sum_BTW / layer.astype(sum_BTW.dtype)
-    pairs_BTW = rule.pairs(tokens, mean_BTW, layer)
+    pairs_BTW = rule.pairs(*tokens, layer, mean_BTW, contexts_BTD)
     weights = _weigh(call, state, attended, pairs_BTW)
     merging = (rows.pos_BT, pairs_BTW, weights, layer, call.model.dtype)
     return rule.absorb(state, *merging, stops=call.mech.continuation)

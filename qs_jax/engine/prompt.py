@@ -445,9 +445,9 @@ def _fuse(call: Call, state: TokenState, rows: Rows, layer: Array) -> TokenState
     rule = call.mech.fusion
     assert rule is not None
     ready_BT = _eligible(rows, state, call) & (layer < state.depth_BT)
-    tokens = fusion.Tokens(rows.pos_BT, state.h_BTD, ready_BT, state.fused_BT)
+    tokens = (rows.pos_BT, state.h_BTD, ready_BT, state.fused_BT)
     nobody_BTW = jnp.zeros((*rows.pos_BT.shape, 1), bool)
-    find = lambda: rule.pairs(tokens, None, layer)  # noqa: E731
+    find = lambda: rule.pairs(*tokens, layer)  # noqa: E731
     pairs_BTW = lax.cond(rule.may_fuse_L[layer - 1], find, lambda: nobody_BTW)
     merging = (rows.pos_BT, pairs_BTW, (state.size_BT, None), layer, call.model.dtype)
     return rule.absorb(state, *merging, stops=True)[0]
