@@ -311,10 +311,11 @@ def start(
     """Run the prompts and choose the first token of each row."""
     rows = inputs.whole_rows(batch, batch.lengths_B, overrides, mech)
     last_B1 = batch.lengths_B[:, None] - 1
-    result = prompt.run(params, rows, last_B1, model, mech, prompt_plan, segments)
-    logits_BV = head.logits(params, result.h_BQD[:, 0])
+    cut = (prompt_plan, segments)
+    h_BQD, cache, decisions = prompt.run(params, rows, last_B1, model, mech, *cut)
+    logits_BV = head.logits(params, h_BQD[:, 0])
     text = sampling.begin(batch.tokens_BT, batch.lengths_B, logits_BV, numbers, plan)
-    return text, result.cache, result.decisions
+    return text, cache, decisions
 
 
 jit_start = jax.jit(start, static_argnames=("model", "plan", "prompt_plan"))

@@ -28,7 +28,7 @@ from qs_jax.config import ModelConfig
 from qs_jax.engine.attention import attention
 from qs_jax.engine.weights import Weights, layer_weights
 from qs_jax.mechanisms import Mechanisms, Rows, fusion, halting, kv_maps, kv_skip, signals
-from qs_jax.models import Params, apply_block, embed, family_of, head, rope
+from qs_jax.models import Params, apply_block, embed, head
 from qs_jax.state import NEVER, LayerRecord, TokenState, exact_dtype
 
 
@@ -204,9 +204,7 @@ def _extrapolated(
     halted = (state.depth_BT < layer)[..., None, None]
     layers = call.params["kv_maps"].layers
     mapped_BTO = kv_maps.extrapolate(state.code_BTR, weights.maps, state.depth_BT, layers)
-    k_mapped, v_mapped = kv_maps.split(mapped_BTO, call.model)
-    if family_of(call.model).rotates:
-        k_mapped = rope.rotate(k_mapped, call.rows.pos_BT, call.model)
+    k_mapped, v_mapped = kv_maps.keys_values(mapped_BTO, call.rows.pos_BT, call.model)
     return jnp.where(halted, k_mapped, k), jnp.where(halted, v_mapped, v)
 
 

@@ -157,13 +157,13 @@ def score_prompt(
     width = batch.tokens_BT.shape[1]
     before_BQ = first_B[:, None] - 1 + jnp.arange(min(count, width))[None]
     before_BQ = jnp.clip(before_BQ, 0, width - 2)  # spare columns read some position twice
-    result = prompt.run(params, rows, before_BQ, model, mech, plan, segments)
+    h_BQD, _, decisions = prompt.run(params, rows, before_BQ, model, mech, plan, segments)
     next_BQ = jnp.take_along_axis(batch.tokens_BT, before_BQ + 1, axis=1)
-    found_BQ = _pick(params, result.h_BQD, next_BQ)
+    found_BQ = _pick(params, h_BQD, next_BQ)
     rows_B1 = jnp.arange(len(before_BQ))[:, None]
     zeros_BT = jnp.zeros(batch.tokens_BT.shape, found_BQ.dtype)
     logprobs_BT = zeros_BT.at[rows_B1, before_BQ + 1].set(found_BQ)
-    return {"logprobs": logprobs_BT, "decisions": result.decisions}
+    return {"logprobs": logprobs_BT, "decisions": decisions}
 
 
 def run_masked(params: Params, rows: Rows, model: ModelConfig, mech: Mechanisms):
