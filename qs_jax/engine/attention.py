@@ -6,7 +6,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from qs_jax.models import cpu
 from qs_jax.state import exact_dtype
@@ -19,11 +19,8 @@ MOST_BLOCKS = 16
 
 
 def attention_weights(
-    q_BTNH: Float[Array, "B T N H"],
-    k_BSKH: Float[Array, "B S K H"],
-    mask_BTS: Bool[Array, "B T S"],
-    log_size_BS: Float[Array, "B S"] | None = None,
-) -> Float[Array, "B N T S"]:
+    q_BTNH: Array, k_BSKH: Array, mask_BTS: Array, log_size_BS: Array | None = None
+) -> Array:
     """Softmax of the query-key products; a masked key weighs exactly 0.
 
     `log_size_BS` is added to the keys' logits (proportional attention).
@@ -40,12 +37,8 @@ def attention_weights(
 
 
 def attention(
-    q_BTNH: Float[Array, "B T N H"],
-    k_BSKH: Float[Array, "B S K H"],
-    v_BSKH: Float[Array, "B S K H"],
-    mask_BTS: Bool[Array, "B T S"],
-    log_size_BS: Float[Array, "B S"] | None = None,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T S"]]:
+    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BTS: Array, log_size_BS: Array | None = None
+) -> tuple[Array, Array]:
     """Grouped-query attention that also returns its weights: see `attention_weights`."""
     batch, width, heads, _ = q_BTNH.shape
     kv_heads = k_BSKH.shape[2]
@@ -123,11 +116,8 @@ def _attend_block(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask: Array) -> A
 
 
 def step_attention(
-    q_BTNH: Float[Array, "B T N H"],
-    cached: tuple[Float[Array, "B C O"], Float[Array, "B C O"]],
-    new: tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]],
-    mask_BTX: Bool[Array, "B T X"],
-) -> Float[Array, "B T N H"]:
+    q_BTNH: Array, cached: tuple[Array, Array], new: tuple[Array, Array], mask_BTX: Array
+) -> Array:
     """Attention of a few new tokens over a cache's slots `[B, C, K * H]` and over themselves.
 
     `mask_BTX` says which of the X = C + T keys each query sees, the new tokens' last.

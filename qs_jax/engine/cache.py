@@ -54,10 +54,8 @@ class KVCache(flax.struct.PyTreeNode):
         zero = lax.optimization_barrier(jnp.zeros((), dtype))
         return cls(jnp.zeros(shape, dtype), jnp.broadcast_to(zero, shape))
 
-    def write(
-        self, index: Array, slots_BT: Int[Array, "B T"] | None, k_BTKH: Array, v_BTKH: Array
-    ) -> KVCache:
-        """Write a layer at distinct slots: None is 0 and on; slots past the end are ignored."""
+    def write(self, index: Array, slots_BT: Array | None, k_BTKH: Array, v_BTKH: Array) -> KVCache:
+        """Keys and values of a layer at distinct slots: None is 0 and on, past the end nowhere."""
 
         def put(old_LBSKH: Array, new_BTKH: Array) -> Array:
             new_BTKH = to_storage(new_BTKH)
@@ -168,14 +166,8 @@ class SlotCache(flax.struct.PyTreeNode):
         wider = {n: _widen(x, capacity, axis) for n, x in arrays.items() if x is not None}
         return self.replace(**wider)
 
-    def append(
-        self,
-        k_lBTKH: Float[Array, "l B T K H"],
-        v_lBTKH: Float[Array, "l B T K H"],
-        keep_lBT: Bool[Array, "l B T"],
-        bits_BT: Int[Array, "B T"],
-    ) -> SlotCache:
-        """Append the tokens that `keep_lBT` marks, in place; a cache of codes needs their bits."""
+    def append(self, k_lBTKH: Array, v_lBTKH: Array, keep_lBT: Array, bits_BT: Array) -> SlotCache:
+        """Append the tokens that are kept, in place; a cache of codes needs their bits."""
         slots_lBT = self.fill_lB[..., None] + jnp.cumsum(keep_lBT, axis=2, dtype=jnp.int32) - 1
         # Other tokens go to the slot that the next token will overwrite.
         slots_lBT = jnp.where(keep_lBT, slots_lBT, slots_lBT + 1)

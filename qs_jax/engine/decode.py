@@ -22,7 +22,7 @@ from qs_jax.engine import sampling
 from qs_jax.engine.attention import step_attention
 from qs_jax.engine.cache import SlotCache
 from qs_jax.mechanisms import Mechanisms, Rows, kv_maps, signals
-from qs_jax.models import Params, family_of, head, rope
+from qs_jax.models import Params, apply_block, embed, head
 from qs_jax.models.cpu import InPlace, layer_weights
 from qs_jax.state import NEVER, Decisions, TokenState, exact_dtype
 
@@ -53,16 +53,10 @@ class Call(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Result of a step.
+    """What a step gives: logits after each token, caches, and what was decided.
 
-    Attributes:
-      logits_BTV: After each token.
-      caches: With its keys and values appended.
-      keeps: For each segment, which tokens were appended in which layers, `[l, B, T]`.
-      rows: The tokens.
-      state: Final carry.
-      drift_LBT: Layer drifts that decisions read; None where they read none.
-      entropy_LBT: Entropies in the same way.
+    `keeps` are, for each segment, which tokens were appended in which layers. Drifts and entropies
+    are None where no decision reads them.
     """
 
     logits_BTV: Float[Array, "B T V"]
@@ -92,11 +86,10 @@ def step(
     real_BT = jnp.broadcast_to(live_B[:, None], tokens_BT.shape)
     nobody_B = jnp.zeros_like(pos_B)  # under "continuation" no new token is a subject
     rows = mech.rows(tokens_BT, pos_BT, real_BT, nobody_B)
-    embed = family_of(model).embed(model)
-    with jax.named_scope("embed"):
-        embedded: Any = embed.apply({"params": params["embed"]}, tokens_BT, pos_BT)
-    call = Call(params, layers, model, mech, rows, embedded)
-    state, outs, appended, keeps, first = _start(call), [], [], [], 0
+    call = Call(params, layers, model, mech, rows, embed(params, tokens_BT, pos_BT, model))
+    size = params["kv_maps"].code_size if call.extrapolates else 0
+    state = mech.start(call.embedded_BTD, rows, model, code_size=size)
+    outs, appended, keeps, first = [], [], [], 0
     for cache in caches:
         state, (out, (k, v), keep_lBT) = _segment(call, state, cache, first)
         outs.append(out)
@@ -117,11 +110,6 @@ def take_back(
         rejected_BT = jnp.arange(keep_lBT.shape[2])[None] >= accepted_B[:, None]
         after.append(cache.take_back((keep_lBT & rejected_BT[None]).sum(2, dtype=jnp.int32)))
     return tuple(after)
-
-
-def _start(call: Call) -> TokenState:
-    size = call.params["kv_maps"].code_size if call.extrapolates else 0
-    return call.mech.start(call.embedded_BTD, call.rows, call.model, code_size=size)
 
 
 def _segment(call: Call, state: TokenState, cache: SlotCache, first: int):
@@ -163,35 +151,20 @@ def _segment(call: Call, state: TokenState, cache: SlotCache, first: int):
     return lax.switch(which, chosen, state, cache)
 
 
-def _at(tree: Any, index: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf[index], tree)
-
-
 def _stay(call: Call, stores: bool, state: TokenState, cache: SlotCache, offset: Any, index: Any):
     """A layer in which no token computes: keys and values of frozen states, where written."""
     mech, model, layer = call.mech, call.model, jnp.int32(index) + 1
     shape = (*call.rows.pos_BT.shape, model.num_kv_heads, model.head_dim)
     k = v = jnp.zeros(shape, model.dtype)
     if stores:
-        block = family_of(model).block(model)
-        params = {"params": layer_weights(call.layers, index)}
         multiply = mech.multiply(state.bits_BT, _codes(call, index), layer)
-        at = (state.h_BTD, call.rows.pos_BT, multiply)
-        out: Any = block.apply(params, *at, method=block.keys_values)
-        k, v = _stored(call, state, out[0], out[1], layer)
+        given = (state.h_BTD, call.rows.pos_BT, multiply)
+        weights = layer_weights(call.layers, index)
+        k, v = apply_block(model, weights, *given, method="keys_values")
+        k, v = _stored(call, state, k, v, layer)
     keep_BT = mech.kv_skip.written(state.depth_BT, call.rows.retain_BT, layer) & call.rows.real_BT
-    state = _assign_bits(call, _pick_shortlist(call, state, layer), layer)
-    return state, (_unread(call), (k, v), keep_BT)
-
-
-def _unread(call: Call) -> tuple[Array | None, Array | None]:
-    """Drifts and entropies of a layer in which no decision reads them: nan."""
-    rule = call.mech.halting
-    if not call.halts:
-        return None, None
-    assert rule is not None
-    nan_BT = jnp.full(call.rows.pos_BT.shape, jnp.nan, exact_dtype(call.model.dtype))
-    return nan_BT, nan_BT if rule.entropy is not None else None
+    state, read = _decide(call, state, None, layer)
+    return state, (read, (k, v), keep_BT)
 
 
 def _run_layer(call: Call, state: TokenState, cache: SlotCache, offset: Any, index: Any):
@@ -208,25 +181,18 @@ def _run_layer(call: Call, state: TokenState, cache: SlotCache, offset: Any, ind
         k, v = _stored(call, state, k, v, layer)
         return step_attention(q, cache.layer(offset), (k, v), mask_BTX), (k, v)
 
-    block = family_of(model).block(model)
-    params = {"params": layer_weights(call.layers, index)}
     multiply = mech.multiply(state.bits_BT, _codes(call, index), layer)
-    out: Any = block.apply(params, state.h_BTD, rows.pos_BT, attend, multiply)
-    h_BTD, keys_values = out
-    before = state
+    given = (state.h_BTD, rows.pos_BT, attend, multiply)
+    h_BTD, keys_values = apply_block(model, layer_weights(call.layers, index), *given)
     h_BTD = jnp.where(state.active_BT[..., None], h_BTD, state.h_BTD)
-    state = _pick_shortlist(call, state.replace(h_BTD=h_BTD), layer)
-    read = (None, None)
-    if call.halts:
-        state, read = _halt(call, state, before, layer)
-    state = _assign_bits(call, state, layer)
+    state, read = _decide(call, state.replace(h_BTD=h_BTD), state, layer)
     if call.extrapolates:
         state = _encode(call, state, layer)
     return state, (read, keys_values, keep_BT)
 
 
 def _codes(call: Call, index: Any) -> Any:
-    return _at(call.params["int8"], index) if "int8" in call.params else None
+    return jax.tree.map(lambda leaf: leaf[index], call.params.get("int8"))
 
 
 def _stored(call: Call, state: TokenState, k: Array, v: Array, layer: Array):
@@ -236,42 +202,40 @@ def _stored(call: Call, state: TokenState, k: Array, v: Array, layer: Array):
         maps = call.params["kv_maps"]
         maps_XRO = maps.maps_LXFO[layer - 1]
         mapped_BTO = kv_maps.extrapolate(state.code_BTR, maps_XRO, state.depth_BT, maps.layers)
-        k_mapped, v_mapped = kv_maps.split(mapped_BTO, model)
-        if family_of(model).rotates:
-            k_mapped = rope.rotate(k_mapped, call.rows.pos_BT, model)
+        k_mapped, v_mapped = kv_maps.keys_values(mapped_BTO, call.rows.pos_BT, model)
         halted = (state.depth_BT < layer)[..., None, None]
         k, v = jnp.where(halted, k_mapped, k), jnp.where(halted, v_mapped, v)
     return mech.stored(k, v, state.bits_BT)
 
 
-def _halt(call: Call, state: TokenState, before: TokenState, layer: Array):
-    """Halt after a layer by the dual rule; quotas are for prompts."""
-    rule, rows = call.mech.halting, call.rows
-    assert rule is not None
-    with jax.named_scope("signals"):
-        drift_BT = signals.drift(rule.drift, state.h_BTD, before.h_BTD)
-    with jax.named_scope("halt"):
-        signals_read = (
-            rows.subject_BT & ~rows.full_BT,
-            drift_BT,
-            layer,
-            signals.entropies(state, call.params, call.model),
-        )
-        state, entropy_BT = rule.after_layer(state, rows, *signals_read)
-    drift_BT = jnp.where(before.active_BT, drift_BT, jnp.nan)
-    return state, (drift_BT, entropy_BT if rule.entropy is not None else None)
+def _decide(call: Call, state: TokenState, before: TokenState | None, layer: Array):
+    """Decisions after a layer, and the drifts and entropies that they read.
 
-
-def _pick_shortlist(call: Call, state: TokenState, layer: Array) -> TokenState:
-    here = (layer == call.mech.shortlist_layer) & (not call.mech.continuation)
-    return signals.pick_shortlist_at(here, state, call.params, call.model)
-
-
-def _assign_bits(call: Call, state: TokenState, layer: Array) -> TokenState:
-    amq = call.mech.amq
-    if amq is None:
-        return state
-    return amq.assign_at(layer, state, call.rows, signals.entropies(state, call.params, call.model))
+    Halting is by the dual rule, as quotas are for prompts; where nobody computes (`before` is
+    None), nobody halts.
+    """
+    mech, rule, rows = call.mech, call.mech.halting, call.rows
+    here = (layer == mech.shortlist_layer) & (not mech.continuation)
+    state = signals.pick_shortlist_at(here, state, call.params, call.model)
+    drift_BT = entropy_BT = None
+    if call.halts:
+        assert rule is not None
+        drift_BT = jnp.full(rows.pos_BT.shape, jnp.nan, exact_dtype(call.model.dtype))
+        entropy_BT = drift_BT if rule.entropy is not None else None
+    if call.halts and before is not None:
+        assert rule is not None
+        with jax.named_scope("signals"):
+            drift_BT = signals.drift(rule.drift, state.h_BTD, before.h_BTD)
+        with jax.named_scope("halt"):
+            may_BT = rows.subject_BT & ~rows.full_BT
+            read = (may_BT, drift_BT, layer, signals.entropies(state, call.params, call.model))
+            state, found_BT = rule.after_layer(state, rows, *read)
+        drift_BT = jnp.where(before.active_BT, drift_BT, jnp.nan)
+        entropy_BT = found_BT if rule.entropy is not None else None
+    if mech.amq is not None:
+        entropy_of = signals.entropies(state, call.params, call.model)
+        state = mech.amq.assign_at(layer, state, rows, entropy_of)
+    return state, (drift_BT, entropy_BT)
 
 
 def _encode(call: Call, state: TokenState, layer: Array) -> TokenState:

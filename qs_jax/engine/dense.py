@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from qs_jax.config import ModelConfig
 from qs_jax.engine.attention import blocked_attention
-from qs_jax.models import Params, family_of, head
-from qs_jax.models.cpu import from_storage
+from qs_jax.models import Params, apply_block, embed, head
 
 # attend(q, k, v) -> (context, extra): causal attention of a layer, and what `look` gets of it.
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
@@ -31,35 +29,19 @@ def look_at_layers(
     look: Callable[[Array, Array, Any], Any] = lambda before, after, kept: None,
     attend: Attend = attend_causal,
 ) -> tuple[Float[Array, "B T D"], Any]:
-    """Run the dense model and apply a function to every layer.
+    """States of the last layer of the dense model, and what `look` returned of every layer.
 
-    Args:
-      params: Stacked tree of `model`.
-      tokens_BT: Right-padded rows.
-      model: Architecture.
-      look: Gets the states before and after a layer, `[B, T, D]`, and the extra of `attend`.
-      attend: Causal attention of a layer.
-
-    Returns:
-      The states of the last layer, and what `look` returned, stacked: leaves `[L, ...]`.
+    `look` gets the states before and after a layer, `[B, T, D]`, and what `attend` kept there.
     """
-    family = family_of(model)
-    block = family.block(model)
     pos_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
 
     def layer(h_BTD, params_l):
-        out: Any = block.apply({"params": from_storage(params_l)}, h_BTD, pos_BT, attend)
-        after_BTD, kept = out
+        after_BTD, kept = apply_block(model, params_l, h_BTD, pos_BT, attend)
         return after_BTD, look(h_BTD, after_BTD, kept)
 
-    with jax.named_scope("embed"):
-        embed = family.embed(model)
-        embedded: Any = embed.apply({"params": params["embed"]}, tokens_BT, pos_BT)
-    return lax.scan(layer, embedded, params["layers"])
+    return lax.scan(layer, embed(params, tokens_BT, pos_BT, model), params["layers"])
 
 
-def forward(
-    params: Params, tokens_BT: Int[Array, "B T"], model: ModelConfig
-) -> Float[Array, "B T D"]:
+def forward(params: Params, tokens_BT: Array, model: ModelConfig) -> Array:
     """Normed states of right-padded rows; `head.logits` of position i uses tokens 0..i only."""
     return head.normed(params, look_at_layers(params, tokens_BT, model)[0], model)

@@ -99,11 +99,6 @@ class _Call(NamedTuple):
     plan: sampling.Plan
     cfg: Config
 
-    @property
-    def rows(self) -> int:
-        """Rows of the batch."""
-        return len(self.batch.lengths_B)
-
 
 def _prepare(
     params: Params,
@@ -117,9 +112,8 @@ def _prepare(
     params = prepare_params(params, model, mech)
     given = {"lengths": lengths, "attention_mask": attention_mask}
     batch, padded = inputs.prepare_batch(tokens, model, new_tokens=cfg.max_new_tokens, **given)
-    chosen = inputs.override_arrays(
-        overrides, padded.tokens_BT.shape, batch.tokens_BT.shape[1], cfg
-    )
+    shape, width = padded.tokens_BT.shape, batch.tokens_BT.shape[1]
+    chosen = inputs.override_arrays(overrides, shape, width, cfg)
     plan, numbers = sampling.plan_of(cfg, inputs.bucket_size(cfg.max_new_tokens))
     call = _Call(params, batch, padded, chosen, mech, numbers, plan, cfg)
     return _Fast(call) if runs_fast(cfg, generates=True) else _Masked(call)
@@ -200,7 +194,7 @@ def stream(
 
 
 def _steps(engine: _Masked | _Fast) -> Iterator[StreamStep]:
-    ended = np.zeros(engine.call.rows, bool)
+    ended = np.zeros(len(engine.call.batch.lengths_B), bool)
     for step in range(engine.call.cfg.max_new_tokens):
         text = engine.advance()
         token, logprob, done, finite = jax.device_get(
@@ -242,10 +236,9 @@ class _Masked:
         """One more token a row."""
         call = self.call
         given = (self.tokens, call.batch.lengths_B, self.overrides, self.text)
-        static = {"model": call.cfg.model, "plan": call.plan}
-        self.tokens, self.text, self.evidence = _rescore(
-            self.call.params, *given, call.mech, call.numbers, **static
-        )
+        arrays = (call.params, *given, call.mech, call.numbers)
+        out = _rescore(*arrays, model=call.cfg.model, plan=call.plan)
+        self.tokens, self.text, self.evidence = out
         return self.text
 
     def finish(self) -> tuple[sampling.Text, Any]:
@@ -311,10 +304,11 @@ def start(
     """Run the prompts and choose the first token of each row."""
     rows = inputs.whole_rows(batch, batch.lengths_B, overrides, mech)
     last_B1 = batch.lengths_B[:, None] - 1
-    result = prompt.run(params, rows, last_B1, model, mech, prompt_plan, segments)
-    logits_BV = head.logits(params, result.h_BQD[:, 0])
+    cut = (prompt_plan, segments)
+    h_BQD, cache, decisions = prompt.run(params, rows, last_B1, model, mech, *cut)
+    logits_BV = head.logits(params, h_BQD[:, 0])
     text = sampling.begin(batch.tokens_BT, batch.lengths_B, logits_BV, numbers, plan)
-    return text, result.cache, result.decisions
+    return text, cache, decisions
 
 
 jit_start = jax.jit(start, static_argnames=("model", "plan", "prompt_plan"))
@@ -325,20 +319,16 @@ class _Fast:
 
     def __init__(self, call: _Call) -> None:
         self.call, self.cfg = call, call.cfg
-        self.segments = _segments(self.cfg)
+        self.edges = _edges(self.cfg)
         self.produced = self.limit = 0
         self.state: Any = None  # (Text, KVCache, Decisions) after the prompt, then a DecodeState
         self.static = {"model": self.cfg.model, "plan": call.plan}
 
     @functools.cached_property
-    def rest(self) -> Params:
-        """Parameters of a step that are not stacked layers."""
-        return {name: part for name, part in self.call.params.items() if name != "layers"}
-
-    @functools.cached_property
-    def layers(self) -> Any:
-        """The layers as a step takes them, made for the second token."""
-        return cpu.decode_layers(self.call.params, self.call.rows)
+    def weights(self) -> tuple[Params, Any]:
+        """Parameters and layers as a step takes them, once a second token is asked for."""
+        rest = {name: part for name, part in self.call.params.items() if name != "layers"}
+        return rest, cpu.decode_layers(self.call.params, len(self.call.batch.lengths_B))
 
     @property
     def kv_bytes(self) -> int:
@@ -349,9 +339,9 @@ class _Fast:
     def begin(self) -> sampling.Text:
         """Run the prompts."""
         call = self.call
-        batch, lengths_B = call.padded, call.padded.lengths_B
-        cut, segments = arrange(self.cfg, batch, lengths_B, call.overrides, call.mech)
-        given = (batch, call.overrides, call.mech, segments, call.numbers)
+        prompts = (call.padded, call.padded.lengths_B, call.overrides)
+        cut, segments = arrange(self.cfg, *prompts, call.mech)
+        given = (call.padded, call.overrides, call.mech, segments, call.numbers)
         self.state = jit_start(self.call.params, *given, **self.static, prompt_plan=cut)
         self.produced = self.limit = 1
         return self.state[0]
@@ -362,7 +352,7 @@ class _Fast:
             return self.begin()
         if self.produced == self.limit or bool(self.state.full):
             self.make_room()
-        given = (self.rest, self.layers, self.state, self.call.mech, self.call.numbers)
+        given = (*self.weights, self.state, self.call.mech, self.call.numbers)
         self.state = decode.jit_advance(*given, **self.static)
         self.produced += 1
         return self.state.text
@@ -373,10 +363,8 @@ class _Fast:
         while self.produced < budget and not np.asarray(text.done_B).all():
             self.make_room()
             limit = jnp.int32(min(self.limit, budget))
-            given = (limit, self.call.mech, self.call.numbers)
-            self.state = decode.jit_run_until(
-                self.rest, self.layers, self.state, *given, **self.static
-            )
+            given = (*self.weights, self.state, limit, self.call.mech, self.call.numbers)
+            self.state = decode.jit_run_until(*given, **self.static)
             text = self.state.text
             self.produced = int(text.step)
         if self.call.mech.is_off:
@@ -392,9 +380,6 @@ class _Fast:
         room = min(call.plan.capacity - self.produced, GROWTH)
         text = state.text if isinstance(state, DecodeState) else state[0]
         longest = int(np.asarray(text.pos_B).max())
-        spans = [
-            slice(a, b) for a, b in itertools.pairwise(np.cumsum((0, *self.segments)).tolist())
-        ]
         if isinstance(state, DecodeState):
             old: Any = state.caches
             fills = jax.device_get([cache.fill_lB for cache in old])
@@ -405,16 +390,14 @@ class _Fast:
             text, old, decisions = state
             held_LBS = _held(decisions, text.pos_B, self.cfg)
             most_L = held_LBS.sum(2).max(1)
-            most = [int(most_L[span].max()) for span in spans]
-            sizes = tuple(_capacity(self.cfg, count, longest, room, surprised) for count in most)
-            coded, keeps_all = _coded_after(self.cfg), _keeps_all(self.cfg)
-            layout = tuple(
-                (span.start, span.stop, size, span.start >= coded, keeps_all)
-                for span, size in zip(spans, sizes, strict=True)
-            )
+            layout, coded, keeps_all = [], _coded_after(self.cfg), _keeps_all(self.cfg)
+            for start, end in itertools.pairwise(self.edges):
+                most = int(most_L[start:end].max())
+                size = _capacity(self.cfg, most, longest, room, surprised)
+                layout.append((start, end, size, start >= coded, keeps_all))
             width = old.k_LBSKH.shape[2] + call.plan.capacity
             noted = None if call.mech.is_off else decisions
-            self.state = _pack(text, old, noted, held_LBS, decisions.bits_BT, layout, width)
+            self.state = _pack(text, old, noted, held_LBS, decisions.bits_BT, tuple(layout), width)
         used = {id(leaf) for leaf in jax.tree.leaves(self.state)}  # some may be handed through
         for leaf in jax.tree.leaves(old):
             if id(leaf) not in used:
@@ -422,23 +405,22 @@ class _Fast:
         self.limit = self.produced + room
 
 
-def _segments(cfg: Config) -> tuple[int, ...]:
-    """Layers of each segment."""
+def _edges(cfg: Config) -> list[int]:
+    """Layers before which segments begin, from 0, and their number."""
     count, qs = cfg.model.num_layers, cfg.quicksilver
     edges = {0, _coded_after(cfg), count}
     if qs is not None and (qs.halting is not None or qs.fusion is not None):
         layers = (qs.halting.layers if qs.halting is not None else None) or ()
         few = 0 < len(layers) <= STACKED_SEGMENTS
         edges |= set(layers) if few else set(range(0, count, -(-count // STACKED_SEGMENTS)))
-    return tuple(b - a for a, b in itertools.pairwise(sorted(edges)))
+    return sorted(edges)
 
 
 def _coded_after(cfg: Config) -> int:
     """Layers before the first whose cache holds int8 codes; all layers if there is no such."""
     amq = cfg.quicksilver.amq if cfg.quicksilver is not None else None
-    if amq is not None and amq.execution == "int8" and "kv" in amq.targets:
-        return amq.layer
-    return cfg.model.num_layers
+    stores_int8 = amq is not None and amq.execution == "int8" and "kv" in amq.targets
+    return amq.layer if stores_int8 else cfg.model.num_layers
 
 
 def _keeps_all(cfg: Config) -> bool:
@@ -450,10 +432,7 @@ def _keeps_all(cfg: Config) -> bool:
 
 
 def _capacity(cfg: Config, held: int, longest: int, room: int, for_all: bool) -> int:
-    """Slots of a segment's cache: what it holds, and room for the next tokens.
-
-    Room is for the share of new tokens that the segment holds of the prompt, or for all.
-    """
+    """Slots of a cache: what it holds, and room for a like share of new tokens, or for all."""
     share = min(MARGIN * held / longest, 1.0)
     if for_all or _keeps_all(cfg) or cfg.effective_protocol == "continuation":
         share = 1.0
@@ -461,9 +440,9 @@ def _capacity(cfg: Config, held: int, longest: int, room: int, for_all: bool) ->
 
 
 def _held(decisions: Decisions, lengths_B: Any, cfg: Config) -> Bool[np.ndarray, "L B S"]:
-    """Entries of a prompt that its next query sees, by layer; on the host."""
-    names = ("depth_BT", "fused_after_BT", "retain_BT")
-    depth, fused_after, retain = (np.asarray(getattr(decisions, name)) for name in names)
+    """Entries of a prompt that its next query can see, layer by layer; on the host."""
+    read = (decisions.depth_BT, decisions.fused_after_BT, decisions.retain_BT)
+    depth, fused_after, retain = map(np.asarray, read)
     layer = np.arange(1, cfg.model.num_layers + 1)[:, None, None]
     held = (np.arange(depth.shape[1]) < np.asarray(lengths_B)[:, None]) & (layer <= fused_after)
     skip = cfg.quicksilver.kv_skip if cfg.quicksilver is not None else None
@@ -503,9 +482,8 @@ def _pack(
     if decisions is not None:
         layers = cache.k_LBSKH.shape[0]
         empty = (layers, NEVER, NEVER, FULL_BITS, False, jnp.nan, jnp.nan)
-        names = (field.name for field in dataclasses.fields(Decisions))
-        pairs = zip(names, empty, strict=True)
-        decisions = Decisions(**{n: widen(getattr(decisions, n), value) for n, value in pairs})
+        given = (getattr(decisions, field.name) for field in dataclasses.fields(decisions))
+        decisions = Decisions(*map(widen, given, empty))
     return DecodeState(text, tuple(caches), decisions, jnp.zeros((), bool))
 
 

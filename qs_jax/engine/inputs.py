@@ -33,10 +33,7 @@ class Batch(NamedTuple):
 
 
 def bucket_size(n: int, limit: int | None = None) -> int:
-    """The smallest bucket that holds `n`, cut to `limit`.
-
-    Buckets are 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, ... (four per doubling).
-    """
+    """The smallest of 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, ... to hold `n`, cut to `limit`."""
     size = SMALLEST_BUCKET
     if n > size:
         step = 1 << max((n - 1).bit_length() - 3, 0)
@@ -47,21 +44,7 @@ def bucket_size(n: int, limit: int | None = None) -> int:
 def make_batch(
     tokens: TokensLike, model: ModelConfig, *, lengths: Any = None, attention_mask: Any = None
 ) -> Batch:
-    """Check and right-pad the tokens a user gave.
-
-    Args:
-      tokens: int `[B, T]`, one row `[T]`, or rows of different lengths.
-      model: Bounds the token ids.
-      lengths: `[B]` valid tokens of each right-padded row.
-      attention_mask: `[B, T]`, true for real tokens, padded on either side, as tokenizers return.
-
-    Returns:
-      Rows as wide as the longest one.
-
-    Raises:
-      InputError: Wrong type or rank, an empty row, ids outside the vocabulary, a mask with holes,
-        or both `lengths` and `attention_mask`.
-    """
+    """Check the tokens a user gave, as for `generate`, and right-pad them to the longest row."""
     if lengths is not None and attention_mask is not None:
         raise InputError("give lengths or attention_mask, not both.")
     rows = _as_rows(tokens)
@@ -69,6 +52,8 @@ def make_batch(
         rows = _rows_of_mask(rows, np.atleast_2d(_as_array("attention_mask", attention_mask)))
     elif lengths is not None:
         rows = _rows_of_lengths(rows, np.atleast_1d(_as_array("lengths", lengths)))
+    lengths_B = np.array([row.size for row in rows], np.int32)
+    tokens_BT = np.zeros((len(rows), lengths_B.max()), np.int32)
     for index, row in enumerate(rows):
         if row.size == 0:
             raise InputError(f"row {index} is empty: every prompt needs at least one token.")
@@ -78,17 +63,8 @@ def make_batch(
                 f"row {index} holds token id {bad[0]}, outside the vocabulary of "
                 f"{model.vocab_size}: was it made by another model's tokenizer?"
             )
-    lengths_B = np.array([row.size for row in rows], np.int32)
-    tokens_BT = np.zeros((len(rows), lengths_B.max()), np.int32)
-    for index, row in enumerate(rows):
         tokens_BT[index, : row.size] = row
     return Batch(tokens_BT, lengths_B)
-
-
-def pad_batch(batch: Batch, width: int) -> Batch:
-    """Widen a batch with zeros to `width` columns."""
-    extra = width - batch.tokens_BT.shape[1]
-    return Batch(np.pad(batch.tokens_BT, ((0, 0), (0, extra))), batch.lengths_B)
 
 
 def prepare_batch(
@@ -103,15 +79,12 @@ def prepare_batch(
     batch = make_batch(tokens, model, lengths=lengths, attention_mask=attention_mask)
     width = batch.tokens_BT.shape[1]
     check_positions(width, new_tokens, model)
-    return batch, pad_batch(batch, bucket_size(width, model.max_positions))
+    extra = bucket_size(width, model.max_positions) - width
+    return batch, Batch(np.pad(batch.tokens_BT, ((0, 0), (0, extra))), batch.lengths_B)
 
 
 def split_prompts(lengths_B: np.ndarray, prompt_lengths: Any, cfg: Config) -> np.ndarray:
-    """Tokens of each row's prompt, which "continuation" acts on and does not score; int32 `[B]`.
-
-    Raises:
-      InputError: They do not fit the rows, or the protocol has no prompts.
-    """
+    """Tokens of each row's prompt, which "continuation" acts on and does not score; int32 `[B]`."""
     if cfg.effective_protocol != "continuation":
         if prompt_lengths is not None:
             raise InputError("prompt_lengths is for protocol 'continuation'.")
@@ -225,12 +198,7 @@ class TokenOverrides:
 def override_arrays(
     overrides: TokenOverrides | None, shape: tuple[int, int], width: int, cfg: Config
 ) -> Overrides | None:
-    """Arrays of a padded batch, `shape`, whose longest row has `width` tokens.
-
-    Raises:
-      InputError: An array has other rows or columns than the batch, the wrong kind of numbers, or
-        no effect under this configuration.
-    """
+    """Arrays of a padded batch, `shape`, whose longest row has `width` tokens."""
     if overrides is None:
         return None
     if not isinstance(overrides, TokenOverrides):  # callers without a type checker

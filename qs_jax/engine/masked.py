@@ -28,8 +28,7 @@ from qs_jax.config import ModelConfig
 from qs_jax.engine.attention import attention
 from qs_jax.engine.weights import Weights, layer_weights
 from qs_jax.mechanisms import Mechanisms, Rows, fusion, halting, kv_maps, kv_skip, signals
-from qs_jax.models import Params, family_of, head, rope
-from qs_jax.models.cpu import from_storage
+from qs_jax.models import Params, apply_block, embed, head
 from qs_jax.state import NEVER, LayerRecord, TokenState, exact_dtype
 
 
@@ -100,10 +99,8 @@ def open_call(
     previous_BT: Array | None = None,
 ) -> Call:
     """Embed the tokens."""
-    embed = family_of(model).embed(model)
-    with jax.named_scope("embed"):
-        embedded: Any = embed.apply({"params": params["embed"]}, rows.tokens_BT, rows.pos_BT)
-    return Call(params, model, mech, rows, embedded, previous_BT)
+    embedded_BTD = embed(params, rows.tokens_BT, rows.pos_BT, model)
+    return Call(params, model, mech, rows, embedded_BTD, previous_BT)
 
 
 def start(call: Call) -> TokenState:
@@ -173,17 +170,8 @@ def _hidden_from(call: Call, state: TokenState) -> Int[Array, "B T"]:
 
 
 def attention_mask(call: Call, state: TokenState, layer: Array) -> Bool[Array, "B T S"]:
-    """Each query sees itself and the earlier keys that this layer still has."""
-    rows = call.rows
-    keys = kv_skip.Keys(
-        pos_BS=rows.pos_BT,
-        real_BS=rows.real_BT,
-        depth_BS=state.depth_BT,
-        hidden_from_BS=_hidden_from(call, state),
-        retain_BS=rows.retain_BT,
-        received_BTS=state.received_BTS,
-    )
-    return call.mech.kv_skip.visible(rows.pos_BT, keys, layer)
+    """Causal, and of the earlier keys only those that this layer still has."""
+    return call.mech.kv_skip.visible(call.rows, state, _hidden_from(call, state), layer)
 
 
 def _block(
@@ -202,11 +190,10 @@ def _block(
         return context_BTNH, Attended(None, q, k, weights_BNTS)
 
     multiply = mech.multiply(state.bits_BT, weights.int8, layer)
-    block = family_of(model).block(model)
-    params = {"params": from_storage(weights.params)}
-    out: Any = block.apply(params, state.h_BTD, pos_BT, attend, multiply)
-    h_BTD = jnp.where(state.active_BT[..., None], out[0], state.h_BTD)
-    return state.replace(h_BTD=h_BTD), out[1]._replace(h_BTD=h_BTD)
+    inputs = (state.h_BTD, pos_BT, attend, multiply)
+    h_BTD, attended = apply_block(model, weights.params, *inputs)
+    h_BTD = jnp.where(state.active_BT[..., None], h_BTD, state.h_BTD)
+    return state.replace(h_BTD=h_BTD), attended._replace(h_BTD=h_BTD)
 
 
 def _extrapolated(
@@ -217,9 +204,7 @@ def _extrapolated(
     halted = (state.depth_BT < layer)[..., None, None]
     layers = call.params["kv_maps"].layers
     mapped_BTO = kv_maps.extrapolate(state.code_BTR, weights.maps, state.depth_BT, layers)
-    k_mapped, v_mapped = kv_maps.split(mapped_BTO, call.model)
-    if family_of(call.model).rotates:
-        k_mapped = rope.rotate(k_mapped, call.rows.pos_BT, call.model)
+    k_mapped, v_mapped = kv_maps.keys_values(mapped_BTO, call.rows.pos_BT, call.model)
     return jnp.where(halted, k_mapped, k), jnp.where(halted, v_mapped, v)
 
 
@@ -227,12 +212,10 @@ def _encode(call: Call, state: TokenState, layer: Array) -> TokenState:
     """What the maps of deeper layers read of the tokens that halted at this one."""
     model, h_BTD = call.model, state.h_BTD
     now_BT = (state.depth_BT == layer) & (layer < model.num_layers)
-    block = family_of(model).block(model)
 
     def neurons() -> Array:
-        params_l = jax.tree.map(lambda leaf: leaf[layer], call.params["layers"])  # of the next
-        out: Any = block.apply({"params": from_storage(params_l)}, h_BTD, method=block.mlp_neurons)
-        return out
+        following = jax.tree.map(lambda leaf: leaf[layer], call.params["layers"])
+        return apply_block(model, following, h_BTD, method="mlp_neurons")
 
     def encode() -> Array:
         read = (h_BTD, call.embedded_BTD, fusion.back(h_BTD, 1), neurons)
@@ -299,22 +282,17 @@ def _fuse(
 ) -> tuple[TokenState, Array]:
     rows, rule = call.rows, call.mech.fusion
     assert rule is not None
-    tokens = fusion.Tokens(
-        pos_BT=rows.pos_BT,
-        h_BTD=state.h_BTD,
-        ready_BT=eligible(call, state) & (layer < state.depth_BT),
-        hidden_from_BT=_hidden_from(call, state),
-    )
+    ready_BT = eligible(call, state) & (layer < state.depth_BT)
+    tokens = (rows.pos_BT, state.h_BTD, ready_BT, _hidden_from(call, state))
+    contexts_BTD = mean_BTW = None
     if rule.filters_context:
         contexts_BTD = fusion.contexts(call.embedded_BTD, rows.real_BT, rule.context)
-        tokens = tokens._replace(context_BTD=contexts_BTD)
-    mean_BTW = None
     if rule.window > 1:
         keys = (attended.q_BTNH, attended.k_BTKH, rows.pos_BT)
         sum_BTW = state.similarity_BTW + fusion.similarity(*keys, rule.window)
         state = state.replace(similarity_BTW=sum_BTW)
         mean_BTW = sum_BTW / layer.astype(sum_BTW.dtype)
-    pairs_BTW = rule.pairs(tokens, mean_BTW, layer)
+    pairs_BTW = rule.pairs(*tokens, layer, mean_BTW, contexts_BTD)
     weights = _weigh(call, state, attended, pairs_BTW)
     merging = (rows.pos_BT, pairs_BTW, weights, layer, call.model.dtype)
     return rule.absorb(state, *merging, stops=call.mech.continuation)

@@ -22,7 +22,7 @@ from qs_jax.engine.attention import attention_weights, blocked_attention
 from qs_jax.engine.cache import KVCache
 from qs_jax.engine.weights import Weights, layer_weights
 from qs_jax.mechanisms import Mechanisms, Rows, fusion, halting, kv_maps, signals
-from qs_jax.models import Params, family_of, head, rope
+from qs_jax.models import Params, apply_block, embed, head
 from qs_jax.models.cpu import from_storage, to_storage
 from qs_jax.state import NEVER, Decisions, TokenState, exact_dtype
 
@@ -50,12 +50,7 @@ class Plan(NamedTuple):
 
 
 class Segments(NamedTuple):
-    """Runs of layers up to the last but one; the first segment runs whole rows.
-
-    Attributes:
-      first_S: First layer, from 1.
-      last_S: Last layer.
-    """
+    """First and last layer, from 1, of segments up to the last layer but one."""
 
     first_S: Int[Array, "S"]
     last_S: Int[Array, "S"]
@@ -80,27 +75,12 @@ class Call(NamedTuple):
 
 
 class Carry(NamedTuple):
-    """State between segments: arrays over whole rows.
-
-    Attributes:
-      state: As in the definition.
-      cache: Keys and values.
-      drift_LBT: Layer drifts that decisions read; None where they read none.
-      entropy_LBT: Entropies in the same way.
-    """
+    """What segments hand on; drifts and entropies are None where no decision reads them."""
 
     state: TokenState
     cache: KVCache
     drift_LBT: Float[Array, "L B T"] | None
     entropy_LBT: Float[Array, "L B T"] | None
-
-
-class Result(NamedTuple):
-    """Normed states of the tokens that are read, the cache, and what was decided."""
-
-    h_BQD: Float[Array, "B Q D"]
-    cache: KVCache
-    decisions: Decisions
 
 
 class Slots(NamedTuple):
@@ -131,26 +111,17 @@ def run(
     mech: Mechanisms,
     plan: Plan,
     segments: Segments,
-) -> Result:
-    """Run whole rows, as `masked.run` does.
+) -> tuple[Array, KVCache, Decisions]:
+    """Normed states at the positions that are read, the cache, and what was decided.
 
-    Args:
-      params: Stacked tree, from `weights.prepare_params`.
-      rows: Right-padded rows from position 0.
-      read_BQ: Positions whose output is read.
-      model: Architecture.
-      mech: Mechanisms that `prompt_plan.refusal` lets through.
-      plan: Static part of the cut.
-      segments: Where to cut.
+    Rows are as in `masked.run`; `prompt_plan.refusal` says which mechanisms can run here.
     """
-    embed = family_of(model).embed(model)
-    with jax.named_scope("embed"):
-        embedded: Any = embed.apply({"params": params["embed"]}, rows.tokens_BT, rows.pos_BT)
-    call = Call(params, model, mech, plan, rows, embedded, layer_weights(params))
+    embedded_BTD = embed(params, rows.tokens_BT, rows.pos_BT, model)
+    call = Call(params, model, mech, plan, rows, embedded_BTD, layer_weights(params))
     rule, shape = mech.halting, rows.pos_BT.shape
     unread = jnp.full((model.num_layers, *shape), jnp.nan, exact_dtype(model.dtype))
     carry = Carry(
-        mech.start(embedded, rows, model),
+        mech.start(embedded_BTD, rows, model),
         KVCache.zeros(model, *shape),
         unread if rule is not None and rule.reads_drift else None,
         unread if rule is not None and rule.entropy is not None else None,
@@ -168,16 +139,9 @@ def run(
         carry = _choose_slots(call, carry, segments)
     h_BQD, cache = _last_layer(call, carry, read_BQ)
     state = carry.state
-    decisions = Decisions(
-        depth_BT=state.depth_BT,
-        fused_BT=state.fused_BT,
-        fused_after_BT=state.fused_after_BT,
-        bits_BT=state.bits_BT,
-        retain_BT=rows.retain_BT,
-        drift_LBT=carry.drift_LBT,
-        entropy_LBT=carry.entropy_LBT,
-    )
-    return Result(head.normed(params, h_BQD, model), cache, decisions)
+    decided = (state.depth_BT, state.fused_BT, state.fused_after_BT, state.bits_BT)
+    decisions = Decisions(*decided, rows.retain_BT, carry.drift_LBT, carry.entropy_LBT)
+    return head.normed(params, h_BQD, model), cache, decisions
 
 
 # --- segments -----------------------------------------------------------------------------------
@@ -259,8 +223,11 @@ def _gather(call: Call, whole: TokenState, slots: int, first: Array) -> tuple[Sl
     """Gather the tokens that compute; spare slots hold stopped ones, which do not change."""
     if slots == call.rows.pos_BT.shape[1]:
         return Slots(None, call.rows, None, first), whole
-    index_BC = jnp.sort(_true_first(whole.active_BT)[:, :slots], axis=1)
-    waiting_BT = _eligible(call.rows, whole, call) & (whole.depth_BT < first)
+    rows_B1 = jnp.arange(len(whole.active_BT))[:, None]
+    chosen_BC = _true_first(whole.active_BT)[:, :slots]
+    chosen_BT = jnp.zeros_like(whole.active_BT).at[rows_B1, chosen_BC].set(True)
+    index_BC = _true_first(chosen_BT)[:, :slots]
+    waiting_BT = _eligible(call.rows, whole) & (whole.depth_BT < first)
     inside_B = _take(waiting_BT, index_BC).sum(1, dtype=jnp.int32)
     outside_B = waiting_BT.sum(1, dtype=jnp.int32) - inside_B
     rows, state = jax.tree.map(lambda leaf: _take(leaf, index_BC), (call.rows, whole))
@@ -304,17 +271,14 @@ def _run_layer(call: Call, carry: Carry, chosen: Slots, whole: TokenState, index
         first_BS = _first_queries(call, chosen, whole, state, layer, among_all)
         return blocked_attention(q, k, v, rows.pos_BT, first_BS), cache
 
-    block = family_of(model).block(model)
-    params = {"params": from_storage(weights.params)}
-    multiply = call.mech.multiply(state.bits_BT, weights.int8, layer)
-    out: Any = block.apply(params, state.h_BTD, rows.pos_BT, attend, multiply)
-    h_BTD, cache = out
+    multiply = mech.multiply(state.bits_BT, weights.int8, layer)
+    given = (state.h_BTD, rows.pos_BT, attend, multiply)
+    h_BTD, cache = apply_block(model, weights.params, *given)
     before_BTD = state.h_BTD
     h_BTD = jnp.where(state.active_BT[..., None], h_BTD, before_BTD)
-    carry = carry._replace(state=state.replace(h_BTD=h_BTD), cache=cache)
     here = layer == mech.shortlist_layer
-    picked = signals.pick_shortlist_at(here, carry.state, call.params, model)
-    carry = carry._replace(state=picked)
+    state = signals.pick_shortlist_at(here, state.replace(h_BTD=h_BTD), call.params, model)
+    carry = carry._replace(state=state, cache=cache)
     if not call.decides_inside:
         return carry
     if mech.halting is not None:
@@ -348,11 +312,9 @@ def _last_layer(call: Call, carry: Carry, read_BQ: Array) -> tuple[Array, KVCach
     model, state, rows = call.model, carry.state, call.rows
     index = model.num_layers - 1
     layer, weights = jnp.int32(model.num_layers), _at(call.weights, index)
-    params = {"params": from_storage(weights.params)}
-    block = family_of(model).block(model)
-    multiply = call.mech.multiply(state.bits_BT, weights.int8, layer)
-    found: Any = block.apply(params, state.h_BTD, rows.pos_BT, multiply, method=block.keys_values)
-    k, v = call.mech.stored(found[0], found[1], state.bits_BT)
+    given = (state.h_BTD, rows.pos_BT, call.mech.multiply(state.bits_BT, weights.int8, layer))
+    k, v = apply_block(model, weights.params, *given, method="keys_values")
+    k, v = call.mech.stored(k, v, state.bits_BT)
     slots_BT = jnp.where(state.active_BT, rows.pos_BT, NEVER) if call.plan.keeps_keys else None
     cache = carry.cache.write(jnp.int32(index), slots_BT, k, v)
     k, v = cache.layer(jnp.int32(index))
@@ -366,24 +328,19 @@ def _last_layer(call: Call, carry: Carry, read_BQ: Array) -> tuple[Array, KVCach
     own = (state.h_BTD, state.bits_BT, state.active_BT)
     h_BQD, bits_BQ, active_BQ = (array_BT[rows_B1, read_BQ] for array_BT in own)
     multiply = call.mech.multiply(bits_BQ, weights.int8, layer)
-    read: Any = block.apply(params, h_BQD, read_BQ, attend, multiply)
-    return jnp.where(active_BQ[..., None], read[0], h_BQD), cache
+    after_BQD, _ = apply_block(model, weights.params, h_BQD, read_BQ, attend, multiply)
+    return jnp.where(active_BQ[..., None], after_BQD, h_BQD), cache
 
 
 # --- decisions ----------------------------------------------------------------------------------
 
 
-def _eligible(rows: Rows, state: TokenState, call: Call) -> Bool[Array, "B T"]:
+def _eligible(rows: Rows, state: TokenState) -> Bool[Array, "B T"]:
     return rows.subject_BT & ~rows.full_BT & (state.fused_BT == NEVER)
 
 
 def _decide(
-    call: Call,
-    carry: Carry,
-    chosen: Slots,
-    whole: TokenState,
-    before_BCD: Any,
-    layer: Array,
+    call: Call, carry: Carry, chosen: Slots, whole: TokenState, before_BCD: Any, layer: Array
 ) -> Carry:
     """Halting after a layer, as `masked._halt`."""
     rule, state, rows = call.mech.halting, carry.state, chosen.rows
@@ -394,19 +351,13 @@ def _decide(
         if rule.reads_drift:
             drift_BT = signals.drift(rule.drift, state.h_BTD, before_BCD)
         if rule.reads_attention:
-            read = lambda: _received(call, carry, chosen, whole, before_BCD, layer)  # noqa: E731
+            receive = lambda: _received(call, carry, chosen, whole, before_BCD, layer)  # noqa: E731
             nothing = jnp.zeros_like(drift_BT)
-            may = rule.may_halt_L[layer - 1]
-            received_BT = lax.cond(may, read, lambda: nothing) if call.decides_inside else read()
+            received_BT = lax.cond(rule.may_halt_L[layer - 1], receive, lambda: nothing)
     with jax.named_scope("halt"):
-        signals_read = (
-            _eligible(rows, state, call),
-            drift_BT,
-            layer,
-            signals.entropies(state, call.params, call.model),
-        )
-        outside = {"received_BT": received_BT, "outside_B": chosen.outside_B}
-        state, entropy_BT = rule.after_layer(state, rows, *signals_read, **outside)
+        entropy_of = signals.entropies(state, call.params, call.model)
+        read = (_eligible(rows, state), drift_BT, layer, entropy_of, received_BT)
+        state, entropy_BT = rule.after_layer(state, rows, *read, chosen.outside_B)
     drift_BT = jnp.where(ran_BT, drift_BT, jnp.nan)
 
     def note(signals_LBT: Array | None, own_BC: Array) -> Array | None:
@@ -431,10 +382,8 @@ def _received(call, carry, chosen, whole, before_BCD, layer) -> Float[Array, "B 
     h_BQD, pos_BQ, bits_BQ = (x[rows_B1, index_BQ] for x in read)
     counted_BQ = counted_BC[rows_B1, index_BQ]
     weights = _at(call.weights, layer - 1)
-    block = family_of(call.model).block(call.model)
-    multiply = call.mech.multiply(bits_BQ, weights.int8, layer)
-    params = {"params": from_storage(weights.params)}
-    q_BQNH: Any = block.apply(params, h_BQD, pos_BQ, multiply, method=block.queries)
+    given = (h_BQD, pos_BQ, call.mech.multiply(bits_BQ, weights.int8, layer))
+    q_BQNH = apply_block(call.model, weights.params, *given, method="queries")
     k_BSKH, _ = carry.cache.layer(layer - 1 - chosen.offset)
     first_BS = _first_queries(call, chosen, whole, state, layer, among_all=True)
     mask_BQS = first_BS[:, None, :] <= pos_BQ[..., None]
@@ -447,10 +396,10 @@ def _fuse(call: Call, state: TokenState, rows: Rows, layer: Array) -> TokenState
     """Fusion of adjacent tokens after a layer, as `masked._fuse`; absorbed tokens stop."""
     rule = call.mech.fusion
     assert rule is not None
-    ready_BT = _eligible(rows, state, call) & (layer < state.depth_BT)
-    tokens = fusion.Tokens(rows.pos_BT, state.h_BTD, ready_BT, state.fused_BT)
+    ready_BT = _eligible(rows, state) & (layer < state.depth_BT)
+    tokens = (rows.pos_BT, state.h_BTD, ready_BT, state.fused_BT)
     nobody_BTW = jnp.zeros((*rows.pos_BT.shape, 1), bool)
-    find = lambda: rule.pairs(tokens, None, layer)  # noqa: E731
+    find = lambda: rule.pairs(*tokens, layer)  # noqa: E731
     pairs_BTW = lax.cond(rule.may_fuse_L[layer - 1], find, lambda: nobody_BTW)
     merging = (rows.pos_BT, pairs_BTW, (state.size_BT, None), layer, call.model.dtype)
     return rule.absorb(state, *merging, stops=True)[0]
@@ -464,9 +413,8 @@ def _end_segment(call: Call, carry: Carry, first: Array, last: Array, fill: int 
     amq, state = call.mech.amq, carry.state
     if amq is not None:
         with jax.named_scope("amq"):
-            state = amq.assign_at(
-                last, state, call.rows, signals.entropies(state, call.params, call.model)
-            )
+            entropy_of = signals.entropies(state, call.params, call.model)
+            state = amq.assign_at(last, state, call.rows, entropy_of)
         carry = carry._replace(state=state)
     if call.plan.keeps_keys and fill != 0:
         carry = carry._replace(cache=_fill(call, carry, first, last, fill))
@@ -484,8 +432,7 @@ def _fill(call: Call, carry: Carry, first: Array, last: Array, fill: int | None)
     stopped_BT &= state.fused_BT == NEVER
     order_BT = _true_first(stopped_BT)
     count_B1 = stopped_BT.sum(1, dtype=jnp.int32)[:, None]
-    at_once = order_BT.shape[1] if fill is None else fill
-    at_once = min(FILL, at_once) if fill is None else at_once
+    at_once = min(FILL, order_BT.shape[1]) if fill is None else fill
     widened_BT = jnp.pad(order_BT, ((0, 0), (0, at_once)))
 
     def some(part: Array, cache: KVCache) -> KVCache:
@@ -507,34 +454,29 @@ def _frozen_keys_values(call: Call, state: TokenState, index_BP: Array, last: Ar
     """A function from a layer's index to keys and values of some tokens that stopped."""
     mech, model = call.mech, call.model
     h_BPD, bits_BP = _take(state.h_BTD, index_BP), _take(state.bits_BT, index_BP)
-    block = family_of(model).block(model)
 
     def propagated(index: Array) -> tuple[Array, Array]:
         weights = _at(call.weights, index)
-        params = {"params": from_storage(weights.params)}
-        multiply = call.mech.multiply(bits_BP, weights.int8, index + 1)
-        out: Any = block.apply(params, h_BPD, index_BP, multiply, method=block.keys_values)
-        return mech.stored(out[0], out[1], bits_BP)
+        given = (h_BPD, index_BP, mech.multiply(bits_BP, weights.int8, index + 1))
+        k, v = apply_block(model, weights.params, *given, method="keys_values")
+        return mech.stored(k, v, bits_BP)
 
     if mech.kv_skip.policy != "extrapolate":
         return propagated
 
     def neurons() -> Array:
-        params = {"params": from_storage(_at(call.weights.params, last))}  # of the next layer
-        out: Any = block.apply(params, h_BPD, method=block.mlp_neurons)
-        return out
+        following = _at(call.weights.params, last)
+        return apply_block(model, following, h_BPD, method="mlp_neurons")
 
     maps = call.params["kv_maps"]
     x = jnp.argmax(jnp.asarray(maps.layers) == last)
     before = _take(fusion.back(state.h_BTD, 1), index_BP)
     sources = kv_maps.sources(h_BPD, _take(call.embedded_BTD, index_BP), before, neurons)
-    code_BPR = kv_maps.encode_at(maps, x, sources, model.dtype)
+    depth_BP = _take(state.depth_BT, index_BP)
+    code_BPR = kv_maps.encode(maps, sources, depth_BP, model.dtype, x)
 
     def mapped(index: Array) -> tuple[Array, Array]:
-        map_RO = _at(call.weights.maps, index)[x]
-        k, v = kv_maps.keys_values(code_BPR, map_RO, model)
-        if family_of(model).rotates:
-            k = rope.rotate(k, index_BP, model)
-        return mech.stored(k, v, bits_BP)
+        mapped_BPO = kv_maps.mapped(code_BPR, _at(call.weights.maps, index)[x])
+        return mech.stored(*kv_maps.keys_values(mapped_BPO, index_BP, model), bits_BP)
 
     return mapped

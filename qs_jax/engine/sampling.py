@@ -20,11 +20,7 @@ class Plan(NamedTuple):
     """The static part: what the program contains.
 
     Attributes:
-      capacity: M, width of the output buffer, a bucket that holds max_new_tokens.
-      stop_ids: Token ids that end a row.
-      pad_id: Fills a row after its end.
-      greedy: Take the most likely token.
-      penalize: Apply the repetition penalty.
+      capacity: M, width of the output buffer.
       shortlist: How many of the largest logits are sorted for top-k (a power of two >= top_k); 0
         when there is no top-k.
       nucleus: Apply top-p.
@@ -55,13 +51,10 @@ class Text(flax.struct.PyTreeNode):
 
     Attributes:
       step: Tokens produced so far, the column of `tokens_BM` written next.
-      last_B: Token of each row that has not been run through the model yet.
-      pos_B: Position of `last_B` in its row.
+      last_B: Token of each row that has not been run through the model yet, at `pos_B`.
       done_B: The row has ended; it is carried along unchanged.
       finite_B: Every logit of the row was finite so far.
       seen_BV: Token ids of the prompt and continuation (repetition penalty), V = 1 when unused.
-      tokens_BM: Output buffer.
-      logprobs_BM: Log-probability of each produced token in nats.
       lengths_B: Tokens each row has produced, the end token included.
     """
 
@@ -101,11 +94,7 @@ def plan_of(cfg: Config, capacity: int) -> tuple[Plan, Numbers]:
 
 
 def begin(
-    tokens_BT: Int[Array, "B T"],
-    lengths_B: Int[Array, "B"],
-    logits_BV: Float[Array, "B V"],
-    numbers: Numbers,
-    plan: Plan,
+    tokens_BT: Array, lengths_B: Array, logits_BV: Array, numbers: Numbers, plan: Plan
 ) -> Text:
     """Choose the first token of each row from the logits after its prompt."""
     batch, width = tokens_BT.shape
@@ -149,24 +138,18 @@ def emit(text: Text, logits_BV: Float[Array, "B V"], numbers: Numbers, plan: Pla
     )
 
 
-def penalize(
-    logits_BV: Float[Array, "B V"], seen_BV: Bool[Array, "B V"], penalty: Float[Array, ""]
-) -> Float[Array, "B V"]:
+def penalize(logits_BV: Array, seen_BV: Array, penalty: Array) -> Array:
     """Divide positive logits of seen tokens by `penalty` and multiply negative ones by it."""
     changed_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
     return jnp.where(seen_BV, changed_BV, logits_BV)
 
 
-def filter_logits(
-    logits_BV: Float[Array, "B V"], plan: Plan, numbers: Numbers
-) -> Float[Array, "B V"]:
+def filter_logits(logits_BV: Array, plan: Plan, numbers: Numbers) -> Array:
     """Logits after temperature, top-k and top-p, with -inf where a token is filtered out.
 
-    Top-k keeps every token at least as likely as the k-th. Top-p keeps the smallest set of most
-    likely tokens that holds the probability; tokens as likely as its last one are kept too. The
-    most likely token always survives.
+    Tokens as likely as the last one that is kept are kept too.
     """
-    # Relative to the largest, so that a low temperature makes only unlikely logits infinite.
+    # Relative to the largest: a low temperature makes nothing infinite that is within reach.
     logits_BV = (logits_BV - logits_BV.max(axis=-1, keepdims=True)) / numbers.temperature
     if plan.shortlist:
         best_BC = jax.lax.top_k(logits_BV, plan.shortlist)[0]
@@ -187,9 +170,7 @@ def nucleus_threshold(prob_BV: Float[Array, "B V"], top_p: Float[Array, ""]) -> 
     """
 
     def halve(_, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low_B, high_B = (
-            bounds  # tokens >= low hold top_p; tokens >= high do not, or high is above all
-        )
+        low_B, high_B = bounds  # tokens >= low hold top_p; those >= high do not, if there are any
         middle_B = low_B + (high_B - low_B) // 2
         at_least_BV = prob_BV >= jax.lax.bitcast_convert_type(middle_B, jnp.float32)[:, None]
         enough_B = jnp.where(at_least_BV, prob_BV, 0.0).sum(-1) >= top_p
@@ -208,13 +189,8 @@ def row_keys(seed: UInt[Array, ""], batch: int) -> Array:
 
 
 def choose(
-    logits_BV: Float[Array, "B V"],
-    seen_BV: Bool[Array, "B _"],
-    keys_B: Array,
-    step: Int[Array, ""],
-    plan: Plan,
-    numbers: Numbers,
-) -> Int[Array, "B"]:
+    logits_BV: Array, seen_BV: Array, keys_B: Array, step: Array, plan: Plan, numbers: Numbers
+) -> Array:
     """The next token of each row; `step` is folded into its key."""
     if plan.penalize:
         logits_BV = penalize(logits_BV, seen_BV, numbers.repetition_penalty)

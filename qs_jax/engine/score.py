@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,39 +56,31 @@ class ScoreOutput:
         return float(np.exp(self.nll))
 
 
-class Scored(NamedTuple):
-    """Which positions are scored: `count` of each row, static, from `first_B` on.
-
-    Attributes:
-      first_B: At least 1.
-      count: May exceed the length of a row; at or past the width, everything is scored.
-    """
-
-    first_B: Int[Array, "B"]
-    count: int
-
-
 def next_logprobs(
-    params: Params,
-    h_BTD: Float[Array, "B T D"],
-    tokens_BT: Int[Array, "B T"],
-    scored: Scored | None = None,
-) -> Float[Array, "B T"]:
+    params: Params, h_BTD: Array, tokens_BT: Array, before_BN: Array | None = None
+) -> Array:
     """Log-probability of each token, read from the normed state before it; column 0 is 0.
 
-    Where only some positions are scored, only they go through the head; the others are 0.
+    With `before_BN`, only states after these positions are read; other columns are 0.
     """
-    next_BT = jnp.roll(tokens_BT, -1, axis=1)
-    batch, width = tokens_BT.shape
-    if scored is not None and scored.count < width:
-        # Spare columns read a position twice and give the same number.
-        before_BN = scored.first_B[:, None] - 1 + jnp.arange(scored.count, dtype=jnp.int32)[None]
-        before_BN = jnp.clip(before_BN, 0, width - 2)
-        h_BND = jnp.take_along_axis(h_BTD, before_BN[..., None], axis=1)
-        found_BN = _pick(params, h_BND, jnp.take_along_axis(next_BT, before_BN, axis=1))
-        rows_B1 = jnp.arange(batch)[:, None]
-        return jnp.zeros((batch, width), found_BN.dtype).at[rows_B1, before_BN + 1].set(found_BN)
-    return jnp.pad(_pick(params, h_BTD, next_BT)[:, :-1], ((0, 0), (1, 0)))
+    if before_BN is None:
+        next_BT = jnp.roll(tokens_BT, -1, axis=1)
+        return jnp.pad(_pick(params, h_BTD, next_BT)[:, :-1], ((0, 0), (1, 0)))
+    h_BND = jnp.take_along_axis(h_BTD, before_BN[..., None], axis=1)
+    return _placed(params, h_BND, tokens_BT, before_BN)
+
+
+def _before(first_B: Array, count: int, width: int) -> Array:
+    """Positions before the `count` scored ones of each row; spare columns read some twice."""
+    before_BN = first_B[:, None] - 1 + jnp.arange(min(count, width), dtype=jnp.int32)[None]
+    return jnp.clip(before_BN, 0, width - 2)
+
+
+def _placed(params: Params, h_BND: Array, tokens_BT: Array, before_BN: Array) -> Array:
+    """Log-probabilities of the tokens after some positions, from the states there."""
+    found_BN = _pick(params, h_BND, jnp.take_along_axis(tokens_BT, before_BN + 1, axis=1))
+    rows_B1 = jnp.arange(len(before_BN))[:, None]
+    return jnp.zeros(tokens_BT.shape, found_BN.dtype).at[rows_B1, before_BN + 1].set(found_BN)
 
 
 def _pick(params: Params, h_BTD: Array, next_BT: Array) -> Array:
@@ -113,13 +105,15 @@ def score_dense(
 ) -> dict[str, Any]:
     """Log-probabilities of the dense model, of `count` positions a row from `first_B` on."""
     h_BTD = dense.forward(params, tokens_BT, model)
-    return _outputs(params, h_BTD, tokens_BT, Scored(first_B, count), returns)
+    return _outputs(params, h_BTD, tokens_BT, first_B, count, returns)
 
 
 def _outputs(
-    params: Params, h_BTD: Array, tokens_BT: Array, scored: Scored, returns: tuple[str, ...]
+    params: Params, h_BTD: Array, tokens_BT: Array, first_B: Array, count: int, returns: Any
 ) -> dict[str, Any]:
-    out = {"logprobs": next_logprobs(params, h_BTD, tokens_BT, scored)}
+    width = tokens_BT.shape[1]
+    before_BN = _before(first_B, count, width) if count < width else None
+    out = {"logprobs": next_logprobs(params, h_BTD, tokens_BT, before_BN)}
     if "logits" in returns:
         out["logits"] = head.logits(params, h_BTD)
     return out | ({"states": h_BTD} if "states" in returns else {})
@@ -139,7 +133,7 @@ def score_masked(
     """Log-probabilities under the mechanisms, and the evidence of their record."""
     rows = inputs.whole_rows(batch, ends_B, overrides, mech)
     h_BTD, state, record = run_masked(params, rows, model, mech)
-    out = _outputs(params, h_BTD, batch.tokens_BT, Scored(first_B, count), returns)
+    out = _outputs(params, h_BTD, batch.tokens_BT, first_B, count, returns)
     return out | {"evidence": evidence(state, record)}
 
 
@@ -157,16 +151,10 @@ def score_prompt(
 ) -> dict[str, Any]:
     """Log-probabilities of continuations, whose prompts the prompt engine runs."""
     rows = inputs.whole_rows(batch, ends_B, overrides, mech)
-    width = batch.tokens_BT.shape[1]
-    before_BQ = first_B[:, None] - 1 + jnp.arange(min(count, width))[None]
-    before_BQ = jnp.clip(before_BQ, 0, width - 2)  # spare columns read a position twice
-    result = prompt.run(params, rows, before_BQ, model, mech, plan, segments)
-    next_BQ = jnp.take_along_axis(batch.tokens_BT, before_BQ + 1, axis=1)
-    found_BQ = _pick(params, result.h_BQD, next_BQ)
-    rows_B1 = jnp.arange(len(before_BQ))[:, None]
-    zeros_BT = jnp.zeros(batch.tokens_BT.shape, found_BQ.dtype)
-    logprobs_BT = zeros_BT.at[rows_B1, before_BQ + 1].set(found_BQ)
-    return {"logprobs": logprobs_BT, "decisions": result.decisions}
+    before_BQ = _before(first_B, count, batch.tokens_BT.shape[1])
+    h_BQD, _, decisions = prompt.run(params, rows, before_BQ, model, mech, plan, segments)
+    logprobs_BT = _placed(params, h_BQD, batch.tokens_BT, before_BQ)
+    return {"logprobs": logprobs_BT, "decisions": decisions}
 
 
 def run_masked(params: Params, rows: Rows, model: ModelConfig, mech: Mechanisms):
@@ -250,16 +238,14 @@ def score(
     width = batch.tokens_BT.shape[1]
     column_1T = np.arange(width)[None, :]
     ends_B = inputs.split_prompts(batch.lengths_B, prompt_lengths, cfg)
-    first_B1 = np.maximum(ends_B, 1)[:, None]
-    mask_BT = (column_1T < batch.lengths_B[:, None]) & (column_1T >= first_B1)
-    first_B = first_B1[:, 0].astype(np.int32)
+    first_B = np.maximum(ends_B, 1).astype(np.int32)
+    mask_BT = (column_1T < batch.lengths_B[:, None]) & (column_1T >= first_B[:, None])
     count = padded.tokens_BT.shape[1]
     if cfg.effective_protocol == "continuation":  # a bucket, so that near counts share a program
         count = inputs.bucket_size(max(int(mask_BT.sum(1).max()), 1), count)
     static: dict[str, Any] = {"model": model, "count": count}
     chosen = inputs.override_arrays(overrides, padded.tokens_BT.shape, width, cfg)
-    wanted = {"logits": return_logits, "states": return_states}
-    returns = tuple(name for name, is_wanted in wanted.items() if is_wanted)
+    returns = ("logits",) * return_logits + ("states",) * return_states
     rows, shared = (padded, ends_B, first_B, chosen), (mech,)
     if mech.is_off:
         static["returns"], rows, shared = returns, (padded.tokens_BT, first_B), ()

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax.struct import field
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from qs_jax.mechanisms import int8
 from qs_jax.mechanisms.signals import EntropyOf
@@ -49,21 +49,18 @@ class AMQ(flax.struct.PyTreeNode):
         """Whether projections are int8 products."""
         return self.narrow and "linear" in self.targets
 
-    @property
-    def stores_int8(self) -> bool:
-        """Whether caches hold int8 keys and values."""
-        return self.narrow and "kv" in self.targets
+    def assign_at(
+        self, layer: Int[Array, ""], state: TokenState, rows: Any, entropy_of: EntropyOf
+    ) -> TokenState:
+        """The carry with every token's bits, if this is the layer that assigns them (E.2).
 
-    def assign(
-        self,
-        entropy_BT: Float[Array, "B T"],
-        subject_BT: Bool[Array, "B T"],
-        full_BT: Bool[Array, "B T"],
-    ) -> Int[Array, "B T"]:
-        """Bits of each token (E.2): 8 above tau_high, 2 below tau_low, 4 in between.
-
-        Tokens that the mechanisms do not act on keep `FULL_BITS`, or 8 in int8.
+        8 above tau_high, 2 below tau_low, 4 in between. Tokens that no mechanism acts on keep
+        `FULL_BITS`, or 8 in int8.
         """
+        here, subject_BT = layer == self.layer, rows.subject_BT
+        entropy_BT = jnp.zeros_like(state.size_BT)
+        if self.entropy is not None:
+            entropy_BT = entropy_of(self.entropy, subject_BT & here)
         if self.normalization == "log_vocab" and self.entropy is not None:
             entropy_BT = entropy_BT / self.largest_entropy
         elif self.normalization == "minmax":  # over the batch, as E.1 says
@@ -72,24 +69,11 @@ class AMQ(flax.struct.PyTreeNode):
             entropy_BT = (entropy_BT - low) / jnp.maximum(high - low, 1e-12)
         bits_BT = jnp.where(entropy_BT > self.tau_high, 8, 4)
         bits_BT = jnp.where(entropy_BT < self.tau_low, 2, bits_BT)
-        bits_BT = jnp.where(full_BT, 8, bits_BT)
-        spared = 8 if self.narrow else FULL_BITS
-        return jnp.where(subject_BT, bits_BT, spared).astype(jnp.int32)
+        bits_BT = jnp.where(rows.full_BT, 8, bits_BT)
+        bits_BT = jnp.where(subject_BT, bits_BT, 8 if self.narrow else FULL_BITS)
+        return state.replace(bits_BT=jnp.where(here, bits_BT.astype(jnp.int32), state.bits_BT))
 
-    def assign_at(
-        self, layer: Int[Array, ""], state: TokenState, rows: Any, entropy_of: EntropyOf
-    ) -> TokenState:
-        """The carry with every token's bits, if this is the layer that assigns them."""
-        here = layer == self.layer
-        entropy_BT = jnp.zeros_like(state.size_BT)
-        if self.entropy is not None:
-            entropy_BT = entropy_of(self.entropy, rows.subject_BT & here)
-        bits_BT = self.assign(entropy_BT, rows.subject_BT, rows.full_BT)
-        return state.replace(bits_BT=jnp.where(here, bits_BT, state.bits_BT))
-
-    def quantize(
-        self, x: Float[Array, "*batch C"], bits: Int[Array, "*batch"]
-    ) -> Float[Array, "*batch C"]:
+    def quantize(self, x: Array, bits: Array) -> Array:
         """Quantise and dequantise each vector at its own number of bits; 16 is untouched."""
         with jax.named_scope("amq"):
             if self.narrow:
@@ -97,16 +81,9 @@ class AMQ(flax.struct.PyTreeNode):
             return fake_quantize(x, bits, self)
 
     def multiply(
-        self,
-        bits_BT: Int[Array, "B T"],
-        weights: Mapping[str, int8.QTensor] | None,
-        layer: Int[Array, ""],
+        self, bits_BT: Array, weights: Mapping[str, int8.QTensor] | None, layer: Array
     ) -> Multiply:
-        """The product of a block for tokens of these bits, with int8 codes by projection.
-
-        Whether the layer has bits is chosen in each product: around whole blocks, XLA would copy
-        the cache that they write.
-        """
+        """How a block multiplies tokens of these bits, with the layer's codes by projection."""
         if "linear" not in self.targets:
             return dense_product
 
@@ -117,9 +94,9 @@ class AMQ(flax.struct.PyTreeNode):
             assert weights is not None
             with jax.named_scope("amq"):
                 bias_O = dense.variables["params"].get("bias")
-                columns = jax.tree.map(
-                    lambda leaf: leaf[..., start:], (weights[dense.name], bias_O)
-                )
+                whole = (weights[dense.name], bias_O)
+                columns = jax.tree.map(lambda leaf: leaf[..., start:], whole)
+                # Chosen in each product: around a block, XLA would copy the cache that it writes.
                 return lax.cond(
                     layer > self.layer,
                     lambda: int8.product(x, bits_BT, self.group, *columns),
@@ -128,9 +105,7 @@ class AMQ(flax.struct.PyTreeNode):
 
         return in_int8 if self.narrow else simulated
 
-    def stored(
-        self, x_BTKH: Float[Array, "B T K H"], bits_BT: Int[Array, "B T"]
-    ) -> Float[Array, "B T K H"]:
+    def stored(self, x_BTKH: Array, bits_BT: Array) -> Array:
         """Keys or values as they come back from the cache."""
         if "kv" not in self.targets:
             return x_BTKH
@@ -167,24 +142,15 @@ def slice_code(codes: Int[Array, "*batch"], bits: Int[Array, "*#batch"]) -> Int[
     return codes >> (8 - bits)
 
 
-def decode(codes: Array, bits: Array, low: Array, span: Array) -> Array:
-    """Middle of each code's bin."""
-    levels = (1 << bits).astype(span.dtype)
-    return low + (codes.astype(span.dtype) + 0.5) / levels * span
-
-
-def fake_quantize(
-    x: Float[Array, "*batch C"], bits: Int[Array, "*batch"], amq: AMQ
-) -> Float[Array, "*batch C"]:
+def fake_quantize(x: Array, bits: Array, amq: AMQ) -> Array:
     """Quantise and dequantise each vector at its own number of bits; `FULL_BITS` is untouched."""
     exact = x.astype(exact_dtype(x.dtype))
     if amq.rotate:
         exact = int8.rotate_groups(exact, amq.group)
     codes, low, span = code(exact, amq)
     kept = jnp.minimum(bits, 8)[..., None, None]
-    out = decode(slice_code(codes, kept), kept, low, span).reshape(x.shape)
+    middles = (slice_code(codes, kept).astype(span.dtype) + 0.5) / (1 << kept).astype(span.dtype)
+    out = (low + middles * span).reshape(x.shape)
     if amq.rotate:
-        out = int8.rotate_groups(
-            out, amq.group
-        )  # the Sylvester matrix is symmetric: its own inverse
+        out = int8.rotate_groups(out, amq.group)
     return jnp.where((bits < FULL_BITS)[..., None], out.astype(x.dtype), x)

@@ -20,24 +20,6 @@ from jaxtyping import Array, Bool, Float, Int
 from qs_jax.state import NEVER, TokenState, exact_dtype
 
 
-class Tokens(NamedTuple):
-    """Tokens that may fuse.
-
-    Attributes:
-      pos_BT: Positions, rising.
-      h_BTD: States after the layer, before fusion.
-      ready_BT: Tokens that may fuse: real, not halted, not exempt.
-      hidden_from_BT: Queries from here on do not see the token (absorbed at an earlier layer).
-      context_BTD: Mean input embedding of the last tokens; None without the context filter.
-    """
-
-    pos_BT: Int[Array, "B T"]
-    h_BTD: Float[Array, "B T D"]
-    ready_BT: Bool[Array, "B T"]
-    hidden_from_BT: Int[Array, "B T"]
-    context_BTD: Float[Array, "B T D"] | None = None
-
-
 class Merged(NamedTuple):
     """States after fusion: weighted means, the weights in them, and the tokens in them."""
 
@@ -66,27 +48,33 @@ class Fusion(flax.struct.PyTreeNode):
     context: int = field(pytree_node=False)
 
     def pairs(
-        self, tokens: Tokens, similarity_BTW: Float[Array, "B T W"] | None, layer: Int[Array, ""]
+        self,
+        pos_BT: Int[Array, "B T"],
+        h_BTD: Float[Array, "B T D"],
+        ready_BT: Bool[Array, "B T"],
+        hidden_from_BT: Int[Array, "B T"],
+        layer: Int[Array, ""],
+        similarity_BTW: Float[Array, "B T W"] | None = None,
+        context_BTD: Float[Array, "B T D"] | None = None,
     ) -> Bool[Array, "B T W"]:
         """Which of the W slots before each token it may absorb (2.3, D.8).
 
-        Tokens further back than W positions never fuse. `similarity_BTW` is the running mean over
-        layers of query-key cosines; None for adjacency only.
+        Tokens that are ready are neither halted nor exempt; queries from `hidden_from_BT` on have
+        lost a token already. Tokens further back than W positions never fuse. `similarity_BTW` is
+        the running mean over layers of query-key cosines; None for adjacency only.
         """
-        pos_BT, found = tokens.pos_BT, []
-        states_apart = self._distances_back(tokens.h_BTD)
+        found, states_apart = [], self._distances_back(h_BTD)
         for d in range(1, self.window + 1):
             ok_BT = states_apart(d) < self.tau_fuse_L[layer - 1]
-            ok_BT &= tokens.ready_BT & back(tokens.ready_BT, d)
-            ok_BT &= pos_BT < back(tokens.hidden_from_BT, d)
+            ok_BT &= ready_BT & back(ready_BT, d) & (pos_BT < back(hidden_from_BT, d))
             apart_BT = pos_BT - back(pos_BT, d)
             ok_BT &= apart_BT <= self.window
             if similarity_BTW is not None:
                 index_BT1 = jnp.clip(apart_BT - 1, 0, self.window - 1)[..., None]
                 alike_BT = jnp.take_along_axis(similarity_BTW, index_BT1, axis=-1)[..., 0]
                 ok_BT &= (apart_BT == 1) | (alike_BT > self.tau_attn)
-            if tokens.context_BTD is not None:
-                ok_BT &= self._distances_back(tokens.context_BTD)(d) < self.tau_ctx
+            if context_BTD is not None:
+                ok_BT &= self._distances_back(context_BTD)(d) < self.tau_ctx
             found.append(ok_BT)
         return jnp.stack(found, axis=-1) & self.may_fuse_L[layer - 1]
 
@@ -143,12 +131,7 @@ def distances(a: Array, b: Array, kind: str, norms: tuple[Array, Array] | None =
     return apart / jnp.maximum((of_a + of_b) / 2, 1e-12)
 
 
-def similarity(
-    q_BTNH: Float[Array, "B T N H"],
-    k_BTKH: Float[Array, "B T K H"],
-    pos_BT: Int[Array, "B T"],
-    window: int,
-) -> Float[Array, "B T W"]:
+def similarity(q_BTNH: Array, k_BTKH: Array, pos_BT: Array, window: int) -> Array:
     """Cosine of each query with the keys 1..W positions back, mean over heads.
 
     Where tokens are left out, one that lies d positions back is at most d slots back; entry d - 1

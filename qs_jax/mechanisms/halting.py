@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, no_type_check
+from collections.abc import Callable
+from typing import Any, no_type_check
 
 import flax.struct
 import jax
@@ -12,28 +13,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.mechanisms.signals import EntropyOf
 from qs_jax.state import TokenState
-
-
-class Signals(NamedTuple):
-    """What a halting decision may read after a layer.
-
-    Attributes:
-      pos_BT: Positions.
-      eligible_BT: Tokens that may halt, or have halted before.
-      halted_BT: Halted at an earlier layer.
-      drift_BT: Layer drift.
-      entropy_BT: In nats, where `Halting.candidates` asked for it; None where no estimator is read.
-      received_BT: Most attention from the prompt's last queries; None unless a quota reads it.
-      outside_B: Eligible tokens of the row that halted before and are left out here; or None.
-    """
-
-    pos_BT: Int[Array, "B T"]
-    eligible_BT: Bool[Array, "B T"]
-    halted_BT: Bool[Array, "B T"]
-    drift_BT: Float[Array, "B T"]
-    entropy_BT: Float[Array, "B T"] | None
-    received_BT: Float[Array, "B T"] | None = None
-    outside_B: Int[Array, "B"] | None = None
 
 
 @no_type_check
@@ -70,29 +49,6 @@ class Halting(flax.struct.PyTreeNode):
         """Whether decisions read how far a layer moved a token."""
         return self.rule == "dual" or self.score == "drift"
 
-    def candidates(self, signals: Signals, layer: Int[Array, ""]) -> Bool[Array, "B T"]:
-        """Tokens whose entropy is read; under "dual", those that pass the cheap drift test."""
-        may_BT = signals.eligible_BT & ~signals.halted_BT & self.may_halt_L[layer - 1]
-        return may_BT & self._moved_little(signals, layer) if self.rule == "dual" else may_BT
-
-    def decide(self, signals: Signals, layer: Int[Array, ""]) -> Bool[Array, "B T"]:
-        """Tokens that halt at this layer by their signals.
-
-        Dual: drift and entropy are both under their thresholds (2.1). Quota: the lowest scores,
-        until the layer's share of the eligible tokens has stopped. Forced halts are not dynamic:
-        `Rows.forced_layer_BT`.
-        """
-        if self.rule == "dual":
-            halts_BT = self._moved_little(signals, layer)
-            if signals.entropy_BT is not None:
-                halts_BT &= signals.entropy_BT < self.tau_halt_L[layer - 1]
-        else:
-            share, score_BT = self.quota_L[layer - 1], self._score(signals)
-            halted = (signals.halted_BT, share, signals.outside_B)
-            halts_BT = lowest(score_BT, signals.eligible_BT, *halted)
-        may_BT = signals.eligible_BT & ~signals.halted_BT & self.may_halt_L[layer - 1]
-        return halts_BT & may_BT
-
     def after_layer(
         self,
         state: TokenState,
@@ -101,39 +57,36 @@ class Halting(flax.struct.PyTreeNode):
         drift_BT: Float[Array, "B T"],
         layer: Int[Array, ""],
         entropy_of: EntropyOf,
-        **read: Any,
+        received_BT: Float[Array, "B T"] | None = None,
+        outside_B: Int[Array, "B"] | None = None,
     ) -> tuple[TokenState, Float[Array, "B T"]]:
-        """Stop tokens, by a forced halt or by `decide`; also return the entropies read.
+        """Stop tokens of `rows`, by a forced halt or by the rule; also the entropies it has read.
 
-        `rows` are the `Rows` of the state's tokens, `read` other `Signals`.
+        Dual: drift and entropy are both under their thresholds (2.1). Quota: the lowest scores,
+        until the layer's share of the eligible tokens has stopped, `outside_B` others among them.
         """
         halted_BT = state.depth_BT < layer
-        signals = Signals(rows.pos_BT, eligible_BT, halted_BT, drift_BT, None, **read)
+        may_BT = eligible_BT & ~halted_BT & self.may_halt_L[layer - 1]
+        if self.rule == "dual":
+            may_BT &= drift_BT < self.tau_drift_L[layer - 1]
         entropy_BT = jnp.full_like(drift_BT, jnp.nan)
-        if self.entropy is not None:
-            candidates_BT = self.candidates(signals, layer)
-            entropy_BT = entropy_of(self.entropy, candidates_BT)
-            entropy_BT = jnp.where(candidates_BT, entropy_BT, jnp.nan)
-            signals = signals._replace(entropy_BT=entropy_BT)
-        forced_BT = eligible_BT & ~halted_BT & (layer >= rows.forced_layer_BT)
-        halts_BT = self.decide(signals, layer) | forced_BT
+        if self.entropy is not None:  # who fails the cheap test needs none
+            entropy_BT = jnp.where(may_BT, entropy_of(self.entropy, may_BT), jnp.nan)
+        if self.rule == "quota":
+            scores: dict[str, Callable[[], Any]] = {
+                "attention": lambda: received_BT,
+                "drift": lambda: drift_BT,
+                "entropy": lambda: jnp.nan_to_num(entropy_BT),
+                "random": lambda: random_score(rows.pos_BT, self.seed),
+            }
+            ranked = (scores[self.score](), eligible_BT, halted_BT)
+            may_BT &= lowest(*ranked, self.quota_L[layer - 1], outside_B)
+        elif self.entropy is not None:
+            may_BT &= entropy_BT < self.tau_halt_L[layer - 1]
+        halts_BT = may_BT | (eligible_BT & ~halted_BT & (layer >= rows.forced_layer_BT))
         active_BT = state.active_BT & ~halts_BT if self.freeze else state.active_BT
         depth_BT = jnp.where(halts_BT, layer, state.depth_BT)
         return state.replace(depth_BT=depth_BT, active_BT=active_BT), entropy_BT
-
-    def _moved_little(self, signals: Signals, layer: Array) -> Array:
-        return signals.drift_BT < self.tau_drift_L[layer - 1]
-
-    def _score(self, signals: Signals) -> Float[Array, "B T"]:
-        if self.score == "attention":
-            assert signals.received_BT is not None
-            return signals.received_BT
-        if self.score == "drift":
-            return signals.drift_BT
-        if self.score == "entropy":
-            assert signals.entropy_BT is not None
-            return jnp.nan_to_num(signals.entropy_BT)
-        return random_score(signals.pos_BT, self.seed)
 
 
 def lowest(
@@ -159,9 +112,7 @@ def lowest(
     return eligible_BT & (rank_BT < target_B[:, None])
 
 
-def attention_received(
-    weights_BQS: Float[Array, "B Q S"], counted_BQ: Bool[Array, "B Q"], own_BQ: Int[Array, "B Q"]
-) -> Float[Array, "B S"]:
+def attention_received(weights_BQS: Array, counted_BQ: Array, own_BQ: Array) -> Array:
     """Most attention any of the counted queries pays to each other position.
 
     `own_BQ` is the slot of each query, whose weight on itself does not count.

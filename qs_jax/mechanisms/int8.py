@@ -112,22 +112,16 @@ def rotate(x: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
     return rotate_groups(exact, min(channels & -channels, LARGEST_ROTATION))
 
 
-def simulate(
-    x: Float[Array, "*batch C"], bits: Int[Array, "*batch"], group: int
-) -> Float[Array, "*batch C"]:
-    """The input as an int8 product reads it; vectors of 16 bits are untouched."""
+def simulate(x: Array, bits: Array, group: int) -> Array:
+    """What an int8 product makes of its input; vectors of 16 bits are untouched."""
     out = rotate(decode(encode(rotate(x), bits, group)))
     return jnp.where((bits < FULL_BITS)[..., None], out.astype(x.dtype), x)
 
 
 def product(
-    x: Float[Array, "*batch D"],
-    bits: Int[Array, "*batch"],
-    group: int,
-    weights: QTensor,
-    bias_O: Float[Array, "O"] | None = None,
-) -> Float[Array, "*batch O"]:
-    """A projection in int8, each token at its own bits; returned in at least float32."""
+    x: Array, bits: Array, group: int, weights: QTensor, bias_O: Array | None = None
+) -> Array:
+    """A projection in int8, at least float32: every token rides at its own bits."""
     vectors = encode(rotate(x), bits, group)
     dims = (((x.ndim - 1,), (0,)), ((), ()))
     dots = lax.dot_general(vectors.codes, weights.codes, dims, preferred_element_type=jnp.int32)

@@ -11,10 +11,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from qs_jax.config import ModelConfig
 from qs_jax.errors import CheckpointError, ConfigError
+from qs_jax.models import family_of, rope
 from qs_jax.models.layers import product
 from qs_jax.state import exact_dtype
 
@@ -79,12 +80,8 @@ class KVMaps(flax.struct.PyTreeNode):
         path = Path(path)
         path = path / FILE_NAME if path.is_dir() else path
         maps = np.asarray(self.maps_LXFO)
-        metadata = {
-            "depth": str(len(maps)),
-            "layers": json.dumps(self.layers),
-            "features": json.dumps(self.features),
-            "provenance": self.provenance,
-        }
+        metadata = {"depth": str(len(maps)), "provenance": self.provenance}
+        metadata |= {"layers": json.dumps(self.layers), "features": json.dumps(self.features)}
         # Layers that are not deeper hold zeros.
         arrays = {f"maps.{layer}": maps[layer:, x] for x, layer in enumerate(self.layers)}
         if self.encode_XFR is not None:
@@ -113,13 +110,9 @@ class KVMaps(flax.struct.PyTreeNode):
                 maps = np.zeros((depth, len(layers), *deeper[0].shape[1:]), np.float32)
                 for x, layer in enumerate(layers):
                     maps[layer:, x] = deeper[x]
-                return cls(
-                    maps_LXFO=jnp.asarray(maps),
-                    layers=layers,
-                    features=tuple(json.loads(metadata["features"])),
-                    provenance=metadata["provenance"],
-                    encode_XFR=None if encode is None else jnp.asarray(encode, jnp.float32),
-                )
+                encode = None if encode is None else jnp.asarray(encode, jnp.float32)
+                features = tuple(json.loads(metadata["features"]))
+                return cls(jnp.asarray(maps), layers, features, metadata["provenance"], encode)
         except FileNotFoundError as error:
             raise CheckpointError(
                 f"there are no KV maps at {path}: fit them with qs_jax.fit_kv_maps and save them."
@@ -128,23 +121,14 @@ class KVMaps(flax.struct.PyTreeNode):
             raise CheckpointError(f"{path} does not hold KV maps: {error}") from error
 
     def check(self, model: ModelConfig) -> None:
-        """Refuse maps of another model.
-
-        Raises:
-          ConfigError: Their sizes differ.
-        """
-        size = read = feature_count(self.features, model)
-        if self.encode_XFR is not None:
-            size = self.encode_XFR.shape[-1]
-            expected = (len(self.layers), read, size)
-            if self.encode_XFR.shape != expected:
-                shapes = f"{self.encode_XFR.shape}, expected {expected}"
-                raise ConfigError(f"these KV maps' code is not of this model: {shapes}.")
-        expected = (model.num_layers, len(self.layers), size, 2 * model.kv_size)
-        if self.maps_LXFO.shape != expected:
-            raise ConfigError(
-                f"these KV maps are not of this model: {self.maps_LXFO.shape}, expected {expected}."
-            )
+        """Raise `ConfigError` if these are maps of another model."""
+        count, size = len(self.layers), feature_count(self.features, model)
+        encode_XFR = self.encode_XFR
+        rank = size if encode_XFR is None else encode_XFR.shape[-1]
+        found = [self.maps_LXFO.shape] + ([] if encode_XFR is None else [encode_XFR.shape])
+        expected = [(model.num_layers, count, rank, 2 * model.kv_size), (count, size, rank)]
+        if found != expected[: len(found)]:
+            raise ConfigError(f"these KV maps are not of this model: {found}, expected {expected}.")
 
 
 def sizes_of(params: dict[str, Any]) -> MapSizes | None:
@@ -199,13 +183,8 @@ def rms_normalised(x: jax.Array) -> jax.Array:
     return x / jnp.maximum(jnp.sqrt((x * x).mean(-1, keepdims=True)), 1e-6)
 
 
-def extrapolate(
-    code_BTR: Float[Array, "B T R"],
-    maps_XRO: Float[Array, "X R O"],
-    depth_BT: Int[Array, "B T"],
-    layers: Sequence[int],
-) -> Float[Array, "B T O"]:
-    """Apply the map of the layer that each token halted at; zeros for other tokens."""
+def extrapolate(code_BTR: Array, maps_XRO: Array, depth_BT: Array, layers: Sequence[int]) -> Array:
+    """What the map of the layer that each token halted at gives; zeros for other tokens."""
     out = jnp.zeros((*code_BTR.shape[:2], maps_XRO.shape[-1]), exact_dtype(code_BTR.dtype))
     for index, layer in enumerate(layers):
         here_BT1 = (depth_BT == layer)[..., None]
@@ -213,40 +192,31 @@ def extrapolate(
     return out.astype(code_BTR.dtype)
 
 
-def keys_values(
-    code_BTR: Float[Array, "B T R"], map_RO: Float[Array, "R O"], model: ModelConfig
-) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-    """Keys before RoPE, and values, by one map of one layer."""
-    mapped_BTO = product(code_BTR, map_RO.astype(code_BTR.dtype)).astype(code_BTR.dtype)
-    return split(mapped_BTO, model)
-
-
-def split(mapped_BTO: Float[Array, "B T O"], model: ModelConfig) -> tuple[Array, Array]:
-    """Keys and values `[B, T, K, H]` of the maps' columns."""
+def keys_values(mapped_BTO: Array, pos_BT: Array, model: ModelConfig) -> tuple[Array, Array]:
+    """Keys, after RoPE, and values `[B, T, K, H]` of the maps' columns."""
     shape = (*mapped_BTO.shape[:2], model.num_kv_heads, model.head_dim)
-    k_BTO, v_BTO = jnp.split(mapped_BTO, 2, axis=-1)
-    return k_BTO.reshape(shape), v_BTO.reshape(shape)
+    k_BTKH, v_BTKH = (part.reshape(shape) for part in jnp.split(mapped_BTO, 2, axis=-1))
+    return rope.rotate(k_BTKH, pos_BT, model) if family_of(model).rotates else k_BTKH, v_BTKH
+
+
+def mapped(read_BTF: Array, map_FO: Array) -> Array:
+    """What one map gives for each token, in the dtype of what it reads."""
+    return product(read_BTF, map_FO.astype(read_BTF.dtype)).astype(read_BTF.dtype)
 
 
 def encode(
-    kv_maps: KVMaps, sources: Sources, depth_BT: Int[Array, "B T"], dtype: Any
-) -> Float[Array, "B T R"]:
-    """Input of deeper layers' maps for tokens that stop: their features, or a code of them."""
+    kv_maps: KVMaps, sources: Sources, depth_BT: Array, dtype: Any, index: Array | None = None
+) -> Array:
+    """What the maps of deeper layers read of a token that stops: its features, or their code.
+
+    With an index, all tokens halt at that one of the maps' layers.
+    """
     read_BTF = features(sources, kv_maps.features, dtype)
     if kv_maps.encode_XFR is None:
         return read_BTF
+    if index is not None:
+        return mapped(read_BTF, kv_maps.encode_XFR[index])
     return extrapolate(read_BTF, kv_maps.encode_XFR, depth_BT, kv_maps.layers)
-
-
-def encode_at(
-    kv_maps: KVMaps, index: Int[Array, ""], sources: Sources, dtype: Any
-) -> Float[Array, "B T R"]:
-    """`encode` of tokens that all halt at the same of the maps' layers, the one at `index`."""
-    read_BTF = features(sources, kv_maps.features, dtype)
-    if kv_maps.encode_XFR is None:
-        return read_BTF
-    encoder_FR = kv_maps.encode_XFR[index].astype(read_BTF.dtype)
-    return product(read_BTF, encoder_FR).astype(read_BTF.dtype)
 
 
 def sources(

@@ -23,9 +23,7 @@ EntropyOf: TypeAlias = Callable[[str, Array], Array]
 _TINY = 1e-12
 
 
-def drift(
-    kind: str, after_BTD: Float[Array, "B T D"], before_BTD: Float[Array, "B T D"]
-) -> Float[Array, "B T"]:
+def drift(kind: str, after_BTD: Array, before_BTD: Array) -> Array:
     """Distance a layer moved each token: "raw" L2 (the paper), "relative", or 1 - "cosine"."""
     exact = exact_dtype(after_BTD.dtype)
     after, before = after_BTD.astype(exact), before_BTD.astype(exact)
@@ -54,16 +52,10 @@ def entropy(
 ) -> Float[Array, "B T"]:
     """Entropy of each token by one of the estimators, in nats.
 
-    Args:
-      kind: "vocab": the exact logit lens. "shortlist": softmax over the ids in `shortlist_BTX`
-        only. "latent": softmax over the RMS-normalised state. "variance": log variance of the
-        state's channels (not an entropy; it can be negative). "final_prev": the entropy of the
-        model's output one position earlier.
-      h_BTD: States of one layer.
-      params: For the lens.
-      model: Architecture.
-      shortlist_BTX: Ids picked by `pick_shortlist`.
-      previous_BT: Output entropies one position earlier.
+    "vocab": the exact logit lens. "shortlist": softmax over the ids in `shortlist_BTX` only.
+    "latent": softmax over the RMS-normalised state. "variance": log variance of the state's
+    channels (not an entropy; it can be negative). "final_prev": the entropy of the model's output
+    one position earlier, `previous_BT`.
     """
     h = h_BTD.astype(exact_dtype(h_BTD.dtype))
     if kind == "vocab":
@@ -78,10 +70,8 @@ def entropy(
         def short(h_BCD: Array, ids_BCX: Array) -> Array:
             rows_BCXD = head.head_rows(params, ids_BCX)
             normed = head.normed(params, h_BCD, model)
-            dtype = exact_dtype(normed.dtype)
-            return entropy_of(
-                jnp.einsum("bcd,bcxd->bcx", normed, rows_BCXD, preferred_element_type=dtype)
-            )
+            exact = {"preferred_element_type": exact_dtype(normed.dtype)}
+            return entropy_of(jnp.einsum("bcd,bcxd->bcx", normed, rows_BCXD, **exact))
 
         width = shortlist_BTX.shape[-1] * model.hidden_size
         return head.map_positions(short, width, h_BTD, shortlist_BTX)
@@ -98,10 +88,7 @@ def entropy(
 def entropies(
     state: TokenState, params: Params, model: ModelConfig, previous_BT: Array | None = None
 ) -> EntropyOf:
-    """A function from an estimator and a mask to entropies of states after a layer, in nats.
-
-    They are computed only if the mask has a token; else they are zeros.
-    """
+    """Entropies of states after a layer; zeros where no token is needed."""
 
     def entropy_of(kind: str, needed_BT: Bool[Array, "B T"]) -> Float[Array, "B T"]:
         def compute() -> Array:
@@ -123,31 +110,20 @@ def largest_entropy(kind: str, model: ModelConfig, shortlist_size: int) -> float
 def pick_shortlist_at(
     here: Bool[Array, ""], state: TokenState, params: Params, model: ModelConfig
 ) -> TokenState:
-    """The state with its shortlists picked, if this is the layer to do it at."""
+    """The state with the most likely ids by its logit lens, if this is the layer to pick them."""
     ids_BTX = state.shortlist_BTX
     if ids_BTX is None:
         return state
 
-    def pick() -> Array:
-        return pick_shortlist(state.h_BTD, params, model, ids_BTX.shape[-1])
-
-    return state.replace(shortlist_BTX=jax.lax.cond(here, pick, lambda: ids_BTX))
-
-
-def pick_shortlist(
-    h_BTD: Float[Array, "B T D"], params: Params, model: ModelConfig, size: int
-) -> Int[Array, "B T X"]:
-    """The `size` most likely ids of each token by the logit lens of this layer."""
-
     def pick(h_BCD: Array) -> Array:
+        size = ids_BTX.shape[-1]
         return jax.lax.top_k(head.lens(params, h_BCD, model), size)[1].astype(jnp.int32)
 
-    return head.map_positions(pick, model.vocab_size, h_BTD)
+    picked = lambda: head.map_positions(pick, model.vocab_size, state.h_BTD)  # noqa: E731
+    return state.replace(shortlist_BTX=jax.lax.cond(here, picked, lambda: ids_BTX))
 
 
-def token_probability(
-    h_BTD: Float[Array, "B T D"], tokens_BT: Int[Array, "B T"], params: Params, model: ModelConfig
-) -> Float[Array, "B T"]:
+def token_probability(h_BTD: Array, tokens_BT: Array, params: Params, model: ModelConfig) -> Array:
     """Probability of each token by the logit lens of the state given for it."""
 
     def probability(h_BCD: Array, ids_BC: Array) -> Array:

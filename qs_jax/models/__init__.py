@@ -8,7 +8,15 @@ The tree of every family has the same top level::
     head        {"tokens": [V, D]}, only where the head is not tied to the embedding
 """
 
-from qs_jax.models.params import Params, abstract_params, count_params, init_params, param_bytes
+from qs_jax.models.params import (
+    Params,
+    abstract_params,
+    apply_block,
+    count_params,
+    embed,
+    init_params,
+    param_bytes,
+)
 from qs_jax.models.registry import FAMILIES, Family, family_of
 
 __all__ = [
@@ -16,7 +24,9 @@ __all__ = [
     "Family",
     "Params",
     "abstract_params",
+    "apply_block",
     "count_params",
+    "embed",
     "family_of",
     "init_params",
     "param_bytes",

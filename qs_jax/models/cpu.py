@@ -75,13 +75,9 @@ def from_storage(tree: Any) -> Any:
 
 
 def stored_params(params: dict[str, Any]) -> dict[str, Any]:
-    """Parameters as programs take them: layers and embeddings in storage.
+    """Parameters as programs take them: layers and embeddings in storage, memory shared.
 
-    Nothing is copied: the arrays share the memory of those given. "head" has its table in floats,
-    to multiply several vectors, and as "stored", for its rows and to multiply a single vector.
-
-    Args:
-      params: Arrays, not traced, on one device or on several.
+    A head's table is there in floats, for products, and as "stored", for single rows of it.
     """
     stored = {name: jax.tree.map(_aliased, params[name]) for name in ("embed", "layers")}
     table_VD = params.get("head", params["embed"])["tokens"]

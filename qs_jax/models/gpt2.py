@@ -6,7 +6,7 @@ Source: Radford et al. 2019.
 from __future__ import annotations
 
 import flax.linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from qs_jax.config import ModelConfig
 from qs_jax.models import layers
@@ -18,9 +18,7 @@ class Embed(nn.Module):
     model: ModelConfig
 
     @nn.compact
-    def __call__(
-        self, tokens_BT: Int[Array, "B T"], pos_BT: Int[Array, "B T"]
-    ) -> Float[Array, "B T D"]:
+    def __call__(self, tokens_BT: Array, pos_BT: Array) -> Array:
         m, init = self.model, nn.initializers.normal(0.02)
         table_VD = self.param("tokens", init, (m.vocab_size, m.hidden_size))
         table_PD = self.param("positions", init, (m.max_positions, m.hidden_size))

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt16
+from jaxtyping import Array, Float
 
 from qs_jax.config import ModelConfig
 from qs_jax.models import cpu
@@ -76,20 +76,12 @@ class PreNormBlock(nn.Module):
         """Queries `[B, T, N, H]`, keys and values `[B, T, K, H]` of normed states."""
         raise NotImplementedError
 
-    def queries(
-        self,
-        h_BTD: Float[Array, "B T D"],
-        pos_BT: Int[Array, "B T"],
-        multiply: Multiply = dense_product,
-    ) -> Array:
+    def queries(self, h_BTD: Array, pos_BT: Array, multiply: Multiply = dense_product) -> Array:
         """Queries `[B, T, N, H]` alone."""
         return self.project(normed(self.attn_norm, h_BTD, self.model), pos_BT, multiply)[0]
 
     def keys_values(
-        self,
-        h_BTD: Float[Array, "B T D"],
-        pos_BT: Int[Array, "B T"],
-        multiply: Multiply = dense_product,
+        self, h_BTD: Array, pos_BT: Array, multiply: Multiply = dense_product
     ) -> tuple[Array, Array]:
         """Keys and values `[B, T, K, H]` alone."""
         with jax.named_scope("attn"):
@@ -108,21 +100,13 @@ class PreNormBlock(nn.Module):
         """Inner activations of the MLP, which `down` reads, `[B, T, F]` in the states' dtype."""
         raise NotImplementedError
 
-    def mlp(self, x_BTD: Array, multiply: Multiply) -> Array:
-        """The MLP of normed states, at least float32."""
-        return multiply(self.down, self.neurons(x_BTD, multiply))
-
     def mlp_neurons(self, h_BTD: Float[Array, "B T D"]) -> Array:
         """`neurons` of states that are not normed."""
         return self.neurons(normed(self.mlp_norm, h_BTD, self.model), dense_product)
 
     def __call__(
-        self,
-        h_BTD: Float[Array, "B T D"],
-        pos_BT: Int[Array, "B T"],
-        attend: Attend,
-        multiply: Multiply = dense_product,
-    ) -> tuple[Float[Array, "B T D"], Any]:
+        self, h_BTD: Array, pos_BT: Array, attend: Attend, multiply: Multiply = dense_product
+    ) -> tuple[Array, Any]:
         with jax.named_scope("attn"):
             x_BTD = normed(self.attn_norm, h_BTD, self.model)
             q, k, v = self.project(x_BTD, pos_BT, multiply)
@@ -130,8 +114,8 @@ class PreNormBlock(nn.Module):
             context_BTO = context_BTNH.reshape(*h_BTD.shape[:2], -1)
             h_BTD = added(h_BTD, multiply(self.out, context_BTO), self.model)
         with jax.named_scope("mlp"):
-            update_BTD = self.mlp(normed(self.mlp_norm, h_BTD, self.model), multiply)
-            return added(h_BTD, update_BTD, self.model), kept
+            x_BTD = self.neurons(normed(self.mlp_norm, h_BTD, self.model), multiply)
+            return added(h_BTD, multiply(self.down, x_BTD), self.model), kept
 
 
 class FinalNorm(nn.Module):
@@ -158,16 +142,12 @@ def layer_norm(model: ModelConfig) -> nn.Module:
     return nn.LayerNorm(epsilon=model.norm_eps, dtype=dtype, use_fast_variance=False)
 
 
-def normed(
-    norm: Callable[[Array], Array], h: Float[Array, "*batch D"], model: ModelConfig
-) -> Float[Array, "*batch D"]:
+def normed(norm: Callable[[Array], Array], h: Array, model: ModelConfig) -> Array:
     """Apply a norm to states; in the dtype of the model, as products take it."""
     return norm(h).astype(model.dtype)
 
 
-def added(
-    h: Float[Array, "*batch D"], update: Float[Array, "*batch D"], model: ModelConfig
-) -> Float[Array, "*batch D"]:
+def added(h: Array, update: Array, model: ModelConfig) -> Array:
     """Add an update to states, rounded once."""
     return (h.astype(update.dtype) + update).astype(model.dtype)
 
@@ -180,10 +160,8 @@ def split_heads(qkv_BTO: Float[Array, "B T O"], model: ModelConfig) -> tuple[Arr
     return q.reshape(shape), k.reshape(shape), v.reshape(shape)
 
 
-def embed_lookup(
-    table_VD: Float[Array, "V D"] | UInt16[Array, "V D"], ids: Int[Array, "*batch"]
-) -> Float[Array, "*batch D"]:
-    """Rows of an embedding table, which may be in storage; ids are checked before."""
+def embed_lookup(table_VD: Array, ids: Array) -> Array:
+    """Rows of an embedding table, which may be held by its bits; ids are checked before."""
     return cpu.from_storage(jnp.take(table_VD, ids, axis=0, mode="clip"))
 
 

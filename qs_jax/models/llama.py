@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from qs_jax.config import ModelConfig
 from qs_jax.models import layers, rope
@@ -19,9 +19,7 @@ class Embed(nn.Module):
     model: ModelConfig
 
     @nn.compact
-    def __call__(
-        self, tokens_BT: Int[Array, "B T"], pos_BT: Int[Array, "B T"]
-    ) -> Float[Array, "B T D"]:
+    def __call__(self, tokens_BT: Array, pos_BT: Array) -> Array:
         del pos_BT
         init = nn.initializers.normal(0.02)
         table_VD = self.param("tokens", init, (self.model.vocab_size, self.model.hidden_size))

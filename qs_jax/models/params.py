@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from qs_jax.config import ModelConfig
+from qs_jax.models.cpu import from_storage
 from qs_jax.models.registry import family_of
 
 Params: TypeAlias = dict[str, Any]
@@ -38,6 +39,19 @@ def init_params(model: ModelConfig, key: jax.Array) -> Params:
 def abstract_params(model: ModelConfig) -> Params:
     """Shapes and dtypes of the parameters, without making them."""
     return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+
+
+def embed(params: Params, tokens_BT: jax.Array, pos_BT: jax.Array, model: ModelConfig) -> Any:
+    """Input embeddings of tokens."""
+    with jax.named_scope("embed"):
+        module = family_of(model).embed(model)
+        return module.apply({"params": params["embed"]}, tokens_BT, pos_BT)
+
+
+def apply_block(model: ModelConfig, weights: Params, *args: Any, method: Any = None) -> Any:
+    """A layer's block, or a method of it, with the layer's weights, which may be in storage."""
+    block = family_of(model).block(model)
+    return block.apply({"params": from_storage(weights)}, *args, method=method)
 
 
 def count_params(model: ModelConfig) -> int:

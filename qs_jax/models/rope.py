@@ -18,17 +18,11 @@ from qs_jax.config import ModelConfig, RopeScaling
 
 
 def inverse_frequencies(model: ModelConfig) -> tuple[np.ndarray, float]:
-    """Angular frequency of each rotated pair, and the factor on cos and sin.
+    """Angular frequency of each rotated pair, in radians a token, and the factor on cos and sin.
 
     `dynamic` scaling changes frequencies only past the trained length, and there it would rotate
     every earlier key anew whenever the text grows: a later token would touch earlier predictions.
     Positions are therefore limited to `max_positions`, where `dynamic` equals plain RoPE.
-
-    Args:
-      model: A configuration with `rope_theta`.
-
-    Returns:
-      float64 `[H/2]` in radians a token, and the attention factor (1 for all but `yarn`).
     """
     assert model.rope_theta is not None
     exponents = np.arange(0, model.head_dim, 2, dtype=np.float64) / model.head_dim
@@ -45,11 +39,8 @@ def inverse_frequencies(model: ModelConfig) -> tuple[np.ndarray, float]:
 
 def stretch_llama3(freqs: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     """Stretch long wavelengths fully, short ones not at all, and blend in between."""
-    length, low, high = (
-        scaling.original_max_positions,
-        scaling.low_freq_factor,
-        scaling.high_freq_factor,
-    )
+    length, low = scaling.original_max_positions, scaling.low_freq_factor
+    high = scaling.high_freq_factor
     assert length is not None
     assert low is not None
     assert high is not None
@@ -87,16 +78,7 @@ def _yarn_attention_factor(scaling: RopeScaling) -> float:
 
 
 def rotate(x_BTXH: Float[Array, "B T X H"], pos_BT: Int[Array, "B T"], model: ModelConfig):
-    """Rotate each head's pairs `(x[i], x[i + H/2])` by `position * frequency[i]`.
-
-    Args:
-      x_BTXH: Queries or keys; X is N or K.
-      pos_BT: Original positions of the tokens, never their slots.
-      model: A configuration with `rope_theta`.
-
-    Returns:
-      `[B, T, X, H]` in the dtype of `x_BTXH`; the rotation itself is at least float32.
-    """
+    """Rotate each head's pairs `(x[i], x[i + H/2])` by `position * frequency[i]`."""
     freqs, factor = inverse_frequencies(model)
     exact = jnp.promote_types(x_BTXH.dtype, jnp.float32)
     angle_BT1F = pos_BT[:, :, None, None].astype(exact) * freqs.astype(exact)[None, None, None, :]
