@@ -223,10 +223,7 @@ def _gather(call: Call, whole: TokenState, slots: int, first: Array) -> tuple[Sl
     """Gather the tokens that compute; spare slots hold stopped ones, which do not change."""
     if slots == call.rows.pos_BT.shape[1]:
         return Slots(None, call.rows, None, first), whole
-    rows_B1 = jnp.arange(len(whole.active_BT))[:, None]
-    chosen_BC = _true_first(whole.active_BT)[:, :slots]
-    chosen_BT = jnp.zeros_like(whole.active_BT).at[rows_B1, chosen_BC].set(True)
-    index_BC = _true_first(chosen_BT)[:, :slots]
+    index_BC = jnp.sort(_true_first(whole.active_BT)[:, :slots], axis=1)
     waiting_BT = _eligible(call.rows, whole) & (whole.depth_BT < first)
     inside_B = _take(waiting_BT, index_BC).sum(1, dtype=jnp.int32)
     outside_B = waiting_BT.sum(1, dtype=jnp.int32) - inside_B
@@ -353,7 +350,9 @@ def _decide(
         if rule.reads_attention:
             receive = lambda: _received(call, carry, chosen, whole, before_BCD, layer)  # noqa: E731
             nothing = jnp.zeros_like(drift_BT)
-            received_BT = lax.cond(rule.may_halt_L[layer - 1], receive, lambda: nothing)
+            may = rule.may_halt_L[layer - 1]
+            inside = call.decides_inside  # else this is a halting layer
+            received_BT = lax.cond(may, receive, lambda: nothing) if inside else receive()
     with jax.named_scope("halt"):
         entropy_of = signals.entropies(state, call.params, call.model)
         read = (_eligible(rows, state), drift_BT, layer, entropy_of, received_BT)
