@@ -69,8 +69,8 @@ def blocked_attention(
       v_BSKH: Values.
       query_pos_BT: Positions of the queries; None where queries and keys are whole rows.
       first_BS: Position of the first query that sees each key; None with `query_pos_BT`.
-      rising: Query positions rise strictly: query slot i is then at most at position S - T + i,
-        and a block reads the keys up to its last query's only.
+      rising: Query positions rise strictly: slot i is at most at position S - T + i, and a block
+        reads the keys up to its last query's only.
     """
     width, slots = q_BTNH.shape[1], k_BSKH.shape[1]
     attend = _attend_block if cpu.on_cpu() else jax.nn.dot_product_attention

@@ -125,10 +125,7 @@ class SlotCache(flax.struct.PyTreeNode):
         bits_lBS: Int[Array, "l B S"] | None,
         keeps_all: bool,
     ) -> SlotCache:
-        """A segment's entries that a later query can see, in order, then room.
-
-        With bits, the cache holds int8 codes.
-        """
+        """A segment's entries that a later query can see, then room; int8 codes with bits."""
         fill_lB = held_lBS.sum(2, dtype=jnp.int32)
         order_lBC = _widen(jnp.argsort(~held_lBS, axis=2, stable=True), capacity, 2)
 

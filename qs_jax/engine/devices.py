@@ -15,21 +15,11 @@ from qs_jax.models import Params
 
 
 def local_devices(wanted: str | int) -> tuple[jax.Device, ...]:
-    """Devices of this process.
-
-    Args:
-      wanted: "all", or how many.
-
-    Raises:
-      ConfigError: There are not so many.
-    """
+    """Devices of this process: "all", or how many."""
     found = tuple(jax.local_devices())
     if wanted == "all":
         return found
-    try:
-        count = int(wanted)
-    except ValueError:
-        count = 0
+    count = int(wanted) if str(wanted).isdecimal() else 0
     if not 1 <= count <= len(found):
         raise ConfigError(
             f"devices must be 'all' or between 1 and {len(found)}, the devices of kind "
@@ -54,22 +44,10 @@ def run(
 ) -> dict[str, Any]:
     """Call `function(params, *rows, *shared, **static)` on shares of the rows.
 
-    Rows that do not divide are filled up with the last one, whose copies are dropped again.
-
-    Args:
-      function: Not jitted; returns arrays whose first axis is the rows, or the second where they
-        are of all layers (`state.Evidence.layers`, `state.Decisions`).
-      devices: Where to run.
-      params: Put on all devices, if they are not there.
-      rows: Trees of host arrays, `[B, ...]`.
-      shared: Trees that every device gets whole.
-      static: Hashable settings; others compile anew.
-
-    Returns:
-      Host arrays as one call with all rows would give them.
+    Rows that do not divide are filled up with the last one, whose copies are dropped again. Host
+    arrays come back as one call with all rows would give them.
     """
-    count = len(devices)
-    batch = len(jax.tree.leaves(rows)[0])
+    count, batch = len(devices), len(jax.tree.leaves(rows)[0])
     share = -(-batch // count)
 
     def split(leaf: Any) -> np.ndarray:

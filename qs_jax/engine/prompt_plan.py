@@ -24,12 +24,7 @@ SMALLEST_STEP = 16
 
 
 def refusal(cfg: Config, *, generates: bool) -> str | None:
-    """Why the fast engines cannot run a configuration, or None if they can.
-
-    Args:
-      cfg: The call.
-      generates: New tokens follow the prompt; else it is scored.
-    """
+    """Why the fast engines cannot generate (or score) with a configuration; None if they can."""
     qs, prompts_only = cfg.quicksilver, cfg.effective_protocol == "continuation"
     if qs is None or qs.is_off:
         return None
@@ -65,11 +60,7 @@ def refusal(cfg: Config, *, generates: bool) -> str | None:
 
 
 def runs_fast(cfg: Config, *, generates: bool) -> bool:
-    """Whether a call runs on the fast engines; arguments as of `refusal`.
-
-    Raises:
-      ConfigError: `cfg.engine` is "compact", and they cannot.
-    """
+    """Whether a call runs on the fast engines; `ConfigError` if they are required and cannot."""
     reason = refusal(cfg, generates=generates)
     if reason is not None and cfg.engine == "compact":
         raise ConfigError(f"engine 'compact' cannot run this: {reason}. Use engine 'masked'.")
@@ -103,10 +94,9 @@ def arrange(
     keeps = _keeps_keys(qs, overrides)
     if _counted(qs, overrides):
         begins = [width, *(slots(left(end)) for end in ends[:-1])][: len(ends)]
-        bits = qs.amq.layer if qs.amq is not None else None
         fills = []
         for begin, end in zip(first, ends, strict=True):
-            since = 1 if end == bits else begin
+            since = 1 if qs.amq is not None and end == qs.amq.layer else begin
             gone_B = _after(stopped, end) - _after(stopped, since - 1)
             fills.append(slots(int(np.max(gone_B))))
         plan = Plan(tuple(begins), True, tuple(fills), keeps_keys=keeps)
@@ -123,13 +113,10 @@ def arrange(
 
 
 def _counted(qs: QuickSilverConfig, overrides: Overrides | None) -> bool:
-    """Whether the number of tokens that compute is known beforehand: only quotas stop them."""
-    halting = qs.halting
-    if halting is not None:
-        forced = overrides is not None and bool(np.any(overrides.forced_layer_BT < NEVER))
-        if halting.rule != "quota" or halting.forced_ids or forced:
-            return False
-    return qs.fusion is None
+    """How many tokens compute is known beforehand: only quotas stop them."""
+    forced = overrides is not None and bool(np.any(overrides.forced_layer_BT < NEVER))
+    quotas = qs.halting is None or (qs.halting.rule == "quota" and not qs.halting.forced_ids)
+    return qs.fusion is None and quotas and not forced
 
 
 def _ends(qs: QuickSilverConfig, layers: int, overrides: Overrides | None) -> list[int]:

@@ -34,19 +34,14 @@ def layer_weights(params: Params) -> Weights:
 
 
 def prepare_params(params: Params, model: ModelConfig, mech: Mechanisms) -> Params:
-    """Check parameters, take what the mechanisms read, and put it into storage.
-
-    Raises:
-      ConfigError: They are another model's, or the maps a policy needs are missing.
-    """
+    """Checked parameters, as programs take them, with the codes and maps that mechanisms read."""
     check_params(params, model)
     prepared = {name: part for name, part in params.items() if name not in _EXTRAS}
     if mech.amq is not None and mech.amq.multiplies_int8:
         prepared["int8"] = quantize_weights(params)["int8"]
     if mech.kv_skip.policy == "extrapolate":
         assert mech.halting is not None
-        layers = mech.halting.layers
-        assert layers is not None
+        layers = mech.halting.layers or ()
         require_maps(params, layers, model, prompts_only=mech.continuation)
         maps = params["kv_maps"]
         prepared["kv_maps"] = maps if maps.layers == layers else select(maps, layers)
@@ -67,11 +62,7 @@ def _signature(params: Params) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def check_params(params: Params, model: ModelConfig) -> None:
-    """Parameters must be those of the model: same names, shapes and dtypes.
-
-    Raises:
-      ConfigError: They are another model's, or were changed.
-    """
+    """Raise `ConfigError` unless parameters have the model's names, shapes and dtypes."""
     given = _signature({name: part for name, part in params.items() if name not in _EXTRAS})
     expected = _expected(model)
     if given == expected:

@@ -78,11 +78,7 @@ def decode(vectors: QTensor) -> Float[Array, "*batch C"]:
 
 
 def encode_kv(k_BTKH: Float[Array, "B T K H"], bits_BT: Int[Array, "B T"], group: int) -> QTensor:
-    """Keys or values as a cache holds them: codes `[B, T, K, H]` and scales `[B, T, K]`.
-
-    Not rotated: every read would have to rotate them back. A cache has one dtype: 4 or 2 bits take
-    a byte like 8.
-    """
+    """Keys or values as a cache holds them: not rotated, and a byte each whatever the bits."""
     return encode(k_BTKH, bits_BT[..., None], group)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from flax.struct import field
 from jaxtyping import Array, Bool, Float, Int
 
-from qs_jax.config import ModelConfig, QuickSilverConfig
+from qs_jax.config import KVSkipConfig, ModelConfig, QuickSilverConfig
 from qs_jax.mechanisms.amq import AMQ
 from qs_jax.mechanisms.fusion import Fusion
 from qs_jax.mechanisms.halting import Halting
@@ -25,13 +25,7 @@ from qs_jax.state import FULL_BITS, NEVER, TokenState, exact_dtype
 
 
 class Overrides(NamedTuple):
-    """Overrides of single tokens by the caller.
-
-    Attributes:
-      full_BT: Full processing.
-      forced_layer_BT: Layer at which a token halts at the latest; NEVER for none.
-      retain_BT: Its keys are always written.
-    """
+    """What a caller decided about single tokens; fields as in `Rows`."""
 
     full_BT: Bool[Array | np.ndarray, "B T"]
     forced_layer_BT: Int[Array | np.ndarray, "B T"]
@@ -42,12 +36,10 @@ class Rows(NamedTuple):
     """Tokens before the first layer, and their exemptions.
 
     Attributes:
-      tokens_BT: Ids.
-      pos_BT: Positions.
       real_BT: Not padding.
       subject_BT: The mechanisms act on it.
       full_BT: Full processing.
-      forced_layer_BT: Forced halt; NEVER for none.
+      forced_layer_BT: Layer at which it halts at the latest; NEVER for none.
       retain_BT: Its keys are always written.
       scoring_BT: Query mask of the score "attention": the prompt's last queries.
     """
@@ -180,11 +172,7 @@ class Mechanisms(flax.struct.PyTreeNode):
 
 
 def resolve(qs: QuickSilverConfig | None, model: ModelConfig, protocol: str) -> Mechanisms:
-    """Mechanism objects of a configuration; None is the dense model.
-
-    Raises:
-      ConfigError: The configuration does not fit the model or the protocol.
-    """
+    """Mechanism objects of a configuration that fits the model; None is the dense model."""
     qs = qs or QuickSilverConfig()
     qs.check(model, protocol)
     special = (model.bos_token_id, model.pad_token_id, *model.eos_token_ids)
@@ -245,9 +233,7 @@ def _halting(qs: QuickSilverConfig, model: ModelConfig) -> Halting | None:
 
 
 def _kv_skip(qs: QuickSilverConfig, model: ModelConfig) -> KVSkip:
-    config = qs.kv_skip
-    if config is None:
-        return KVSkip(_number(None, model), jnp.int32(0), _ids(()), "propagate")
+    config = qs.kv_skip or KVSkipConfig("propagate")
     tau_kv = _number(config.tau_kv, model)
     return KVSkip(tau_kv, jnp.int32(config.delay), _ids(config.retain_ids), config.policy)
 
@@ -272,11 +258,10 @@ def _amq(qs: QuickSilverConfig, model: ModelConfig) -> AMQ | None:
     config = qs.amq
     if config is None:
         return None
-    largest = largest_entropy(config.entropy or "vocab", model, qs.shortlist_size)
     return AMQ(
         layer=jnp.int32(config.layer),
         tau_low=_number(config.tau_low, model),
         tau_high=_number(config.tau_high, model),
-        largest_entropy=largest,
+        largest_entropy=largest_entropy(config.entropy or "vocab", model, qs.shortlist_size),
         **_fields(config, "entropy normalization targets group symmetric rotate execution"),
     )
