@@ -17,7 +17,7 @@ import numpy as np
 
 import qs_jax
 from qs_jax import presets
-from qs_jax.config import Config, ModelConfig, QuickSilverConfig
+from qs_jax.config import Config, ModelConfig
 from tests.engine.contract import CASES, model_of, params_of
 from tests.oracle.comparison import COUNTED, MEASURED
 from tests.support import row_of
@@ -68,29 +68,17 @@ def tiny_rows(model: ModelConfig) -> list[list[int]]:
 
 def embedded(params: Any, model: ModelConfig, tokens_BT: np.ndarray, name: str) -> Golden:
     """Scores of each engine that runs a preset, and new tokens."""
-    qs = presets.by_name(name, model)
-    engines = ("masked", "compact") if name in FAST else ("masked",)
-    if qs.amq is None:
-        return _embedded(params, model, tokens_BT, qs, engines)
-    with jax.enable_x64(True):
-        params = jax.tree.map(lambda leaf: leaf.astype("float64"), params)
-        return _embedded(params, model.replace(dtype="float64"), tokens_BT, qs, engines)
-
-
-def _embedded(
-    params: Any,
-    model: ModelConfig,
-    tokens_BT: np.ndarray,
-    qs: QuickSilverConfig,
-    engines: tuple[str, ...],
-) -> Golden:
-    found: Golden = {}
-    for engine in engines:
-        cfg = Config(model, qs, engine=engine, continuation_tokens=32)
-        scores = scores_of(qs_jax.score(params, tokens_BT, cfg))
-        found |= {f"{engine}.{part}": array for part, array in scores.items()}
-    cfg = Config(model, qs, max_new_tokens=NEW_TOKENS, eos_token_ids=())
-    out = qs_jax.generate(params, tokens_BT[:, :128], cfg)
+    qs, found = presets.by_name(name, model), {}
+    with jax.enable_x64(qs.amq is not None):
+        if qs.amq is not None:
+            model = model.replace(dtype="float64")
+            params = jax.tree.map(lambda leaf: leaf.astype("float64"), params)
+        for engine in ("masked", "compact")[: 1 + (name in FAST)]:
+            cfg = Config(model, qs, engine=engine, continuation_tokens=32)
+            scores = scores_of(qs_jax.score(params, tokens_BT, cfg))
+            found |= {f"{engine}.{part}": array for part, array in scores.items()}
+        cfg = Config(model, qs, max_new_tokens=NEW_TOKENS, eos_token_ids=())
+        out = qs_jax.generate(params, tokens_BT[:, :128], cfg)
     return found | {"new.tokens": out.tokens, "new.logprobs": out.logprobs}
 
 

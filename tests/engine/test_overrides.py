@@ -1,5 +1,7 @@
 """Single tokens: who is exempt, who must stop, and calls that make no sense."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -54,17 +56,7 @@ def test_retained_keys_stay(params):
 def test_protected_ids_and_sinks_are_left_alone(params):
     qs = MATRIX["HKFQ"]
     protect = (int(TOKENS[0, 10]), int(TOKENS[1, 15]))
-    cfg = Config(
-        MODEL,
-        QuickSilverConfig(
-            halting=qs.halting,
-            kv_skip=qs.kv_skip,
-            fusion=qs.fusion,
-            amq=qs.amq,
-            protect_ids=protect,
-            sink_tokens=5,
-        ),
-    )
+    cfg = Config(MODEL, dataclasses.replace(qs, protect_ids=protect, sink_tokens=5))
     record = qs_jax.score(params, TOKENS, cfg).record
     exempt = np.isin(TOKENS, protect) | (np.arange(20) < 5)
     assert (record.depth[exempt] == MODEL.num_layers).all()
