@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import gc
+import itertools
 import re
 
 import jax
@@ -142,7 +143,8 @@ WIDTH = 4
 
 def opened(name, rows):
     """A function that runs tokens of each row from a place on, and the caches after the prompts."""
-    params, cfg = fast_case(name, None, max_new_tokens=16)
+    fuses = FAST[name] is not None and FAST[name].fusion is not None
+    params, cfg = fast_case(name, "continuation" if fuses else None, max_new_tokens=16)
     prompts = rows_of(cfg.model)[:rows]
     call = lambda: qs_jax.generate(params, prompts, cfg)  # noqa: E731
     _, arrays, static = arguments_of(call, "decode", "jit_run_until")
@@ -167,8 +169,16 @@ def assert_same_caches(found, expected):
                 np.testing.assert_allclose(one, other, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", few(FAST, "dense", "dual-skip", "dual-propagate-kv8"))
-@pytest.mark.parametrize("rows", [3, pytest.param(1, marks=pytest.mark.slow)])
+SHOWN = [("dense", 3), ("dual-skip", 3), ("dual-propagate-kv8", 3), ("dual-skip", 1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        pytest.param(*case, marks=[pytest.mark.slow] * (case not in SHOWN))
+        for case in itertools.product(FAST, (3, 1))
+    ],
+)
 def test_a_step_of_several_tokens_is_as_many_steps(name, rows):
     with jax.enable_x64(True):
         step, caches, pos_B = opened(name, rows)
