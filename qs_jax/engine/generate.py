@@ -419,8 +419,9 @@ def _edges(cfg: Config) -> list[int]:
 def _coded_after(cfg: Config) -> int:
     """Layers before those whose cache holds int8 codes; all of them where none does."""
     amq = cfg.quicksilver.amq if cfg.quicksilver is not None else None
-    stores_int8 = amq is not None and amq.execution == "int8" and "kv" in amq.targets
-    return amq.layer if stores_int8 else cfg.model.num_layers
+    if amq is not None and amq.execution == "int8" and "kv" in amq.targets:
+        return amq.layer
+    return cfg.model.num_layers
 
 
 def _keeps_all(cfg: Config) -> bool:
