@@ -16,6 +16,7 @@ import qs_jax
 from benchmarks.timing import Measure, watch
 from qs_jax import accounting, presets
 from qs_jax.config import Config, HaltingConfig, KVSkipConfig, ModelConfig, QuickSilverConfig
+from qs_jax.engine.prompt_plan import runs_fast
 from qs_jax.mechanisms.kv_maps import sizes_of
 from qs_jax.models import Params
 from qs_jax.timing import Stopwatch
@@ -90,7 +91,10 @@ def decisions_only(qs: QuickSilverConfig) -> QuickSilverConfig:
 
 
 def rows(section: str, model: ModelConfig, names: tuple[str, ...], new: int) -> dict[str, Config]:
-    """Calls of a group: greedy, without an end token. A prefill yields its one new token itself."""
+    """Calls of a group: greedy, without an end token. A prefill yields its one new token itself.
+
+    Presets act on the prompts of a prefill; of a decode, those are left out that no fast engine runs.
+    """
     # The dual rule, tested at every layer, met by nobody.
     unmet = HaltingConfig(tau_drift=NEVER, entropy=None)
     mechanisms = {"off": presets.off(model)}
@@ -104,8 +108,9 @@ def rows(section: str, model: ModelConfig, names: tuple[str, ...], new: int) -> 
     if section == "decode":
         mechanisms["half depth"] = half_depth(model)
     dense = Config(model, max_new_tokens=1 if section == "prefill" else new, eos_token_ids=())
-    calls = {name: dense.replace(quicksilver=qs) for name, qs in mechanisms.items()}
-    return {"dense": dense} | calls
+    acting = {"protocol": "continuation"} if section == "prefill" else {}
+    calls = {name: dense.replace(quicksilver=qs, **acting) for name, qs in mechanisms.items()}
+    return {"dense": dense} | {n: c for n, c in calls.items() if runs_fast(c, generates=True)}
 
 
 def grid(

@@ -33,6 +33,7 @@ from qs_jax.calibration.observe import Observed, observe
 from qs_jax.config import Config, ModelConfig, QuickSilverConfig
 from qs_jax.engine import inputs
 from qs_jax.engine.generate import generate
+from qs_jax.engine.prompt_plan import runs_fast
 from qs_jax.engine.weights import check_params
 from qs_jax.errors import ConfigError, InputError
 from qs_jax.evaluation.journal import write_json
@@ -242,12 +243,12 @@ def _provenance(task: Task, verified: dict[str, Any], data: str) -> dict[str, An
 def time_saved(task: Task, qs: QuickSilverConfig, runs: int) -> float | None:
     """Share of the dense prefill's time that a preset saves, by runs of both in turn.
 
-    None under "teacher-forced", which has no prompts.
+    None under "teacher-forced", which has no prompts, and where no fast engine runs the preset.
     """
-    if task.cfg.effective_protocol != "continuation":
+    fast = task.cfg.replace(quicksilver=qs, engine="auto", max_new_tokens=1, eos_token_ids=())
+    if fast.effective_protocol != "continuation" or not runs_fast(fast, generates=True):
         return None
     prompts_WT = task.tokens_WT[: task.batch_size, : -task.cfg.continuation_tokens]
-    fast = task.cfg.replace(quicksilver=qs, engine="compact", max_new_tokens=1, eos_token_ids=())
     params = params_for(task, qs)
 
     def seconds(cfg: Config) -> float:
