@@ -93,7 +93,7 @@ def decisions_only(qs: QuickSilverConfig) -> QuickSilverConfig:
 def rows(section: str, model: ModelConfig, names: tuple[str, ...], new: int) -> dict[str, Config]:
     """Calls of a group: greedy, without an end token. A prefill yields its one new token itself.
 
-    Presets act on the prompts of a prefill; of a decode, those are left out that no fast engine runs.
+    Presets act on the prompts of a prefill; a decode leaves out what no fast engine runs.
     """
     # The dual rule, tested at every layer, met by nobody.
     unmet = HaltingConfig(tau_drift=NEVER, entropy=None)
