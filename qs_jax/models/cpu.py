@@ -117,13 +117,18 @@ class KernelInPlace:
         dtype = self.stacked_LCO.dtype
         return jnp.dtype(jnp.bfloat16) if dtype == jnp.uint16 else dtype
 
+    @property
+    def values(self) -> Array:
+        """A copy of the kernel alone."""
+        return from_storage(self.stacked_LCO[self.layer])
+
     def times(self, x_C: Float[Array, "C"], start: int = 0) -> Float[Array, "O"]:
         """`x @ kernel` from output column `start` on, in at least float32."""
         x_C = x_C.astype(self.dtype)
         stacked_LCO, (_, inputs, outputs) = self.stacked_LCO, self.stacked_LCO.shape
         rows = block_size(inputs, LEAST_ROWS)
         if rows is None:
-            return _product("c,co->o", x_C, from_storage(stacked_LCO[self.layer])[:, start:])
+            return _product("c,co->o", x_C, self.values[:, start:])
         x_C, stacked_LCO = lax.optimization_barrier((x_C, stacked_LCO))
         x_TR1 = x_C.reshape(-1, rows, 1)
 

@@ -46,12 +46,14 @@ def product(x: Float[Array, "*batch C"], kernel: Array, transposed: bool = False
 def dense_product(dense: nn.Dense, x: Array, start: int = 0) -> Array:
     """The product as the module defines it, from output column `start` on, at least float32.
 
-    The kernel may be a `cpu.KernelInPlace`; there is a single vector then.
+    The kernel may be a `cpu.KernelInPlace`, which a single vector is multiplied with in place.
     """
     weights = dense.variables.get("params")
     if weights is None:  # parameters are being made
         return dense(x)
     kernel: Any = weights["kernel"]
+    if isinstance(kernel, cpu.KernelInPlace) and x.size > x.shape[-1]:
+        kernel = kernel.values
     if isinstance(kernel, cpu.KernelInPlace):
         y = kernel.times(x.reshape(-1), start).reshape(*x.shape[:-1], -1)
     else:
