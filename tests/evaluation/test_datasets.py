@@ -142,11 +142,7 @@ def test_bad_files(tmp_path, name):
 
 @pytest.mark.parametrize(
     ("count", "seq_len", "limit", "shape", "left_over"),
-    [
-        (30, 10, None, (3, 10), 0),
-        (39, 10, 2, (2, 10), 9),
-        (7, 10, None, (1, 7), 0),
-    ],
+    [(30, 10, None, (3, 10), 0), (39, 10, 2, (2, 10), 9), (7, 10, None, (1, 7), 0)],
 )
 def test_windows(count, seq_len, limit, shape, left_over):
     windows = cut_windows(range(count), seq_len, limit)
