@@ -109,15 +109,6 @@ def test_a_tiny_temperature_or_nucleus_is_greedy(settings):
     np.testing.assert_array_equal(sampled.tokens, expected)
 
 
-def test_shortlists_are_bucketed_so_that_a_sweep_compiles_rarely():
-    plans = {
-        sampling.plan_of(Config(MODEL, temperature=1.0, top_k=k), 16)[0] for k in range(33, 65)
-    }
-    assert {plan.shortlist for plan in plans} == {64}
-    assert len(plans) == 1
-    assert jax.tree.leaves(sampling.plan_of(Config(MODEL), 16)[1])[0].shape == ()
-
-
 def test_settings_may_be_numpy_scalars_and_lists():
     cfg = Config(
         MODEL, max_new_tokens=np.int64(3), top_k=np.int32(5), eos_token_ids=[2, np.int64(3)]
