@@ -11,11 +11,7 @@ from convert.gguf_source import open_gguf
 from convert.hf_to_flax import convert
 from qs_jax.models.rope import inverse_frequencies
 from tests.convert.folders import LLAMA_CONFIG, assert_converts, llama_tensors
-from tests.convert.gguf_files import (
-    byte_level_tokenizer,
-    sentencepiece_tokenizer,
-    write_gguf,
-)
+from tests.convert.gguf_files import byte_level_tokenizer, sentencepiece_tokenizer, write_gguf
 
 pytest.importorskip("gguf")
 

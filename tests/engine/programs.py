@@ -11,15 +11,9 @@ class Entered(Exception):
 
 
 def arguments_of(call: Any, module: str, name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """The program `qs_jax.engine.MODULE.NAME`, and the arguments a call gives it.
+    """The program `qs_jax.engine.MODULE.NAME`, and the positional and static arguments of a call.
 
-    Args:
-      call: Without arguments; it ends where it enters the program.
-      module: Of the engine.
-      name: Of the jitted function.
-
-    Returns:
-      The jitted function, its positional arguments, and its static ones.
+    The call ends where it enters the program.
     """
     home = importlib.import_module(f"qs_jax.engine.{module}")
     program, found = getattr(home, name), []

@@ -14,16 +14,7 @@ import pytest
 import qs_jax
 from qs_jax.config import AMQConfig, Config, HaltingConfig, KVSkipConfig
 from qs_jax.engine import decode, generate, prompt_plan
-from tests.engine.contract import (
-    FAST,
-    HALT,
-    LAYERS,
-    fast_case,
-    few,
-    model_of,
-    params_of,
-    settings,
-)
+from tests.engine.contract import FAST, HALT, LAYERS, fast_case, few, model_of, params_of, settings
 from tests.engine.programs import arguments_of
 from tests.oracle.comparison import assert_same_record
 from tests.support import OPTIMISED, random_tokens, row_of

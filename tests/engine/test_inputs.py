@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qs_jax.engine.inputs import bucket_size, check_positions, make_batch
+from qs_jax.engine.inputs import bucket_size, make_batch
 from qs_jax.errors import InputError
 from qs_jax.testing import tiny_model
 
@@ -81,9 +81,3 @@ def test_one_row_is_a_batch_of_one():
 def test_unusable_input_is_refused_by_name(tokens, options, message):
     with pytest.raises(InputError, match=message):
         make_batch(tokens, MODEL, **options)
-
-
-def test_position_limit():
-    check_positions(100, 28, MODEL)
-    with pytest.raises(InputError, match=r"100 prompt tokens \+ 29 new tokens exceed .* 128"):
-        check_positions(100, 29, MODEL)

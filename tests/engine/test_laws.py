@@ -17,14 +17,7 @@ from qs_jax.config import Config
 from qs_jax.engine import score as scoring
 from qs_jax.mechanisms import fusion
 from tests import goldens
-from tests.engine.contract import (
-    BY_DEFAULT,
-    CASES,
-    MATRIX,
-    contract,
-    model_of,
-    params_of,
-)
+from tests.engine.contract import BY_DEFAULT, CASES, MATRIX, contract, model_of, params_of
 from tests.support import row_of
 
 WIDTH, SHORT = goldens.LENGTHS

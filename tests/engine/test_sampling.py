@@ -40,21 +40,6 @@ def test_filters_equal_hugging_face(top_k, top_p):
     np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.hf
-def test_repetition_penalty_equals_hugging_face():
-    torch = pytest.importorskip("torch")
-    from transformers import RepetitionPenaltyLogitsProcessor
-
-    rng = np.random.default_rng(0)
-    logits_BV = rng.normal(0, 3, (4, 97)).astype(np.float32)
-    ids_BT = rng.integers(0, 97, (4, 30))
-    theirs = RepetitionPenaltyLogitsProcessor(1.4)(torch.tensor(ids_BT), torch.tensor(logits_BV))
-    seen_BV = np.zeros((4, 97), bool)
-    np.put_along_axis(seen_BV, ids_BT, True, axis=1)
-    ours = sampling.penalize(jnp.asarray(logits_BV), jnp.asarray(seen_BV), jnp.float32(1.4))
-    np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-6)
-
-
 @given(st.integers(0, 10_000), st.floats(1e-4, 1.0), st.floats(0.1, 30.0))
 def test_the_nucleus_is_the_smallest_set_that_holds_the_probability(seed, top_p, spread):
     """Against the definition, by sorting in float64."""
@@ -107,15 +92,6 @@ def test_a_tiny_temperature_or_nucleus_is_greedy(settings):
     expected = qs_jax.generate(params, [[4, 5]], greedy).tokens
     sampled = qs_jax.generate(params, [[4, 5]], greedy.replace(**settings))
     np.testing.assert_array_equal(sampled.tokens, expected)
-
-
-def test_shortlists_are_bucketed_so_that_a_sweep_compiles_rarely():
-    plans = {
-        sampling.plan_of(Config(MODEL, temperature=1.0, top_k=k), 16)[0] for k in range(33, 65)
-    }
-    assert {plan.shortlist for plan in plans} == {64}
-    assert len(plans) == 1
-    assert jax.tree.leaves(sampling.plan_of(Config(MODEL), 16)[1])[0].shape == ()
 
 
 def test_settings_may_be_numpy_scalars_and_lists():

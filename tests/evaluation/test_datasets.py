@@ -11,7 +11,6 @@ import pytest
 
 from qs_jax.errors import InputError
 from qs_jax.evaluation.datasets import read_text
-from qs_jax.evaluation.perplexity import cut_windows
 
 DOCUMENTS = ["one document", "another, a little longer", "the third", "and the last of them"]
 
@@ -138,18 +137,3 @@ def test_bad_files(tmp_path, name):
     assert message in refused(tmp_path / name)
     assert "is a folder" in refused(tmp_path)
     assert "known names are wikitext-103, c4" in refused("wikitext-2")
-
-
-@pytest.mark.parametrize(
-    ("count", "seq_len", "limit", "shape", "left_over"),
-    [
-        (30, 10, None, (3, 10), 0),
-        (39, 10, 2, (2, 10), 9),
-        (7, 10, None, (1, 7), 0),
-    ],
-)
-def test_windows(count, seq_len, limit, shape, left_over):
-    windows = cut_windows(range(count), seq_len, limit)
-    assert windows.tokens_WT.shape == shape
-    assert windows.tokens_WT.ravel().tolist() == list(range(shape[0] * shape[1]))
-    assert (windows.tokens_in_text, windows.left_over) == (count, left_over)

@@ -54,13 +54,6 @@ def test_storage_shares_the_memory_of_the_parameters(model_type):
     assert len(jax.live_arrays()) < before
 
 
-def test_float32_is_its_own_storage():
-    params = params_of(model_of("llama"))
-    stored = cpu.stored_params(params)
-    assert all(a is b for a, b in zip(*map(jax.tree.leaves, (stored, params)), strict=True))
-    assert cpu.storage_dtype("float32") == jnp.float32
-
-
 def test_other_backends_store_what_they_compute_with(monkeypatch):
     monkeypatch.setattr(cpu, "on_cpu", lambda: False)
     assert cpu.storage_dtype("bfloat16") == jnp.bfloat16
@@ -157,14 +150,6 @@ def test_products_with_a_table(inputs):
     x = jnp.asarray(rng.normal(size=inputs), "bfloat16")
     exact = np.asarray(table, np.float64) @ np.asarray(x, np.float64)
     np.testing.assert_allclose(cpu.table_product(x, stored), exact, atol=1e-4)
-
-
-@pytest.mark.parametrize(("inputs", "size"), [(576, 64), (1536, 64), (4096, 256), (11008, 688)])
-def test_blocks_are_whole_and_few(inputs, size):
-    assert cpu.block_size(inputs, least=64) == size
-    assert inputs % size == 0
-    assert 4 <= inputs // size <= cpu.MOST_TERMS
-    assert all(cpu.block_size(whole, least=64) is None for whole in (48, 577, 255))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,11 +7,7 @@ import jax
 import numpy as np
 
 import qs_jax
-from qs_jax.config import (
-    Config,
-    ModelConfig,
-    QuickSilverConfig,
-)
+from qs_jax.config import Config, ModelConfig, QuickSilverConfig
 from qs_jax.engine.inputs import TokenOverrides
 from qs_jax.mechanisms.kv_maps import FEATURES, KVMaps, feature_count
 from qs_jax.testing import tiny_model, tiny_params

@@ -28,8 +28,7 @@ def test_kv_skipping_comes_with_halting_only(case):
 
 
 @pytest.mark.parametrize(
-    "letters",
-    [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in ALL],
+    "letters", [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in ALL]
 )
 def test_a_run_is_what_score_gives_for_its_settings(case, letters):
     run = case.run(letters)

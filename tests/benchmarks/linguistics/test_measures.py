@@ -5,11 +5,7 @@ import pytest
 
 from benchmarks.linguistics.align import Aligned, Touched
 from benchmarks.linguistics.classes import CATEGORIES, CONTENT, FUNCTION, OTHER
-from benchmarks.linguistics.measures import (
-    fusion_by_layer,
-    halting_by_class,
-    mean_change,
-)
+from benchmarks.linguistics.measures import fusion_by_layer, halting_by_class, mean_change
 from benchmarks.linguistics.observe import Observed
 from benchmarks.linguistics.treebank import read_treebank
 from qs_jax.evaluation.perplexity import Windows
