@@ -264,7 +264,8 @@ def test_it_writes_a_preset_that_evaluate_takes(tiny_checkpoint, tmp_path, capsy
     evaluate += ["--preset", str(tmp_path / "preset.json"), "--out", str(tmp_path / "out.json")]
     evaluate += ["--seq-len", "48", "--continuation-tokens", "8", "--limit-windows", "8"]
     assert cli.main(evaluate) == 0
-    assert (tmp_path / "preset.kv_maps.safetensors").exists()
+    extrapolates = content["quicksilver"]["kv_skip"]["policy"] == "extrapolate"
+    assert (tmp_path / "preset.kv_maps.safetensors").exists() == extrapolates
     _, model = qs_jax.load(tiny_checkpoint)
     assert presets.load(tmp_path / "preset.json", model).halting is not None
     for field, value in (("num_layers", 2), ("hidden_size", 64), ("vocab_size", 50)):
