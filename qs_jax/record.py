@@ -124,6 +124,24 @@ def resolve(absorber: Int[np.ndarray, "*batch T"]) -> Int[np.ndarray, "*batch T"
         fused = further
 
 
+def written_keys(
+    decisions: Decisions, qs: QuickSilverConfig | None, num_layers: int, lengths: np.ndarray
+) -> Bool[np.ndarray, "L B S"]:
+    """Where a token's keys and values are written: no layer after a fusion; few after a halt.
+
+    Only the policy "skip" leaves out those of a halted token. Nothing is written in the padding.
+    """
+    read = (decisions.depth_BT, decisions.fused_after_BT, decisions.retain_BT)
+    depth, absorbed_after, retain = map(np.asarray, read)
+    layer = np.arange(1, num_layers + 1)[:, None, None]
+    real = np.arange(depth.shape[1])[None] < lengths[:, None]
+    written = real & (layer <= absorbed_after)
+    skip = qs.kv_skip if qs is not None else None
+    if skip is not None and skip.policy == "skip":
+        written &= (layer <= depth + skip.delay) | retain
+    return written
+
+
 def decided(
     decisions: Decisions, qs: QuickSilverConfig, num_layers: int, lengths: np.ndarray
 ) -> Evidence:
@@ -135,11 +153,8 @@ def decided(
     signals = [decisions.drift_LBT, decisions.entropy_LBT]
     layer = np.arange(1, num_layers + 1)[:, None, None]
     real = np.arange(depth.shape[1])[None] < lengths[:, None]
-    there = real & (layer <= absorbed_after)
-    active, skip = there & (layer <= depth), qs.kv_skip
-    written = there
-    if skip is not None and skip.policy == "skip":
-        written = there & ((layer <= depth + skip.delay) | decisions.retain_BT)
+    active = real & (layer <= absorbed_after) & (layer <= depth)
+    written = written_keys(decisions, qs, num_layers, lengths)
     before = np.cumsum(written, axis=2) - written
     since = qs.amq.layer if qs.amq is not None else NEVER
     now = (layer == absorbed_after) & real

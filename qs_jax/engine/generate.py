@@ -30,7 +30,7 @@ from qs_jax.engine.score import run_masked
 from qs_jax.engine.weights import check_finite, prepare_params
 from qs_jax.mechanisms import Mechanisms, Overrides, resolve
 from qs_jax.models import Params, cpu, head
-from qs_jax.record import Record, decided
+from qs_jax.record import Record, decided, written_keys
 from qs_jax.state import FULL_BITS, NEVER, Decisions, evidence
 
 
@@ -388,7 +388,8 @@ class _Fast:
             self.state = _grow(state, tuple(sizes))
         else:
             text, old, decisions = state
-            held_LBS = _held(decisions, text.pos_B, self.cfg)
+            qs, layers = self.cfg.quicksilver, self.cfg.model.num_layers
+            held_LBS = written_keys(decisions, qs, layers, np.asarray(text.pos_B))
             most_L = held_LBS.sum(2).max(1)
             layout, coded, keeps_all = [], _coded_after(self.cfg), _keeps_all(self.cfg)
             for start, end in itertools.pairwise(self.edges):
@@ -438,18 +439,6 @@ def _capacity(cfg: Config, held: int, longest: int, room: int, for_all: bool) ->
     if for_all or _keeps_all(cfg) or cfg.effective_protocol == "continuation":
         share = 1.0
     return bucket(held + max(math.ceil(share * room), 1))
-
-
-def _held(decisions: Decisions, lengths_B: Any, cfg: Config) -> Bool[np.ndarray, "L B S"]:
-    """Entries of a prompt that its next query can see, layer by layer; on the host."""
-    read = (decisions.depth_BT, decisions.fused_after_BT, decisions.retain_BT)
-    depth, fused_after, retain = map(np.asarray, read)
-    layer = np.arange(1, cfg.model.num_layers + 1)[:, None, None]
-    held = (np.arange(depth.shape[1]) < np.asarray(lengths_B)[:, None]) & (layer <= fused_after)
-    skip = cfg.quicksilver.kv_skip if cfg.quicksilver is not None else None
-    if skip is not None and skip.policy == "skip":
-        held &= (layer <= depth + skip.delay) | retain
-    return held
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "width"))
