@@ -108,7 +108,7 @@ def measure(args: Arguments) -> None:
     rows = list(plan(args, model, content["fitted"]))
 
     def save() -> None:
-        content["rows"] = list(assemble(rows, content, model))
+        content["rows"] = list(assemble(rows, content))
         environment.write(args.out.stem, content, args.out)
 
     # Refuses what cannot run before anything does.
@@ -144,9 +144,7 @@ def measure(args: Arguments) -> None:
     save()
 
 
-def assemble(
-    rows: list[Row], content: dict[str, Any], model: ModelConfig
-) -> Iterator[dict[str, Any]]:
+def assemble(rows: list[Row], content: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Rows of the result, of what has been measured: shares are of the prompts."""
     measured, timing = content["measurements"], content.get("timing", {}).get("rows", {})
     for row in (row for row in rows[1:] if row.key in measured):

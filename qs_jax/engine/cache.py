@@ -27,10 +27,10 @@ from qs_jax.models.cpu import from_storage, storage_dtype, to_storage
 SMALLEST = 8
 
 
-def bucket(n: int, smallest: int = SMALLEST) -> int:
+def bucket(n: int) -> int:
     """The smallest capacity that holds `n` slots: sixteen to an octave."""
     step = 1 << max((n - 1).bit_length() - 5, 0)
-    return max(-(-n // step) * step, smallest)
+    return max(-(-n // step) * step, SMALLEST)
 
 
 def cache_bytes(caches: Any) -> int:

@@ -112,14 +112,14 @@ def test_no_program_converts_stacked_weights_or_caches():
     start = lambda: qs_jax.generate(params, rows, cfg)  # noqa: E731
     program, (stored, *others), static = arguments_of(start, "generate", "jit_start")
 
-    def found(given) -> set[str]:
+    def list_conversions(given) -> set[str]:
         compiled = program.lower(given, *others, **static).compile(compiler_options=OPTIMISED)
         pattern = rf"= (f32\[{model.num_layers},\d+,\d+[\d,]*\])"
         return set(re.findall(pattern, compiled.as_text()))
 
-    assert found(stored) == set()
+    assert list_conversions(stored) == set()
     if jax.__version_info__ < (0, 12):  # later ones convert no whole stack of values either
-        assert found(params) != set(), "values would be converted: the pattern finds something"
+        assert list_conversions(params) != set(), "the pattern finds what would be converted"
 
 
 # --- products of a single vector ----------------------------------------------------------------
