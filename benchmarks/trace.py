@@ -13,6 +13,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import re
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +28,7 @@ import qs_jax
 from benchmarks import environment
 from benchmarks.tables import markdown
 from benchmarks.timing import Watch, watch
+from qs_jax.errors import exit_code
 from qs_jax.models import Params
 
 # A scope anywhere in an operation's path decides, the first of these first: an entropy inside a
@@ -274,4 +276,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))
