@@ -27,13 +27,15 @@ def default_settings() -> Iterator[None]:
 
 
 def explain(error: Exception) -> str | None:
-    """What a user can do about an error of JAX or of memory; None for any other error."""
+    """What a user can do about a limit or an error of JAX; None for any other error."""
     reason = next(iter(str(error).splitlines()), "") or type(error).__name__
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in reason:
         return (
             f"out of memory ({reason}): lower the batch size or the sequence length, take bfloat16,"
             " or a device with more memory."
         )
+    if isinstance(error, RecursionError):
+        return f"an input is nested too deeply to be read ({reason})."
     try:
         jax.devices()
     except Exception:  # which kind differs between platforms

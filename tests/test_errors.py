@@ -1,6 +1,7 @@
 """What a command makes of errors that are not the library's own, and JAX's debug modes."""
 
 import contextlib
+import json
 import sys
 
 import jax
@@ -63,6 +64,11 @@ def test_a_platform_without_devices_is_one_line(capsys, monkeypatch, kind):
     assert "JAX_PLATFORMS=cuda" in error
 
 
+def test_input_that_is_nested_too_deeply_is_one_line(capsys):
+    assert exit_code(lambda: json.loads("[" * 100_000)) == 1
+    assert capsys.readouterr().err.startswith("error: an input is nested too deeply")
+
+
 def test_other_errors_keep_their_traceback():
     with pytest.raises(KeyError):
         exit_code(has_a_bug)
@@ -99,7 +105,7 @@ def outputs(params, cfg):
 
 
 @pytest.mark.parametrize(
-    "preset", ["off", "paper", "balanced", pytest.param("aggressive", marks=pytest.mark.slow)]
+    "preset", ["paper", "balanced", pytest.param("aggressive", marks=pytest.mark.slow)]
 )
 def test_debug_modes_change_nothing(preset):
     params = tiny_params(MODEL)

@@ -51,7 +51,7 @@ def test_a_norm_is_right_or_not_a_number(kind, size):
     ("where", "preset"),
     [
         ("embeddings", "off"),
-        ("attention", "paper"),
+        ("attention", "off"),
         ("mlp", "balanced"),
         pytest.param("mlp", "aggressive", marks=pytest.mark.slow),
     ],
@@ -72,12 +72,12 @@ def test_states_whose_squares_overflow_are_reported(where, preset):
             call()
 
 
-@pytest.mark.parametrize("preset", ["off", "balanced"])
-def test_one_such_token_spoils_what_follows_in_its_row_alone(preset):
+def test_one_such_token_spoils_what_follows_in_its_row_alone():
     """Though the state that predicts is finite: it has read the token's keys and values."""
     model = tiny_model()
     params = scaled(tiny_params(model), LARGE["embeddings"], 1e22, rows=7)
-    cfg = Config(model, presets.by_name(preset, model), max_new_tokens=2, continuation_tokens=8)
+    settings = {"max_new_tokens": 2, "continuation_tokens": 8}
+    cfg = Config(model, presets.by_name("balanced", model), **settings)
     for call in (qs_jax.generate, qs_jax.score):
         with pytest.raises(NonFiniteError, match=r"row\(s\) \[0\] "):
             call(params, ROWS, cfg)
