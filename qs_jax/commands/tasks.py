@@ -11,6 +11,7 @@ from qs_jax.commands.options import ScoringOptions, print_table
 from qs_jax.config.fields import NonNegative, Positive, Seed, Share
 from qs_jax.errors import InputError
 from qs_jax.evaluation.classification import measure_heads
+from qs_jax.evaluation.datasets import is_name
 from qs_jax.evaluation.heads import Head
 from qs_jax.evaluation.journal import write_json
 from qs_jax.evaluation.tasks import TASKS, Examples, read_examples
@@ -52,6 +53,7 @@ class Tasks(ScoringOptions):
         assert cfg.quicksilver is not None
         maps, digest = self.find_maps(cfg)
         examples = self._read_examples()
+        stored = not is_name(self.head, ("none", "linear"))
         if self.head == "none":
             from qs_jax.evaluation.harness import measure_words
 
@@ -62,7 +64,7 @@ class Tasks(ScoringOptions):
             mechanisms = None if cfg.quicksilver.is_off else mechanisms
             tasks = measure_words(settings, mechanisms, examples)
         else:
-            head = None if self.head == "linear" else self._load_head()
+            head = self._load_head() if stored else None
             settings = {name: getattr(self, name) for name in "train_share seed l2".split()}
             settings |= {"head": head, "batch_size": self.batch_size, "devices": devices}
             tokenizer = load_tokenizer(self.ckpt)
