@@ -6,7 +6,6 @@ the prompt of protocol "continuation".
 
 from __future__ import annotations
 
-import os.path
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -176,7 +175,8 @@ class QSJaxLM(TemplateLM):
         if not context.strip():
             return [], self.tok_encode(context + continuation, add_special_tokens=False)
         whole, before = self.tok_encode(context + continuation), self.tok_encode(context.rstrip())
-        shared = len(os.path.commonprefix([before, whole]))
+        same = [a == b for a, b in zip(before, whole, strict=False)]
+        shared = [*same, False].index(False)
         return whole[:shared], whole[shared:]
 
     def _loglikelihood_tokens(
