@@ -29,7 +29,7 @@ class Calibrate(FileOptions):
 
     preset: tyro.conf.Suppress[str] = "off"
     data: str
-    """wikitext-103, c4, or a file: .jsonl, .jsonl.gz, .json.gz (field "text"), or plain text."""
+    """wikitext-103, c4, or a file: .jsonl or .json (field "text"), or plain text; .gz too."""
     max_ppl_increase: Above0
     """The budget: perplexity above the dense model's, bounded with --confidence."""
     out: Path

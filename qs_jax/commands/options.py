@@ -128,7 +128,8 @@ class TextOptions(FileOptions):
     """A run over one text."""
 
     text: str | None = None
-    """The text itself, or the name of a file that holds it; - reads standard input."""
+    """The text itself, or the name of a file that holds it; - reads standard input. What looks like
+    the name of a file, and is none, is refused."""
     continuation_tokens: Positive | None = None
     """Under continuation: the last tokens, which are scored; by default a quarter of the text, 128
     at most."""
