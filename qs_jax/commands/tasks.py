@@ -48,12 +48,12 @@ class Tasks(ScoringOptions):
     def measure(self) -> dict[str, Any]:
         """Run all tasks; the results of each by name under "tasks", and all settings."""
         self.check_out()
+        stored = not is_name(self.head, ("none", "linear"))
         devices = self.local_devices()
         cfg = self.config(engine=self.engine)
         assert cfg.quicksilver is not None
         maps, digest = self.find_maps(cfg)
         examples = self._read_examples()
-        stored = not is_name(self.head, ("none", "linear"))
         if self.head == "none":
             from qs_jax.evaluation.harness import measure_words
 

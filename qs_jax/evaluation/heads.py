@@ -51,7 +51,7 @@ class Head:
     def logits(self, states_ED: Float[np.ndarray, "E D"]) -> Float[np.ndarray, "E C"]:
         """Scores of each class, in the head's order; in float64, which finite states fit."""
         self.check_width(states_ED.shape[1])
-        check_finite(np.isfinite(states_ED).all(1))
+        check_finite(np.all(np.isfinite(states_ED), axis=1))
         return states_ED.astype(np.float64) @ self.weight_CD.T.astype(np.float64) + self.bias_C
 
     def for_task(self, task: Task) -> Head:
@@ -105,7 +105,7 @@ def fit_head(
     """
     if not 0 <= l2 < np.inf:
         raise InputError(f"--l2 must be at least 0, got {l2}.")
-    check_finite(np.isfinite(states_ED).all(1))
+    check_finite(np.all(np.isfinite(states_ED), axis=1))
     if missing := set(range(len(labels))) - set(labels_E.tolist()):
         raise InputError(f"no training row is {', '.join(labels[i] for i in sorted(missing))}.")
     mean_D, std_D = states_ED.mean(0, dtype=np.float64), states_ED.std(0, dtype=np.float64)

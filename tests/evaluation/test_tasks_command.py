@@ -137,7 +137,7 @@ def test_a_stored_head(run, tiny_checkpoint, tmp_path, capsys):
 )
 def test_mistakes(run, tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "linear").mkdir()
+    (tmp_path / options.get("head", "other")).mkdir()
     with pytest.raises((InputError, ConfigError), match=message):
         run(**options)
     assert not (tmp_path / "out.json").exists()
