@@ -6,14 +6,18 @@ import io
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 
+from qs_jax.commands.calibrate import Calibrate
 from qs_jax.errors import InputError
 from qs_jax.evaluation.datasets import read_stdin, read_text, read_text_or_file
 from qs_jax.evaluation.tasks import TASKS, read_examples
+from qs_jax.testing import toy_tokenizer
 
 DOCUMENTS = ["one document", "another, a little longer", "the third", "and the last of them"]
 
@@ -235,3 +239,12 @@ def test_standard_input(monkeypatch, content, message):
         return
     with pytest.raises(InputError, match=f"standard input {message}"):
         read_stdin()
+
+
+def test_texts_of_one_name_are_both_read(tmp_path):
+    """As --data and --fit-data; `./c4` stays the name of a file."""
+    (tmp_path / "c4").write_text("abcd" * 2)
+    command = types.SimpleNamespace(seq_len=4)
+    paths = [str(tmp_path / "c4")]
+    found = Calibrate._read_more(command, paths, toy_tokenizer(), texts={"c4": np.zeros((1, 4))})
+    assert {name: len(windows) for name, windows in found.items()} == {"c4": 1, paths[0]: 2}
