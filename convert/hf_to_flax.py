@@ -232,13 +232,9 @@ def _labels(source: Source, problems: Problems) -> tuple[str, ...]:
     classes = next(iter(source.tensors[CLASSIFIER].shape), 0)
     indices = [str(index) for index in range(classes)]
     labels = source.config.get("id2label") or {index: f"LABEL_{index}" for index in indices}
-    if not isinstance(labels, dict) or sorted(labels) != sorted(indices):
+    if sorted(labels) != sorted(indices):
         problems.add(HEADING, f"id2label names {sorted(labels)}, the head has {classes} classes")
-        return tuple(indices)
-    names = tuple(str(labels[index]) for index in indices)
-    if len(set(names)) < classes:
-        problems.add(HEADING, f"id2label gives two classes one name: {', '.join(names)}")
-    return names
+    return tuple(str(labels.get(index)) for index in indices)
 
 
 def main(argv: list[str] | None = None) -> int:
