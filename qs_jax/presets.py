@@ -24,6 +24,7 @@ from qs_jax.config import (
     QuickSilverConfig,
 )
 from qs_jax.errors import ConfigError
+from qs_jax.files import write_json
 
 SHIPPED_PRESET = Path(__file__).parent / "shipped" / "smollm2-135m-instruct.json"
 _SHIPPED: Mapping[str, Any] = {
@@ -104,7 +105,7 @@ def is_shipped(model: ModelConfig) -> bool:
 
 def maps_path(preset: Path) -> Path:
     """Where the extrapolation maps of a preset file are."""
-    return preset.with_name(f"{preset.stem}.kv_maps.safetensors")
+    return preset.parent / f"{preset.stem}.kv_maps.safetensors"
 
 
 def _layer(model: ModelConfig, fraction: float) -> int:
@@ -161,7 +162,7 @@ def by_name(name: str | os.PathLike[str], model: ModelConfig) -> QuickSilverConf
 def save(
     path: str | Path, quicksilver: QuickSilverConfig, model: ModelConfig | None = None
 ) -> Path:
-    """Write a preset with its provenance as JSON.
+    """Write a preset with its provenance as JSON, whole or not at all.
 
     Args:
       path: File to write.
@@ -173,7 +174,7 @@ def save(
     if model is not None:
         provenance |= {name: getattr(model, name) for name in _MADE_FOR}
     content = {"format": _FORMAT, "version": 1, "quicksilver": fields, "provenance": provenance}
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(path, content)
     return path
 
 
