@@ -21,9 +21,10 @@ from safetensors.numpy import save_file
 
 from convert import mapping
 from convert.sources import TOKENIZER_FILES
-from convert.staging import check_target, staging, write_json
+from convert.writer import check_folder
 from qs_jax.config import ModelConfig
 from qs_jax.errors import exit_code
+from qs_jax.files import write_json, write_whole
 from qs_jax.load import load
 from qs_jax.models import Params
 
@@ -48,7 +49,7 @@ def export(ckpt: str | Path, out: str | Path, *, max_shard_size: str = "5GB") ->
       max_shard_size: Largest weight file, such as "5GB".
     """
     source, target = Path(ckpt), Path(os.path.realpath(out))
-    check_target(target)
+    check_folder(target)
     params, model = load(source, dtype=None)
     tensors = hf_tensors(params, model)
     plan = split_state_dict_into_shards_factory(
@@ -58,7 +59,8 @@ def export(ckpt: str | Path, out: str | Path, *, max_shard_size: str = "5GB") ->
         max_shard_size=max_shard_size,
     )
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    with staging(target) as staged:
+    with write_whole(target) as (staged,):
+        staged.mkdir()
         for file, names in plan.filename_to_tensors.items():
             shard = {name: tensors[name] for name in names}
             save_file(shard, staged / file, metadata={"format": "pt"})
@@ -69,6 +71,7 @@ def export(ckpt: str | Path, out: str | Path, *, max_shard_size: str = "5GB") ->
         for name in (*TOKENIZER_FILES, "generation_config.json"):
             if (source / name).is_file():
                 shutil.copyfile(source / name, staged / name)
+        check_folder(target)  # nobody filled it meanwhile
     return target
 
 

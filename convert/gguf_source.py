@@ -235,10 +235,14 @@ def embedded_path() -> Path:
 
 def _write_tokenizer(file: _File, description: str, folder: Path) -> None:
     try:
-        build_tokenizer(file.value).save_pretrained(str(folder))
+        tokenizer = build_tokenizer(file.value)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         damage = f"tokenizer metadata is incomplete or damaged: {error!r}"
         raise ConversionError(f"{description}: {damage}") from error
+    try:
+        tokenizer.save_pretrained(str(folder))
+    except Exception as error:  # of tokenizers, where the disk is full
+        raise OSError(f"{error}") from error
 
 
 def build_tokenizer(value: Callable[..., Any]) -> PreTrainedTokenizerFast:

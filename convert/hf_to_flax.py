@@ -30,11 +30,11 @@ from convert.gguf_source import embedded_path, open_gguf
 from convert.hf_config import HEADING, model_config
 from convert.mapping import CLASSIFIER, Rule, is_tied_head, match, rules_of
 from convert.sources import Source, download, open_folder
-from convert.staging import check_target, staging, write_json
-from convert.writer import LazyArray, write_tree
+from convert.writer import LazyArray, check_folder, write_tree
 from qs_jax.checkpoint import FORMAT_VERSION, MANIFEST, PARAMS, checksum, read_tokenizer
 from qs_jax.config import ModelConfig
 from qs_jax.errors import exit_code
+from qs_jax.files import write_json, write_whole
 from qs_jax.models import abstract_params, count_params, param_bytes
 
 # SHA-256 of each leaf's values, by its path.
@@ -71,9 +71,10 @@ def convert(
 
     Raises:
       ConversionError: With everything that is wrong in one report; `out` is as it was.
+      OutputError: The folder cannot be written; `out` is as it was.
     """
     target = Path(os.path.realpath(out))
-    check_target(target, overwrite)
+    check_folder(target, overwrite, source)
     opened, problems = open_source(source, revision), Problems()
     config = opened.config | ({"tie_word_embeddings": True} if classifier else {})
     model, notes = model_config(config, dtype, problems, opened.generation_config)
@@ -86,7 +87,8 @@ def convert(
     notes += [f"{rounded} float64 tensor(s) are rounded"] if rounded else []
     _check_tied_head(opened, rules, names, model)
     _check_space(target.parent, model)
-    with staging(target, overwrite) as staged:
+    with write_whole(target) as (staged,):
+        staged.mkdir()
         if tokenizer:
             opened.write_tokenizer(staged)
             notes += _check_tokenizer(staged, model)
@@ -105,6 +107,7 @@ def convert(
             weight_CD = _read(opened, CLASSIFIER, rules[0], np.dtype(np.float32))
             bias_C = np.zeros(len(labels), np.float32)
             Head(weight_CD, bias_C, labels, model.weights).save(staged)
+        check_folder(target, overwrite)  # nobody filled it meanwhile
     return model, notes
 
 

@@ -25,6 +25,7 @@ from qs_jax.config import (
     QuickSilverConfig,
 )
 from qs_jax.errors import ConfigError
+from qs_jax.files import write_json
 
 SHIPPED_PRESET = Path(__file__).parent / "shipped" / "smollm2-135m-instruct.json"
 _SHIPPED: Mapping[str, Any] = {
@@ -114,7 +115,7 @@ def _shipped_provenance() -> dict[str, Any]:
 
 def maps_path(preset: Path) -> Path:
     """Where the extrapolation maps of a preset file are."""
-    return preset.with_name(f"{preset.stem}.kv_maps.safetensors")
+    return preset.parent / f"{preset.stem}.kv_maps.safetensors"
 
 
 def _layer(model: ModelConfig, fraction: float) -> int:
@@ -171,7 +172,7 @@ def by_name(name: str | os.PathLike[str], model: ModelConfig) -> QuickSilverConf
 def save(
     path: str | Path, quicksilver: QuickSilverConfig, model: ModelConfig | None = None
 ) -> Path:
-    """Write a preset with its provenance as JSON.
+    """Write a preset with its provenance as JSON, whole or not at all.
 
     Args:
       path: File to write.
@@ -183,7 +184,7 @@ def save(
     if model is not None:
         provenance |= {name: getattr(model, name) for name in (*_MADE_FOR, "weights")}
     content = {"format": _FORMAT, "version": 1, "quicksilver": fields, "provenance": provenance}
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(path, content)
     return path
 
 

@@ -36,8 +36,8 @@ from qs_jax.engine.generate import generate
 from qs_jax.engine.prompt_plan import runs_fast
 from qs_jax.engine.weights import check_params
 from qs_jax.errors import ConfigError, InputError
-from qs_jax.evaluation.journal import write_json
 from qs_jax.evaluation.perplexity import check_width
+from qs_jax.files import write_json, write_whole
 from qs_jax.models import Params
 
 
@@ -63,11 +63,14 @@ class Calibration:
     observed: Observed
 
     def save(self, path: Path, model: ModelConfig) -> list[Path]:
-        """Write FILE.json, FILE.search.json and the maps the preset reads; returns the files."""
-        searched = path.with_name(f"{path.stem}.search.json")
-        write_json(searched, self.to_dict())
-        files, maps = [presets.save(path, self.preset, model), searched], self.params.get("kv_maps")
-        return files if maps is None else [*files, maps.save(presets.maps_path(path))]
+        """Write the preset, the search and the maps it reads, all or none; returns the files."""
+        paths = result_files(path)[: 2 if self.params.get("kv_maps") is None else 3]
+        with write_whole(*paths) as (preset, searched, *read):
+            presets.save(preset, self.preset, model)
+            write_json(searched, self.to_dict())
+            for staged in read:
+                self.params["kv_maps"].save(staged)
+        return paths
 
     def to_dict(self) -> dict[str, Any]:
         """The whole search as plain JSON types."""
@@ -78,6 +81,11 @@ class Calibration:
             "verified": list(self.verified),
             "observed": self.observed.to_dict(),
         }
+
+
+def result_files(path: Path) -> list[Path]:
+    """FILE.json for the preset, FILE.search.json, and the file of the maps it may read."""
+    return [path, path.parent / f"{path.stem}.search.json", presets.maps_path(path)]
 
 
 def search(

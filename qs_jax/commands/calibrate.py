@@ -14,6 +14,7 @@ from pydantic import Field
 from qs_jax.calibration import Calibration, search
 from qs_jax.calibration.families import halting_layers
 from qs_jax.calibration.fit_maps import check_fit, fit_kv_maps
+from qs_jax.calibration.search import result_files
 from qs_jax.checkpoint import load_tokenizer
 from qs_jax.commands.options import FileOptions, print_table
 from qs_jax.config import ModelConfig
@@ -73,6 +74,10 @@ class Calibrate(FileOptions):
     """Candidates of the front to verify."""
     timed_runs: Count = 3
     """Runs of the winner and of the dense model, in turn, for the measured time; 0 for none."""
+
+    def targets(self) -> list[tuple[str, Path]]:
+        """The preset, and what is written beside it."""
+        return [("--out", path) for path in result_files(self.out)]
 
     def run(self) -> None:
         """Check, search, write, report."""

@@ -10,10 +10,12 @@ from qs_jax.checkpoint import load_tokenizer
 from qs_jax.commands.options import ScoringOptions, print_table
 from qs_jax.config import Config
 from qs_jax.config.fields import Count, Positive, Several
+from qs_jax.errors import InputError
 from qs_jax.evaluation import journal
 from qs_jax.evaluation.datasets import Text
 from qs_jax.evaluation.perplexity import Windows, check_width, evaluate, read_windows
-from qs_jax.evaluation.processes import connect
+from qs_jax.evaluation.processes import Processes, connect
+from qs_jax.files import write_json
 
 _SAVED = {
     "layer_tokens_saved": "layer-tokens saved",
@@ -47,12 +49,23 @@ class Evaluate(ScoringOptions):
     resume: bool = False
     """Continue a run that was killed; the results are those of a run that was not."""
 
+    def targets(self) -> list[tuple[str, Path]]:
+        """The results, and the journals that are there until they are written."""
+        outs = (self.out, self._journal_out())
+        paths = dict.fromkeys((self.out, *map(journal.partial_path, outs)))
+        return [("--out", path) for path in paths]
+
+    def _journal_out(self) -> Path:
+        suffix = Processes(self.process_id, self.num_processes).suffix
+        return self.out.parent / f"{self.out.name}{suffix}"
+
     def run(self) -> None:
         """Check, score, write, report."""
         processes = connect(self.coordinator, self.num_processes, self.process_id)
-        journal_out = Path(f"{self.out}{processes.suffix}")
-        for out in dict.fromkeys((self.out, journal_out)):
-            journal.check_target(out, resume=self.resume, overwrite=self.overwrite)
+        if self.resume and self.overwrite:
+            raise InputError("--resume continues a run and --overwrite starts it anew: give one.")
+        advice = "pass --overwrite to start anew or --resume to go on where it stands"
+        self.check_out(overwrite=self.resume or self.overwrite, advice=advice)
         devices = self.local_devices()
         cfg = self.config(continuation_tokens=self.continuation_tokens, engine=self.engine)
         check_width(self.seq_len, cfg)
@@ -66,14 +79,14 @@ class Evaluate(ScoringOptions):
         if processes.gather([{"complete": complete}])[0]["complete"]:
             print(f"{self.out} is complete; it was left as it is.")
             return
-        with journal.Journal(journal_out, identity, resume=self.resume) as batches:
+        with journal.Journal(self._journal_out(), identity, resume=self.resume) as batches:
             sharing = {"devices": devices, "journal": batches, "processes": processes}
             settings: dict[str, Any] = sharing | {"batch_size": self.batch_size, "progress": True}
             results = evaluate(self.load(maps), windows, cfg, **settings)
             counts = {"characters": len(text.text), "documents": text.documents}
             counts |= {"tokens": windows.tokens_in_text, "tokens_left_over": windows.left_over}
             if processes.index == 0:
-                journal.write_json(self.out, results | {"text": counts} | identity)
+                write_json(self.out, results | {"text": counts} | identity)
             processes.gather([])  # nobody forgets before it is written
             batches.remove()
         if processes.index == 0:

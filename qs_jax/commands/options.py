@@ -19,8 +19,9 @@ from qs_jax.config import Config, ModelConfig
 from qs_jax.config.fields import Positive, Several, parse
 from qs_jax.engine.devices import local_devices
 from qs_jax.errors import InputError
-from qs_jax.evaluation import journal, perplexity
+from qs_jax.evaluation import perplexity
 from qs_jax.evaluation.datasets import read_text_or_file
+from qs_jax.files import check_targets
 from qs_jax.load import choose_dtype, find_maps, load
 from qs_jax.mechanisms.kv_maps import KVMaps
 from qs_jax.models import Params
@@ -100,9 +101,19 @@ class FileOptions(RunOptions):
     overwrite: bool = False
     """Replace a file that exists."""
 
-    def check_out(self) -> None:
-        """Refuse --out, before anything is computed, if it exists or cannot be written."""
-        journal.check_target(self.out, overwrite=self.overwrite)
+    def targets(self) -> list[tuple[str, Path]]:
+        """Every file that may be written, and the option it belongs to."""
+        return [("--out", self.out)]
+
+    def check_out(self, **options: Any) -> None:
+        """Refuse, before anything is computed, files that cannot be written or must not be."""
+        read: list[tuple[str, Path]] = []
+        for name in "preset kv_maps data also fit_data text results search".split():
+            values = getattr(self, name, None) or ()
+            option = f"--{name.replace('_', '-')}"
+            read += [(option, Path(v)) for v in (values if isinstance(values, tuple) else [values])]
+        options = {"overwrite": self.overwrite, "reads": read} | options
+        check_targets(self.targets(), **options)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -160,4 +171,4 @@ def print_table(
         table.add_column(name, justify="right" if index else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
-    Console(highlight=False).print(table)
+    Console(highlight=False, markup=False, emoji=False).print(table)  # names are no markup

@@ -13,8 +13,8 @@ from qs_jax.errors import InputError
 from qs_jax.evaluation.classification import measure_heads
 from qs_jax.evaluation.datasets import is_name
 from qs_jax.evaluation.heads import Head
-from qs_jax.evaluation.journal import write_json
 from qs_jax.evaluation.tasks import TASKS, Examples, read_examples
+from qs_jax.files import write_json
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from qs_jax.engine.weights import check_finite
 from qs_jax.errors import CheckpointError, InputError, NonFiniteError
 from qs_jax.evaluation.tasks import Task
+from qs_jax.files import write_whole
 
 FILE_NAME = "classifier.safetensors"
 
@@ -70,7 +71,8 @@ class Head:
         about = {"labels": list(self.labels), "backbone": self.backbone}
         path = folder / FILE_NAME
         tensors = {"weight": np.ascontiguousarray(self.weight_CD), "bias": self.bias_C}
-        save_file(tensors, path, metadata={"head": json.dumps(about)})
+        with write_whole(path) as (staged,):
+            save_file(tensors, staged, metadata={"head": json.dumps(about)})
         return path
 
     @classmethod

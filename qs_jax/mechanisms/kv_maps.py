@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from qs_jax.config import ALLOW_OTHER_WEIGHTS, ModelConfig
 from qs_jax.errors import CheckpointError, ConfigError
+from qs_jax.files import write_whole
 from qs_jax.models import family_of, rope
 from qs_jax.models.layers import product
 from qs_jax.state import exact_dtype
@@ -87,7 +88,8 @@ class KVMaps(flax.struct.PyTreeNode):
         if self.encode_XFR is not None:
             arrays["encode"] = np.asarray(self.encode_XFR)
         stored = {name: np.ascontiguousarray(array, dtype) for name, array in arrays.items()}
-        save_file(stored, str(path), metadata=metadata)
+        with write_whole(path) as (staged,):
+            save_file(stored, staged, metadata=metadata)
         return path
 
     @classmethod
