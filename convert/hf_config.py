@@ -160,7 +160,7 @@ def _special_tokens(
         ids[name] = tuple(token for token in listed if 0 <= token < vocab)
         outside = [token for token in listed if token not in ids[name]]
         of = f"the vocabulary of {vocab} and is ignored"
-        notes += [f"{name} {token} is outside {of}" for token in outside]
+        notes += [f"{name} {short(token)} is outside {of}" for token in outside]
     first = {name: next(iter(ids[name]), None) for name in ("bos_token_id", "pad_token_id")}
     return first | {"eos_token_ids": ids["eos_token_id"]}, notes
 

@@ -10,12 +10,12 @@ from pydantic import Field
 from qs_jax.config.fields import Flag, Integer, Integers, Number, Settings
 from qs_jax.errors import ConfigError
 
-# Above every published model, and low enough that shapes can be formed before they are compared.
+# Bounds above every published model: shapes and angles can be formed before they are compared.
 Size = Annotated[Integer, Field(ge=1, le=2**24)]
 Layers = Annotated[Integer, Field(ge=1, le=10_000)]
 Length = Annotated[Integer, Field(ge=1, lt=2**31)]
-Finite = Annotated[Number, Field(allow_inf_nan=False)]
-PositiveNumber = Annotated[Finite, Field(gt=0)]
+PositiveNumber = Annotated[Number, Field(gt=0, le=1e6)]
+Weight = Annotated[Number, Field(ge=0, le=1e6)]
 
 # What each RoPE scaling needs besides its factor.
 ROPE_SCALINGS: dict[str, tuple[str, ...]] = {
@@ -43,15 +43,15 @@ class RopeScaling(Settings, path="rope_scaling"):
     """
 
     rope_type: str
-    factor: Annotated[Finite, Field(ge=1)]
+    factor: Annotated[Number, Field(ge=1, le=1e6)]
     original_max_positions: Length | None = None
     low_freq_factor: PositiveNumber | None = None
     high_freq_factor: PositiveNumber | None = None
     beta_fast: PositiveNumber = 32.0
     beta_slow: PositiveNumber = 1.0
     attention_factor: PositiveNumber | None = None
-    mscale: Annotated[Finite, Field(ge=0)] | None = None
-    mscale_all_dim: Annotated[Finite, Field(ge=0)] | None = None
+    mscale: Weight | None = None
+    mscale_all_dim: Weight | None = None
     truncate: Flag = True
 
     def __post_init__(self) -> None:
@@ -106,7 +106,7 @@ class ModelConfig(Settings):
     tie_embeddings: Flag
     attention_bias: Flag
     mlp_bias: Flag
-    rope_theta: Annotated[Finite, Field(gt=1)] | None = None
+    rope_theta: Annotated[Number, Field(gt=1, le=1e15)] | None = None
     rope_scaling: RopeScaling | None = None
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     bos_token_id: Integer | None = None
