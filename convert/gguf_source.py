@@ -128,7 +128,9 @@ def open_gguf(path: Path, description: str | None = None) -> Source:
         tensors = {name: _tensor(file, name, stored, config) for name, stored in names.items()}
         # llama.cpp ends on any of these.
         ends = [file.value(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except ConversionError:
+        raise
+    except Exception as error:  # whatever reading damaged values raises
         raise ConversionError(f"{path}: metadata is incomplete or damaged: {error!r}") from error
     ends = list(dict.fromkeys(token for token in ends if token is not None))
     generation = {"eos_token_id": ends} if len(ends) > 1 else {}
@@ -253,7 +255,9 @@ def _write_tokenizer(file: _File, description: str, rows: int, folder: Path) -> 
     try:
         tokenizer, notes = build_tokenizer(file.value, rows)
         tokenizer.save_pretrained(str(folder))
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except ConversionError:
+        raise
+    except Exception as error:  # the tokenizers library raises no other kind
         damage = f"tokenizer metadata is incomplete or damaged: {error!r}"
         raise ConversionError(f"{description}: {damage}") from error
     return notes

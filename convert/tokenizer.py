@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from reprlib import repr as short
 from typing import TYPE_CHECKING, Any
 
 from convert.errors import ConversionError
@@ -72,10 +73,12 @@ def _compare(tokenizer: Any, raw: Tokenizer) -> None:
             text = raw.decode(ids, skip_special_tokens=not special)
             back = tokenizer.decode(ids, skip_special_tokens=not special)
             if (ours, back) != (ids, text):
+                differing = f"encodes it as {short(ours)} instead of {short(ids)}"
+                if ours == ids:
+                    differing = f"decodes it as {back!r} instead of {text!r}"
                 raise ConversionError(
-                    "the tokenizer that transformers loads differs from tokenizer.json: "
-                    f"{probe!r} is {ours} instead of {ids}, which is {back!r} instead of {text!r}. "
-                    "--no-tokenizer works with token ids."
+                    f"the tokenizer that transformers loads differs from tokenizer.json on "
+                    f"{probe!r}: it {differing}. --no-tokenizer works with token ids."
                 )
 
 
