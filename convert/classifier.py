@@ -31,7 +31,7 @@ def read_labels(source: Source, problems: Problems) -> tuple[str, ...]:
     if not isinstance(named, dict) or sorted(named) != sorted(indices):
         got = sorted(named) if isinstance(named, dict) else named
         problems.add(HEADING, f"id2label names {got}, the head has {classes} classes")
-        return ()
+        return tuple(indices)
     labels = tuple(str(named[index]) for index in indices)
     if any(not isinstance(name, str | int) or not str(name).strip() for name in named.values()):
         problems.add(HEADING, f"id2label has labels that are not text: {labels}")
