@@ -255,8 +255,8 @@ def _write_tokenizer(file: _File, description: str, rows: int, folder: Path) -> 
     try:
         tokenizer, notes = build_tokenizer(file.value, rows)
         tokenizer.save_pretrained(str(folder))
-    except ConversionError:
-        raise
+    except ConversionError as error:
+        raise ConversionError(f"{description}: {error}") from error
     except Exception as error:  # the tokenizers library raises no other kind
         damage = f"tokenizer metadata is incomplete or damaged: {error!r}"
         raise ConversionError(f"{description}: {damage}") from error
