@@ -11,6 +11,7 @@ from convert.errors import ConversionError, Problems
 from convert.hf_config import HEADING
 from convert.mapping import CLASSIFIER
 from convert.sources import Source
+from qs_jax.config import ModelConfig
 
 
 def read_labels(source: Source, problems: Problems) -> tuple[str, ...]:
@@ -47,14 +48,14 @@ def read_labels(source: Source, problems: Problems) -> tuple[str, ...]:
     return labels
 
 
-def export_head(ckpt: Path, backbone: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict]:
+def export_head(ckpt: Path, model: ModelConfig) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The tensor and the config attributes of the head beside a checkpoint; empty without one."""
     from qs_jax.evaluation.heads import FILE_NAME, Head  # imports SciPy
 
     if not (ckpt / FILE_NAME).is_file():
         return {}, {}
     head = Head.load(ckpt)
-    if head.backbone != backbone:
+    if not model.has_weights(head.backbone):
         raise ConversionError(f"{ckpt / FILE_NAME} belongs to another checkpoint: convert again.")
     if head.bias_C.any():
         raise ConversionError(f"{ckpt / FILE_NAME} has a bias; Hugging Face has none.")

@@ -61,9 +61,9 @@ def export(
     """
     source, target = Path(ckpt), Path(os.path.realpath(out))
     check_target(target)
-    manifest = read_manifest(source)
-    head, config = export_head(source, manifest["params"])
-    config = _config_of(source, ModelConfig.from_dict(manifest["model"])) | config
+    described = ModelConfig.from_dict(read_manifest(source)["model"])
+    head, labels = export_head(source, described)
+    config = _config_of(source, described) | labels
     params, model = load(source, dtype=None)
     tensors = hf_tensors(params, model) | head
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import importlib.metadata
 import os
 import re
@@ -34,11 +35,13 @@ from convert.sources import Source, download, open_folder
 from convert.staging import check_target, staging, write_json
 from convert.tokenizer import check_tokenizer
 from convert.writer import LazyArray, write_tree
-from qs_jax.checkpoint import FORMAT_VERSION, MANIFEST, PARAMS, fingerprint
+from qs_jax.checkpoint import FORMAT_VERSION, MANIFEST, PARAMS, checksum
 from qs_jax.config import ModelConfig
 from qs_jax.errors import exit_code
 from qs_jax.models import abstract_params, count_params, param_bytes
 
+# SHA-256 of each leaf's values, by its path.
+Digests = dict[tuple[str, ...], Any]
 Dtype = Literal["float32", "bfloat16"]
 _VERSIONED = ("qs-jax", "jax", "flax", "orbax-checkpoint", "transformers", "safetensors", "gguf")
 
@@ -97,13 +100,16 @@ def convert(
         if tokenizer:
             notes += opened.write_tokenizer(staged) + check_tokenizer(staged, model)
         with tqdm(total=len(names) - classifier, unit="tensor", disable=quiet) as bar:
-            write_tree(staged / PARAMS, _lazy_tree(opened, rules, names, model, bar.update))
-        write_json(staged / MANIFEST, manifest := _manifest(staged, model, opened, notes))
+            digests: Digests = {}
+            tree = _lazy_tree(opened, rules, names, model, digests, bar.update)
+            write_tree(staged / PARAMS, tree)
+        model = model.replace(weights=_combine(digests))
+        write_json(staged / MANIFEST, _manifest(staged, model, opened, notes))
         if head_CD is not None:
             from qs_jax.evaluation.heads import Head
 
             bias_C = np.zeros(len(labels), np.float32)
-            Head(head_CD, bias_C, labels, manifest["params"]).save(staged)
+            Head(head_CD, bias_C, labels, model.weights).save(staged)
     if not quiet:
         size = f"{count_params(model) / 1e6:.1f} M parameters, {model.num_layers} layers"
         size += f", {model.dtype}, {param_bytes(model) / 1e6:.0f} MB"
@@ -133,9 +139,10 @@ def _lazy_tree(
     rules: list[Rule],
     names: dict[str, str],
     model: ModelConfig,
+    digests: Digests,
     advance: Callable[[], Any],
 ) -> dict[str, Any]:
-    """Our tree, each leaf a recipe to read it from the source."""
+    """Our tree, each leaf a recipe to read it from the source; fills `digests` as it is read."""
     dtype = np.dtype(jnp.dtype(model.dtype))
 
     def blocks(target: tuple[str, ...]) -> Iterator[np.ndarray]:
@@ -146,12 +153,20 @@ def _lazy_tree(
                 columns.append(_read(source, names[name], rule, dtype))
                 advance()
             block = np.concatenate(columns, axis=-1)
+            digest = digests.setdefault(target, hashlib.sha256())
+            digest.update(block.astype(jnp.bfloat16).tobytes())
             yield block[None] if parts[0].per_layer else block
 
     leaves: dict[Any, Any] = flatten_dict(abstract_params(model))
     for target, leaf in leaves.items():
         leaves[target] = LazyArray(leaf.shape, dtype, functools.partial(blocks, target))
     return unflatten_dict(leaves)
+
+
+def _combine(digests: Digests) -> str:
+    """The fingerprint of all weights, rounded to bfloat16: the same in whatever dtype they are."""
+    lines = [f"{'.'.join(path)} {digests[path].hexdigest()}" for path in sorted(digests)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def _read(source: Source, name: str, rule: Rule, dtype: np.dtype) -> np.ndarray:
@@ -195,7 +210,7 @@ def _manifest(folder: Path, model: ModelConfig, source: Source, notes: list[str]
         "format_version": FORMAT_VERSION,
         "model": model.to_dict(),
         "num_params": count_params(model),
-        "params": fingerprint(folder / PARAMS),
+        "params": checksum(folder / PARAMS),
         "source": source.description,
         "notes": notes,
         "versions": versions,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
@@ -17,6 +18,9 @@ Length = Annotated[Integer, Field(ge=1, lt=2**31)]
 PositiveNumber = Annotated[Number, Field(gt=0, le=1e6)]
 Weight = Annotated[Number, Field(ge=0, le=1e6)]
 
+ALLOW_OTHER_WEIGHTS = (
+    "Who knows that they fit passes --allow-other-weights, or model.replace(weights=None)."
+)
 # What each RoPE scaling needs besides its factor.
 ROPE_SCALINGS: dict[str, tuple[str, ...]] = {
     "linear": (),
@@ -90,6 +94,8 @@ class ModelConfig(Settings):
       bos_token_id: First token of a document, if the model has one.
       eos_token_ids: Any of these ends a row.
       pad_token_id: Fills rows after their end; None means 0.
+      weights: Fingerprint of the checkpoint's weights, to which KV maps and presets are bound; None
+        fits any. Plays no part in equality.
     """
 
     model_type: str
@@ -112,6 +118,7 @@ class ModelConfig(Settings):
     bos_token_id: Integer | None = None
     eos_token_ids: Integers = ()
     pad_token_id: Integer | None = None
+    weights: str | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         heads, kv_heads = self.num_heads, self.num_kv_heads
@@ -131,6 +138,10 @@ class ModelConfig(Settings):
             if not 0 <= token < self.vocab_size:
                 size = self.vocab_size
                 raise ConfigError(f"{name} {token} is outside the vocabulary of {size}.")
+
+    def has_weights(self, made_for: str | None) -> bool:
+        """Whether these are the weights of that fingerprint; None on either side fits any."""
+        return None in (made_for, self.weights) or made_for == self.weights
 
     @property
     def q_size(self) -> int:

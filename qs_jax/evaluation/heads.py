@@ -22,12 +22,12 @@ FILE_NAME = "classifier.safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """A linear classifier of final states; `backbone` is the fingerprint of its parameters."""
+    """A linear classifier of final states; `backbone` is the fingerprint of its weights."""
 
     weight_CD: Float[np.ndarray, "C D"]
     bias_C: Float[np.ndarray, "C"]
     labels: tuple[str, ...]
-    backbone: dict[str, Any] | None = None
+    backbone: str | None = None
 
     def logits(self, states_ED: Float[np.ndarray, "E D"]) -> Float[np.ndarray, "E C"]:
         """Scores of each class, in the head's order."""

@@ -51,6 +51,7 @@ class QSJaxLM(TemplateLM):
       protocol: As `Config.protocol`.
       engine: As `Config.engine`.
       kv_maps: Of the "extrapolate" policy; by default as the command line finds them.
+      allow_other_weights: Take a preset and maps that were made for other weights.
       dtype: As `qs_jax.load`.
       batch_size: Rows at a time.
       devices: Local devices that share each batch of a score: a number, or "all".
@@ -68,6 +69,7 @@ class QSJaxLM(TemplateLM):
         protocol: str | None = None,
         engine: str = "auto",
         kv_maps: str | None = None,
+        allow_other_weights: bool = False,
         dtype: str | None = "auto",
         batch_size: int | str = 1,
         devices: int | str = 1,
@@ -84,6 +86,7 @@ class QSJaxLM(TemplateLM):
         self.folder = Path(ckpt)
         self.tokenizer: Any = load_tokenizer(self.folder)
         params, model = load(self.folder, dtype=dtype)
+        model = model.replace(weights=None) if allow_other_weights else model
         settings: dict[str, Any] = {"protocol": protocol, "engine": engine}
         self.cfg = Config(model, presets.by_name(preset, model), **settings)
         file = Path(kv_maps) if kv_maps else None
