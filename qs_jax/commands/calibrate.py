@@ -29,7 +29,7 @@ class Calibrate(FileOptions):
 
     preset: tyro.conf.Suppress[str] = "off"
     data: str
-    """wikitext-103, c4, or a file: .jsonl, .jsonl.gz, .json.gz (field "text"), or plain text."""
+    """wikitext-103, c4, or a file: .jsonl or .json (field "text"), or plain text; .gz too."""
     max_ppl_increase: Above0
     """The budget: perplexity above the dense model's, bounded with --confidence."""
     out: Path
@@ -55,10 +55,10 @@ class Calibrate(FileOptions):
     """Of the bound that must stay within the budget."""
     layers: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
     """Layers at which tokens may halt; eight from 0.4 of the depth on by default."""
-    also: tuple[Path, ...] = ()
+    also: tuple[str, ...] = ()
     """Other texts, on the first --verify-windows windows of which the preset must stay within the
     budget too."""
-    fit_data: tuple[Path, ...] = ()
+    fit_data: tuple[str, ...] = ()
     """More text to fit the maps on, whole: files as for --data."""
     features: tuple[Literal["state", "embedding", "previous", "neurons"], ...] | None = None
     """Inputs of the maps (docs/mechanisms.md); by default everything that the protocol allows."""
@@ -91,7 +91,8 @@ class Calibrate(FileOptions):
             asked = f"{self.windows} + {self.verify_windows} + {self.fit_windows} were asked for"
             raise InputError(f"{text.name} has {whole} windows of {self.seq_len} tokens; {asked}.")
         also = self._read_more(self.also, tokenizer, self.verify_windows)
-        fitting = {text.name: cut.tokens_WT[needed:], **self._read_more(self.fit_data, tokenizer)}
+        own = {text.name: cut.tokens_WT[needed:]}
+        fitting = self._read_more(self.fit_data, tokenizer, texts=own)
         params = self.load(maps)
         if maps is None and self.fit_windows:
             fit |= {"model": cfg.model, "data": ", ".join(fitting)}
@@ -109,13 +110,13 @@ class Calibrate(FileOptions):
             print(f"wrote {path}")
 
     def _read_more(
-        self, paths: Iterable[Path], tokenizer: Any, limit: int | None = None
+        self, paths: Iterable[str], tokenizer: Any, limit: int | None = None, texts: Any = None
     ) -> dict[str, np.ndarray]:
-        """Windows of further files, by name; by path where two have the same name."""
-        texts: dict[str, np.ndarray] = {}
+        """`texts` and windows of further files, by name; by path where two have the same name."""
+        texts = {} if texts is None else texts
         for path in paths:
-            text, cut = read_windows(str(path), tokenizer, self.seq_len, limit)
-            texts[str(path) if text.name in texts else text.name] = cut.tokens_WT
+            text, cut = read_windows(path, tokenizer, self.seq_len, limit)
+            texts[path if text.name in texts else text.name] = cut.tokens_WT
         return texts
 
     def _fit_settings(self, model: ModelConfig) -> dict[str, Any]:

@@ -28,7 +28,7 @@ class Evaluate(ScoringOptions):
     """Measure perplexity in fixed windows, and the savings of a preset."""
 
     data: str
-    """wikitext-103, c4, or a file: .jsonl, .jsonl.gz, .json.gz (field "text"), or plain text."""
+    """wikitext-103, c4, or a file: .jsonl or .json (field "text"), or plain text; .gz too."""
     out: Path
     """Results, as JSON; finished batches of an unfinished run are in OUT.partial."""
     seq_len: Several = 512

@@ -9,6 +9,7 @@ from qs_jax.checkpoint import load_tokenizer
 from qs_jax.commands.options import RunOptions
 from qs_jax.config.fields import Above0, NonNegative, Positive, Probability, Seed
 from qs_jax.engine.inputs import check_positions
+from qs_jax.evaluation.datasets import read_stdin
 from qs_jax.text import TextStream, encode_prompt
 
 
@@ -42,7 +43,7 @@ class Generate(RunOptions):
         names = "max_new_tokens temperature top_k top_p repetition_penalty seed".split()
         cfg = self.config(**{name: getattr(self, name) for name in names})
         maps, _ = self.find_maps(cfg)
-        prompt = sys.stdin.read() if self.prompt == "-" else self.prompt
+        prompt = read_stdin() if self.prompt == "-" else self.prompt
         tokenizer = load_tokenizer(self.ckpt)
         ids = encode_prompt(tokenizer, prompt, chat=self.chat, system=self.system)
         check_positions(len(ids), cfg.max_new_tokens, cfg.model)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -22,7 +20,7 @@ from qs_jax.config.fields import Positive, Several, parse
 from qs_jax.engine.devices import local_devices
 from qs_jax.errors import InputError
 from qs_jax.evaluation import journal, perplexity
-from qs_jax.evaluation.datasets import read_text
+from qs_jax.evaluation.datasets import read_text_or_file
 from qs_jax.load import choose_dtype, find_maps, load
 from qs_jax.mechanisms.kv_maps import KVMaps
 from qs_jax.models import Params
@@ -130,7 +128,8 @@ class TextOptions(FileOptions):
     """A run over one text."""
 
     text: str | None = None
-    """The text itself, or the name of a file that holds it; - reads standard input."""
+    """The text itself, or the name of a file that holds it; - reads standard input. What looks like
+    the name of a file, and is none, is refused."""
     continuation_tokens: Positive | None = None
     """Under continuation: the last tokens, which are scored; by default a quarter of the text, 128
     at most."""
@@ -139,11 +138,7 @@ class TextOptions(FileOptions):
 
     def encode_text(self, tokenizer: Any) -> tuple[list[int], int]:
         """Tokens of the text within the limit, and how many there are beyond it."""
-        text = sys.stdin.read() if self.text == "-" else self.text or ""
-        named = False
-        with contextlib.suppress(OSError, ValueError):  # no name: too long, or with a null
-            named = self.text != "-" and Path(text).is_file()
-        text = read_text(text).text if named else text
+        text = read_text_or_file(self.text or "").text
         ids = list(tokenizer(text, verbose=False).input_ids)
         if len(ids) < 2:
             raise InputError(f"the text has {len(ids)} token(s); there is nothing to predict.")

@@ -11,6 +11,7 @@ from qs_jax.commands.options import ScoringOptions, print_table
 from qs_jax.config.fields import NonNegative, Positive, Seed, Share
 from qs_jax.errors import InputError
 from qs_jax.evaluation.classification import measure_heads
+from qs_jax.evaluation.datasets import is_name
 from qs_jax.evaluation.heads import Head
 from qs_jax.evaluation.journal import write_json
 from qs_jax.evaluation.tasks import TASKS, Examples, read_examples
@@ -47,6 +48,7 @@ class Tasks(ScoringOptions):
     def measure(self) -> dict[str, Any]:
         """Run all tasks; the results of each by name under "tasks", and all settings."""
         self.check_out()
+        stored = not is_name(self.head, ("none", "linear"))
         devices = self.local_devices()
         cfg = self.config(engine=self.engine)
         assert cfg.quicksilver is not None
@@ -62,7 +64,7 @@ class Tasks(ScoringOptions):
             mechanisms = None if cfg.quicksilver.is_off else mechanisms
             tasks = measure_words(settings, mechanisms, examples)
         else:
-            head = None if self.head == "linear" else self._load_head()
+            head = self._load_head() if stored else None
             settings = {name: getattr(self, name) for name in "train_share seed l2".split()}
             settings |= {"head": head, "batch_size": self.batch_size, "devices": devices}
             tokenizer = load_tokenizer(self.ckpt)

@@ -131,10 +131,13 @@ def test_a_stored_head(run, tiny_checkpoint, tmp_path, capsys):
         ({"tasks": ()}, "the tasks are mnli"),
         ({"tasks": ("toy", "rte"), "data": __file__}, "for several tasks give their folder"),
         ({"batch_size": 0}, "--batch-size must be at least 1"),
+        ({"head": "linear"}, r"write \./linear for the file or folder"),
         ({"devices": "9"}, "devices must be 'all' or between 1 and 4"),
     ],
 )
-def test_mistakes(run, tmp_path, options, message):
+def test_mistakes(run, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / options.get("head", "other")).mkdir()
     with pytest.raises((InputError, ConfigError), match=message):
         run(**options)
     assert not (tmp_path / "out.json").exists()
