@@ -89,11 +89,29 @@ def transformers() -> ModuleType:
 
 
 def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a folder, without network; raises whatever `transformers` raises."""
-    library = transformers()
-    tokenizer = library.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    """The tokenizer of a folder, without network; raises whatever `transformers` raises.
+
+    A tokenizer.json is obeyed to the letter. tokenizer_config.json only says which of its tokens
+    are special and holds the chat template: its class, added tokens and clean-up do not count.
+    """
+    library, file = transformers(), Path(folder) / "tokenizer.json"
+    kind = library.PreTrainedTokenizerFast if file.is_file() else library.AutoTokenizer
+    tokenizer = kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     if not isinstance(tokenizer, library.PreTrainedTokenizerFast):
         raise TypeError(f"{type(tokenizer).__name__} is not based on the tokenizers library")
+    if file.is_file():
+        from tokenizers import Tokenizer
+
+        tokenizer._tokenizer = Tokenizer.from_file(str(file))  # without what the config added
+        known = tokenizer.get_vocab()
+        for name, token in tokenizer.special_tokens_map.items():
+            if isinstance(token, str) and token not in known:
+                setattr(tokenizer, name, None)
+        extra = tokenizer.extra_special_tokens
+        tokenizer.extra_special_tokens = [token for token in extra if token in known]
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.clean_up_tokenization_spaces = tokenizer.split_special_tokens = False
     return tokenizer
 
 

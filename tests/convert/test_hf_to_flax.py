@@ -168,7 +168,7 @@ def test_harmless_leftovers_are_ignored(tmp_path, tensors):
             {"rope_parameters": PLAIN_ROPE | {"rope_theta": 5e5}},
             "rope_theta is given as 500000.0 and 10000.0",
         ),
-        ({"rope_theta": 0}, "needs a positive rope_theta"),
+        ({"rope_theta": 0}, "rope_theta must be greater than 1"),
         ({"rope_theta": "abc"}, "rope_theta = 'abc' must be int or float"),
         ({"rope_scaling": [1, 2]}, "rope_scaling = [1, 2] must be dict"),
         ({"rms_norm_eps": "1e-5"}, "rms_norm_eps = '1e-5' must be int or float"),
