@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from qs_jax.checkpoint import PARAMS, check_params_files, read_manifest
 from qs_jax.config import Config, ModelConfig
 from qs_jax.errors import CheckpointError, ConfigError, InputError, NonFiniteError
+from qs_jax.jax_settings import default_settings
 from qs_jax.mechanisms.kv_maps import FILE_NAME, KVMaps, select
 from qs_jax.models import Params, abstract_params
 from qs_jax.models.cpu import processor_multiplies
@@ -23,6 +24,7 @@ from qs_jax.presets import SHIPPED_PRESET, is_shipped, maps_path
 _finite = jax.jit(lambda leaf: jnp.isfinite(leaf).all())
 
 
+@default_settings()
 def load(
     path: str | Path, *, dtype: str | None = "auto", devices: Sequence[jax.Device] | None = None
 ) -> tuple[Params, ModelConfig]:

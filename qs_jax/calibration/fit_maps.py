@@ -19,6 +19,7 @@ from qs_jax.config.fields import Above0, Count, Integers, Positive, parse
 from qs_jax.engine import dense, inputs
 from qs_jax.engine.weights import check_params
 from qs_jax.errors import ConfigError, InputError
+from qs_jax.jax_settings import default_settings
 from qs_jax.mechanisms import kv_maps
 from qs_jax.mechanisms.kv_maps import FEATURES, KVMaps, feature_count
 from qs_jax.models import Params, family_of, layers
@@ -26,6 +27,7 @@ from qs_jax.models.cpu import from_storage, stored_params
 from qs_jax.state import exact_dtype
 
 
+@default_settings()
 def fit_kv_maps(
     params: Params,
     tokens: inputs.TokensLike,
