@@ -24,7 +24,7 @@ from convert import mapping
 from convert.classifier import export_head
 from convert.errors import ConversionError, Problems
 from convert.hf_config import model_config
-from convert.sources import TOKENIZER_FILES, read_json
+from convert.sources import TOKENIZER_FILES, read_object
 from convert.writer import check_folder
 from qs_jax.checkpoint import read_manifest
 from qs_jax.config import ModelConfig
@@ -96,8 +96,8 @@ def export(
 
 def _config_of(ckpt: Path, model: ModelConfig) -> dict[str, Any]:
     """The checkpoint's config.json, refused where it describes another model than the manifest."""
-    config, generation = read_json(ckpt / "config.json"), ckpt / "generation_config.json"
-    ends, problems = read_json(generation) if generation.is_file() else {}, Problems()
+    config, generation = read_object(ckpt / "config.json"), ckpt / "generation_config.json"
+    ends, problems = read_object(generation) if generation.is_file() else {}, Problems()
     if model_config(config, model.dtype, problems, ends)[0] != model:
         raise ConversionError(f"{ckpt / 'config.json'} is not that of the weights. Convert again.")
     return config

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from convert.errors import ConversionError
+from qs_jax.files import read_json
 
 TOKENIZER_FILES = """
     tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json
@@ -72,12 +72,12 @@ def open_folder(folder: Path, description: str | None = None) -> Source:
         )
     if not (folder / "config.json").is_file():
         raise ConversionError(f"{folder} has no config.json: not a Hugging Face model folder.")
-    config, generation = read_json(folder / "config.json"), folder / "generation_config.json"
+    config, generation = read_object(folder / "config.json"), folder / "generation_config.json"
     tensors, notes = _tensors_of(folder)
     return Source(
         description or str(folder),
         config,
-        read_json(generation) if generation.is_file() else {},
+        read_object(generation) if generation.is_file() else {},
         tensors,
         functools.partial(_copy_tokenizer, folder),
         notes,
@@ -109,29 +109,15 @@ def download(repo_id: str, revision: str | None = None) -> Path:
         ) from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, strictly: no key twice, no NaN, no infinity."""
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file."""
     try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
-    except RecursionError as error:
-        raise ConversionError(f"{path} cannot be read as JSON: it is nested too deep.") from error
+        content = read_json(path)
     except (OSError, ValueError) as error:
         raise ConversionError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise ConversionError(f"{path} must hold a JSON object, got {type(content).__name__}.")
     return content
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(content := dict(pairs)) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{max(names, key=names.count)!r} is given twice")
-    return content
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> list[str]:
@@ -160,7 +146,7 @@ def _tensors_of(folder: Path) -> tuple[dict[str, StoredTensor], list[str]]:
 
 
 def _weight_map(index: Path) -> dict[str, Any]:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConversionError(f"{index} has no weight_map.")
     return weight_map

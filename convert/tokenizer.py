@@ -7,7 +7,7 @@ from reprlib import repr as short
 from typing import TYPE_CHECKING, Any
 
 from convert.errors import ConversionError
-from convert.sources import read_json
+from convert.sources import read_object
 from qs_jax.checkpoint import read_tokenizer
 from qs_jax.config import ModelConfig
 
@@ -86,9 +86,9 @@ def _settings_overruled(folder: Path, raw: Tokenizer, model: ModelConfig) -> lis
     """Settings beside tokenizer.json that say something else; refuses other ids for its tokens."""
     config, added = ({}, {})
     if (folder / "tokenizer_config.json").is_file():
-        config = read_json(folder / "tokenizer_config.json")
+        config = read_object(folder / "tokenizer_config.json")
     if (folder / "added_tokens.json").is_file():
-        added = read_json(folder / "added_tokens.json")
+        added = read_object(folder / "added_tokens.json")
     listed = config.get("added_tokens_decoder")
     for index, token in (listed if isinstance(listed, dict) else {}).items():
         added[str(token.get("content") if isinstance(token, dict) else token)] = index

@@ -7,7 +7,6 @@ tokenizer's files are as they came.
 
 from __future__ import annotations
 
-import json
 import os
 import zlib
 from collections.abc import Iterable
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from qs_jax.config import ModelConfig
 from qs_jax.errors import CheckpointError
+from qs_jax.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -37,7 +37,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
             f"Make one with: python -m convert.hf_to_flax --source {folder} --out NEW_FOLDER"
         )
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = read_json(file)
         if (version := manifest["format_version"]) != FORMAT_VERSION:
             raise ValueError(f"its format is {version}, this library reads {FORMAT_VERSION}")
         ModelConfig.from_dict(manifest["model"])

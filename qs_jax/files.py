@@ -1,4 +1,4 @@
-"""Results that are written whole: built beside their place and renamed into it at the end."""
+"""Results that are written whole, renamed into place at the end; and JSON that is read strictly."""
 
 from __future__ import annotations
 
@@ -69,6 +69,30 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     with write_whole(path) as (staged,):
         # Names of files that are not UTF-8 hold surrogates; JSON has escapes for them.
         staged.write_bytes(text.encode("utf-8", "backslashreplace"))
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file; OSError, or ValueError as of `parse_json`."""
+    return parse_json(path.read_text(encoding="utf-8-sig"))
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text; ValueError for a key given twice, NaN, infinity, deep nesting."""
+    try:
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(content := dict(pairs)) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{max(names, key=names.count)!r} is given twice")
+    return content
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 def check_targets(

@@ -8,7 +8,6 @@ ours and act on prompts only, which forgive more.
 from __future__ import annotations
 
 import functools
-import json
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -25,7 +24,7 @@ from qs_jax.config import (
     QuickSilverConfig,
 )
 from qs_jax.errors import ConfigError
-from qs_jax.files import write_json
+from qs_jax.files import read_json, write_json
 
 SHIPPED_PRESET = Path(__file__).parent / "shipped" / "smollm2-135m-instruct.json"
 _SHIPPED: Mapping[str, Any] = {
@@ -110,7 +109,7 @@ def _has_shipped_sizes(model: ModelConfig) -> bool:
 
 
 def _shipped_provenance() -> dict[str, Any]:
-    return json.loads(SHIPPED_PRESET.read_text(encoding="utf-8"))["provenance"]
+    return read_json(SHIPPED_PRESET)["provenance"]
 
 
 def maps_path(preset: Path) -> Path:
@@ -195,7 +194,7 @@ def load(path: str | Path, model: ModelConfig) -> QuickSilverConfig:
       ConfigError: It cannot be read, is of another format, model or weights, or does not fit.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = read_json(Path(path))
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the preset {path}: {error}") from error
     content = content if isinstance(content, dict) else {}

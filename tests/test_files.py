@@ -16,14 +16,18 @@ import pytest
 from benchmarks import environment, tables
 from convert.flax_to_hf import export
 from convert.hf_to_flax import convert
-from qs_jax import InputError, OutputError, presets, report
+from convert.sources import read_object
+from qs_jax import InputError, OutputError, QuickSilverError, presets, report
 from qs_jax.calibration.observe import Observed
 from qs_jax.calibration.search import Calibration
+from qs_jax.checkpoint import MANIFEST, read_manifest
 from qs_jax.commands.calibrate import Calibrate
 from qs_jax.commands.diagnose import Diagnose
 from qs_jax.commands.evaluate import Evaluate
 from qs_jax.commands.report import Report
 from qs_jax.commands.tasks import Tasks
+from qs_jax.evaluation import journal
+from qs_jax.evaluation.datasets import json_records
 from qs_jax.evaluation.heads import Head
 from qs_jax.files import write_json, write_whole
 from qs_jax.mechanisms.kv_maps import KVMaps
@@ -310,3 +314,41 @@ def test_outputs_are_checked_before_the_work(command, changes, message, tmp_path
     assert message in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before
     assert Path("data.json").read_text() == "mine"
+
+
+def is_complete(path):
+    journal.is_complete(path, {})
+    raise InputError("complete")
+
+
+JSON_READERS = {
+    "manifest": lambda path: read_manifest(path.rename(path.with_name(MANIFEST)).parent),
+    "preset": lambda path: presets.load(path, MODEL),
+    "results": report.read_results,
+    "search": report.read_front,
+    "config": lambda path: read_object(path),
+    "resumed": is_complete,
+    "lines": lambda path: list(json_records(path)),
+}
+NOT_JSON = {
+    '{"a": ' * 50_000: "nested too deep",
+    '{"a": 1, "a": 2}': "'a' is given twice",
+    '{"a": NaN}': "NaN is not JSON",
+    '{"a": -Infinity}': "-Infinity is not JSON",
+}
+
+
+@pytest.mark.parametrize("text", NOT_JSON, ids=lambda text: text[:16])
+@pytest.mark.parametrize("name", JSON_READERS)
+def test_json_is_read_strictly(tmp_path, name, text):
+    path = tmp_path / "any.json"
+    path.write_text(text)
+    message = "not a results file" if name == "resumed" else NOT_JSON[text]
+    with pytest.raises(QuickSilverError, match=message):
+        JSON_READERS[name](path)
+
+
+def test_a_byte_order_mark_does_not_matter(tmp_path):
+    path = presets.save(tmp_path / "preset.json", presets.paper(MODEL))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert presets.load(path, MODEL) == presets.paper(MODEL)

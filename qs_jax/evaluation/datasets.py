@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import hashlib
-import json
 import math
 import re
 import sys
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from qs_jax.errors import InputError
+from qs_jax.files import parse_json
 
 SEPARATOR = "\n\n"
 # One word with a path or a suffix, or any line with a usual suffix of texts.
@@ -152,24 +152,17 @@ def json_records(path: Path) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(_decode(path).split("\n"), start=1):
         try:
             if line.strip():
-                yield number, json.loads(line, object_pairs_hook=_fields, parse_constant=_refuse)
-        except (ValueError, RecursionError) as error:
+                yield number, _check_texts(parse_json(line))
+        except ValueError as error:
             raise InputError(f"{path}, line {number} is not JSON: {error}.") from error
 
 
-def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        twice = next(name for at, (name, _) in enumerate(pairs) if name in dict(pairs[:at]))
-        raise ValueError(f"it has two fields {twice!r}")
-    for text in fields.values():
+def _check_texts(record: Any) -> Any:
+    """The record, whose texts hold no half of a surrogate pair."""
+    for text in record.values() if isinstance(record, dict) else ():
         if isinstance(text, str):
-            text.encode("utf-8")  # refuses half of a surrogate pair
-    return fields
-
-
-def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is no number of JSON")
+            text.encode("utf-8")
+    return record
 
 
 def _json_texts(path: Path) -> Iterator[str]:

@@ -15,6 +15,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 
 from qs_jax.errors import InputError, OutputError
+from qs_jax.files import parse_json, read_json
 
 
 def partial_path(out: Path) -> Path:
@@ -28,7 +29,7 @@ def is_complete(out: Path, identity: dict[str, Any]) -> bool:
         return False
     here = {name: identity[name] for name in identity if name not in ("versions", "git")}
     try:
-        results = json.loads(out.read_text(encoding="utf-8"))
+        results = read_json(out)
         there = {name: results[name] for name in here}
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
@@ -75,7 +76,7 @@ class Journal:
         if not whole:
             return
         try:
-            identity, *entries = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+            identity, *entries = map(parse_json, whole.decode("utf-8").splitlines())
             if not all(isinstance(entry, dict) for entry in (identity, *entries)):
                 raise ValueError("a line is not an object")
         except ValueError as error:

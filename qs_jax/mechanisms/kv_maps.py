@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from qs_jax.config import ALLOW_OTHER_WEIGHTS, ModelConfig
 from qs_jax.errors import CheckpointError, ConfigError
-from qs_jax.files import write_whole
+from qs_jax.files import parse_json, write_whole
 from qs_jax.models import family_of, rope
 from qs_jax.models.layers import product
 from qs_jax.state import exact_dtype
@@ -114,12 +114,15 @@ class KVMaps(flax.struct.PyTreeNode):
                     maps[layer:, x] = deeper[x]
                 encode = None if encode is None else jnp.asarray(encode, jnp.float32)
                 features = tuple(json.loads(metadata["features"]))
-                return cls(jnp.asarray(maps), layers, features, metadata["provenance"], encode)
+                provenance = metadata["provenance"]
+                if not isinstance(parse_json(provenance), dict):
+                    raise ValueError("its provenance is no object")
+                return cls(jnp.asarray(maps), layers, features, provenance, encode)
         except FileNotFoundError as error:
             raise CheckpointError(
                 f"there are no KV maps at {path}: fit them with qs_jax.fit_kv_maps and save them."
             ) from error
-        except (SafetensorError, KeyError, ValueError) as error:
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, IndexError) as error:
             raise CheckpointError(f"{path} does not hold KV maps: {error}") from error
 
     def check(self, model: ModelConfig) -> None:
