@@ -8,6 +8,7 @@ import pytest
 
 import qs_jax
 from qs_jax import cli
+from qs_jax.commands.options import print_table
 
 pytestmark = pytest.mark.xdist_group("cli")
 COMMANDS = {
@@ -111,6 +112,12 @@ def test_info_and_a_choice_that_is_none(ckpt, capsys):
     with pytest.raises(SystemExit):
         cli.main(["evaluate", "--engine", "steam"])
     assert "steam" in capsys.readouterr().err
+
+
+def test_names_in_tables_are_no_markup(capsys):
+    name = "[bold]:smile:[/x]"
+    print_table(name, (name, name), [(name, name)])
+    assert capsys.readouterr().out.count(name) == 5
 
 
 @pytest.mark.slow
