@@ -10,6 +10,7 @@ H is halting, K is KV skipping, F is fusion, Q is adaptive quantization (paper, 
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from benchmarks.timing import ratio, run_in_turn
 from qs_jax import presets
 from qs_jax.config import AMQConfig, Config, ModelConfig, QuickSilverConfig
 from qs_jax.engine.prompt_plan import refusal
+from qs_jax.errors import exit_code
 from qs_jax.models import Params
 
 LETTERS = {"H": "halting", "K": "kv_skip", "F": "fusion", "Q": "amq"}
@@ -194,4 +196,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

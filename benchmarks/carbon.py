@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import time
 from pathlib import Path
 from statistics import median
@@ -20,7 +21,7 @@ from benchmarks import environment
 from benchmarks.tables import markdown, origin, percent, replace_tables
 from benchmarks.timing import Measure, ratios, run_in_turn
 from qs_jax.checkpoint import read_manifest
-from qs_jax.errors import InputError
+from qs_jax.errors import InputError, exit_code
 
 PAGE = Path("docs/profiling.md")
 ROWS = 4
@@ -151,4 +152,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

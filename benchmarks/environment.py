@@ -14,7 +14,6 @@ import numpy as np
 import tyro
 
 from qs_jax.config import Config
-from qs_jax.errors import QuickSilverError
 from qs_jax.evaluation.perplexity import git_hash
 from qs_jax.files import check_targets, write_json
 from qs_jax.load import find_maps
@@ -75,12 +74,8 @@ def write(name: str, result: dict[str, Any], out: Path | None = None) -> Path:
 
 
 def run_command(name: str, arguments: Any, run: Callable[[Any], None], argv: Any) -> None:
-    """Parse the options of a command and run it; mistakes end it with one line."""
-    args = tyro.cli(arguments, prog=f"python -m benchmarks.{name}", args=argv)
-    try:
-        run(args)
-    except (QuickSilverError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+    """Parse the options of a command and run it."""
+    run(tyro.cli(arguments, prog=f"python -m benchmarks.{name}", args=argv))
 
 
 def attach_maps(params: Params, cfg: Config, ckpt: Path, preset: str = "") -> Params:

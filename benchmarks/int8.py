@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import math
+import sys
 import timeit
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ from benchmarks.tables import markdown, origin, replace_tables
 from benchmarks.timing import run_in_turn
 from qs_jax.checkpoint import read_manifest
 from qs_jax.config import ModelConfig
+from qs_jax.errors import exit_code
 from qs_jax.mechanisms import int8
 from qs_jax.models import family_of, layers
 
@@ -124,4 +126,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -13,6 +13,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -35,6 +36,7 @@ from convert import flax_to_hf
 from qs_jax.accounting import entry_bytes
 from qs_jax.checkpoint import read_manifest
 from qs_jax.config import ModelConfig
+from qs_jax.errors import exit_code
 from qs_jax.models import param_bytes
 
 DTYPES = ("float32", "bfloat16")
@@ -216,4 +218,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

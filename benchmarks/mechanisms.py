@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from qs_jax import accounting
 from qs_jax.calibration.fit_maps import accumulate
 from qs_jax.checkpoint import read_manifest
 from qs_jax.config import Config, ModelConfig
-from qs_jax.errors import InputError
+from qs_jax.errors import InputError, exit_code
 from qs_jax.evaluation import perplexity
 from qs_jax.mechanisms.kv_maps import FEATURES, select
 from qs_jax.models import Params
@@ -234,4 +235,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -7,6 +7,7 @@ Figures of the paper are quoted here: Tables 2, 8 and 12 hold the same numbers, 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pandas as pd
 from benchmarks import environment
 from benchmarks.mechanisms import increase, paired_change
 from benchmarks.tables import markdown, percent, replace_tables
+from qs_jax.errors import exit_code
 
 PAGE = Path("docs/paper-tables.md")
 # Table 2: per cent halted by layer 15, by part of speech.
@@ -220,4 +222,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import tyro
 from benchmarks import environment
 from benchmarks.tables import markdown, replace_tables
 from qs_jax.commands.tasks import Tasks
+from qs_jax.errors import exit_code
 from qs_jax.evaluation.tasks import TASKS
 
 HEADS = {"none": "zero-shot", "linear": "linear head"}
@@ -96,4 +98,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

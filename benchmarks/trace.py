@@ -14,6 +14,7 @@ import bisect
 import dataclasses
 import re
 import shutil
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +29,7 @@ import qs_jax
 from benchmarks import environment
 from benchmarks.tables import markdown
 from benchmarks.timing import Watch, watch
+from qs_jax.errors import exit_code
 from qs_jax.files import write_whole
 from qs_jax.models import Params
 
@@ -278,4 +280,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

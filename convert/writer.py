@@ -28,6 +28,8 @@ from qs_jax.checkpoint import MANIFEST
 # Leaves up to this size are assembled in memory and stored as one file; larger ones block by block.
 SMALL_LEAF_BYTES = 8 * 2**20
 LARGEST_CHUNK_BYTES = 64 * 2**20
+# What operating systems put into folders, beside hidden files.
+_OF_SYSTEMS = ("Thumbs.db", "desktop.ini", "Icon\r")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +102,8 @@ def check_folder(target: Path, overwrite: bool | None = None, source: str = "") 
         raise ConversionError(f"{existing}: there is no permission to write in it.")
     if existing == target and os.path.ismount(target):
         raise ConversionError(f"{target} is a mount point, which cannot be renamed: add a name.")
-    if existing != target or not any(target.iterdir()):
+    found = [path.name for path in existing.iterdir() if existing == target]
+    if all(name.startswith(".") or name in _OF_SYSTEMS for name in found):
         return
     if not overwrite:
         hint = "." if overwrite is None else "; pass --overwrite to replace it."

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ import tyro
 import qs_jax
 from examples.text import LIGHTHOUSE
 from qs_jax import calibration, presets
-from qs_jax.errors import InputError, QuickSilverError
+from qs_jax.errors import InputError, exit_code
 from qs_jax.text import TextStream, encode_prompt
 
 if TYPE_CHECKING:
@@ -174,12 +175,8 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(
             "error: serving needs Starlette and uvicorn: install qs-jax[serve]."
         ) from None
-    try:
-        model = prepare(args)
-    except QuickSilverError as error:
-        raise SystemExit(f"error: {error}") from error
-    uvicorn.run(make_app(model), host=args.host, port=args.port)
+    uvicorn.run(make_app(prepare(args)), host=args.host, port=args.port)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -17,6 +18,7 @@ import qs_jax
 from examples.text import LIGHTHOUSE
 from qs_jax import accounting, presets
 from qs_jax.compilation_cache import enable_compilation_cache
+from qs_jax.errors import exit_code
 from qs_jax.mechanisms.kv_maps import sizes_of
 from qs_jax.models import Params, count_params, param_bytes
 from qs_jax.text import TextStream, encode_prompt
@@ -212,4 +214,4 @@ def savings_table(rows: list[Row], length: int) -> Table:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

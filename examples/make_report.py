@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import tyro
 
 from examples.text import LIGHTHOUSE
 from qs_jax.commands.report import Report
+from qs_jax.errors import exit_code
 
 
 @dataclasses.dataclass
@@ -44,4 +46,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -7,6 +7,7 @@ it shows how the rows are split.
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from rich.table import Table
 
 import qs_jax
 from examples.text import LIGHTHOUSE
+from qs_jax.errors import exit_code
 from qs_jax.evaluation.perplexity import cut_windows, results, score_windows
 
 
@@ -76,4 +78,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -7,6 +7,7 @@ The traces stay in `--out`: docs/profiling.md says how to open them.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from rich.table import Table
 
 import qs_jax
 from benchmarks import trace
+from qs_jax.errors import exit_code
 
 
 @dataclasses.dataclass
@@ -63,4 +65,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

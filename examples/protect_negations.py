@@ -7,6 +7,7 @@ round (paper R.1). `protect_ids` leaves every token of these words alone.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from rich.table import Table
 import qs_jax
 from examples.text import REVIEW
 from qs_jax import diagnostics
-from qs_jax.errors import InputError
+from qs_jax.errors import InputError, exit_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -98,4 +99,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

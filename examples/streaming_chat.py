@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 import qs_jax
-from qs_jax.errors import InputError
+from qs_jax.errors import InputError, exit_code
 from qs_jax.text import TextStream
 
 if TYPE_CHECKING:
@@ -107,4 +107,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -13,6 +13,7 @@ from qs_jax.commands.diagnose import Diagnose
 from qs_jax.commands.evaluate import Evaluate
 from qs_jax.commands.generate import Generate
 from qs_jax.commands.info import Info
+from qs_jax.commands.options import RunOptions
 from qs_jax.commands.report import Report
 from qs_jax.commands.tasks import Tasks
 from qs_jax.compilation_cache import enable_compilation_cache
@@ -26,6 +27,12 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a character shows a ?
         sys.stdout.reconfigure(errors="replace")
-    command = tyro.cli(Command, prog="qs-jax", args=argv)  # type: ignore[call-overload]
-    enable_compilation_cache(getattr(command, "compilation_cache", None))
-    return exit_code(command.run)
+
+    def run() -> None:
+        command = tyro.cli(Command, prog="qs-jax", args=argv)  # type: ignore[call-overload]
+        enable_compilation_cache(getattr(command, "compilation_cache", None))
+        if isinstance(command, RunOptions):
+            command.check()
+        command.run()
+
+    return exit_code(run)

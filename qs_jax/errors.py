@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from qs_jax.jax_settings import default_settings, explain
+
 
 class QuickSilverError(Exception):
     """Base class of every error this library raises on purpose."""
@@ -34,7 +36,8 @@ class NonFiniteError(QuickSilverError, FloatingPointError):
 def exit_code(run: Callable[[], object]) -> int:
     """Run a command; an error that users can cause becomes one line. Returns the exit code."""
     try:
-        run()
+        with default_settings():
+            run()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -45,4 +48,9 @@ def exit_code(run: Callable[[], object]) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if (reason := explain(error)) is None:
+            raise
+        print(f"error: {reason}", file=sys.stderr)
+        return 1
     return 0

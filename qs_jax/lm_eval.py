@@ -10,22 +10,21 @@ from __future__ import annotations
 import sys
 
 from qs_jax.compilation_cache import enable_compilation_cache
-from qs_jax.errors import QuickSilverError
+from qs_jax.errors import exit_code
 
 
 def main() -> int:
     """Register the model and hand over; returns the exit code."""
     enable_compilation_cache()
-    try:
+
+    def run() -> None:
         import qs_jax.evaluation.lm_eval_adapter  # noqa: F401  # registers the model
 
         from lm_eval.__main__ import cli_evaluate  # isort: skip
 
         cli_evaluate()
-    except QuickSilverError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    return exit_code(run)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +33,7 @@ from benchmarks.tables import markdown, replace_tables
 from qs_jax import presets
 from qs_jax.checkpoint import read_manifest
 from qs_jax.config import Config, ModelConfig, QuickSilverConfig
-from qs_jax.errors import InputError
+from qs_jax.errors import InputError, exit_code
 from qs_jax.load import find_maps
 from qs_jax.models import Params
 
@@ -191,4 +192,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

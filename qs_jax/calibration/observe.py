@@ -22,6 +22,7 @@ from qs_jax.engine import dense
 from qs_jax.engine.attention import attention
 from qs_jax.engine.weights import check_params
 from qs_jax.errors import InputError
+from qs_jax.jax_settings import default_settings
 from qs_jax.mechanisms import fusion, signals
 from qs_jax.models import Params
 from qs_jax.models.cpu import stored_params
@@ -65,6 +66,7 @@ class Observed:
         return {"percents": list(PERCENTS), "tokens": self.tokens, **tables, **thresholds}
 
 
+@default_settings()
 def observe(
     params: Params,
     tokens_WT: Int[np.ndarray, "W T"],

@@ -10,6 +10,7 @@ from qs_jax import diagnostics, presets
 from qs_jax.checkpoint import load_tokenizer
 from qs_jax.commands.options import TextOptions, print_table
 from qs_jax.config import Config, ModelConfig, QuickSilverConfig
+from qs_jax.config.fields import Percentile, Positive, Several
 from qs_jax.diagnostics import Diagnosis, Flags
 from qs_jax.errors import InputError
 from qs_jax.files import write_json, write_whole
@@ -34,14 +35,14 @@ class Diagnose(TextOptions):
     """The text itself, or the name of a file that holds it; - reads standard input."""
     preset: str = dataclasses.field()
     """Mechanisms to run: a name, or FILE.json."""
-    limit_tokens: int | None = 512
+    limit_tokens: Several | None = 512
     """Take the first tokens of the text only."""
     suggest_protect: Path | None = None
     """Also write the preset with the suggested protect_ids, ready for --preset, and run it; maps it
     reads are written beside it."""
-    percentile: float = 95.0
+    percentile: Percentile = 95.0
     """Flag tokens whose drift index or attribution score is above this percentile of the text."""
-    max_protect: int = 16
+    max_protect: Positive = 16
     """Suggest at most N ids."""
 
     def targets(self) -> list[tuple[str, Path]]:
@@ -56,8 +57,6 @@ class Diagnose(TextOptions):
         if self.suggest_protect is not None and self.suggest_protect.suffix != ".json":
             raise InputError("--suggest-protect is a preset: its name must end in .json.")
         self.check_out()
-        if self.max_protect < 1:
-            raise InputError("--max-protect must be at least 1.")
         tokenizer = load_tokenizer(self.ckpt)
         ids, left_out = self.encode_text(tokenizer)
         cfg = self.config(continuation_tokens=self.scored_tokens(len(ids)), engine="masked")

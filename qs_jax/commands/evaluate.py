@@ -9,6 +9,7 @@ from typing import Any
 from qs_jax.checkpoint import load_tokenizer
 from qs_jax.commands.options import ScoringOptions, print_table
 from qs_jax.config import Config
+from qs_jax.config.fields import Count, Positive, Several
 from qs_jax.errors import InputError
 from qs_jax.evaluation import journal
 from qs_jax.evaluation.datasets import Text
@@ -29,21 +30,21 @@ class Evaluate(ScoringOptions):
     """Measure perplexity in fixed windows, and the savings of a preset."""
 
     data: str
-    """wikitext-103, c4, or a file: .jsonl, .jsonl.gz, .json.gz (field "text"), or plain text."""
+    """wikitext-103, c4, or a file: .jsonl or .json (field "text"), or plain text; .gz too."""
     out: Path
     """Results, as JSON; finished batches of an unfinished run are in OUT.partial."""
-    seq_len: int = 512
+    seq_len: Several = 512
     """Tokens of each window."""
-    limit_windows: int | None = None
+    limit_windows: Positive | None = None
     """Score the first N windows only."""
-    continuation_tokens: int = 128
+    continuation_tokens: Positive = 128
     """Under continuation: the last tokens of each window, which are scored."""
     coordinator: str | None = None
     """HOST:PORT of process 0, to share the batches among several processes; they all get the same
     options but --process-id, and process 0 writes --out."""
-    num_processes: int = 1
+    num_processes: Positive = 1
     """How many processes there are."""
-    process_id: int = 0
+    process_id: Count = 0
     """Which of them this is, from 0."""
     resume: bool = False
     """Continue a run that was killed; the results are those of a run that was not."""

@@ -14,6 +14,7 @@ from qs_jax.commands.options import TextOptions
 from qs_jax.config import Config
 from qs_jax.errors import InputError
 from qs_jax.files import write_whole
+from qs_jax.mechanisms.kv_maps import KVMaps
 from qs_jax.models import Params
 from qs_jax.report import PresetRuns, TextRuns, figures
 
@@ -78,10 +79,10 @@ class Report(TextOptions):
         cfgs = {name: self.config(name, **common) for name in self.preset}
         protocols = {cfg.effective_protocol for cfg in cfgs.values()}
         protocol = "continuation" if "continuation" in protocols else "teacher-forced"
-        params = self.load()
-        row = np.asarray(ids, np.int32)
         cfgs = {name: cfg.replace(protocol=protocol) for name, cfg in cfgs.items()}
-        runs = [self._preset(name, params, row, cfg) for name, cfg in cfgs.items()]
+        maps = {name: self.find_maps(cfg, name)[0] for name, cfg in cfgs.items()}
+        params, row = self.load(), np.asarray(ids, np.int32)
+        runs = [self._preset(name, params, row, cfg, maps[name]) for name, cfg in cfgs.items()]
         cfg = runs[0].cfg
         prompt = len(ids) - cfg.continuation_tokens if protocol == "continuation" else 0
         origin = self.origin(cfg)
@@ -97,8 +98,9 @@ class Report(TextOptions):
         }
         return about, TextRuns(np.asarray(ids), reports.labels(tokenizer, ids), runs)
 
-    def _preset(self, name: str, params: Params, row: Any, cfg: Config) -> PresetRuns:
-        maps, _ = self.find_maps(cfg, name)
+    def _preset(
+        self, name: str, params: Params, row: Any, cfg: Config, maps: KVMaps | None
+    ) -> PresetRuns:
         params = params if maps is None else {**params, "kv_maps": maps}
         every = self.all_combinations
         runs = reports.trace(params, row, cfg, all_combinations=every, progress=True)

@@ -21,6 +21,7 @@ from qs_jax.engine.inputs import TokenOverrides
 from qs_jax.engine.score import next_logprobs
 from qs_jax.engine.weights import Weights, check_finite, layer_weights, prepare_params
 from qs_jax.errors import InputError
+from qs_jax.jax_settings import default_settings
 from qs_jax.mechanisms import Mechanisms, Overrides, Rows, resolve
 from qs_jax.models import Params, family_of, head
 from qs_jax.record import Record
@@ -85,6 +86,7 @@ class Diagnosis:
         }
 
 
+@default_settings()
 def diagnose(
     params: Params,
     tokens: inputs.TokensLike,

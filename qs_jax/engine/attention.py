@@ -32,7 +32,7 @@ def attention_weights(
     logits = logits / math.sqrt(dim)
     if log_size_BS is not None:
         logits = logits + log_size_BS[:, None, None, None, :]
-    logits = jnp.where(mask_BTS[:, None, None], logits, jnp.finfo(exact).min)
+    logits = jnp.where(mask_BTS[:, None, None], logits, -jnp.inf)
     return jax.nn.softmax(logits, axis=-1).reshape(batch, heads, width, -1)
 
 
@@ -105,7 +105,9 @@ def _attend_block(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask: Array) -> A
     k_XSH, v_XSH = (x.transpose(0, 2, 1, 3).reshape(both, -1, dim) for x in (k_BSKH, v_BSKH))
     logits = jnp.einsum("xrh,xsh->xrs", q_XRH, k_XSH, preferred_element_type=exact)
     logits = logits.reshape(batch, kv_heads, groups, width, -1) / math.sqrt(dim)
-    logits = jnp.where(mask[:, :, None], logits, jnp.finfo(exact).min)
+    # Not the least number: it would outweigh a key that is seen and whose logit overflowed.
+    hidden = jnp.where(mask.any(-1, keepdims=True), -jnp.inf, jnp.finfo(exact).min)
+    logits = jnp.where(mask[:, :, None], logits, hidden[:, :, None])
     # Normalised after the product with the values: S divisions a query become H.
     weights = jnp.exp(logits - logits.max(-1, keepdims=True))
     total = weights.sum(-1, keepdims=True)
@@ -143,7 +145,7 @@ def step_attention(
     k_BTO, v_BTO = (x.reshape(batch, width, -1) for x in (k_BTKH, v_BTKH))
     logits_BRX = jnp.concatenate([logits_of(k_BCO), logits_of(k_BTO)], axis=2) / math.sqrt(dim)
     mask_BRX = jnp.repeat(mask_BTX, heads, axis=1)
-    logits_BRX = jnp.where(mask_BRX, logits_BRX, jnp.finfo(exact).min)
+    logits_BRX = jnp.where(mask_BRX, logits_BRX, -jnp.inf)
     weights_BRX = jax.nn.softmax(logits_BRX, axis=-1).astype(v_BCO.dtype)
 
     def mix(weights_BRX: Array, v_BXO: Array) -> Array:

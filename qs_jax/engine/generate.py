@@ -28,6 +28,7 @@ from qs_jax.engine.inputs import TokenOverrides
 from qs_jax.engine.prompt_plan import arrange, runs_fast
 from qs_jax.engine.score import run_masked
 from qs_jax.engine.weights import check_finite, prepare_params
+from qs_jax.jax_settings import default_settings
 from qs_jax.mechanisms import Mechanisms, Overrides, resolve
 from qs_jax.models import Params, cpu, head
 from qs_jax.record import Record, decided, written_keys
@@ -119,6 +120,7 @@ def _prepare(
     return _Fast(call) if runs_fast(cfg, generates=True) else _Masked(call)
 
 
+@default_settings()
 def generate(
     params: Params,
     tokens: inputs.TokensLike,
@@ -170,6 +172,7 @@ def generate(
     )
 
 
+@default_settings()
 def stream(
     params: Params,
     tokens: inputs.TokensLike,
@@ -196,10 +199,11 @@ def stream(
 def _steps(engine: _Masked | _Fast) -> Iterator[StreamStep]:
     ended = np.zeros(len(engine.call.batch.lengths_B), bool)
     for step in range(engine.call.cfg.max_new_tokens):
-        text = engine.advance()
-        token, logprob, done, finite = jax.device_get(
-            (text.last_B, _column(text.logprobs_BM, step), text.done_B, text.finite_B)
-        )
+        with default_settings():  # not around the yield, where the caller's code runs
+            text = engine.advance()
+            token, logprob, done, finite = jax.device_get(
+                (text.last_B, _column(text.logprobs_BM, step), text.done_B, text.finite_B)
+            )
         check_finite(finite)
         yield StreamStep(tokens=token, logprobs=logprob, is_new=~ended, done=done)
         ended = done

@@ -18,6 +18,7 @@ from qs_jax.engine import devices as on_devices
 from qs_jax.engine.inputs import TokenOverrides
 from qs_jax.engine.prompt_plan import arrange, runs_fast
 from qs_jax.engine.weights import check_finite, prepare_params
+from qs_jax.jax_settings import default_settings
 from qs_jax.mechanisms import Mechanisms, Overrides, Rows, resolve, signals
 from qs_jax.models import Params, head
 from qs_jax.record import Record, decided
@@ -187,6 +188,7 @@ _jit_masked = jax.jit(score_masked, static_argnames=("model", "count", "returns"
 _jit_prompt = jax.jit(score_prompt, static_argnames=("model", "plan", "count"))
 
 
+@default_settings()
 def score(
     params: Params,
     tokens: inputs.TokensLike,

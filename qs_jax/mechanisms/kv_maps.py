@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from qs_jax.config import ModelConfig
+from qs_jax.config import ALLOW_OTHER_WEIGHTS, ModelConfig
 from qs_jax.errors import CheckpointError, ConfigError
 from qs_jax.files import write_whole
 from qs_jax.models import family_of, rope
@@ -47,7 +47,7 @@ class KVMaps(flax.struct.PyTreeNode):
       features: What is read of a token that stops: "state"; "embedding", its input embedding;
         "previous", the state of the token before it (these three RMS-normalised); "neurons", the
         inner activations of the next layer's MLP on its state.
-      provenance: JSON text: data, tokens, rows, ridge.
+      provenance: JSON text: data, tokens, rows, ridge, and the fingerprint of the weights.
       encode_XFR: Of reduced rank: the code that the maps of all deeper layers read, R numbers, from
         the features. None where the maps read the features themselves, a constant 1 last.
     """
@@ -123,7 +123,7 @@ class KVMaps(flax.struct.PyTreeNode):
             raise CheckpointError(f"{path} does not hold KV maps: {error}") from error
 
     def check(self, model: ModelConfig) -> None:
-        """Raise `ConfigError` if these are maps of another model."""
+        """Raise `ConfigError` if these are maps of another model or of other weights."""
         count, size = len(self.layers), feature_count(self.features, model)
         encode_XFR = self.encode_XFR
         rank = size if encode_XFR is None else encode_XFR.shape[-1]
@@ -131,6 +131,11 @@ class KVMaps(flax.struct.PyTreeNode):
         expected = [(model.num_layers, count, rank, 2 * model.kv_size), (count, size, rank)]
         if found != expected[: len(found)]:
             raise ConfigError(f"these KV maps are not of this model: {found}, expected {expected}.")
+        if not model.has_weights(made_for := json.loads(self.provenance).get("weights")):
+            raise ConfigError(
+                f"these KV maps were fitted on other weights ({made_for}) than this model's "
+                f"({model.weights}): fit maps on these. {ALLOW_OTHER_WEIGHTS}"
+            )
 
 
 def sizes_of(params: dict[str, Any]) -> MapSizes | None:

@@ -145,8 +145,13 @@ def layer_norm(model: ModelConfig) -> nn.Module:
 
 
 def normed(norm: Callable[[Array], Array], h: Array, model: ModelConfig) -> Array:
-    """Apply a norm to states; in the dtype of the model, as products take it."""
-    return norm(h).astype(model.dtype)
+    """Apply a norm to states; in the dtype of the model, as products take it.
+
+    A norm divides by infinity where the squares of a state overflow, and so makes zeros of it,
+    which the head would turn into even probabilities: such states become NaN.
+    """
+    squares = jnp.square(h.astype(exact_dtype(model.dtype))).mean(-1, keepdims=True)
+    return jnp.where(jnp.isinf(squares), jnp.nan, norm(h)).astype(model.dtype)
 
 
 def added(h: Array, update: Array, model: ModelConfig) -> Array:

@@ -25,6 +25,7 @@ from qs_jax.engine import inputs, masked
 from qs_jax.engine.score import next_logprobs
 from qs_jax.engine.weights import check_finite, layer_weights, prepare_params
 from qs_jax.errors import ConfigError, InputError
+from qs_jax.jax_settings import default_settings
 from qs_jax.mechanisms import Mechanisms, resolve, signals
 from qs_jax.models import Params, head
 from qs_jax.record import Record
@@ -105,6 +106,7 @@ def combinations(qs: QuickSilverConfig) -> dict[str, QuickSilverConfig]:
     return valid
 
 
+@default_settings()
 def trace(
     params: Params,
     tokens: Int[np.ndarray, "T"],

@@ -11,6 +11,7 @@ from benchmarks import trace
 from benchmarks.trace import Interval
 from qs_jax import presets
 from qs_jax.config import AMQConfig, FusionConfig, HaltingConfig, QuickSilverConfig
+from qs_jax.errors import CheckpointError
 
 # The scopes that the contract names.
 ALL = ("attn", "mlp", "kv_write", "signals", "halt", "fuse", "amq")
@@ -119,6 +120,6 @@ def test_the_command_finds_the_scopes_and_viewers_can_read_its_files(
         assert set(shown) >= set(operations[:50])
 
 
-def test_mistakes_are_one_line():
-    with pytest.raises(SystemExit, match=r"error: .*is not a folder"):
+def test_mistakes_are_errors_of_the_library():
+    with pytest.raises(CheckpointError, match="is not a folder"):
         trace.main(["--ckpt", "/nowhere", "--out", "x"])
