@@ -142,6 +142,12 @@ def test_info_and_a_choice_that_is_none(ckpt, capsys):
     assert "steam" in capsys.readouterr().err
 
 
+def test_names_in_tables_are_no_markup(capsys):
+    name = "[bold]:smile:[/x]"
+    options.print_table(name, (name, name), [(name, name)])
+    assert capsys.readouterr().out.count(name) == 5
+
+
 @pytest.mark.slow
 def test_the_module_in_a_shell(ckpt):
     """Input that is not text is one clear line; a closed pipe is none."""
