@@ -19,7 +19,7 @@ from qs_jax.jax_settings import default_settings
 from qs_jax.mechanisms.kv_maps import FILE_NAME, KVMaps, select
 from qs_jax.models import Params, abstract_params
 from qs_jax.models.cpu import processor_multiplies
-from qs_jax.presets import SHIPPED_PRESET, is_shipped, maps_path
+from qs_jax.presets import NAMES, SHIPPED_PRESET, is_shipped, maps_path
 
 _finite = jax.jit(lambda leaf: jnp.isfinite(leaf).all())
 
@@ -137,7 +137,7 @@ def find_maps(
         if given is not None:
             raise InputError(f"{given}: KV maps are for kv_skip.policy 'extrapolate' only.")
         return None, None
-    beside = maps_path(Path(preset)) if preset.endswith(".json") else ckpt / FILE_NAME
+    beside = ckpt / FILE_NAME if preset in ("", *NAMES) else maps_path(Path(preset))
     places = [beside, ckpt / FILE_NAME, shipped_maps(cfg.model)]
     path = given or next((place for place in places if place and place.exists()), beside)
     path = path / FILE_NAME if path.is_dir() else path
