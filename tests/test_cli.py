@@ -58,6 +58,7 @@ MISTAKES = [
     ({"--limit-tokens": "1"}, "--limit-tokens must be at least 2", {"diagnose", "report"}),
     ({"--percentile": "500"}, "--percentile must be at most 100", {"diagnose"}),
     ({"--max-protect": "0"}, "--max-protect must be at least 1", {"diagnose"}),
+    ({"--preset": "off"}, "nothing to diagnose", {"diagnose"}),
     ({"--confidence": "1"}, "--confidence must be less than 1", {"calibrate"}),
     ({"--max-ppl-increase": "inf"}, "--max-ppl-increase must be a finite", {"calibrate"}),
     ({"--layers": "99"}, "layers must be between 1 and 2, got [99]", {"calibrate"}),

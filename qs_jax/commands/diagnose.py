@@ -12,6 +12,7 @@ from qs_jax.commands.options import TextOptions, print_table
 from qs_jax.config import Config, ModelConfig, QuickSilverConfig
 from qs_jax.config.fields import Percentile, Positive, Several
 from qs_jax.diagnostics import Diagnosis, Flags
+from qs_jax.diagnostics.diagnosis import check_mechanisms
 from qs_jax.errors import InputError
 from qs_jax.files import write_json, write_whole
 from qs_jax.mechanisms.kv_maps import KVMaps
@@ -60,6 +61,7 @@ class Diagnose(TextOptions):
         tokenizer = load_tokenizer(self.ckpt)
         ids, left_out = self.encode_text(tokenizer)
         cfg = self.config(continuation_tokens=self.scored_tokens(len(ids)), engine="masked")
+        check_mechanisms(cfg)
         maps, _ = self.find_maps(cfg)
         params = self.load(maps)
         diagnosis = diagnostics.diagnose(params, [ids], cfg)
