@@ -68,7 +68,10 @@ BAD = {
     "list": (b"[1]\n", "line 1 is not a JSON object"),
     "torn": (b'{"text"\n', "line 1 is not JSON"),
     "table": (b"text\tquestion\tlabel\na\tb\t1\n", "line 1 is not JSON"),
-    "twice": (b'{"text": "a", "question": "b", "label": 0, "label": 1}\n', "'label' is given twice"),
+    "twice": (
+        b'{"text": "a", "question": "b", "label": 0, "label": 1}\n',
+        "'label' is given twice",
+    ),
     "half": (b'{"text": "\\ud800", "question": "b", "label": 0}\n', "surrogates not allowed"),
     "field": (b'\n{"text": "a", "label": 1}\n', 'line 2 has no field "question"'),
     "label": (b'{"text": "a", "question": "b"}\n', 'has no field "label"'),
