@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import os
-import sys
 
 import tyro
 
@@ -25,8 +23,6 @@ Command = Generate | Evaluate | Calibrate | Tasks | Report | Diagnose | Info
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a character shows a ?
-        sys.stdout.reconfigure(errors="replace")
 
     def run() -> None:
         command = tyro.cli(Command, prog="qs-jax", args=argv)  # type: ignore[call-overload]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
+import shutil
 import sys
 from collections.abc import Callable
 
 from qs_jax.jax_settings import default_settings, explain
+
+LEAST_COLUMNS = 20  # of a terminal: tyro does not come to an end on a few
 
 
 class QuickSilverError(Exception):
@@ -35,6 +39,7 @@ class NonFiniteError(QuickSilverError, FloatingPointError):
 
 def exit_code(run: Callable[[], object]) -> int:
     """Run a command; an error that users can cause becomes one line. Returns the exit code."""
+    _prepare_streams()
     try:
         with default_settings():
             run()
@@ -54,3 +59,14 @@ def exit_code(run: Callable[[], object]) -> int:
         print(f"error: {reason}", file=sys.stderr)
         return 1
     return 0
+
+
+def _prepare_streams() -> None:
+    """Make any terminal, or none, fit to read and print on."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed before the start
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a character shows a ?
+        sys.stdout.reconfigure(errors="replace")
+    if shutil.get_terminal_size().columns < LEAST_COLUMNS:
+        os.environ["COLUMNS"] = str(LEAST_COLUMNS)

@@ -41,6 +41,6 @@ def explain(error: Exception) -> str | None:
         given = " ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
         return (
             f"JAX finds no device of the platform that it was told to use ({given or reason}): "
-            "take JAX_PLATFORMS=cpu, or install JAX for that platform."
+            "leave it out, take JAX_PLATFORMS=cpu, or install JAX for that platform."
         )
     return f"JAX failed: {reason}" if isinstance(error, jax.errors.JaxRuntimeError) else None

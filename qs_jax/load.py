@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from qs_jax.checkpoint import PARAMS, check_params_files, read_manifest
 from qs_jax.config import Config, ModelConfig
 from qs_jax.errors import CheckpointError, ConfigError, InputError, NonFiniteError
-from qs_jax.jax_settings import default_settings
+from qs_jax.jax_settings import default_settings, explain
 from qs_jax.mechanisms.kv_maps import FILE_NAME, KVMaps, select
 from qs_jax.models import Params, abstract_params
 from qs_jax.models.cpu import processor_multiplies
@@ -106,6 +106,8 @@ def _restore(path: Path, model: ModelConfig, devices: Sequence[jax.Device] | Non
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             return checkpointer.restore(path.resolve() / PARAMS, args=args)
     except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
+        if explain(error) is not None:
+            raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path} is damaged: {reason} Convert again.") from error
 

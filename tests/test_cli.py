@@ -1,6 +1,7 @@
 """The command line on a tiny model: what it prints, and how it fails."""
 
 import io
+import os
 import subprocess
 import sys
 
@@ -163,3 +164,28 @@ def test_the_module_in_a_shell(ckpt):
     script = f"{' '.join(command)} hello | true"
     piped = subprocess.run(script, shell=True, capture_output=True, text=True, check=False)
     assert "Traceback" not in piped.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("setting", "value", "code"),
+    [
+        ("JAX_DISABLE_JIT", "1", 0),
+        ("JAX_DEBUG_NANS", "1", 0),
+        ("JAX_NUMPY_DTYPE_PROMOTION", "strict", 0),
+        ("JAX_TRANSFER_GUARD", "disallow", 0),
+        ("JAX_PLATFORMS", "nonsense", 1),
+        ("JAX_NUM_CPU_DEVICES", "0", 1),
+    ],
+)
+def test_settings_of_jax_in_a_shell(ckpt, setting, value, code):
+    """Each works, or is one clear line that names it."""
+    words = ["generate", "--ckpt", ckpt, "--prompt", "ab" * 9, "--preset", "balanced", "--quiet"]
+    command = [sys.executable, "-m", "qs_jax", *words, "--max-new-tokens", "2"]
+    given = {name: text for name, text in os.environ.items() if name != "XLA_FLAGS"}
+    given |= {setting: value}
+    done = subprocess.run(command, env=given, capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert done.stderr.startswith("error: JAX finds no device of the platform") or code == 0
+    assert done.stderr.count("\n") == code
+    assert f"{setting}={value}" in done.stderr or code == 0

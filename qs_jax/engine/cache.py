@@ -60,7 +60,7 @@ class KVCache(flax.struct.PyTreeNode):
         def put(old_LBSKH: Array, new_BTKH: Array) -> Array:
             new_BTKH = to_storage(new_BTKH)
             if slots_BT is None:
-                zero = jnp.zeros((), index.dtype)
+                zero = jnp.zeros_like(index)
                 return lax.dynamic_update_slice(old_LBSKH, new_BTKH[None], (index, *[zero] * 4))
             rows_B1 = jnp.arange(len(slots_BT))[:, None]
             return old_LBSKH.at[index, rows_B1, slots_BT].set(new_BTKH, mode="drop")

@@ -19,7 +19,7 @@ def local_devices(wanted: str | int) -> tuple[jax.Device, ...]:
     found = tuple(jax.local_devices())
     if wanted == "all":
         return found
-    count = int(wanted) if str(wanted).isdecimal() else 0
+    count = int(wanted) if str(wanted).isdecimal() and len(str(wanted)) < 10 else 0
     if not 1 <= count <= len(found):
         raise ConfigError(
             f"devices must be 'all' or between 1 and {len(found)}, the devices of kind "

@@ -90,13 +90,12 @@ def split_prompts(lengths_B: np.ndarray, prompt_lengths: Any, cfg: Config) -> np
             raise InputError("prompt_lengths is for protocol 'continuation'.")
         return np.zeros(len(lengths_B), np.int32)
     if prompt_lengths is None:
-        ends_B = lengths_B - cfg.continuation_tokens
-        if (ends_B < 1).any():
+        if lengths_B.min() <= cfg.continuation_tokens:
             raise InputError(
                 f"a row of {lengths_B.min()} tokens has no prompt before its last "
                 f"{cfg.continuation_tokens}: give prompt_lengths, or lower continuation_tokens."
             )
-        return ends_B.astype(np.int32)
+        return lengths_B - np.int32(cfg.continuation_tokens)
     ends_B = np.atleast_1d(_as_array("prompt_lengths", prompt_lengths))
     if ends_B.shape != lengths_B.shape or not np.issubdtype(ends_B.dtype, np.integer):
         raise InputError(f"prompt_lengths must be {len(lengths_B)} integers.")
@@ -106,11 +105,12 @@ def split_prompts(lengths_B: np.ndarray, prompt_lengths: Any, cfg: Config) -> np
 
 
 def check_positions(longest: int, new_tokens: int, model: ModelConfig) -> None:
-    """Refuse prompt and new tokens that together exceed `max_positions`."""
-    if longest + new_tokens <= model.max_positions:
+    """Refuse prompt and new tokens that together exceed `max_positions`, or what int32 counts."""
+    limit = min(model.max_positions, NEVER)
+    if longest + new_tokens <= limit:
         return
     what = f"{longest} prompt tokens" + (f" + {new_tokens} new tokens" if new_tokens else "")
-    message = f"{what} exceed this model's {model.max_positions} positions: shorten the text"
+    message = f"{what} exceed this model's {limit} positions: shorten the text"
     message += " or lower max_new_tokens." if new_tokens else "."
     if model.rope_scaling is not None and model.rope_scaling.rope_type == "dynamic":
         message += (

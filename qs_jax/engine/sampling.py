@@ -11,6 +11,7 @@ from typing import NamedTuple, no_type_check
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from qs_jax.config import Config
@@ -73,7 +74,12 @@ def plan_of(cfg: Config, capacity: int) -> tuple[Plan, Numbers]:
     """Split a `Config` into its static and its traced part."""
     vocab = cfg.model.vocab_size
     top_k = min(cfg.top_k or vocab, vocab)
-    greedy = cfg.temperature == 0
+    least, most = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+    greedy = cfg.temperature < least  # zero in float32
+
+    def number(value: float) -> Array:
+        return jnp.float32(min(max(value, least), most))
+
     plan = Plan(
         capacity=capacity,
         stop_ids=cfg.stop_ids,
@@ -84,10 +90,10 @@ def plan_of(cfg: Config, capacity: int) -> tuple[Plan, Numbers]:
         nucleus=not greedy and cfg.top_p is not None and cfg.top_p < 1.0,
     )
     numbers = Numbers(
-        temperature=jnp.float32(cfg.temperature),
+        temperature=number(cfg.temperature),
         top_k=jnp.int32(top_k),
         top_p=jnp.float32(1.0 if cfg.top_p is None else cfg.top_p),
-        repetition_penalty=jnp.float32(cfg.repetition_penalty),
+        repetition_penalty=number(cfg.repetition_penalty),
         seed=jnp.uint32(cfg.seed),
     )
     return plan, numbers
@@ -141,7 +147,8 @@ def emit(text: Text, logits_BV: Float[Array, "B V"], numbers: Numbers, plan: Pla
 def penalize(logits_BV: Array, seen_BV: Array, penalty: Array) -> Array:
     """Divide positive logits of seen tokens by `penalty` and multiply negative ones by it."""
     changed_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
-    return jnp.where(seen_BV, changed_BV, logits_BV)
+    limits = jnp.finfo(logits_BV.dtype)  # two infinities could not be compared
+    return jnp.where(seen_BV, jnp.clip(changed_BV, limits.min, limits.max), logits_BV)
 
 
 def filter_logits(logits_BV: Array, plan: Plan, numbers: Numbers) -> Array:
