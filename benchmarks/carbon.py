@@ -90,6 +90,7 @@ def describe_sources(tracker: Any) -> dict[str, str]:
 
 def measure(args: Arguments) -> None:
     """Write the file and the table."""
+    environment.check_out(args.out)
     tracker = make_tracker(args.country, args.cpu_watts)
     params, model = qs_jax.load(args.ckpt)
     tokens = environment.random_tokens(model.vocab_size, ROWS, args.prompt)
@@ -125,7 +126,7 @@ def measure(args: Arguments) -> None:
         row["grams_co2_per_new_token"] = row["grams_co2"] / new
     result = {"about": about | {"method": describe_sources(tracker)}, "rows": rows}
     environment.write("carbon", result, args.out)
-    replace_tables(PAGE, {"carbon": table(json.loads(args.out.read_text()))})
+    replace_tables(PAGE, {"carbon": table(json.loads(args.out.read_bytes()))})
 
 
 def table(result: dict[str, Any]) -> str:

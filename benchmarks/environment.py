@@ -15,6 +15,7 @@ import tyro
 
 from qs_jax.config import Config
 from qs_jax.evaluation.perplexity import git_hash
+from qs_jax.files import check_targets, write_json
 from qs_jax.load import find_maps
 from qs_jax.models import Params
 
@@ -49,8 +50,14 @@ def describe() -> dict[str, Any]:
     }
 
 
+def check_out(path: Path) -> None:
+    """Refuse, before anything is measured, a file that cannot be written."""
+    check_targets([("--out", path)], overwrite=True, makes=path.parent)
+
+
 def read(path: Path, about: dict[str, Any], empty: dict[str, Any]) -> dict[str, Any]:
     """What a stopped run has measured, or `empty`; a file of another run is refused."""
+    check_out(path)
     if not path.exists():
         return empty
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -62,8 +69,7 @@ def read(path: Path, about: dict[str, Any], empty: dict[str, Any]) -> dict[str, 
 def write(name: str, result: dict[str, Any], out: Path | None = None) -> Path:
     """Write a result with its environment as JSON; returns the file."""
     path = out or RESULTS / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result | {"environment": describe()}, indent=2) + "\n")
+    write_json(path, result | {"environment": describe()})
     return path
 
 

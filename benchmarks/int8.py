@@ -112,11 +112,12 @@ def table(result: dict[str, Any]) -> str:
 
 def measure(args: Arguments) -> None:
     """Write the file and the table."""
+    environment.check_out(args.out)
     manifest = read_manifest(args.ckpt)
     result = {"model": manifest["source"], "device": jax.devices()[0].device_kind}
     result["rows"] = rows(ModelConfig.from_dict(manifest["model"]))
     environment.write("int8", result, args.out)
-    replace_tables(PAGE, {"int8": table(json.loads(args.out.read_text()))})
+    replace_tables(PAGE, {"int8": table(json.loads(args.out.read_bytes()))})
 
 
 def main(argv: list[str] | None = None) -> None:

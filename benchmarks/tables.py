@@ -9,6 +9,8 @@ from typing import Any
 
 import pandas as pd
 
+from qs_jax.files import write_whole
+
 _MARKED = re.compile(r"(<!-- table: ([^\n]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -30,7 +32,8 @@ def replace_tables(page: Path, tables: Mapping[str, str]) -> None:
         table = tables.get(match[2])
         return match[0] if table is None else f"{match[1]}{table}\n{match[3]}"
 
-    page.write_text(_MARKED.sub(rewrite, text), encoding="utf-8")
+    with write_whole(page) as (staged,):
+        staged.write_text(_MARKED.sub(rewrite, text), encoding="utf-8")
 
 
 def percent(value: float | None) -> str:

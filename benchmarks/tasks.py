@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     args = tyro.cli(Arguments, prog="python -m benchmarks.tasks", args=argv)
     if not args.tables_only:
         run(args)
-    content = json.loads(args.out.read_text())
+    content = json.loads(args.out.read_bytes())
     replace_tables(_PAGE, {name: markdown(table(content[name])) for name in HEADS.values()})
     print(f"{args.out} and the tables of {_PAGE} are up to date.")
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import re
+import shutil
 import sys
 import tempfile
 from collections import Counter
@@ -29,6 +30,7 @@ from benchmarks import environment
 from benchmarks.tables import markdown
 from benchmarks.timing import Watch, watch
 from qs_jax.errors import exit_code
+from qs_jax.files import write_whole
 from qs_jax.models import Params
 
 # A scope anywhere in an operation's path decides, the first of these first: an entropy inside a
@@ -172,7 +174,7 @@ def profile(
 ) -> dict[str, float]:
     """Seconds of one warm call of the engines by component.
 
-    `prepare` makes its arguments, outside the trace, which stays in the folder if one is given.
+    `prepare` makes its arguments, outside the trace, which goes to the folder if one is given.
     """
     with watch() as seen:
         call(*prepare())
@@ -180,14 +182,16 @@ def profile(
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     with tempfile.TemporaryDirectory() as temporary, watch() as traced:
-        folder = folder or Path(temporary)
         arguments = prepare()
         before = traced.seconds
-        with jax.profiler.trace(str(folder), profiler_options=options):
+        with jax.profiler.trace(temporary, profiler_options=options):
             call(*arguments)
-        newest = max(folder.rglob("*.xplane.pb"), key=lambda file: file.stat().st_mtime_ns)
-        data = jax.profiler.ProfileData.from_file(str(newest))
+        (file,) = Path(temporary).rglob("*.xplane.pb")
+        data = jax.profiler.ProfileData.from_file(str(file))
         intervals = read_intervals(data.planes, programs)
+        if folder is not None:
+            with write_whole(folder / file.parent.relative_to(temporary)) as (staged,):
+                shutil.copytree(file.parent, staged)
     parts = attribute(intervals, (traced.seconds - before) * 1e9)
     return {name: value * 1e-9 for name, value in parts.items()}
 

@@ -6,11 +6,12 @@ dtype it was stored in.
 
 from __future__ import annotations
 
-import json
+import functools
 import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,10 +21,15 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.numpy import save_file
 
 from convert import mapping
-from convert.sources import TOKENIZER_FILES
-from convert.staging import check_target, staging, write_json
+from convert.classifier import export_head
+from convert.errors import ConversionError, Problems
+from convert.hf_config import model_config
+from convert.sources import TOKENIZER_FILES, read_object
+from convert.writer import check_folder
+from qs_jax.checkpoint import read_manifest
 from qs_jax.config import ModelConfig
 from qs_jax.errors import exit_code
+from qs_jax.files import write_json, write_whole
 from qs_jax.load import load
 from qs_jax.models import Params
 
@@ -39,26 +45,39 @@ def hf_tensors(params: Params, model: ModelConfig) -> dict[str, np.ndarray]:
     return tensors
 
 
-def export(ckpt: str | Path, out: str | Path, *, max_shard_size: str = "5GB") -> Path:
+def export(
+    ckpt: str | Path, out: str | Path, *, max_shard_size: str = "5GB", quiet: bool = True
+) -> Path:
     """Write a converted checkpoint back as a Hugging Face folder of safetensors.
 
     Args:
       ckpt: Folder written by convert.hf_to_flax.
       out: Folder to write; it must not exist, and appears whole or not at all.
       max_shard_size: Largest weight file, such as "5GB".
+      quiet: Print no summary.
+
+    Raises:
+      ConversionError: config.json is not that of the checkpoint, or the head beside it cannot be
+        written so.
     """
     source, target = Path(ckpt), Path(os.path.realpath(out))
-    check_target(target)
+    check_folder(target)
+    described = ModelConfig.from_dict(read_manifest(source)["model"])
+    head, labels = export_head(source, described)
+    config = _config_of(source, described) | labels
     params, model = load(source, dtype=None)
-    tensors = hf_tensors(params, model)
-    plan = split_state_dict_into_shards_factory(
-        tensors,
-        get_storage_size=lambda tensor: tensor.nbytes,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
-    )
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    with staging(target) as staged:
+    tensors = hf_tensors(params, model) | head
+    try:
+        plan = split_state_dict_into_shards_factory(
+            tensors,
+            get_storage_size=lambda tensor: tensor.nbytes,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+    except ValueError as error:
+        raise ConversionError(f"--max-shard-size {max_shard_size}: {error}") from error
+    with write_whole(target) as (staged,):
+        staged.mkdir()
         for file, names in plan.filename_to_tensors.items():
             shard = {name: tensors[name] for name in names}
             save_file(shard, staged / file, metadata={"format": "pt"})
@@ -69,13 +88,26 @@ def export(ckpt: str | Path, out: str | Path, *, max_shard_size: str = "5GB") ->
         for name in (*TOKENIZER_FILES, "generation_config.json"):
             if (source / name).is_file():
                 shutil.copyfile(source / name, staged / name)
+        check_folder(target)  # nobody filled it meanwhile
+    if not quiet:
+        print(f"wrote {target}")
     return target
+
+
+def _config_of(ckpt: Path, model: ModelConfig) -> dict[str, Any]:
+    """The checkpoint's config.json, refused where it describes another model than the manifest."""
+    config, generation = read_object(ckpt / "config.json"), ckpt / "generation_config.json"
+    ends, problems = read_object(generation) if generation.is_file() else {}, Problems()
+    if model_config(config, model.dtype, problems, ends)[0] != model:
+        raise ConversionError(f"{ckpt / 'config.json'} is not that of the weights. Convert again.")
+    return config
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
     prog = "python -m convert.flax_to_hf"
-    return exit_code(lambda: print(f"wrote {tyro.cli(export, prog=prog, args=argv)}"))
+    command = functools.partial(export, quiet=False)
+    return exit_code(lambda: tyro.cli(command, prog=prog, args=argv))
 
 
 if __name__ == "__main__":

@@ -12,21 +12,17 @@ import importlib.util
 import mmap
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from convert.errors import ConversionError
+from convert.gguf_tokenizer import SENTENCEPIECE_IDS, build_tokenizer
+from convert.hf_config import single
 from convert.sources import Source, StoredTensor
-from qs_jax.checkpoint import transformers
 from qs_jax.config import RopeScaling
 from qs_jax.models.rope import stretch_llama3
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
 
 # The embedded model, and the requirements file that installs it.
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -62,24 +58,22 @@ _ROPE = {
     "rope.scaling.factor": "factor",
     "rope.scaling.original_context_length": "original_max_position_embeddings",
 }
-# Beginnings of the names of metadata that changes no weight.
-_HARMLESS = ("GGUF.", "general.", "tokenizer.", "quantize.", "llama.rope.scaling.finetuned")
+# Metadata that llama.cpp demands.
+_NEEDED = """
+    context_length embedding_length block_count feed_forward_length attention.head_count
+    attention.layer_norm_rms_epsilon
+    """.split()
+_HARMLESS = ("rope.scaling.finetuned",)
+# Values at which other metadata changes nothing, besides 0, which llama.cpp takes for "not set".
+_NEUTRAL: dict[str, Any] = {
+    "attention.causal": True,
+    "rope.scaling.attn_factor": 1.0,  # it multiplies YaRN's own
+    "rope.scale_linear": 1.0,
+    "tensor_data_layout": "Meta AI original pth",  # the order of rows that is undone here
+    "use_parallel_residual": False,
+}
 # Divisors of the rotary frequencies, which are no weights.
 _FREQUENCIES = "rope_freqs.weight"
-# GGUF token types.
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
-
-# How Llama 3 cuts text before merging (its published tokenizer.json).
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_SPECIAL = {
-    "bos_token": "bos_token_id",
-    "eos_token": "eos_token_id",
-    "unk_token": "unknown_token_id",
-    "pad_token": "padding_token_id",
-}
 
 
 class _File:
@@ -117,21 +111,31 @@ class _File:
 def open_gguf(path: Path, description: str | None = None) -> Source:
     """Open a `.gguf` file of architecture `llama`."""
     file, description = _File(path), description or str(path)
-    architecture = file.value("general.architecture")
+    architecture, kind = file.value("general.architecture"), file.value("general.type", "model")
     if architecture != "llama":
         raise ConversionError(f"{path}: GGUF architecture {architecture!r} is not supported.")
+    if kind != "model":
+        raise ConversionError(f"{path} is not a model but of GGUF type {kind!r}.")
+    if (parts := file.value("split.count", 0)) not in (0, 1):
+        merge = "join them with `llama-gguf-split --merge`"
+        raise ConversionError(f"{path} is one of {parts} parts of a model: {merge}.")
+    if missing := [name for name in _NEEDED if f"llama.{name}" not in file.metadata]:
+        raise ConversionError(f"{path}: llama.{', llama.'.join(missing)} is missing.")
     names = {_hf_name(name): name for name in file.tensors if name != _FREQUENCIES}
+    notes: list[str] = []
     try:
-        config = _config(file, names)
+        config = _config(file, names, notes)
         tensors = {name: _tensor(file, name, stored, config) for name, stored in names.items()}
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        # llama.cpp ends on any of these.
+        ends = [file.value(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
+    except ConversionError:
+        raise
+    except Exception as error:  # whatever reading damaged values raises
         raise ConversionError(f"{path}: metadata is incomplete or damaged: {error!r}") from error
-    # llama.cpp ends on any of these.
-    ends = [file.value(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
     ends = list(dict.fromkeys(token for token in ends if token is not None))
     generation = {"eos_token_id": ends} if len(ends) > 1 else {}
-    write_tokenizer = functools.partial(_write_tokenizer, file, description)
-    return Source(description, config, generation, tensors, write_tokenizer)
+    write_tokenizer = functools.partial(_write_tokenizer, file, description, config["vocab_size"])
+    return Source(description, config, generation, tensors, write_tokenizer, notes)
 
 
 def _hf_name(name: str) -> str:
@@ -158,32 +162,44 @@ def _tensor(file: _File, name: str, stored: str, config: dict[str, Any]) -> Stor
     return StoredTensor(shape, "float32", read)
 
 
-def _config(file: _File, names: dict[str, str]) -> dict[str, Any]:
-    """The metadata as a Hugging Face config; an unknown key keeps its GGUF name."""
+def _config(file: _File, names: dict[str, str], notes: list[str]) -> dict[str, Any]:
+    """The metadata as a Hugging Face config; an unknown key keeps its GGUF name.
+
+    Only names below "llama." concern the model.
+    """
     config: dict[str, Any] = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     rope: dict[str, Any] = {}
-    for name in file.metadata:
-        key = name.removeprefix("llama.")
-        if name.startswith(_HARMLESS):
-            continue
+    for name in [name for name in file.metadata if name.startswith("llama.")]:
+        key, value = name.removeprefix("llama."), file.value(name)
+        if isinstance(value, list) and len(value) == file.value("llama.block_count"):
+            value = single(value)  # one for each layer
+        if isinstance(value, list) and key in _CONFIG:
+            raise ConversionError(f"{name} = {value} is not one value for all layers.")
         if key in _CONFIG:
-            config[_CONFIG[key]] = file.value(name)
+            config[_CONFIG[key]] = value
         elif key in _ROPE:
-            rope[_ROPE[key]] = file.value(name)
-        elif key != "rope.scaling.attn_factor" or file.value(name) != 1.0:
-            config[name] = file.value(name)  # that factor multiplies YaRN's own
-    if (eps := config.get("rms_norm_eps")) is not None:
-        config["rms_norm_eps"] = float(f"{eps:.6g}")  # stored as float32
+            rope[_ROPE[key]] = value
+        elif key in _HARMLESS or value == _NEUTRAL.get(key, 0):
+            continue
+        elif value != 0 or isinstance(value, bool):
+            config[name] = value
+    config["rms_norm_eps"] = float(f"{config['rms_norm_eps']:.6g}")  # stored as float32
     embedding = names.get("model.embed_tokens.weight")
-    config["vocab_size"] = int(file.tensors[embedding].shape[-1]) if embedding else 0
+    config.setdefault("vocab_size", int(file.tensors[embedding].shape[-1]) if embedding else 0)
     config["tie_word_embeddings"] = "lm_head.weight" not in names
     config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in names
-    for token in ("bos", "eos", "padding"):
-        config[f"{token[:3]}_token_id"] = file.value(f"tokenizer.ggml.{token}_token_id")
+    config["mlp_bias"] = "model.layers.0.mlp.gate_proj.bias" in names
+    ids = SENTENCEPIECE_IDS if file.value("tokenizer.ggml.model") == "llama" else {}
+    for key in ("bos_token_id", "eos_token_id", "padding_token_id"):
+        name = key.replace("padding", "pad")
+        config[name] = file.value(f"tokenizer.ggml.{key}", ids.get(key))
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     for key in ("llama.rope.dimension_count", "llama.attention.value_length"):
         if config.get(key) == head_dim:
             del config[key]
+    defaults = {"llama.rope.freq_base": 10000, "llama.rope.dimension_count": head_dim}
+    for name in [name for name in defaults if name not in file.metadata]:
+        notes.append(f"{name} is missing; {defaults[name]} is taken, llama.cpp's default")
     config["rope_scaling"] = _rope_scaling(file, rope, config.get("rope_theta", 1e4), head_dim)
     return config
 
@@ -191,10 +207,12 @@ def _config(file: _File, names: dict[str, str]) -> dict[str, Any]:
 def _rope_scaling(
     file: _File, rope: dict[str, Any], theta: float, head_dim: int
 ) -> dict[str, Any] | None:
-    if rope.get("factor") is not None:
+    if rope.get("factor"):
         rope.setdefault("rope_type", "linear")  # llama.cpp's default
-    if rope.get("rope_type") == "none":
-        rope = {}
+    if rope.get("rope_type") == "none" or rope.get("factor") == 0:
+        rope = {}  # where llama.cpp takes 0 for 1
+    if rope.get("rope_type") == "yarn" and "factor" not in rope:
+        rope["rope_type"] = "yarn without llama.rope.scaling.factor"
     if _FREQUENCIES not in file.tensors:
         return rope or None
     if rope:
@@ -233,114 +251,16 @@ def embedded_path() -> Path:
     )
 
 
-def _write_tokenizer(file: _File, description: str, folder: Path) -> None:
+def _write_tokenizer(file: _File, description: str, rows: int, folder: Path) -> list[str]:
     try:
-        build_tokenizer(file.value).save_pretrained(str(folder))
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+        tokenizer, notes = build_tokenizer(file.value, rows)
+    except ConversionError as error:
+        raise ConversionError(f"{description}: {error}") from error
+    except Exception as error:  # the tokenizers library raises no other kind
         damage = f"tokenizer metadata is incomplete or damaged: {error!r}"
         raise ConversionError(f"{description}: {damage}") from error
-
-
-def build_tokenizer(value: Callable[..., Any]) -> PreTrainedTokenizerFast:
-    """Rebuild the tokenizer of a GGUF file, from `value(name, default)` of its metadata.
-
-    Llama-architecture files have two kinds: `gpt2` (byte-level BPE with a named pre-tokenizer) and
-    `llama` (SentencePiece BPE with scores and byte fallback).
-    """
-    from tokenizers import AddedToken
-
-    kind, tokens = value("tokenizer.ggml.model"), value("tokenizer.ggml.tokens")
-    if kind is None or tokens is None:
-        raise ConversionError("the file has no tokenizer; --no-tokenizer works with token ids.")
-    if kind not in ("gpt2", "llama"):
-        raise ConversionError(f"tokenizer {kind!r} is not implemented (known: gpt2, llama).")
-    tokenizer = (_byte_level if kind == "gpt2" else _sentencepiece)(value, tokens)
-    for token, which in zip(tokens, value("tokenizer.ggml.token_type") or [], strict=False):
-        if which in (_UNKNOWN, _CONTROL, _USER_DEFINED):
-            special = which != _USER_DEFINED
-            tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)])
-    ids = {name: value(f"tokenizer.ggml.{key}", -1) for name, key in _SPECIAL.items()}
-    named = {name: tokens[index] for name, index in ids.items() if 0 <= index < len(tokens)}
-    _add_template(tokenizer, value, named, kind)
-    return transformers().PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        chat_template=value("tokenizer.chat_template"),
-        clean_up_tokenization_spaces=False,
-        model_max_length=value("llama.context_length"),
-        **named,
-    )
-
-
-def _byte_level(value: Callable[..., Any], tokens: list[str]) -> Tokenizer:
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-
-    name = value("tokenizer.ggml.pre", "gpt-2")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    known = {
-        "gpt-2": [byte_level],
-        "smollm": [pre_tokenizers.Digits(individual_digits=True), byte_level],
-        "llama-bpe": [
-            pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ],
-    }
-    if name not in known:
-        names = ", ".join(known)
-        raise ConversionError(f"pre-tokenizer {name!r} is not implemented (known: {names}).")
-    vocab = {token: index for index, token in enumerate(tokens)}
-    merges: list[Any] = [tuple(merge.split(" ", 1)) for merge in value("tokenizer.ggml.merges")]
-    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=name == "llama-bpe"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(known[name])
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-def _sentencepiece(value: Callable[..., Any], tokens: list[str]) -> Tokenizer:
-    from tokenizers import Tokenizer, decoders, models, normalizers
-
-    vocab = {token: index for index, token in enumerate(tokens)}
-    merges = _merges_of_scores(tokens, value("tokenizer.ggml.scores"))
-    unk: dict[str, Any] = {"unk_token": tokens[value("tokenizer.ggml.unknown_token_id", 0)]}
-    tokenizer = Tokenizer(models.BPE(vocab, merges, **unk, fuse_unk=True, byte_fallback=True))
-    steps: list[Any] = [normalizers.Replace(" ", "▁")]
-    undo: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    if value("tokenizer.ggml.add_space_prefix", True):
-        steps.insert(0, normalizers.Prepend("▁"))
-        undo.append(decoders.Strip(" ", 1, 0))
-    tokenizer.normalizer = normalizers.Sequence(steps)
-    tokenizer.decoder = decoders.Sequence(undo)
-    return tokenizer
-
-
-def _merges_of_scores(tokens: list[str], scores: list[float]) -> list[tuple[str, str]]:
-    """Every way to make a piece of two others: best score first, then the longest left half.
-
-    SentencePiece merges the adjacent pair whose result scores best; `tokenizers` ranks pairs.
-    """
-    score = dict(zip(tokens, scores, strict=True))
-    pairs = [
-        (-score[piece], -cut, piece[:cut], piece[cut:])
-        for piece in tokens
-        for cut in range(1, len(piece))
-        if piece[:cut] in score and piece[cut:] in score
-    ]
-    return [(left, right) for _, _, left, right in sorted(pairs)]
-
-
-def _add_template(
-    tokenizer: Tokenizer, value: Callable[..., Any], named: dict[str, str], kind: str
-) -> None:
-    """Put the beginning and end tokens where the file says they belong."""
-    from tokenizers import processors
-
-    begins = kind == "llama" or value("tokenizer.ggml.pre") == "llama-bpe"
-    add_bos = value("tokenizer.ggml.add_bos_token", begins) and "bos_token" in named
-    add_eos = value("tokenizer.ggml.add_eos_token", False) and "eos_token" in named
-    before = [named["bos_token"]] if add_bos else []
-    after = [named["eos_token"]] if add_eos else []
-    if before or after:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=[*before, "$A", *after],
-            pair=[*before, "$A", *after, *before, "$B:1", *after],
-            special_tokens=[(token, tokenizer.token_to_id(token)) for token in {*before, *after}],
-        )
+    try:
+        tokenizer.save_pretrained(str(folder))
+    except Exception as error:  # of tokenizers, where the disk is full
+        raise OSError(f"{error}") from error
+    return notes

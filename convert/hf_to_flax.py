@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import importlib.metadata
 import os
 import re
@@ -16,26 +17,31 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 import tyro
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tqdm import tqdm
+from tyro.conf import UseAppendAction
 
+from convert.classifier import read_labels
 from convert.errors import ConversionError, Problems
 from convert.gguf_source import embedded_path, open_gguf
-from convert.hf_config import HEADING, model_config
+from convert.hf_config import model_config
 from convert.mapping import CLASSIFIER, Rule, is_tied_head, match, rules_of
 from convert.sources import Source, download, open_folder
-from convert.staging import check_target, staging, write_json
-from convert.writer import LazyArray, write_tree
-from qs_jax.checkpoint import FORMAT_VERSION, MANIFEST, PARAMS, fingerprint, read_tokenizer
+from convert.tokenizer import check_tokenizer
+from convert.writer import LazyArray, check_folder, write_tree
+from qs_jax.checkpoint import FORMAT_VERSION, MANIFEST, PARAMS, checksum
 from qs_jax.config import ModelConfig
 from qs_jax.errors import exit_code
+from qs_jax.files import write_json, write_whole
 from qs_jax.models import abstract_params, count_params, param_bytes
 
+# SHA-256 of each leaf's values, by its path.
+Digests = dict[tuple[str, ...], Any]
 Dtype = Literal["float32", "bfloat16"]
 _VERSIONED = ("qs-jax", "jax", "flax", "orbax-checkpoint", "transformers", "safetensors", "gguf")
 
@@ -49,7 +55,8 @@ def convert(
     overwrite: bool = False,
     tokenizer: bool = True,
     classifier: bool = False,
-    progress: bool = False,
+    ignore_config: Annotated[tuple[str, ...], UseAppendAction] = (),
+    quiet: bool = True,
 ) -> tuple[ModelConfig, list[str]]:
     """Convert a checkpoint to Flax parameters that `qs_jax.load` reads.
 
@@ -61,20 +68,23 @@ def convert(
       overwrite: Replace an existing checkpoint at `out` once the new one is whole.
       tokenizer: Require and copy the tokenizer; without, work with token ids.
       classifier: The source is a sequence classifier; its head goes to classifier.safetensors.
-      progress: Draw a bar on standard error.
+      ignore_config: Name of an unknown attribute of config.json that changes nothing; repeatable.
+      quiet: Draw no progress bar, and print no summary.
 
     Returns:
       The model's configuration and notes worth showing.
 
     Raises:
       ConversionError: With everything that is wrong in one report; `out` is as it was.
+      OutputError: The folder cannot be written; `out` is as it was.
     """
     target = Path(os.path.realpath(out))
-    check_target(target, overwrite)
+    check_folder(target, overwrite, source)
     opened, problems = open_source(source, revision), Problems()
     config = opened.config | ({"tie_word_embeddings": True} if classifier else {})
-    model, notes = model_config(config, dtype, problems, opened.generation_config)
-    labels = _labels(opened, problems) if classifier else ()
+    model, notes = model_config(config, dtype, problems, opened.generation_config, ignore_config)
+    notes = opened.notes + notes
+    labels = read_labels(opened, problems) if classifier else ()
     rules = [] if model is None else rules_of(model, len(labels))
     names = {} if model is None else match(rules, opened.tensors, model, problems)
     problems.raise_if_any(opened.description)
@@ -83,22 +93,30 @@ def convert(
     notes += [f"{rounded} float64 tensor(s) are rounded"] if rounded else []
     _check_tied_head(opened, rules, names, model)
     _check_space(target.parent, model)
-    with staging(target, overwrite) as staged:
-        if tokenizer:
-            opened.write_tokenizer(staged)
-            notes += _check_tokenizer(staged, model)
-        with tqdm(total=len(names) - classifier, unit="tensor", disable=not progress) as bar:
-            write_tree(staged / PARAMS, _lazy_tree(opened, rules, names, model, bar.update))
+    head_CD = _read(opened, CLASSIFIER, rules[0], np.dtype(np.float32)) if classifier else None
+    with write_whole(target) as (staged,):
+        staged.mkdir()
         write_json(staged / "config.json", config)
         if opened.generation_config:
             write_json(staged / "generation_config.json", opened.generation_config)
-        write_json(staged / MANIFEST, manifest := _manifest(staged, model, opened))
-        if classifier:
+        if tokenizer:
+            notes += opened.write_tokenizer(staged) + check_tokenizer(staged, model)
+        with tqdm(total=len(names) - classifier, unit="tensor", disable=quiet) as bar:
+            digests: Digests = {}
+            tree = _lazy_tree(opened, rules, names, model, digests, bar.update)
+            write_tree(staged / PARAMS, tree)
+        model = model.replace(weights=_combine(digests))
+        write_json(staged / MANIFEST, _manifest(staged, model, opened, notes))
+        if head_CD is not None:
             from qs_jax.evaluation.heads import Head
 
-            weight_CD = _read(opened, CLASSIFIER, rules[0], np.dtype(np.float32))
             bias_C = np.zeros(len(labels), np.float32)
-            Head(weight_CD, bias_C, labels, manifest["params"]).save(staged)
+            Head(head_CD, bias_C, labels, model.weights).save(staged)
+        check_folder(target, overwrite)  # nobody filled it meanwhile
+    if not quiet:
+        size = f"{count_params(model) / 1e6:.1f} M parameters, {model.num_layers} layers"
+        size += f", {model.dtype}, {param_bytes(model) / 1e6:.0f} MB"
+        print(f"wrote {model.model_type}, {size}")
     return model, notes
 
 
@@ -124,9 +142,10 @@ def _lazy_tree(
     rules: list[Rule],
     names: dict[str, str],
     model: ModelConfig,
+    digests: Digests,
     advance: Callable[[], Any],
 ) -> dict[str, Any]:
-    """Our tree, each leaf a recipe to read it from the source."""
+    """Our tree, each leaf a recipe to read it from the source; fills `digests` as it is read."""
     dtype = np.dtype(jnp.dtype(model.dtype))
 
     def blocks(target: tuple[str, ...]) -> Iterator[np.ndarray]:
@@ -137,12 +156,20 @@ def _lazy_tree(
                 columns.append(_read(source, names[name], rule, dtype))
                 advance()
             block = np.concatenate(columns, axis=-1)
+            digest = digests.setdefault(target, hashlib.sha256())
+            digest.update(block.astype(jnp.bfloat16).tobytes())
             yield block[None] if parts[0].per_layer else block
 
     leaves: dict[Any, Any] = flatten_dict(abstract_params(model))
     for target, leaf in leaves.items():
         leaves[target] = LazyArray(leaf.shape, dtype, functools.partial(blocks, target))
     return unflatten_dict(leaves)
+
+
+def _combine(digests: Digests) -> str:
+    """The fingerprint of all weights, rounded to bfloat16: the same in whatever dtype they are."""
+    lines = [f"{'.'.join(path)} {digests[path].hexdigest()}" for path in sorted(digests)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def _read(source: Source, name: str, rule: Rule, dtype: np.dtype) -> np.ndarray:
@@ -177,25 +204,7 @@ def _check_space(folder: Path, model: ModelConfig) -> None:
         raise ConversionError(f"{existing} has {sizes}.")
 
 
-def _check_tokenizer(folder: Path, model: ModelConfig) -> list[str]:
-    """The tokenizer must load from the new folder alone and fit the vocabulary; returns notes."""
-    config = folder / "config.json"
-    write_json(config, {"model_type": model.model_type})
-    try:
-        tokenizer = read_tokenizer(folder)
-    except Exception as error:  # transformers raises many kinds
-        reason = f"the tokenizer cannot be read ({type(error).__name__}: {error})"
-        raise ConversionError(f"{reason}. --no-tokenizer works with token ids.") from error
-    ids, vocab = tokenizer.vocab_size, model.vocab_size
-    if ids > vocab:
-        raise ConversionError(f"another model's tokenizer: it has {ids} ids, the model {vocab}.")
-    if (outside := len(tokenizer) - vocab) <= 0:
-        return []
-    added = f"{outside} added token(s) of the tokenizer are outside the vocabulary of {vocab}"
-    return [f"{added}; prompts that use them will be refused"]
-
-
-def _manifest(folder: Path, model: ModelConfig, source: Source) -> dict[str, Any]:
+def _manifest(folder: Path, model: ModelConfig, source: Source, notes: list[str]) -> dict[str, Any]:
     versions = {}
     for package in _VERSIONED:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -204,35 +213,21 @@ def _manifest(folder: Path, model: ModelConfig, source: Source) -> dict[str, Any
         "format_version": FORMAT_VERSION,
         "model": model.to_dict(),
         "num_params": count_params(model),
-        "params": fingerprint(folder / PARAMS),
+        "params": checksum(folder / PARAMS),
         "source": source.description,
+        "notes": notes,
         "versions": versions,
     }
-
-
-def _labels(source: Source, problems: Problems) -> tuple[str, ...]:
-    """Names of a classifier's classes in its order; Hugging Face leaves default names out."""
-    if CLASSIFIER not in source.tensors:
-        raise ConversionError(f"{source.description} has no {CLASSIFIER}: not a classifier.")
-    classes = next(iter(source.tensors[CLASSIFIER].shape), 0)
-    indices = [str(index) for index in range(classes)]
-    labels = source.config.get("id2label") or {index: f"LABEL_{index}" for index in indices}
-    if sorted(labels) != sorted(indices):
-        problems.add(HEADING, f"id2label names {sorted(labels)}, the head has {classes} classes")
-    return tuple(str(labels.get(index)) for index in indices)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
 
     def run() -> None:
-        command = functools.partial(convert, progress=True)
-        model, notes = tyro.cli(command, prog="python -m convert.hf_to_flax", args=argv)
+        command = functools.partial(convert, quiet=False)
+        _, notes = tyro.cli(command, prog="python -m convert.hf_to_flax", args=argv)
         for note in notes:
-            print(f"note: {note}")
-        size = f"{count_params(model) / 1e6:.1f} M parameters, {model.num_layers} layers"
-        size += f", {model.dtype}, {param_bytes(model) / 1e6:.0f} MB"
-        print(f"wrote {model.model_type}, {size}")
+            print(f"note: {note}", file=sys.stderr)
 
     return exit_code(run)
 

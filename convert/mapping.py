@@ -129,6 +129,8 @@ def match(
         for name in rule.names(model.num_layers):
             spellings = dict.fromkeys([full_name(name, model), name])
             present = [spelling for spelling in spellings if spelling in tensors]
+            if not present and rule.target == ("embed", "tokens"):  # stored under its other name
+                present = [head for head in tensors if is_tied_head(head, model)]
             unmapped -= set(present)
             if not present:
                 problems.add("missing tensors", f"{name} {list(rule.shape)}")
@@ -145,7 +147,8 @@ def match(
     prefix, ignored = re.escape(_PREFIX[model.model_type]), _IGNORED[model.model_type]
     for name in sorted(unmapped):
         if not re.fullmatch(f"({prefix})?{ignored}", name) and not is_tied_head(name, model):
-            problems.add("unmapped tensors", f"{name} {list(tensors[name].shape)}")
+            hint = ": a classifier's head, which --classifier converts" * (name == CLASSIFIER)
+            problems.add("unmapped tensors", f"{name} {list(tensors[name].shape)}{hint}")
     return matched
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from convert.errors import ConversionError
+from qs_jax.files import read_json
 
 TOKENIZER_FILES = """
     tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json
@@ -26,6 +26,16 @@ _TOKENIZER_SETS = (
     {"tokenizer.model", "tokenizer_config.json"},
     {"vocab.json", "merges.txt"},
 )
+# Where transformers' from_pretrained looks for weights, in its order.
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+# What else holds weights, for messages.
+_WEIGHT_SUFFIXES = ".bin .ckpt .gguf .h5 .json .msgpack .npz .pt .pth .safetensors".split()
+_ADAPTER = "adapter_config.json"
 _SAFETENSORS_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
@@ -41,41 +51,56 @@ class Source(NamedTuple):
     """A checkpoint to convert, with the configurations and tensor names of Hugging Face.
 
     The description is for messages and provenance. `generation_config` is empty where there is
-    none. `write_tokenizer` puts the tokenizer's files into a folder.
+    none. `write_tokenizer` puts the tokenizer's files into a folder and returns notes for the user,
+    as `notes` are.
     """
 
     description: str
     config: dict[str, Any]
     generation_config: dict[str, Any]
     tensors: dict[str, StoredTensor]
-    write_tokenizer: Callable[[Path], None]
+    write_tokenizer: Callable[[Path], list[str]]
+    notes: list[str]
 
 
 def open_folder(folder: Path, description: str | None = None) -> Source:
     """Open a folder with `config.json` and safetensors or PyTorch weights, sharded or not."""
+    if (folder / _ADAPTER).is_file():
+        raise ConversionError(
+            f"{folder} holds an adapter ({_ADAPTER}), which changes the weights of its base model. "
+            "Merge the two (merge_and_unload of peft) and convert the result."
+        )
     if not (folder / "config.json").is_file():
         raise ConversionError(f"{folder} has no config.json: not a Hugging Face model folder.")
-    config, generation = _read_json(folder / "config.json"), folder / "generation_config.json"
+    config, generation = read_object(folder / "config.json"), folder / "generation_config.json"
+    tensors, notes = _tensors_of(folder)
     return Source(
         description or str(folder),
         config,
-        _read_json(generation) if generation.is_file() else {},
-        _tensors_of(folder),
+        read_object(generation) if generation.is_file() else {},
+        tensors,
         functools.partial(_copy_tokenizer, folder),
+        notes,
     )
 
 
 def download(repo_id: str, revision: str | None = None) -> Path:
-    """Fetch config, tokenizer, and safetensors (else .bin) weights of a hub model."""
+    """Fetch config, tokenizer and the weights that `open_folder` reads of a hub model."""
     from huggingface_hub import snapshot_download
 
-    def fetch(weights: str) -> Path:
-        patterns = ["config.json", "generation_config.json", *TOKENIZER_FILES, weights]
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+    def fetch(*names: str) -> Path:
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(names)))
 
     try:
-        folder = fetch("model*.safetensors*")
-        return folder if any(folder.glob("model*.safetensors")) else fetch("pytorch_model*.bin*")
+        folder = fetch("config.json", "generation_config.json", _ADAPTER, *TOKENIZER_FILES)
+        for name in _WEIGHTS:
+            if (fetch(name) / name).is_file():
+                if name.endswith(".index.json"):
+                    fetch(*map(str, _weight_map(folder / name).values()))
+                break
+        return folder
+    except ConversionError:
+        raise
     except Exception as error:  # huggingface_hub and its HTTP client raise many kinds
         raise ConversionError(
             f"{repo_id} is no folder here, and could not be fetched from the Hub "
@@ -84,9 +109,10 @@ def download(repo_id: str, revision: str | None = None) -> Path:
         ) from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError) as error:
         raise ConversionError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
@@ -94,35 +120,43 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _copy_tokenizer(source: Path, folder: Path) -> None:
+def _copy_tokenizer(source: Path, folder: Path) -> list[str]:
     present = {name for name in TOKENIZER_FILES if (source / name).is_file()}
     if not any(needed <= present for needed in _TOKENIZER_SETS):
         sets = ", or ".join(" with ".join(sorted(needed)) for needed in _TOKENIZER_SETS)
         raise ConversionError(f"{source} has no tokenizer ({sets}). Add it, or --no-tokenizer.")
     for name in present:
         shutil.copyfile(source / name, folder / name)
+    return []
 
 
-def _tensors_of(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a folder's weight files."""
-    for stem, headers in (("model.safetensors", _safetensors), ("pytorch_model.bin", _torch_file)):
-        index, single = folder / f"{stem}.index.json", folder / stem
-        if index.is_file():
-            return _sharded(index, headers)
-        if single.is_file():
-            return headers(single)
-    raise ConversionError(
-        f"{folder} has no weights (model.safetensors, pytorch_model.bin, or their .index.json)."
-    )
+def _tensors_of(folder: Path) -> tuple[dict[str, StoredTensor], list[str]]:
+    """Every tensor that transformers would read by default, and a note on weights it would not."""
+    first, *others = [name for name in _WEIGHTS if (folder / name).is_file()] or [""]
+    if not first:
+        has = [path.name for path in sorted(folder.iterdir()) if path.suffix in _WEIGHT_SUFFIXES]
+        raise ConversionError(
+            f"{folder} has no weights that transformers reads by default "
+            f"({', '.join(_WEIGHTS)}); it has {', '.join(has[:8]) or 'none at all'}."
+        )
+    headers = _safetensors if first.startswith("model.") else _torch_file
+    read = _sharded if first.endswith(".index.json") else lambda path, headers: headers(path)
+    unread = f"weights are those of {first}, as in transformers; {', '.join(others)} is not read"
+    return read(folder / first, headers), [unread] * bool(others)
+
+
+def _weight_map(index: Path) -> dict[str, Any]:
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ConversionError(f"{index} has no weight_map.")
+    return weight_map
 
 
 def _sharded(
     index: Path, headers: Callable[[Path], dict[str, StoredTensor]]
 ) -> dict[str, StoredTensor]:
     """Every tensor of the files that an index lists."""
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ConversionError(f"{index} has no weight_map.")
+    weight_map = _weight_map(index)
     tensors: dict[str, StoredTensor] = {}
     for file in dict.fromkeys(map(str, weight_map.values())):
         path = index.parent / file
@@ -160,7 +194,15 @@ def _open_safetensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as error:
-        raise ConversionError(f"{path} is truncated or not a safetensors file: {error}") from error
+        hint = " It is a Git LFS pointer: run `git lfs pull`." if _is_lfs_pointer(path) else ""
+        problem = f"{path} is truncated or not a safetensors file: {error}.{hint}"
+        raise ConversionError(problem) from error
+
+
+def _is_lfs_pointer(path: Path) -> bool:
+    """Whether Git LFS put this small text in the file's place."""
+    with path.open("rb") as file:
+        return file.read(40).startswith(b"version https://git-lfs")
 
 
 def _torch_file(path: Path) -> dict[str, StoredTensor]:

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -21,9 +22,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from convert.errors import ConversionError
+from qs_jax.checkpoint import MANIFEST
+
 # Leaves up to this size are assembled in memory and stored as one file; larger ones block by block.
 SMALL_LEAF_BYTES = 8 * 2**20
 LARGEST_CHUNK_BYTES = 64 * 2**20
+# What operating systems put into folders, beside hidden files.
+_OF_SYSTEMS = ("Thumbs.db", "desktop.ini", "Icon\r")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +89,31 @@ class _LazyArrayHandler(ocp.type_handlers.NumpyHandler):
             row += len(block)
 
 
+def check_folder(target: Path, overwrite: bool | None = None, source: str = "") -> None:
+    """Refuse a target that exists, unless it is a converted checkpoint that may be overwritten.
+
+    `overwrite` is None where the caller has no such option. What is replaced must not hold the
+    source.
+    """
+    existing = next(folder for folder in (target, *target.parents) if folder.exists())
+    if not existing.is_dir():
+        raise ConversionError(f"{existing} exists and is not a folder.")
+    if not os.access(existing, os.W_OK):
+        raise ConversionError(f"{existing}: there is no permission to write in it.")
+    if existing == target and os.path.ismount(target):
+        raise ConversionError(f"{target} is a mount point, which cannot be renamed: add a name.")
+    found = [path.name for path in existing.iterdir() if existing == target]
+    if all(name.startswith(".") or name in _OF_SYSTEMS for name in found):
+        return
+    if not overwrite:
+        hint = "." if overwrite is None else "; pass --overwrite to replace it."
+        raise ConversionError(f"{target} exists{hint}")
+    if not (target / MANIFEST).is_file():
+        raise ConversionError(f"{target} is not a converted checkpoint; not overwriting it.")
+    if target in Path(os.path.realpath(source)).parents:
+        raise ConversionError(f"{target} holds {source}: name another --out.")
+
+
 def write_tree(folder: Path, tree: dict[str, Any]) -> None:
     """Save a nested dict of `LazyArray` as an Orbax checkpoint in a new folder.
 
@@ -98,9 +129,10 @@ def write_tree(folder: Path, tree: dict[str, Any]) -> None:
         try:
             with ocp.Checkpointer(handler) as checkpointer:
                 checkpointer.save(folder, args=ocp.args.PyTreeSave(tree))
-        except Exception:
-            if lazy.failure is None:
-                raise
+        except Exception as error:
+            lazy.failure = lazy.failure or error
+        if isinstance(lazy.failure, RuntimeError | ValueError):  # Orbax's and TensorStore's
+            raise OSError(f"{lazy.failure}") from lazy.failure
         if lazy.failure is not None:
             raise lazy.failure
         if interrupted.is_set():

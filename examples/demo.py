@@ -11,6 +11,7 @@ from statistics import median
 import jax
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import qs_jax
@@ -55,8 +56,8 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer = qs_jax.load_tokenizer(args.ckpt)
     device = jax.devices()[0]
     console.print(
-        f"[bold]{args.ckpt}[/bold]: {model.model_type}, {count_params(model) / 1e6:.1f} M "
-        f"parameters, {model.num_layers} layers, {model.dtype}, "
+        f"[bold]{escape(str(args.ckpt))}[/bold]: {model.model_type}, "
+        f"{count_params(model) / 1e6:.1f} M parameters, {model.num_layers} layers, {model.dtype}, "
         f"{param_bytes(model) / 1e6:.0f} MB, on {device.platform}",
         soft_wrap=True,
     )
@@ -100,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         "token did, all other figures are seconds and bytes.\nOne short text, so differences of "
         "a few hundredths in perplexity are noise; docs/mechanisms.md and benchmarks/README.md "
         "have the measured tables, also of what buys nothing. Now try your own:\n"
-        f"  .venv/bin/python -m qs_jax generate --ckpt {args.ckpt} --chat "
+        f"  .venv/bin/python -m qs_jax generate --ckpt {escape(str(args.ckpt))} --chat "
         "--prompt 'Tell me a joke.'",
         soft_wrap=True,
     )
@@ -201,7 +202,7 @@ def savings_table(rows: list[Row], length: int) -> Table:
     for row in rows:
         prefill, step = median(row.prefill), median(row.step)
         table.add_row(
-            row.name,
+            escape(row.name),
             row.acts_on,
             f"{row.perplexity:.2f}\n({row.perplexity - dense.perplexity:+.2f})",
             f"{prefill:.3f}\n({prefill / median(dense.prefill):.0%})",

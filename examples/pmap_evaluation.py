@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
         found = run()
         seconds = time.perf_counter() - began
         table.add_row(str(count), f"{found['perplexity']:.6f}", f"{seconds:.2f}")
-    Console(highlight=False).print(table)
+    Console(highlight=False, markup=False, emoji=False).print(table)
 
 
 if __name__ == "__main__":

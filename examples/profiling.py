@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     for scope, label in trace.COMPONENTS.items():
         cells = [f"{seconds.get(scope, 0) * 1e3:.2f}" for seconds in found.values()]
         table.add_row(label, *cells)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     console.print(table)
     for file in sorted(args.out.rglob("*.trace.json.gz")):
         console.print(f"Perfetto opens {file}", markup=False, soft_wrap=True)

@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{found.token_drift[0, here].mean():.4g}",
             f"{told['layer_tokens_saved']:.1%}",
         )
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     console.print(table)
     console.print("Savings are simulated; one text is an illustration, not a measurement.")
 

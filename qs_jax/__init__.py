@@ -16,7 +16,14 @@ from qs_jax.engine.devices import replicate
 from qs_jax.engine.generate import GenerateOutput, StreamStep, generate, stream
 from qs_jax.engine.inputs import TokenOverrides
 from qs_jax.engine.score import ScoreOutput, score
-from qs_jax.errors import CheckpointError, ConfigError, InputError, NonFiniteError, QuickSilverError
+from qs_jax.errors import (
+    CheckpointError,
+    ConfigError,
+    InputError,
+    NonFiniteError,
+    OutputError,
+    QuickSilverError,
+)
 from qs_jax.load import load
 from qs_jax.mechanisms.kv_maps import KVMaps
 from qs_jax.record import Record
@@ -56,5 +63,6 @@ __all__ = [
     "ConfigError",
     "InputError",
     "NonFiniteError",
+    "OutputError",
     "QuickSilverError",
 ]

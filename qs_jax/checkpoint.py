@@ -1,27 +1,29 @@
 """The files of a converted checkpoint folder, as `convert.hf_to_flax` writes them.
 
-qs_jax.json is the manifest (format version, ModelConfig, provenance) and comes last; params/ is an
-Orbax checkpoint of the stacked tree; config.json and the tokenizer's files are as they came.
+qs_jax.json is the manifest (format version, ModelConfig with the fingerprint of the weights,
+provenance) and comes last; params/ is an Orbax checkpoint of the stacked tree; config.json and the
+tokenizer's files are as they came.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from qs_jax.config import ModelConfig
 from qs_jax.errors import CheckpointError
+from qs_jax.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 MANIFEST = "qs_jax.json"
 PARAMS = "params"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
@@ -35,28 +37,47 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
             f"Make one with: python -m convert.hf_to_flax --source {folder} --out NEW_FOLDER"
         )
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = read_json(file)
         if (version := manifest["format_version"]) != FORMAT_VERSION:
             raise ValueError(f"its format is {version}, this library reads {FORMAT_VERSION}")
         ModelConfig.from_dict(manifest["model"])
         if missing := {"num_params", "params", "source"} - set(manifest):
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        if not {"files", "bytes", "crc32"} <= set(manifest["params"]):
+            raise ValueError("it does not list the files of the parameters")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is damaged: {error}. Convert again.") from error
     return manifest
 
 
-def fingerprint(folder: Path) -> dict[str, int]:
-    """Files below a folder, their bytes, and one CRC-32 over their names and contents."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    total = checksum = 0
-    for path in files:
-        checksum = zlib.crc32(path.relative_to(folder).as_posix().encode(), checksum)
-        with path.open("rb") as file:
+def checksum(folder: Path) -> dict[str, Any]:
+    """Names of all files below a folder, their bytes, and one CRC-32 over names and contents."""
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    names = [path.as_posix() for path in files]
+    return {"files": names} | _checksum_files(folder, names)
+
+
+def check_params_files(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raise CheckpointError where files of the parameters were lost or changed.
+
+    Only files that the conversion wrote count: operating systems and tools add files of their own.
+    """
+    folder, known = folder / PARAMS, manifest["params"]
+    lost = [name for name in known["files"] if not (folder / name).is_file()]
+    if lost or known != {"files": known["files"]} | _checksum_files(folder, known["files"]):
+        example = f", such as {lost[0]}" if lost else ""
+        raise CheckpointError(f"{folder}: files were lost or changed{example}. Convert again.")
+
+
+def _checksum_files(folder: Path, names: Iterable[str]) -> dict[str, int]:
+    total = crc = 0
+    for name in names:
+        crc = zlib.crc32(name.encode(), crc)
+        with (folder / name).open("rb") as file:
             while block := file.read(2**24):
-                checksum = zlib.crc32(block, checksum)
+                crc = zlib.crc32(block, crc)
                 total += len(block)
-    return {"files": len(files), "bytes": total, "crc32": checksum}
+    return {"bytes": total, "crc32": crc}
 
 
 def transformers() -> ModuleType:
@@ -68,11 +89,29 @@ def transformers() -> ModuleType:
 
 
 def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a folder, without network; raises whatever `transformers` raises."""
-    library = transformers()
-    tokenizer = library.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    """The tokenizer of a folder, without network; raises whatever `transformers` raises.
+
+    A tokenizer.json is obeyed to the letter. tokenizer_config.json only says which of its tokens
+    are special and holds the chat template: its class, added tokens and clean-up do not count.
+    """
+    library, file = transformers(), Path(folder) / "tokenizer.json"
+    kind = library.PreTrainedTokenizerFast if file.is_file() else library.AutoTokenizer
+    tokenizer = kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     if not isinstance(tokenizer, library.PreTrainedTokenizerFast):
         raise TypeError(f"{type(tokenizer).__name__} is not based on the tokenizers library")
+    if file.is_file():
+        from tokenizers import Tokenizer
+
+        tokenizer._tokenizer = Tokenizer.from_file(str(file))  # without what the config added
+        known = tokenizer.get_vocab()
+        for name, token in tokenizer.special_tokens_map.items():
+            if isinstance(token, str) and token not in known:
+                setattr(tokenizer, name, None)
+        extra = tokenizer.extra_special_tokens
+        tokenizer.extra_special_tokens = [token for token in extra if token in known]
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.clean_up_tokenization_spaces = tokenizer.split_special_tokens = False
     return tokenizer
 
 

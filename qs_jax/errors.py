@@ -29,6 +29,10 @@ class CheckpointError(QuickSilverError):
     """A checkpoint folder is missing, incomplete or damaged."""
 
 
+class OutputError(QuickSilverError, OSError):
+    """A result cannot be written; what stood in its place still does."""
+
+
 class NonFiniteError(QuickSilverError, FloatingPointError):
     """Weights or logits hold NaN or infinity."""
 

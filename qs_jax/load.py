@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from qs_jax.checkpoint import PARAMS, fingerprint, read_manifest
+from qs_jax.checkpoint import PARAMS, check_params_files, read_manifest
 from qs_jax.config import Config, ModelConfig
 from qs_jax.errors import CheckpointError, ConfigError, InputError, NonFiniteError
 from qs_jax.jax_settings import default_settings, explain
 from qs_jax.mechanisms.kv_maps import FILE_NAME, KVMaps, select
 from qs_jax.models import Params, abstract_params
 from qs_jax.models.cpu import processor_multiplies
-from qs_jax.presets import SHIPPED_PRESET, is_shipped, maps_path
+from qs_jax.presets import NAMES, SHIPPED_PRESET, is_shipped, maps_path
 
 _finite = jax.jit(lambda leaf: jnp.isfinite(leaf).all())
 
@@ -52,15 +52,12 @@ def load(
         raise ConfigError("devices is empty; None takes the default device.")
     model = model.replace(dtype=choose_dtype(dtype, model, devices[0] if devices else None))
     # TensorStore reads a missing chunk as zeros, and Orbax leaves reads pending when one fails.
-    if fingerprint(path / PARAMS) != manifest["params"]:
-        raise CheckpointError(f"{path / PARAMS}: files were lost or changed. Convert again.")
+    check_params_files(path, manifest)
     params = _restore(path, model, devices)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if bad := [jax.tree_util.keystr(key) for key, leaf in leaves if not _finite(leaf)]:
         raise NonFiniteError(f"{path}: NaN or infinite weights in {', '.join(bad)}.")
-    maps = path / FILE_NAME if (path / FILE_NAME).is_file() else None
-    if maps is None and manifest["source"].startswith("embedded "):
-        maps = shipped_maps(model)
+    maps = path / FILE_NAME if (path / FILE_NAME).is_file() else shipped_maps(model)
     return params if maps is None else {**params, "kv_maps": KVMaps.load(maps)}, model
 
 
@@ -116,7 +113,7 @@ def _restore(path: Path, model: ModelConfig, devices: Sequence[jax.Device] | Non
 
 
 def shipped_maps(model: ModelConfig) -> Path | None:
-    """The file of the maps that come with the library; None for a model of other sizes."""
+    """The file of the maps that come with the library; None for other sizes or weights."""
     return maps_path(SHIPPED_PRESET) if is_shipped(model) else None
 
 
@@ -127,13 +124,14 @@ def find_maps(
 
     Args:
       cfg: Its `kv_skip.policy` decides.
-      ckpt: Checkpoint folder, where the maps are unless the preset has its own.
+      ckpt: Checkpoint folder: its maps are taken unless the preset's file has its own; then those
+        that come with the library for these weights.
       given: Another file, or None.
-      preset: Name, or file beside which `calibrate` writes its maps; `balanced` has its own.
+      preset: Name, or file beside which `calibrate` writes its maps.
 
     Raises:
       CheckpointError: There is no such file.
-      ConfigError: The maps are of other layers or another model.
+      ConfigError: The maps are of other layers, another model or other weights.
       InputError: A file was given though the policy reads none.
     """
     qs = cfg.quicksilver
@@ -141,11 +139,13 @@ def find_maps(
         if given is not None:
             raise InputError(f"{given}: KV maps are for kv_skip.policy 'extrapolate' only.")
         return None, None
-    beside = maps_path(Path(preset)) if preset.endswith(".json") else ckpt / FILE_NAME
-    if preset == "balanced":
-        beside = shipped_maps(cfg.model) or beside
-    path = given or (beside if beside.exists() else ckpt / FILE_NAME)
+    beside = ckpt / FILE_NAME if preset in ("", *NAMES) else maps_path(Path(preset))
+    places = [beside, ckpt / FILE_NAME, shipped_maps(cfg.model)]
+    path = given or next((place for place in places if place and place.exists()), beside)
     path = path / FILE_NAME if path.is_dir() else path
-    maps = select(KVMaps.load(path), qs.halting.layers or ())
-    maps.check(cfg.model)
-    return maps, path
+    maps = KVMaps.load(path)
+    try:
+        maps.check(cfg.model)
+        return select(maps, qs.halting.layers or ()), path
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error

@@ -8,7 +8,6 @@ ours and act on prompts only, which forgive more.
 from __future__ import annotations
 
 import functools
-import json
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qs_jax.config import (
+    ALLOW_OTHER_WEIGHTS,
     AMQConfig,
     FusionConfig,
     HaltingConfig,
@@ -24,6 +24,7 @@ from qs_jax.config import (
     QuickSilverConfig,
 )
 from qs_jax.errors import ConfigError
+from qs_jax.files import read_json, write_json
 
 SHIPPED_PRESET = Path(__file__).parent / "shipped" / "smollm2-135m-instruct.json"
 _SHIPPED: Mapping[str, Any] = {
@@ -31,7 +32,7 @@ _SHIPPED: Mapping[str, Any] = {
     "chosen_on": "SmolLM2-135M-Instruct, WikiText-103 validation, 16 windows of 512, continuation",
 }
 _FORMAT = "qs-jax preset"
-# A preset made for a model does not fit one in which any of these differs.
+# A preset made for a model fits neither one in which any of these differs, nor other weights.
 _MADE_FOR = ("model_type", "num_layers", "hidden_size", "vocab_size")
 
 
@@ -75,10 +76,11 @@ def balanced(model: ModelConfig) -> QuickSilverConfig:
 
     For the embedded SmolLM2-135M-Instruct, `python -m qs_jax calibrate` verified it within 0.2 of
     the dense perplexity. It reads maps that come with the library; `qs_jax.load` adds them to that
-    checkpoint. For any other model it is a starting point, not a promise: the least attended half
-    of a prompt stops at 0.8 of the depth and its keys are skipped from there on.
+    checkpoint. Other weights of the same sizes are refused. For any other model it is a starting
+    point, not a promise: the least attended half of a prompt stops at 0.8 of the depth and its keys
+    are skipped from there on.
     """
-    if is_shipped(model):
+    if _has_shipped_sizes(model):
         return load(SHIPPED_PRESET, model)
     return QuickSilverConfig(_quota(model, {0.8: 0.5}), KVSkipConfig(), provenance=_SHIPPED)
 
@@ -97,14 +99,22 @@ def aggressive(model: ModelConfig) -> QuickSilverConfig:
 
 
 def is_shipped(model: ModelConfig) -> bool:
-    """Whether the preset that comes with the library was made for a model of these sizes."""
-    provenance = json.loads(SHIPPED_PRESET.read_text(encoding="utf-8"))["provenance"]
-    return all(getattr(model, name) == provenance[name] for name in _MADE_FOR)
+    """Whether the preset that comes with the library was made for these sizes and weights."""
+    return _has_shipped_sizes(model) and model.has_weights(_shipped_provenance()["weights"])
+
+
+def _has_shipped_sizes(model: ModelConfig) -> bool:
+    made_for = _shipped_provenance()
+    return all(getattr(model, name) == made_for[name] for name in _MADE_FOR)
+
+
+def _shipped_provenance() -> dict[str, Any]:
+    return read_json(SHIPPED_PRESET)["provenance"]
 
 
 def maps_path(preset: Path) -> Path:
     """Where the extrapolation maps of a preset file are."""
-    return preset.with_name(f"{preset.stem}.kv_maps.safetensors")
+    return preset.parent / f"{preset.stem}.kv_maps.safetensors"
 
 
 def _layer(model: ModelConfig, fraction: float) -> int:
@@ -161,19 +171,19 @@ def by_name(name: str | os.PathLike[str], model: ModelConfig) -> QuickSilverConf
 def save(
     path: str | Path, quicksilver: QuickSilverConfig, model: ModelConfig | None = None
 ) -> Path:
-    """Write a preset with its provenance as JSON.
+    """Write a preset with its provenance as JSON, whole or not at all.
 
     Args:
       path: File to write.
       quicksilver: Settings.
-      model: The architecture it was made for; `load` then refuses another.
+      model: The architecture and weights it was made for; `load` then refuses others.
     """
     path, fields = Path(path), quicksilver.to_dict()
     provenance = fields.pop("provenance")
     if model is not None:
-        provenance |= {name: getattr(model, name) for name in _MADE_FOR}
+        provenance |= {name: getattr(model, name) for name in (*_MADE_FOR, "weights")}
     content = {"format": _FORMAT, "version": 1, "quicksilver": fields, "provenance": provenance}
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(path, content)
     return path
 
 
@@ -181,10 +191,10 @@ def load(path: str | Path, model: ModelConfig) -> QuickSilverConfig:
     """Read a preset written by `save`.
 
     Raises:
-      ConfigError: It cannot be read, is of another format or model, or does not fit.
+      ConfigError: It cannot be read, is of another format, model or weights, or does not fit.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = read_json(Path(path))
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the preset {path}: {error}") from error
     content = content if isinstance(content, dict) else {}
@@ -197,6 +207,11 @@ def load(path: str | Path, model: ModelConfig) -> QuickSilverConfig:
         made_for, here = provenance.get(name), getattr(model, name)
         if made_for not in (None, here):
             raise ConfigError(f"{path} is for models with {name} {made_for}, not {here}.")
+    if not model.has_weights(made_for := provenance.get("weights")):
+        raise ConfigError(
+            f"{path} was verified on other weights ({made_for}) than this model's "
+            f"({model.weights}): make a preset for these with `calibrate`. {ALLOW_OTHER_WEIGHTS}"
+        )
     try:
         quicksilver = QuickSilverConfig.from_dict(fields | {"provenance": provenance})
         quicksilver.check(model, "continuation" if quicksilver.prompts_only else "teacher-forced")

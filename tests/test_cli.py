@@ -9,12 +9,19 @@ import pytest
 
 import qs_jax
 from qs_jax import cli
+from qs_jax.commands import options
+from qs_jax.evaluation import lm_eval_adapter
 
 pytestmark = pytest.mark.xdist_group("cli")
 COMMANDS = {
     "generate": {"--prompt": "x"},
     "evaluate": {"--data": "text.txt", "--seq-len": "48"},
-    "calibrate": {"--data": "text.txt", "--max-ppl-increase": "1"},
+    "calibrate": {
+        "--data": "text.txt",
+        "--max-ppl-increase": "1",
+        "--seq-len": "48",
+        "--continuation-tokens": "8",
+    },
     "tasks": {"--tasks": "sst2", "--data": "sst2.jsonl"},
     "diagnose": {"--text": "I do not like it.", "--preset": "paper"},
     "report": {"--text": "I do not like it."},
@@ -36,6 +43,27 @@ MISTAKES = [
     ({"--chat": ""}, "no chat template", GENERATE),
     ({"--system": "y"}, "--system needs --chat", GENERATE),
     ({"--temperature": "-1"}, "temperature", GENERATE),
+    ({"--max-new-tokens": "0"}, "--max-new-tokens must be at least 1, got 0", GENERATE),
+    ({"--top-k": "0"}, "--top-k must be at least 1", GENERATE),
+    ({"--top-p": "0"}, "--top-p must be greater than 0", GENERATE),
+    ({"--top-p": "nan"}, "--top-p must be a number", GENERATE),
+    ({"--repetition-penalty": "inf"}, "--repetition-penalty must be a finite", GENERATE),
+    ({"--seed": "-1"}, "--seed must be at least 0", {"generate", "tasks"}),
+    ({"--seed": str(2**32)}, "--seed must be less than 4294967296", {"generate", "tasks"}),
+    ({"--limit": "0"}, "--limit must be at least 1", {"tasks"}),
+    ({"--train-share": "1"}, "--train-share must be less than 1", {"tasks"}),
+    ({"--l2": "-1"}, "--l2 must be at least 0", {"tasks"}),
+    ({"--seq-len": "1"}, "--seq-len must be at least 2", {"evaluate", "calibrate"}),
+    ({"--limit-windows": "0"}, "--limit-windows must be at least 1", {"evaluate"}),
+    ({"--continuation-tokens": "0"}, "--continuation-tokens must be at least 1", WRITE - {"tasks"}),
+    ({"--limit-tokens": "1"}, "--limit-tokens must be at least 2", {"diagnose", "report"}),
+    ({"--percentile": "500"}, "--percentile must be at most 100", {"diagnose"}),
+    ({"--max-protect": "0"}, "--max-protect must be at least 1", {"diagnose"}),
+    ({"--preset": "off"}, "nothing to diagnose", {"diagnose"}),
+    ({"--confidence": "1"}, "--confidence must be less than 1", {"calibrate"}),
+    ({"--max-ppl-increase": "inf"}, "--max-ppl-increase must be a finite", {"calibrate"}),
+    ({"--layers": "99"}, "layers must be between 1 and 2, got [99]", {"calibrate"}),
+    ({"--features": "embedding"}, "features must hold 'state'", {"calibrate"}),
     ({"--max-new-tokens": "128"}, "exceed this model's 128 positions", GENERATE),
 ]
 
@@ -50,8 +78,10 @@ def ckpt(tiny_checkpoint):
     [(name, flags, message) for flags, message, names in MISTAKES for name in sorted(names)],
 )
 def test_mistakes_are_one_clear_line(ckpt, tmp_path, monkeypatch, capsys, name, flags, message):
-    """And change nothing."""
+    """Before the weights are read; and change nothing."""
     monkeypatch.chdir(tmp_path)
+    for module in (options, lm_eval_adapter):
+        monkeypatch.setattr(module, "load", None)
     (tmp_path / "text.txt").write_text("the quick brown fox " * 1000)
     (tmp_path / "there.json").write_text("mine")
     given = {"--ckpt": ckpt} | ({"--out": "out.json"} if name in WRITE else {})
@@ -112,6 +142,12 @@ def test_info_and_a_choice_that_is_none(ckpt, capsys):
     with pytest.raises(SystemExit):
         cli.main(["evaluate", "--engine", "steam"])
     assert "steam" in capsys.readouterr().err
+
+
+def test_names_in_tables_are_no_markup(capsys):
+    name = "[bold]:smile:[/x]"
+    options.print_table(name, (name, name), [(name, name)])
+    assert capsys.readouterr().out.count(name) == 5
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import qs_jax
 ROOMS = (  # from the top down
     "__init__ cli __main__ lm_eval testing > commands > report > diagnostics > calibration > "
     "evaluation > text load > accounting > engine > mechanisms > models > "
-    "presets checkpoint record state config errors jax_settings timing compilation_cache"
+    "presets checkpoint record state config errors files jax_settings timing compilation_cache"
 )
 FLOOR = {room: depth for depth, rooms in enumerate(ROOMS.split(">")) for room in rooms.split()}
 

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from qs_jax import ConfigError, presets
+import qs_jax
+from convert.hf_to_flax import convert
+from qs_jax import ConfigError, cli, presets
 from qs_jax.config import (
     AMQConfig,
     Config,
@@ -18,7 +20,9 @@ from qs_jax.config import (
 from qs_jax.load import shipped_maps
 from qs_jax.mechanisms.kv_maps import KVMaps
 from qs_jax.testing import tiny_model
+from tests.convert.folders import llama_tensors, write_folder
 from tests.oracle.strategies import any_case
+from tests.support import random_tokens
 
 MODEL = tiny_model("llama", num_layers=6)
 DEEP = tiny_model("llama", num_layers=30)
@@ -56,6 +60,55 @@ def test_the_shipped_preset_is_for_its_model_and_comes_with_its_maps():
     assert all(other["within_budget"] for other in verified["also"].values())
     assert shipped_maps(DEEP) is None
     assert presets.balanced(DEEP).kv_skip.policy == "skip"
+    # Other weights of these sizes, such as a fine-tune, get neither; those of its own get both.
+    tuned, own = smollm2.replace(weights="another"), qs.provenance["weights"]
+    assert shipped_maps(tuned) is None
+    with pytest.raises(ConfigError, match=f"verified on other weights .{own}.*--allow-other"):
+        presets.by_name("balanced", tuned)
+    with pytest.raises(ConfigError, match=f"fitted on other weights .{own}.*--allow-other"):
+        maps.check(tuned)
+    assert presets.balanced(tuned.replace(weights=own)) == qs
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """A checkpoint, and another of its sizes with one tensor changed."""
+    folder, tensors = tmp_path_factory.mktemp("tuned"), llama_tensors()[0]
+    convert(str(write_folder(folder / "hf", tensors)), folder / "own")
+    tensors["model.layers.2.mlp.up_proj.weight"] += 0.01
+    convert(str(write_folder(folder / "hf", tensors)), folder / "other")
+    return folder
+
+
+def test_presets_and_maps_are_bound_to_weights(tuned, tmp_path, capsys):
+    """By file and beside the checkpoint; --allow-other-weights takes them all the same."""
+    params, model = qs_jax.load(tuned / "own")
+    halting = HaltingConfig(rule="quota", layers=(1,), quota=(0.5,), entropy=None)
+    qs = QuickSilverConfig(halting, KVSkipConfig("extrapolate"), recent_tokens=2)
+    path = presets.save(tmp_path / "mine.json", qs, model)
+    maps = qs_jax.fit_kv_maps(params, random_tokens(model, 8, 40), (1,), model)
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog " * 9)
+
+    def run(ckpt, *flags):
+        words = ["generate", "--prompt", "the quick brown fox", "--max-new-tokens", "2"]
+        code = cli.main([*words, "--quiet", "--ckpt", str(ckpt), "--preset", str(path), *flags])
+        return code, capsys.readouterr().err
+
+    for place in (path.with_name("mine.kv_maps.safetensors"), tuned / "other"):
+        saved = maps.save(place)
+        assert run(tuned / "own", "--kv-maps", str(saved)) == (0, "")
+        code, error = run(tuned / "other")
+        assert code == 1
+        assert "mine.json was verified on other weights" in error
+        presets.save(path, qs)  # which is bound to none
+        code, error = run(tuned / "other")
+        assert code == 1
+        assert f"{saved}: these KV maps were fitted on other weights" in error
+        assert model.weights in error
+        assert run(tuned / "other", "--allow-other-weights") == (0, "")
+        saved.unlink()
+        presets.save(path, qs, model)
 
 
 def test_the_paper_preset_holds_the_papers_numbers():
@@ -187,7 +240,7 @@ REFUSED = {
     "sink_tokens must be a valid integer, got 4.7": lambda: QuickSilverConfig(sink_tokens=4.7),
     "recent_tokens must be a valid integer, got '3'": lambda: QuickSilverConfig(recent_tokens="3"),
     "min_layer must be a valid integer": lambda: HaltingConfig(min_layer=None),
-    "min_layer must be greater than or equal to 1": lambda: HaltingConfig(min_layer=0),
+    "min_layer must be at least 1": lambda: HaltingConfig(min_layer=0),
     "amq.layer must be a valid integer": lambda: AMQConfig(layer=None),
     "halting.quota must be a valid tuple": lambda: HaltingConfig(quota=0.5),
     "halting.freeze must be a valid boolean": lambda: HaltingConfig(freeze="no"),

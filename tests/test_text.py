@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convert.gguf_source import build_tokenizer
+from convert.gguf_tokenizer import build_tokenizer
 from qs_jax.text import text_pieces
 from tests.convert.gguf_files import byte_level_tokenizer, sentencepiece_tokenizer
 
@@ -13,7 +13,7 @@ TEXT = st.text(st.sampled_from("the thé 12 \n😀عx"), max_size=30)
 
 def tokenizer_of(metadata):
     values = {f"tokenizer.ggml.{key}": value for key, value in metadata.items()}
-    return build_tokenizer(lambda name, default=None: values.get(name, default))
+    return build_tokenizer(lambda name, default=None: values.get(name, default), 0)[0]
 
 
 @pytest.fixture(scope="module", params=[byte_level_tokenizer, sentencepiece_tokenizer])

@@ -184,7 +184,7 @@ def _round_floats(content: dict[str, Any]) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     args = tyro.cli(Arguments, prog="python -m benchmarks.linguistics", args=argv)
-    content = json.loads(args.out.read_text()) if args.tables_only else measure(args)
+    content = json.loads(args.out.read_bytes()) if args.tables_only else measure(args)
     if args.preset is None:
         frames = tables.make_tables(content)
         replace_tables(_PAGE, {name: markdown(frame) for name, frame in frames.items()})

@@ -82,6 +82,7 @@ class Aligned:
         return {
             "corpus": self.text.name,
             "words_in_corpus": len(self.text.tags),
+            "tokens_in_corpus": self.windows.tokens_in_text,
             "words": int(last[inside].max() + 1 - first[inside].min()),
             "tokens": int(inside.size),
             "tokens_of_one_word": int((first == last).sum()),

@@ -16,8 +16,8 @@ from qs_jax.errors import InputError
 from qs_jax.evaluation.datasets import read_text
 
 _BRACKETS = {"-LRB-": "(", "-RRB-": ")", "-LCB-": "{", "-RCB-": "}", "-LSB-": "[", "-RSB-": "]"}
-_PRINTED = _BRACKETS | {"``": '"', "''": '"'}
-_ESCAPED = re.compile(r"\\([/*])")
+_QUOTES = {"``": '"', "''": '"'}
+_ESCAPED = re.compile(r"-[LR][RCS]B-|\\[/*]")
 # Nothing stands between these and the next word, or between the word before and these.
 _OPENING = frozenset(["(", "[", "{", "``", "`", "$", "#"])
 _CLOSING = frozenset([")", "]", "}", "''", "'", ",", ".", ":", ";", "?", "!", "%", "..."])
@@ -62,7 +62,7 @@ class TaggedText:
 def print_words(words: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
     """Put a sentence's words together as they are printed.
 
-    Brackets and quotation marks are restored, escapes of the Penn Treebank undone. Between two
+    Brackets, inside words too, and quotation marks are restored, escapes undone. Between two
     words there is one space or none; every other character belongs to exactly one word. An
     abbreviation gives its full stop to the full stop that ends the sentence ("the U.S." "." is
     printed "the U.S.").
@@ -72,7 +72,7 @@ def print_words(words: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
     """
     text, spans = "", []
     for index, word in enumerate(words):
-        shown = _PRINTED.get(word) or _ESCAPED.sub(r"\1", word)
+        shown = _QUOTES.get(word) or _ESCAPED.sub(lambda m: _BRACKETS.get(m[0], m[0][-1]), word)
         following = words[index + 1] if index + 1 < len(words) else ""
         if following == "." and len(word) > 1 and word.endswith(".") and word.strip("."):
             shown = shown[:-1]
@@ -108,7 +108,7 @@ def run_tagger(text: str, pipeline: Any, name: str) -> TaggedText:
     """Tag a text line by line with a spaCy pipeline.
 
     Raises:
-      InputError: The text has no words.
+      InputError: The text has no words, or the pipeline gives some no tag.
     """
     spans, tags, at = [], [], 0
     lines = text.split("\n")
@@ -121,4 +121,6 @@ def run_tagger(text: str, pipeline: Any, name: str) -> TaggedText:
         at += len(line) + 1
     if not tags:
         raise InputError(f"{name} holds no words.")
+    if not all(tags):
+        raise InputError("the spaCy model has no tagger: give one with Penn Treebank tags.")
     return TaggedText(name, text, tuple(spans), tuple(tags))

@@ -7,7 +7,7 @@ they differ in quotas and thresholds, which are numbers to it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from qs_jax.calibration.observe import Observed
@@ -99,6 +99,14 @@ class Space(NamedTuple):
         near = self.observed.at("relative_distance", _FUSE_PERCENTS[level - 1])
         tau_fuse = tuple(tau if at >= first else 0.0 for at, tau in enumerate(near, start=1))
         return FusionConfig(tau_fuse=tau_fuse, distance="relative", first_layer=first)
+
+
+def check_layers(layers: Iterable[int], model: ModelConfig) -> tuple[int, ...]:
+    """The layers in rising order, each once; ConfigError unless all leave some to save."""
+    rising, deepest = tuple(sorted(set(layers))), model.num_layers - 1
+    if not rising or rising[0] < 1 or rising[-1] > deepest:
+        raise ConfigError(f"layers must be between 1 and {deepest}, got {list(rising)}.")
+    return rising
 
 
 def halting_layers(model: ModelConfig) -> tuple[int, ...]:

@@ -13,8 +13,9 @@ import numpy as np
 from jax import lax
 from tqdm import tqdm
 
+from qs_jax.calibration.families import check_layers
 from qs_jax.config import ModelConfig
-from qs_jax.config.fields import Count, Integers, Positive, parse
+from qs_jax.config.fields import Above0, Count, Integers, Positive, parse
 from qs_jax.engine import dense, inputs
 from qs_jax.engine.weights import check_params
 from qs_jax.errors import ConfigError, InputError
@@ -67,15 +68,24 @@ def fit_kv_maps(
       ConfigError: Layers or features that do not exist.
       InputError: Too few tokens to determine the maps.
     """
-    _check_sizes(feature_count(features, model), rank, ridge)
+    check_fit(layers, features, rank, model)
     options: dict[str, Any] = {"skip_first": skip_first, "data": data, "progress": progress}
     options |= {"features": features, "batch_size": batch_size}
     return accumulate(params, tokens, layers, model, **options).solve(rank=rank, ridge=ridge)
 
 
-def _check_sizes(size: int, rank: int | None, ridge: float) -> None:
-    if not ridge > 0:
-        raise ConfigError(f"ridge must be positive, got {ridge}.")
+def check_fit(
+    layers: Any, features: Sequence[str], rank: int | None, model: ModelConfig
+) -> tuple[int, ...]:
+    """Refuse maps that cannot be fitted, before anything is computed; returns rising layers."""
+    unknown = [name for name in features if name not in FEATURES]
+    if unknown or "state" not in features or len(set(features)) < len(features):
+        raise ConfigError(f"features must hold 'state' and be among {FEATURES}, got {features}.")
+    _check_rank(rank, feature_count(features, model))
+    return check_layers(parse("layers", layers, Integers), model)
+
+
+def _check_rank(rank: int | None, size: int) -> None:
     if rank is not None and parse("rank", rank, Positive) >= size:
         raise ConfigError(f"rank must be below the {size} numbers that the features are.")
 
@@ -96,7 +106,8 @@ class Moments(NamedTuple):
         """Maps that read some of the features, by default all; arguments as of `fit_kv_maps`."""
         names = self.features if features is None else tuple(features)
         size, tokens = feature_count(names, self.model), self.provenance["tokens"]
-        _check_sizes(size, rank, ridge)
+        _check_rank(rank, size)
+        parse("ridge", ridge, Above0)
         if tokens < size:
             raise InputError(f"{tokens} tokens cannot determine maps of {size} rows: give more.")
         kept_F = self._columns(names)
@@ -145,14 +156,9 @@ def accumulate(
 ) -> Moments:
     """The dense pass of `fit_kv_maps`, whose arguments these are."""
     check_params(params, model)
-    chosen = tuple(sorted(set(parse("layers", layers, Integers))))
+    chosen = check_fit(layers, features, None, model)
     skip_first = parse("skip_first", skip_first, Count)
     batch_size = parse("batch_size", batch_size, Positive)
-    if not chosen or chosen[0] < 1 or chosen[-1] > model.num_layers - 1:
-        raise ConfigError(f"layers must be between 1 and {model.num_layers - 1}, got {layers}.")
-    unknown = [name for name in features if name not in FEATURES]
-    if unknown or "state" not in features:
-        raise ConfigError(f"features must hold 'state' and be among {FEATURES}, got {features}.")
     batch = inputs.make_batch(tokens, model)
     inputs.check_positions(batch.tokens_BT.shape[1], 0, model)
     sums: list[np.ndarray] = []
@@ -171,7 +177,7 @@ def accumulate(
             np.add(total, np.asarray(part), out=total)
     assert sums
     provenance = {"data": data, "tokens": int(np.maximum(batch.lengths_B - skip_first, 0).sum())}
-    provenance |= {"rows": len(batch.tokens_BT), "skip_first": skip_first}
+    provenance |= {"rows": len(batch.tokens_BT), "skip_first": skip_first, "weights": model.weights}
     return Moments(sums[0], sums[1], chosen, tuple(features), model, provenance)
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,16 +27,17 @@ from jaxtyping import Int
 from qs_jax import presets
 from qs_jax.calibration import climb
 from qs_jax.calibration.climb import OBJECTIVES, Point, Task, params_for, score_tokens
-from qs_jax.calibration.families import Space, halting_layers
+from qs_jax.calibration.families import Space, check_layers, halting_layers
 from qs_jax.calibration.observe import Observed, observe
 from qs_jax.config import Config, ModelConfig, QuickSilverConfig
+from qs_jax.config.fields import Above0, Count, Positive, Share, parse
 from qs_jax.engine import inputs
 from qs_jax.engine.generate import generate
 from qs_jax.engine.prompt_plan import runs_fast
 from qs_jax.engine.weights import check_params
 from qs_jax.errors import ConfigError, InputError
-from qs_jax.evaluation.journal import write_json
 from qs_jax.evaluation.perplexity import check_width
+from qs_jax.files import write_json, write_whole
 from qs_jax.models import Params
 
 
@@ -63,11 +63,14 @@ class Calibration:
     observed: Observed
 
     def save(self, path: Path, model: ModelConfig) -> list[Path]:
-        """Write FILE.json, FILE.search.json and the maps the preset reads; returns the files."""
-        searched = path.with_name(f"{path.stem}.search.json")
-        write_json(searched, self.to_dict())
-        files, maps = [presets.save(path, self.preset, model), searched], self.params.get("kv_maps")
-        return files if maps is None else [*files, maps.save(presets.maps_path(path))]
+        """Write the preset, the search and the maps it reads, all or none; returns the files."""
+        paths = result_files(path)[: 2 if self.params.get("kv_maps") is None else 3]
+        with write_whole(*paths) as (preset, searched, *read):
+            presets.save(preset, self.preset, model)
+            write_json(searched, self.to_dict())
+            for staged in read:
+                self.params["kv_maps"].save(staged)
+        return paths
 
     def to_dict(self) -> dict[str, Any]:
         """The whole search as plain JSON types."""
@@ -78,6 +81,11 @@ class Calibration:
             "verified": list(self.verified),
             "observed": self.observed.to_dict(),
         }
+
+
+def result_files(path: Path) -> list[Path]:
+    """FILE.json for the preset, FILE.search.json, and the file of the maps it may read."""
+    return [path, path.parent / f"{path.stem}.search.json", presets.maps_path(path)]
 
 
 def search(
@@ -130,35 +138,37 @@ def search(
       ConfigError: A setting is out of range or does not fit the model or the maps.
       InputError: Too few windows, windows too short for the protocol, or rows of several lengths.
     """
-    if not 0 < max_ppl_increase < math.inf:
-        raise ConfigError(f"max_ppl_increase must be positive, got {max_ppl_increase}.")
+    parse("max_ppl_increase", max_ppl_increase, Above0)
     if objective not in OBJECTIVES:
         raise ConfigError(f"objective must be one of {OBJECTIVES}, got {objective!r}.")
-    for name, value in (("confidence", confidence), ("verify_share", verify_share)):
-        if not 0 < value < 1:
-            raise ConfigError(f"{name} must be between 0 and 1, got {value}.")
-    for name, count in (("max_evaluations", max_evaluations), ("candidates", candidates)):
-        if count < 1:
-            raise ConfigError(f"{name} must be at least 1, got {count}.")
+    parse("confidence", confidence, Share)
+    parse("verify_share", verify_share, Share)
+    parse("max_evaluations", max_evaluations, Positive)
+    parse("candidates", candidates, Positive)
+    parse("timed_runs", timed_runs, Count)
     check_params(params, cfg.model)
     cfg = cfg if cfg.protocol is not None else cfg.replace(protocol="continuation")
     cfg = cfg.replace(quicksilver=None, engine="masked")
     calibrating_WT, verifying_WT = split(tokens, cfg, verify_share)
+    others = {name: np.concatenate(split(more, cfg, 0.5)) for name, more in (also or {}).items()}
+    if policies is None:
+        policies = ("skip", "extrapolate") if params.get("kv_maps") is not None else ("skip",)
+    places = {policy: _places(policy, params, cfg.model, layers) for policy in policies}
     observed = observe(params, calibrating_WT, cfg.model, batch_size=batch_size, progress=progress)
     dense = score_tokens(params, calibrating_WT, cfg, batch_size)
     task = Task(params, cfg, calibrating_WT, dense, float(max_ppl_increase), objective, batch_size)
-    if policies is None:
-        policies = ("skip", "extrapolate") if params.get("kv_maps") is not None else ("skip",)
-    spaces = {policy: _space(policy, task, observed, layers, fusion) for policy in policies}
+    rule = "quota" if cfg.effective_protocol == "continuation" else "dual"
+    rest = (observed, cfg.model, fusion, objective == "paper_flops")
+    spaces = {policy: Space(policy, rule, at, *rest) for policy, at in places.items()}
     points: list[Point] = []
     for space in spaces.values():
         points += climb.climb(task, space, max_evaluations, progress=progress)
     front = climb.pareto(points)
     verifier = task.on(verifying_WT)
     # All windows of the other texts verify.
-    others = {k: task.on(np.concatenate(split(more, cfg, 0.5))) for k, more in (also or {}).items()}
+    more = {name: task.on(tokens_WT) for name, tokens_WT in others.items()}
     walk = climb.spread(front, task, candidates)
-    walked = climb.verify(verifier, walk, spaces, confidence, also=others, progress=progress)
+    walked = climb.verify(verifier, walk, spaces, confidence, also=more, progress=progress)
     best, entries = walked
     if best is None:
         reason = f"no candidate keeps the budget of {max_ppl_increase:g} on other windows: off."
@@ -202,10 +212,10 @@ def split(
     return tokens_WT[: count - verifying], tokens_WT[count - verifying :]
 
 
-def _space(
-    policy: str, task: Task, observed: Observed, layers: Sequence[int] | None, fusion: bool
-) -> Space:
-    model, maps = task.cfg.model, task.params.get("kv_maps")
+def _places(
+    policy: str, params: Params, model: ModelConfig, layers: Sequence[int] | None
+) -> tuple[int, ...]:
+    """Layers at which tokens may halt under a policy."""
     if policy not in ("skip", "propagate", "extrapolate"):
         raise ConfigError(
             f"policies are skip, propagate and extrapolate, got {policy!r}: attended has a "
@@ -213,16 +223,11 @@ def _space(
         )
     places = set(layers or halting_layers(model))
     if policy == "extrapolate":
-        if maps is None:
+        if (maps := params.get("kv_maps")) is None:
             raise ConfigError("extrapolate needs maps of qs_jax.fit_kv_maps in params['kv_maps'].")
         maps.check(model)
         places = places & set(maps.layers) if layers else set(maps.layers)
-    if not places or min(places) < 1 or max(places) > model.num_layers - 1:
-        most = model.num_layers - 1
-        raise ConfigError(f"layers must be between 1 and {most}, got {sorted(places)}.")
-    rule = "quota" if task.cfg.effective_protocol == "continuation" else "dual"
-    narrows = task.objective == "paper_flops"
-    return Space(policy, rule, tuple(sorted(places)), observed, model, fusion, narrows)
+    return check_layers(places, model)
 
 
 def _provenance(task: Task, verified: dict[str, Any], data: str) -> dict[str, Any]:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
+from pydantic import Field
 
 from qs_jax.calibration import Calibration, search
 from qs_jax.calibration.families import halting_layers
-from qs_jax.calibration.fit_maps import fit_kv_maps
+from qs_jax.calibration.fit_maps import check_fit, fit_kv_maps
+from qs_jax.calibration.search import result_files
 from qs_jax.checkpoint import load_tokenizer
 from qs_jax.commands.options import FileOptions, print_table
-from qs_jax.config import Config
+from qs_jax.config import ModelConfig
+from qs_jax.config.fields import Above0, Count, Positive, Several, Share
 from qs_jax.errors import InputError
-from qs_jax.evaluation.perplexity import read_windows
+from qs_jax.evaluation.perplexity import check_width, read_windows
 from qs_jax.mechanisms.kv_maps import FEATURES, PROMPT_FEATURES, KVMaps, feature_count
-from qs_jax.models import Params
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -27,8 +30,8 @@ class Calibrate(FileOptions):
 
     preset: tyro.conf.Suppress[str] = "off"
     data: str
-    """wikitext-103, c4, or a file: .jsonl, .jsonl.gz, .json.gz (field "text"), or plain text."""
-    max_ppl_increase: float
+    """wikitext-103, c4, or a file: .jsonl or .json (field "text"), or plain text; .gz too."""
+    max_ppl_increase: Above0
     """The budget: perplexity above the dense model's, bounded with --confidence."""
     out: Path
     """The preset, as JSON; the measurements and the maps it reads are written beside it."""
@@ -36,48 +39,55 @@ class Calibrate(FileOptions):
     """continuation: mechanisms act on prompts; teacher-forced: on every token."""
     objective: Literal["exact_flops", "paper_flops", "layer_tokens"] = "exact_flops"
     """Cost to reduce."""
-    windows: int = 16
+    windows: Several = 16
     """Windows to search on."""
-    verify_windows: int = 32
+    verify_windows: Several = 32
     """Windows after those, to verify on: the more, the closer the bound."""
-    fit_windows: int = 64
+    fit_windows: Count = 64
     """Windows after those, to fit the maps of the "extrapolate" policy on; 0 takes those beside the
     checkpoint, if there are any. Nothing is fitted with --kv-maps."""
-    seq_len: int = 512
+    seq_len: Several = 512
     """Tokens of each window."""
-    continuation_tokens: int = 128
+    continuation_tokens: Positive = 128
     """Under continuation: the last tokens of each window, which are scored."""
-    batch_size: int = 4
+    batch_size: Positive = 4
     """Windows at a time."""
-    confidence: float = 0.95
+    confidence: Share = 0.95
     """Of the bound that must stay within the budget."""
-    layers: tuple[int, ...] | None = None
+    layers: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
     """Layers at which tokens may halt; eight from 0.4 of the depth on by default."""
-    also: tuple[Path, ...] = ()
+    also: tuple[str, ...] = ()
     """Other texts, on the first --verify-windows windows of which the preset must stay within the
     budget too."""
-    fit_data: tuple[Path, ...] = ()
+    fit_data: tuple[str, ...] = ()
     """More text to fit the maps on, whole: files as for --data."""
     features: tuple[Literal["state", "embedding", "previous", "neurons"], ...] | None = None
     """Inputs of the maps (docs/mechanisms.md); by default everything that the protocol allows."""
-    rank: int = 256
+    rank: Count = 256
     """Numbers of the code that the maps of all deeper layers share; 0, or a model with no more
     features than that, reads the features."""
     policies: tuple[Literal["skip", "propagate", "extrapolate"], ...] | None = None
     """KV policies to try; by default skip, and extrapolate where maps are fitted."""
-    max_evaluations: int = 60
+    max_evaluations: Positive = 60
     """Candidates measured for each KV policy."""
-    candidates: int = 4
+    candidates: Positive = 4
     """Candidates of the front to verify."""
-    timed_runs: int = 3
+    timed_runs: Count = 3
     """Runs of the winner and of the dense model, in turn, for the measured time; 0 for none."""
+
+    def targets(self) -> list[tuple[str, Path]]:
+        """The preset, and what is written beside it."""
+        return [("--out", path) for path in result_files(self.out)]
 
     def run(self) -> None:
         """Check, search, write, report."""
         self.check_out()
-        if min(self.windows, self.verify_windows) < 2 or self.fit_windows < 0:
-            least = "--windows and --verify-windows must be at least 2"
-            raise InputError(f"{least}, and --fit-windows must be at least 0.")
+        cfg = self.config(continuation_tokens=self.continuation_tokens)
+        check_width(self.seq_len, cfg)
+        fit = self._fit_settings(cfg.model)
+        maps = self.kv_maps and KVMaps.load(self.kv_maps)
+        if maps is not None:
+            maps.check(cfg.model)
         needed = self.windows + self.verify_windows
         tokenizer = load_tokenizer(self.ckpt)
         text, cut = read_windows(self.data, tokenizer, self.seq_len, needed + self.fit_windows)
@@ -85,12 +95,14 @@ class Calibrate(FileOptions):
         if whole < needed + self.fit_windows:
             asked = f"{self.windows} + {self.verify_windows} + {self.fit_windows} were asked for"
             raise InputError(f"{text.name} has {whole} windows of {self.seq_len} tokens; {asked}.")
-        also = {}
-        for path in self.also:
-            other, more = read_windows(str(path), tokenizer, self.seq_len, self.verify_windows)
-            also[other.name] = more.tokens_WT
-        cfg = self.config(continuation_tokens=self.continuation_tokens)
-        params = self._with_maps(cut.tokens_WT[needed:], cfg, text.name, tokenizer)
+        also = self._read_more(self.also, tokenizer, self.verify_windows)
+        own = {text.name: cut.tokens_WT[needed:]}
+        fitting = self._read_more(self.fit_data, tokenizer, texts=own)
+        params = self.load(maps)
+        if maps is None and self.fit_windows:
+            fit |= {"model": cfg.model, "data": ", ".join(fitting)}
+            maps = fit_kv_maps(params, np.concatenate([*fitting.values()]), **fit)
+            params = {**params, "kv_maps": maps}
         names = "max_ppl_increase objective confidence policies layers max_evaluations candidates"
         names += " batch_size timed_runs"
         settings = {name: getattr(self, name) for name in names.split()}
@@ -102,23 +114,25 @@ class Calibrate(FileOptions):
         for path in files:
             print(f"wrote {path}")
 
-    def _with_maps(self, fitting_WT: Any, cfg: Config, data: str, tokenizer: Any) -> Params:
-        """The parameters, with maps read from a file or fitted on windows of --data and more."""
-        if self.kv_maps is not None or not self.fit_windows:
-            return self.load(self.kv_maps and KVMaps.load(self.kv_maps))
-        for path in self.fit_data:
-            text, more = read_windows(str(path), tokenizer, self.seq_len, None)
-            fitting_WT = np.concatenate([fitting_WT, more.tokens_WT])
-            data = f"{data}, {text.name}"
+    def _read_more(
+        self, paths: Iterable[str], tokenizer: Any, limit: int | None = None, texts: Any = None
+    ) -> dict[str, np.ndarray]:
+        """`texts` and windows of further files, by name; by path where two have the same name."""
+        texts = {} if texts is None else texts
+        for path in paths:
+            text, cut = read_windows(path, tokenizer, self.seq_len, limit)
+            texts[path if text.name in texts else text.name] = cut.tokens_WT
+        return texts
+
+    def _fit_settings(self, model: ModelConfig) -> dict[str, Any]:
+        """Settings of `fit_kv_maps`, checked."""
         barred = () if self.protocol == "continuation" else PROMPT_FEATURES
         features = self.features or tuple(name for name in FEATURES if name not in barred)
-        params, layers = self.load(), self.layers or halting_layers(cfg.model)
-        rank = self.rank if 0 < self.rank < feature_count(features, cfg.model) else None
-        settings: dict[str, Any] = {"features": features, "rank": rank, "data": data}
+        layers = check_fit(self.layers or halting_layers(model), features, None, model)
+        rank = self.rank if 0 < self.rank < feature_count(features, model) else None
         # Sums of products as large as the maps' are slow to add up: larger batches, fewer sums.
-        settings |= {"batch_size": 4 * self.batch_size, "progress": True}
-        maps = fit_kv_maps(params, fitting_WT, layers, cfg.model, **settings)
-        return {**params, "kv_maps": maps}
+        settings = {"layers": layers, "features": features, "rank": rank}
+        return settings | {"batch_size": 4 * self.batch_size, "progress": True}
 
     def _print(self, calibration: Calibration) -> None:
         """Print the measurements on the verification windows."""

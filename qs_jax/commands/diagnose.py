@@ -9,10 +9,13 @@ from typing import Any
 from qs_jax import diagnostics, presets
 from qs_jax.checkpoint import load_tokenizer
 from qs_jax.commands.options import TextOptions, print_table
-from qs_jax.config import Config
+from qs_jax.config import Config, ModelConfig, QuickSilverConfig
+from qs_jax.config.fields import Percentile, Positive, Several
 from qs_jax.diagnostics import Diagnosis, Flags
+from qs_jax.diagnostics.diagnosis import check_mechanisms
 from qs_jax.errors import InputError
-from qs_jax.evaluation.journal import check_target, write_json
+from qs_jax.files import write_json, write_whole
+from qs_jax.mechanisms.kv_maps import KVMaps
 from qs_jax.models import Params
 
 _ROWS = {
@@ -33,61 +36,77 @@ class Diagnose(TextOptions):
     """The text itself, or the name of a file that holds it; - reads standard input."""
     preset: str = dataclasses.field()
     """Mechanisms to run: a name, or FILE.json."""
-    limit_tokens: int | None = 512
+    limit_tokens: Several | None = 512
     """Take the first tokens of the text only."""
     suggest_protect: Path | None = None
     """Also write the preset with the suggested protect_ids, ready for --preset, and run it; maps it
     reads are written beside it."""
-    percentile: float = 95.0
+    percentile: Percentile = 95.0
     """Flag tokens whose drift index or attribution score is above this percentile of the text."""
-    max_protect: int = 16
+    max_protect: Positive = 16
     """Suggest at most N ids."""
+
+    def targets(self) -> list[tuple[str, Path]]:
+        """The results, the preset to suggest, and its maps."""
+        if (preset := self.suggest_protect) is None:
+            return super().targets()
+        paths = (preset, presets.maps_path(preset))
+        return [*super().targets(), *(("--suggest-protect", path) for path in paths)]
 
     def run(self) -> None:
         """Check, compare, suggest, write, report."""
+        if self.suggest_protect is not None and self.suggest_protect.suffix != ".json":
+            raise InputError("--suggest-protect is a preset: its name must end in .json.")
         self.check_out()
-        if self.suggest_protect is not None:
-            check_target(self.suggest_protect, overwrite=self.overwrite, option="--suggest-protect")
-            if self.suggest_protect.suffix != ".json":
-                raise InputError("--suggest-protect is a preset: its name must end in .json.")
-        if self.max_protect < 1:
-            raise InputError("--max-protect must be at least 1.")
         tokenizer = load_tokenizer(self.ckpt)
         ids, left_out = self.encode_text(tokenizer)
         cfg = self.config(continuation_tokens=self.scored_tokens(len(ids)), engine="masked")
+        check_mechanisms(cfg)
         maps, _ = self.find_maps(cfg)
         params = self.load(maps)
         diagnosis = diagnostics.diagnose(params, [ids], cfg)
         flags = diagnostics.flag(diagnosis, percentile=self.percentile)
         content = diagnostics.describe(diagnosis, flags, tokenizer)
-        content["protect"] = self._protect(params, cfg, diagnosis, flags, tokenizer)
+        content["protect"], safer = self._protect(params, cfg, diagnosis, flags, tokenizer)
         content["config"] = self.settings(
             cfg, continuation_tokens=cfg.continuation_tokens, tokens_left_out=left_out
         )
-        write_json(self.out, content | self.origin(cfg))
+        self._write(content | self.origin(cfg), safer, cfg.model, maps)
         self._print(content)
 
     def _protect(
         self, params: Params, cfg: Config, diagnosis: Diagnosis, flags: Flags, tokenizer: Any
-    ) -> dict[str, Any] | None:
-        """Write the preset that protects the suspects, and run the text under it."""
+    ) -> tuple[dict[str, Any] | None, QuickSilverConfig | None]:
+        """The suspects and the text under the preset that protects them, and that preset."""
         if self.suggest_protect is None:
-            return None
+            return None, None
         suspects = diagnostics.suggest_protect(diagnosis, flags, cfg, limit=self.max_protect)
         tokens = [suspect.describe(tokenizer) for suspect in suspects]
         protect = {"protect_ids": [suspect.token for suspect in suspects], "tokens": tokens}
         if not suspects:
-            return protect | {"after": None}
+            return protect | {"after": None}, None
         safer = diagnostics.protected(cfg, suspects, {})
         after = diagnostics.diagnose(params, diagnosis.tokens, safer).summary()
         about = {"preset": Path(self.preset).name, "tokens": tokens}
         about["on_the_text_they_come_from"] = {"before": diagnosis.summary(), "after": after}
-        quicksilver = diagnostics.protected(cfg, suspects, about).quicksilver
-        assert quicksilver is not None
-        presets.save(self.suggest_protect, quicksilver, cfg.model)
-        if quicksilver.kv_skip is not None and quicksilver.kv_skip.policy == "extrapolate":
-            params["kv_maps"].save(presets.maps_path(self.suggest_protect))
-        return protect | {"after": after}
+        safer = diagnostics.protected(cfg, suspects, about)
+        return protect | {"after": after}, safer.quicksilver
+
+    def _write(
+        self,
+        content: dict[str, Any],
+        safer: QuickSilverConfig | None,
+        model: ModelConfig,
+        maps: KVMaps | None,
+    ) -> None:
+        """Write the results and, where one is suggested, the preset and its maps: all or none."""
+        count = 1 if safer is None else 2 if maps is None else 3
+        with write_whole(*(path for _, path in self.targets()[:count])) as (out, *suggested):
+            write_json(out, content)
+            if safer is not None:
+                presets.save(suggested[0], safer, model)
+            if maps is not None and len(suggested) > 1:
+                maps.save(suggested[1])
 
     def _print(self, content: dict[str, Any]) -> None:
         summary, protect = content["summary"], content["protect"] or {"tokens": [], "after": None}

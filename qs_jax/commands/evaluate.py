@@ -9,10 +9,13 @@ from typing import Any
 from qs_jax.checkpoint import load_tokenizer
 from qs_jax.commands.options import ScoringOptions, print_table
 from qs_jax.config import Config
+from qs_jax.config.fields import Count, Positive, Several
+from qs_jax.errors import InputError
 from qs_jax.evaluation import journal
 from qs_jax.evaluation.datasets import Text
 from qs_jax.evaluation.perplexity import Windows, check_width, evaluate, read_windows
-from qs_jax.evaluation.processes import connect
+from qs_jax.evaluation.processes import Processes, connect
+from qs_jax.files import write_json
 
 _SAVED = {
     "layer_tokens_saved": "layer-tokens saved",
@@ -27,31 +30,42 @@ class Evaluate(ScoringOptions):
     """Measure perplexity in fixed windows, and the savings of a preset."""
 
     data: str
-    """wikitext-103, c4, or a file: .jsonl, .jsonl.gz, .json.gz (field "text"), or plain text."""
+    """wikitext-103, c4, or a file: .jsonl or .json (field "text"), or plain text; .gz too."""
     out: Path
     """Results, as JSON; finished batches of an unfinished run are in OUT.partial."""
-    seq_len: int = 512
+    seq_len: Several = 512
     """Tokens of each window."""
-    limit_windows: int | None = None
+    limit_windows: Positive | None = None
     """Score the first N windows only."""
-    continuation_tokens: int = 128
+    continuation_tokens: Positive = 128
     """Under continuation: the last tokens of each window, which are scored."""
     coordinator: str | None = None
     """HOST:PORT of process 0, to share the batches among several processes; they all get the same
     options but --process-id, and process 0 writes --out."""
-    num_processes: int = 1
+    num_processes: Positive = 1
     """How many processes there are."""
-    process_id: int = 0
+    process_id: Count = 0
     """Which of them this is, from 0."""
     resume: bool = False
     """Continue a run that was killed; the results are those of a run that was not."""
 
+    def targets(self) -> list[tuple[str, Path]]:
+        """The results, and the journals that are there until they are written."""
+        outs = (self.out, self._journal_out())
+        paths = dict.fromkeys((self.out, *map(journal.partial_path, outs)))
+        return [("--out", path) for path in paths]
+
+    def _journal_out(self) -> Path:
+        suffix = Processes(self.process_id, self.num_processes).suffix
+        return self.out.parent / f"{self.out.name}{suffix}"
+
     def run(self) -> None:
         """Check, score, write, report."""
         processes = connect(self.coordinator, self.num_processes, self.process_id)
-        journal_out = Path(f"{self.out}{processes.suffix}")
-        for out in dict.fromkeys((self.out, journal_out)):
-            journal.check_target(out, resume=self.resume, overwrite=self.overwrite)
+        if self.resume and self.overwrite:
+            raise InputError("--resume continues a run and --overwrite starts it anew: give one.")
+        advice = "pass --overwrite to start anew or --resume to go on where it stands"
+        self.check_out(overwrite=self.resume or self.overwrite, advice=advice)
         devices = self.local_devices()
         cfg = self.config(continuation_tokens=self.continuation_tokens, engine=self.engine)
         check_width(self.seq_len, cfg)
@@ -65,14 +79,14 @@ class Evaluate(ScoringOptions):
         if processes.gather([{"complete": complete}])[0]["complete"]:
             print(f"{self.out} is complete; it was left as it is.")
             return
-        with journal.Journal(journal_out, identity, resume=self.resume) as batches:
+        with journal.Journal(self._journal_out(), identity, resume=self.resume) as batches:
             sharing = {"devices": devices, "journal": batches, "processes": processes}
             settings: dict[str, Any] = sharing | {"batch_size": self.batch_size, "progress": True}
             results = evaluate(self.load(maps), windows, cfg, **settings)
             counts = {"characters": len(text.text), "documents": text.documents}
             counts |= {"tokens": windows.tokens_in_text, "tokens_left_over": windows.left_over}
             if processes.index == 0:
-                journal.write_json(self.out, results | {"text": counts} | identity)
+                write_json(self.out, results | {"text": counts} | identity)
             processes.gather([])  # nobody forgets before it is written
             batches.remove()
         if processes.index == 0:

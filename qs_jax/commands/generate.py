@@ -7,6 +7,9 @@ import sys
 
 from qs_jax.checkpoint import load_tokenizer
 from qs_jax.commands.options import RunOptions
+from qs_jax.config.fields import Above0, NonNegative, Positive, Probability, Seed
+from qs_jax.engine.inputs import check_positions
+from qs_jax.evaluation.datasets import read_stdin
 from qs_jax.text import TextStream, encode_prompt
 
 
@@ -16,17 +19,17 @@ class Generate(RunOptions):
 
     prompt: str
     """Text to continue; - reads it from standard input."""
-    max_new_tokens: int = 64
+    max_new_tokens: Positive = 64
     """Longest continuation, in tokens."""
-    temperature: float = 0.0
+    temperature: NonNegative = 0.0
     """0 is greedy."""
-    top_k: int | None = None
+    top_k: Positive | None = None
     """Sample among the k most likely tokens."""
-    top_p: float | None = None
+    top_p: Probability | None = None
     """Sample among the smallest set holding this probability."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: Above0 = 1.0
     """Above 1 discourages tokens already present."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the sampler."""
     chat: bool = False
     """Put the prompt into the model's chat template, as the user's message."""
@@ -37,12 +40,13 @@ class Generate(RunOptions):
 
     def run(self) -> None:
         """Load, generate, report."""
-        prompt = sys.stdin.read() if self.prompt == "-" else self.prompt
-        tokenizer = load_tokenizer(self.ckpt)
-        ids = encode_prompt(tokenizer, prompt, chat=self.chat, system=self.system)
         names = "max_new_tokens temperature top_k top_p repetition_penalty seed".split()
         cfg = self.config(**{name: getattr(self, name) for name in names})
         maps, _ = self.find_maps(cfg)
+        prompt = read_stdin() if self.prompt == "-" else self.prompt
+        tokenizer = load_tokenizer(self.ckpt)
+        ids = encode_prompt(tokenizer, prompt, chat=self.chat, system=self.system)
+        check_positions(len(ids), cfg.max_new_tokens, cfg.model)
         stream = TextStream(self.load(maps), tokenizer, ids, cfg)
         if not self.quiet and not self.chat:
             print(prompt, end="", flush=True)

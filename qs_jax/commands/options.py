@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import jax
 from rich.console import Console
@@ -18,10 +16,12 @@ from rich.text import Text
 from qs_jax import presets
 from qs_jax.checkpoint import read_manifest
 from qs_jax.config import Config, ModelConfig
+from qs_jax.config.fields import Positive, Several, parse
 from qs_jax.engine.devices import local_devices
 from qs_jax.errors import InputError
-from qs_jax.evaluation import journal, perplexity
-from qs_jax.evaluation.datasets import read_text
+from qs_jax.evaluation import perplexity
+from qs_jax.evaluation.datasets import read_text_or_file
+from qs_jax.files import check_targets
 from qs_jax.load import choose_dtype, find_maps, load
 from qs_jax.mechanisms.kv_maps import KVMaps
 from qs_jax.models import Params
@@ -41,16 +41,24 @@ class RunOptions:
     kv_maps: Path | None = None
     """Maps of the "extrapolate" policy; by default those beside the preset's file, or
     kv_maps.safetensors in the checkpoint folder."""
+    allow_other_weights: bool = False
+    """Take presets and maps that were made for other weights of the same sizes."""
     dtype: Literal["auto", "float32", "bfloat16"] | None = "auto"
     """Convert parameters while loading; auto takes the faster on this device, None keeps them."""
     compilation_cache: str | None = None
     """Folder that keeps compiled programs for the next start, or off; by default $QS_JAX_CACHE, or
     qs-jax/xla in the user's cache folder."""
 
+    def check(self) -> None:
+        """Refuse values outside the types and ranges that the options are annotated with."""
+        for name, kind in get_type_hints(type(self), include_extras=True).items():
+            parse(f"--{name.replace('_', '-')}", getattr(self, name), kind)
+
     def config(self, preset: str | None = None, **settings: Any) -> Config:
         """The configuration of a preset, by default --preset; the weights are not read."""
         model = ModelConfig.from_dict(read_manifest(self.ckpt)["model"])
         model = model.replace(dtype=choose_dtype(self.dtype, model))
+        model = model.replace(weights=None) if self.allow_other_weights else model
         quicksilver = presets.by_name(preset or self.preset, model)
         return Config(model, quicksilver, protocol=self.protocol, **settings)
 
@@ -79,8 +87,8 @@ class RunOptions:
     def origin(self, cfg: Config) -> dict[str, Any]:
         """The model and the code that produced a results file."""
         manifest = read_manifest(self.ckpt)
-        model = {"source": manifest["source"], "config": cfg.model.to_dict()}
-        model["fingerprint"] = manifest["params"]
+        config = cfg.model.to_dict() | {"weights": manifest["model"].get("weights")}
+        model = {"source": manifest["source"], "config": config}
         return {"model": model, "versions": perplexity.versions(), "git": perplexity.git_hash()}
 
 
@@ -93,9 +101,19 @@ class FileOptions(RunOptions):
     overwrite: bool = False
     """Replace a file that exists."""
 
-    def check_out(self) -> None:
-        """Refuse --out, before anything is computed, if it exists or cannot be written."""
-        journal.check_target(self.out, overwrite=self.overwrite)
+    def targets(self) -> list[tuple[str, Path]]:
+        """Every file that may be written, and the option it belongs to."""
+        return [("--out", self.out)]
+
+    def check_out(self, **options: Any) -> None:
+        """Refuse, before anything is computed, files that cannot be written or must not be."""
+        read: list[tuple[str, Path]] = []
+        for name in "preset kv_maps data also fit_data text results search".split():
+            values = getattr(self, name, None) or ()
+            option = f"--{name.replace('_', '-')}"
+            read += [(option, Path(v)) for v in (values if isinstance(values, tuple) else [values])]
+        options = {"overwrite": self.overwrite, "reads": read} | options
+        check_targets(self.targets(), **options)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -105,15 +123,13 @@ class ScoringOptions(FileOptions):
     engine: Literal["masked", "compact"] = "masked"
     """masked computes everything and selects: savings are simulated. compact makes the same
     decisions and computes active tokens only."""
-    batch_size: int = 8
+    batch_size: Positive = 8
     """Rows scored at a time."""
     devices: str = "1"
     """Local devices that share each batch: a number, or all."""
 
     def local_devices(self) -> tuple[jax.Device, ...] | None:
         """The devices to share batches; None for one."""
-        if self.batch_size < 1:
-            raise InputError(f"--batch-size must be at least 1, got {self.batch_size}.")
         devices = local_devices(self.devices)
         return devices if len(devices) > 1 else None
 
@@ -123,22 +139,17 @@ class TextOptions(FileOptions):
     """A run over one text."""
 
     text: str | None = None
-    """The text itself, or the name of a file that holds it; - reads standard input."""
-    continuation_tokens: int | None = None
+    """The text itself, or the name of a file that holds it; - reads standard input. What looks like
+    the name of a file, and is none, is refused."""
+    continuation_tokens: Positive | None = None
     """Under continuation: the last tokens, which are scored; by default a quarter of the text, 128
     at most."""
-    limit_tokens: int | None = None
+    limit_tokens: Several | None = None
     """Take the first tokens of the text only."""
 
     def encode_text(self, tokenizer: Any) -> tuple[list[int], int]:
         """Tokens of the text within the limit, and how many there are beyond it."""
-        if self.limit_tokens is not None and self.limit_tokens < 2:
-            raise InputError(f"--limit-tokens must be at least 2, got {self.limit_tokens}.")
-        text = sys.stdin.read() if self.text == "-" else self.text or ""
-        named = False
-        with contextlib.suppress(OSError, ValueError):  # no name: too long, or with a null
-            named = self.text != "-" and Path(text).is_file()
-        text = read_text(text).text if named else text
+        text = read_text_or_file(self.text or "").text
         ids = list(tokenizer(text, verbose=False).input_ids)
         if len(ids) < 2:
             raise InputError(f"the text has {len(ids)} token(s); there is nothing to predict.")
@@ -160,4 +171,4 @@ def print_table(
         table.add_column(name, justify="right" if index else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
-    Console(highlight=False).print(table)
+    Console(highlight=False, markup=False, emoji=False).print(table)  # names are no markup

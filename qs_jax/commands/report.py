@@ -13,6 +13,8 @@ from qs_jax.checkpoint import load_tokenizer
 from qs_jax.commands.options import TextOptions
 from qs_jax.config import Config
 from qs_jax.errors import InputError
+from qs_jax.files import write_whole
+from qs_jax.mechanisms.kv_maps import KVMaps
 from qs_jax.models import Params
 from qs_jax.report import PresetRuns, TextRuns, figures
 
@@ -38,9 +40,17 @@ class Report(TextOptions):
     title: str = "QuickSilver report"
     """Title of the page."""
 
+    def targets(self) -> list[tuple[str, Path]]:
+        """The page and the figures."""
+        if self.figures is None:
+            return super().targets()
+        shown = map(_name, dict.fromkeys(self.preset)) if self.text is not None else ()
+        files = figures.names([*shown], len(self.results), self.search is not None)
+        return [*super().targets(), *(("--figures", self.figures / name) for name in files)]
+
     def run(self) -> None:
         """Check, run, write."""
-        self.check_out()
+        self.check_out(makes=self.figures)
         if not (self.text is not None or self.results or self.search):
             raise InputError("give something to show: --text, --results or --search.")
         if self.figures is not None:
@@ -49,10 +59,12 @@ class Report(TextOptions):
         front = reports.read_front(self.search) if self.search is not None else None
         about, text = self._text() if self.text is not None else ({}, None)
         report = reports.Report(self.title, about, text, results, front)
-        written = [reports.write(report, self.out)]
-        if self.figures is not None:
-            written += figures.save(report, self.figures)
-        for path in written:
+        paths = [path for _, path in self.targets()]
+        with write_whole(*paths) as (page, *drawn):
+            reports.write(report, page)
+            if drawn:
+                figures.save(report, drawn[0].parent)
+        for path in paths:
             print(f"wrote {path}")
 
     def _text(self) -> tuple[dict[str, str], TextRuns]:
@@ -67,10 +79,10 @@ class Report(TextOptions):
         cfgs = {name: self.config(name, **common) for name in self.preset}
         protocols = {cfg.effective_protocol for cfg in cfgs.values()}
         protocol = "continuation" if "continuation" in protocols else "teacher-forced"
-        params = self.load()
-        row = np.asarray(ids, np.int32)
         cfgs = {name: cfg.replace(protocol=protocol) for name, cfg in cfgs.items()}
-        runs = [self._preset(name, params, row, cfg) for name, cfg in cfgs.items()]
+        maps = {name: self.find_maps(cfg, name)[0] for name, cfg in cfgs.items()}
+        params, row = self.load(), np.asarray(ids, np.int32)
+        runs = [self._preset(name, params, row, cfg, maps[name]) for name, cfg in cfgs.items()]
         cfg = runs[0].cfg
         prompt = len(ids) - cfg.continuation_tokens if protocol == "continuation" else 0
         origin = self.origin(cfg)
@@ -86,10 +98,16 @@ class Report(TextOptions):
         }
         return about, TextRuns(np.asarray(ids), reports.labels(tokenizer, ids), runs)
 
-    def _preset(self, name: str, params: Params, row: Any, cfg: Config) -> PresetRuns:
-        maps, _ = self.find_maps(cfg, name)
+    def _preset(
+        self, name: str, params: Params, row: Any, cfg: Config, maps: KVMaps | None
+    ) -> PresetRuns:
         params = params if maps is None else {**params, "kv_maps": maps}
         every = self.all_combinations
         runs = reports.trace(params, row, cfg, all_combinations=every, progress=True)
         sizes = None if maps is None else maps.sizes
-        return PresetRuns(Path(name).name.removesuffix(".json"), cfg, list(runs), sizes)
+        return PresetRuns(_name(name), cfg, list(runs), sizes)
+
+
+def _name(preset: str) -> str:
+    """What the page calls a preset."""
+    return Path(preset).name.removesuffix(".json")

@@ -8,11 +8,13 @@ from typing import Any
 
 from qs_jax.checkpoint import load_tokenizer, read_manifest
 from qs_jax.commands.options import ScoringOptions, print_table
+from qs_jax.config.fields import NonNegative, Positive, Seed, Share
 from qs_jax.errors import InputError
 from qs_jax.evaluation.classification import measure_heads
+from qs_jax.evaluation.datasets import is_name
 from qs_jax.evaluation.heads import Head
-from qs_jax.evaluation.journal import write_json
 from qs_jax.evaluation.tasks import TASKS, Examples, read_examples
+from qs_jax.files import write_json
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -23,19 +25,19 @@ class Tasks(ScoringOptions):
     """Among mnli, qnli, sst2, cola, rte, boolq."""
     data: str
     """A folder that holds e.g. sst2.jsonl or sst2.dev.jsonl, one such file, or hub."""
-    limit: int | None = None
+    limit: Positive | None = None
     """Draw so many examples of each task; by default all."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the draw and of --head linear's split."""
     head: str = "none"
     """none: by the likelihood of label words, through lm-evaluation-harness. linear: a head fitted
     on the dense model's states of a share of the examples, evaluated on the others. DIR: one made
     by convert.hf_to_flax --classifier."""
-    train_share: float = 0.5
+    train_share: Share = 0.5
     """--head linear: share of the examples it is fitted on."""
-    l2: float = 0.1
+    l2: NonNegative = 0.1
     """--head linear: weight of the squared weights, on the scale of standardised states."""
-    batch_size: int = 16
+    batch_size: Positive = 16
     """Rows scored at a time."""
 
     def run(self) -> None:
@@ -46,6 +48,7 @@ class Tasks(ScoringOptions):
     def measure(self) -> dict[str, Any]:
         """Run all tasks; the results of each by name under "tasks", and all settings."""
         self.check_out()
+        stored = not is_name(self.head, ("none", "linear"))
         devices = self.local_devices()
         cfg = self.config(engine=self.engine)
         assert cfg.quicksilver is not None
@@ -54,14 +57,14 @@ class Tasks(ScoringOptions):
         if self.head == "none":
             from qs_jax.evaluation.harness import measure_words
 
-            names = "ckpt engine dtype batch_size devices".split()
+            names = "ckpt engine dtype batch_size devices allow_other_weights".split()
             settings = {name: getattr(self, name) for name in names}
             settings |= {"ckpt": str(self.ckpt), "protocol": cfg.effective_protocol}
             mechanisms = {"preset": self.preset, "kv_maps": self.kv_maps}
             mechanisms = None if cfg.quicksilver.is_off else mechanisms
             tasks = measure_words(settings, mechanisms, examples)
         else:
-            head = None if self.head == "linear" else self._load_head()
+            head = self._load_head() if stored else None
             settings = {name: getattr(self, name) for name in "train_share seed l2".split()}
             settings |= {"head": head, "batch_size": self.batch_size, "devices": devices}
             tokenizer = load_tokenizer(self.ckpt)
@@ -83,7 +86,7 @@ class Tasks(ScoringOptions):
 
     def _load_head(self) -> Head:
         head = Head.load(Path(self.head))
-        if head.backbone != read_manifest(self.ckpt)["params"]:
+        if head.backbone != read_manifest(self.ckpt)["model"].get("weights"):
             other = f"the head in {self.head} was trained with another model than {self.ckpt}"
             raise InputError(f"{other}: give the same folder as --ckpt and --head.")
         return head

@@ -46,8 +46,15 @@ Flag = Annotated[bool, _NumPy, Strict()]
 Integer = Annotated[int, _NumPy, Strict()]
 Count = Annotated[Integer, Field(ge=0)]
 Positive = Annotated[Integer, Field(ge=1)]
+Several = Annotated[Integer, Field(ge=2)]
+Seed = Annotated[Integer, Field(ge=0, lt=2**32)]
 Integers = Annotated[tuple[Integer, ...], _NumPy]
 Number = Annotated[float, _NumPy, AfterValidator(_not_nan)]
+NonNegative = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
+Above0 = Annotated[Number, Field(gt=0, allow_inf_nan=False)]
+Probability = Annotated[Number, Field(gt=0, le=1)]
+Percentile = Annotated[Number, Field(ge=0, le=100)]
+Share = Annotated[Number, Field(gt=0, lt=1)]
 Numbers = Annotated[tuple[Number, ...], _NumPy]
 # One number, or one for each layer.
 Threshold = Annotated[float | tuple[float, ...], PlainValidator(_threshold)]
@@ -76,6 +83,8 @@ def _message(path: str, names: Sequence[str], error: Mapping[str, Any]) -> str:
     if error["type"] in ("missing", "missing_argument", "unexpected_keyword_argument"):
         return f"{name} is {'missing' if 'missing' in error['type'] else 'unknown'}."
     _, should, rule = error["msg"].partition(" should ")
+    rule = rule.replace("greater than or equal to", "at least")
+    rule = rule.replace("less than or equal to", "at most")
     return f"{name} must {rule}, got {error['input']!r}." if should else f"{name}: {error['msg']}."
 
 

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from qs_jax.config.fields import Flag, Integer, Integers, Number, Positive, Settings
+from qs_jax.config.fields import Flag, Integer, Integers, Number, Settings
 from qs_jax.errors import ConfigError
 
+# Bounds above every published model: shapes and angles can be formed before they are compared.
+Size = Annotated[Integer, Field(ge=1, le=2**24)]
+Layers = Annotated[Integer, Field(ge=1, le=10_000)]
+Length = Annotated[Integer, Field(ge=1, lt=2**31)]
+PositiveNumber = Annotated[Number, Field(gt=0, le=1e6)]
+Weight = Annotated[Number, Field(ge=0, le=1e6)]
+
+ALLOW_OTHER_WEIGHTS = (
+    "Who knows that they fit passes --allow-other-weights, or model.replace(weights=None)."
+)
 # What each RoPE scaling needs besides its factor.
 ROPE_SCALINGS: dict[str, tuple[str, ...]] = {
     "linear": (),
@@ -36,15 +47,15 @@ class RopeScaling(Settings, path="rope_scaling"):
     """
 
     rope_type: str
-    factor: Annotated[Number, Field(ge=1, allow_inf_nan=False)]
-    original_max_positions: Integer | None = None
-    low_freq_factor: Number | None = None
-    high_freq_factor: Number | None = None
-    beta_fast: Number = 32.0
-    beta_slow: Number = 1.0
-    attention_factor: Number | None = None
-    mscale: Number | None = None
-    mscale_all_dim: Number | None = None
+    factor: Annotated[Number, Field(ge=1, le=1e6)]
+    original_max_positions: Length | None = None
+    low_freq_factor: PositiveNumber | None = None
+    high_freq_factor: PositiveNumber | None = None
+    beta_fast: PositiveNumber = 32.0
+    beta_slow: PositiveNumber = 1.0
+    attention_factor: PositiveNumber | None = None
+    mscale: Weight | None = None
+    mscale_all_dim: Weight | None = None
     truncate: Flag = True
 
     def __post_init__(self) -> None:
@@ -55,8 +66,8 @@ class RopeScaling(Settings, path="rope_scaling"):
         if missing:
             raise ConfigError(f"{kind} needs {', '.join(missing)}.")
         low, high = self.low_freq_factor, self.high_freq_factor
-        if low is not None and high is not None and not 0 < low < high:
-            need = "0 < low_freq_factor < high_freq_factor"
+        if low is not None and high is not None and low >= high:
+            need = "low_freq_factor < high_freq_factor"
             raise ConfigError(f"{kind} needs {need}, got {low} and {high}.")
 
 
@@ -83,35 +94,38 @@ class ModelConfig(Settings):
       bos_token_id: First token of a document, if the model has one.
       eos_token_ids: Any of these ends a row.
       pad_token_id: Fills rows after their end; None means 0.
+      weights: Fingerprint of the checkpoint's weights, to which KV maps and presets are bound; None
+        fits any. Plays no part in equality.
     """
 
     model_type: str
-    vocab_size: Positive
-    num_layers: Positive
-    hidden_size: Positive
-    num_heads: Positive
-    num_kv_heads: Positive
-    head_dim: Positive
-    mlp_size: Positive
-    max_positions: Positive
-    norm_eps: Annotated[Number, Field(gt=0)]
+    vocab_size: Size
+    num_layers: Layers
+    hidden_size: Size
+    num_heads: Size
+    num_kv_heads: Size
+    head_dim: Size
+    mlp_size: Size
+    max_positions: Length
+    norm_eps: Annotated[Number, Field(gt=0, lt=1)]
     activation: str
     tie_embeddings: Flag
     attention_bias: Flag
     mlp_bias: Flag
-    rope_theta: Number | None = None
+    rope_theta: Annotated[Number, Field(gt=1, le=1e15)] | None = None
     rope_scaling: RopeScaling | None = None
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     bos_token_id: Integer | None = None
     eos_token_ids: Integers = ()
     pad_token_id: Integer | None = None
+    weights: str | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         heads, kv_heads = self.num_heads, self.num_kv_heads
         if heads % kv_heads:
             raise ConfigError(f"num_heads {heads} must be a multiple of num_kv_heads {kv_heads}.")
-        if self.model_type == "llama" and (self.rope_theta is None or self.rope_theta <= 0):
-            raise ConfigError(f"a llama model needs a positive rope_theta, got {self.rope_theta}.")
+        if self.model_type == "llama" and self.rope_theta is None:
+            raise ConfigError("a llama model needs rope_theta.")
         if self.model_type == "llama" and self.head_dim % 2:
             raise ConfigError(f"RoPE needs an even head_dim, got {self.head_dim}.")
         self.check_ids("eos_token_ids", self.eos_token_ids)
@@ -124,6 +138,10 @@ class ModelConfig(Settings):
             if not 0 <= token < self.vocab_size:
                 size = self.vocab_size
                 raise ConfigError(f"{name} {token} is outside the vocabulary of {size}.")
+
+    def has_weights(self, made_for: str | None) -> bool:
+        """Whether these are the weights of that fingerprint; None on either side fits any."""
+        return None in (made_for, self.weights) or made_for == self.weights
 
     @property
     def q_size(self) -> int:

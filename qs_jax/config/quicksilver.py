@@ -10,12 +10,15 @@ from pydantic import Field
 
 from qs_jax.config.fields import (
     ONE_OR_MORE,
+    Above0,
     Count,
     Flag,
     Integer,
     Integers,
-    Number,
+    NonNegative,
     Positive,
+    Probability,
+    Seed,
     Settings,
 )
 from qs_jax.config.mechanisms import AMQConfig, Entropy, FusionConfig, HaltingConfig, KVSkipConfig
@@ -205,11 +208,11 @@ class Config(Settings):
     protocol: Protocol | None = None
     continuation_tokens: Positive = 128
     max_new_tokens: Positive = 64
-    temperature: Annotated[Number, Field(ge=0, allow_inf_nan=False)] = 0.0
+    temperature: NonNegative = 0.0
     top_k: Positive | None = None
-    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
-    repetition_penalty: Annotated[Number, Field(gt=0, allow_inf_nan=False)] = 1.0
-    seed: Annotated[Integer, Field(ge=0, lt=2**32)] = 0
+    top_p: Probability | None = None
+    repetition_penalty: Above0 = 1.0
+    seed: Seed = 0
     eos_token_ids: Annotated[Integers, ONE_OR_MORE] | None = None
     engine: Literal["auto", "masked", "compact"] = "auto"
 

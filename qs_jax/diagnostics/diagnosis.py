@@ -118,11 +118,7 @@ def diagnose(
 
     Source: QuickSilver R.3 and figure 21.
     """
-    model, mech = cfg.model, resolve(cfg.quicksilver, cfg.model, cfg.effective_protocol)
-    if mech.is_off:
-        raise InputError("there is nothing to diagnose: every mechanism is off.")
-    if mech.reads_previous:
-        raise InputError("final_prev has no gradient over whole rows: use another entropy.")
+    model, mech = cfg.model, check_mechanisms(cfg)
     params = prepare_params(params, model, mech)
     batch, padded = inputs.prepare_batch(tokens, model)
     ends_B = inputs.split_prompts(batch.lengths_B, None, cfg)
@@ -197,6 +193,16 @@ def _divergence(params: Params, dense_BTD: Array, preset_BTD: Array) -> tuple[Ar
     out_BT2 = head.map_positions(compare, 2 * head.head_table(params).shape[0], *states)
     out_BT2 = jnp.pad(out_BT2[:, :-1], ((0, 0), (1, 0), (0, 0)))
     return out_BT2[..., 0], out_BT2[..., 1] > 0
+
+
+def check_mechanisms(cfg: Config) -> Mechanisms:
+    """The mechanisms of a call, refused where there is nothing to diagnose."""
+    mech = resolve(cfg.quicksilver, cfg.model, cfg.effective_protocol)
+    if mech.is_off:
+        raise InputError("there is nothing to diagnose: every mechanism is off.")
+    if mech.reads_previous:
+        raise InputError("final_prev has no gradient over whole rows: use another entropy.")
+    return mech
 
 
 def nudge_embeddings(model: ModelConfig, nudge_BTD: Array) -> AbstractContextManager[Any]:

@@ -94,13 +94,13 @@ def with_head(
     params: Params, cfg: Config, prompts: Sequence[Sequence[int]], head: Head, **options: Any
 ) -> Outcome:
     """Score every class by a linear head, which the tally charges in place of the vocabulary."""
+    head.check_width(cfg.model.hidden_size)
     states_ED, counts = last_states(params, cfg, prompts, **options)
     prefill, classes = dict(counts["prefill"]), len(head.labels)
     change = 2 * cfg.model.hidden_size * classes - flops.head_flops(cfg.model)
     for name in ("exact_flops", "exact_flops_dense"):
         prefill[name] += prefill["readouts"] * change
-    scores_EC = head.logits(states_ED).astype(np.float64)
-    return Outcome(scores_EC, counts | {"prefill": prefill})
+    return Outcome(head.logits(states_ED), counts | {"prefill": prefill})
 
 
 def measure_heads(

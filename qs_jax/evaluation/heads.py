@@ -14,24 +14,46 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from qs_jax.errors import CheckpointError, InputError
+from qs_jax.engine.weights import check_finite
+from qs_jax.errors import CheckpointError, InputError, NonFiniteError
 from qs_jax.evaluation.tasks import Task
+from qs_jax.files import write_whole
 
 FILE_NAME = "classifier.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """A linear classifier of final states; `backbone` is the fingerprint of its parameters."""
+    """A linear classifier of final states; `backbone` is the fingerprint of its weights."""
 
     weight_CD: Float[np.ndarray, "C D"]
     bias_C: Float[np.ndarray, "C"]
     labels: tuple[str, ...]
-    backbone: dict[str, Any] | None = None
+    backbone: str | None = None
+
+    def __post_init__(self) -> None:
+        classes = len(self.labels)
+        if not classes or len({label for label in self.labels if type(label) is str}) < classes:
+            raise InputError(f"a head needs a name of its own for each class, got {self.labels}.")
+        for name, tensor in (("weight", self.weight_CD), ("bias", self.bias_C)):
+            found, rank = f"{tensor.dtype}{list(tensor.shape)}", 2 - (name == "bias")
+            if tensor.dtype != np.float32 or tensor.ndim != rank or len(tensor) != classes:
+                shape = f"float32[{classes}{', width' * (rank - 1)}]"
+                raise InputError(f"the {name} of the head is {found}, expected {shape}.")
+            if not np.isfinite(tensor).all():
+                raise NonFiniteError(f"the {name} of the head holds NaN or infinity.")
+
+    def check_width(self, width: int) -> None:
+        """Refuse states of another width than the head reads."""
+        if width != self.weight_CD.shape[1]:
+            reads = self.weight_CD.shape[1]
+            raise InputError(f"the head reads states of width {reads}, this model's have {width}.")
 
     def logits(self, states_ED: Float[np.ndarray, "E D"]) -> Float[np.ndarray, "E C"]:
-        """Scores of each class, in the head's order."""
-        return states_ED.astype(np.float32) @ self.weight_CD.T + self.bias_C
+        """Scores of each class, in the head's order; in float64, which finite states fit."""
+        self.check_width(states_ED.shape[1])
+        check_finite(np.all(np.isfinite(states_ED), axis=1))
+        return states_ED.astype(np.float64) @ self.weight_CD.T.astype(np.float64) + self.bias_C
 
     def for_task(self, task: Task) -> Head:
         """The head in the task's order, which numbered classes (LABEL_0, ...) are taken to have."""
@@ -49,7 +71,8 @@ class Head:
         about = {"labels": list(self.labels), "backbone": self.backbone}
         path = folder / FILE_NAME
         tensors = {"weight": np.ascontiguousarray(self.weight_CD), "bias": self.bias_C}
-        save_file(tensors, path, metadata={"head": json.dumps(about)})
+        with write_whole(path) as (staged,):
+            save_file(tensors, staged, metadata={"head": json.dumps(about)})
         return path
 
     @classmethod
@@ -65,7 +88,11 @@ class Head:
             with safe_open(path, framework="numpy") as file:
                 about = json.loads(file.metadata()["head"])
                 weight_CD, bias_C = file.get_tensor("weight"), file.get_tensor("bias")
+            if not isinstance(about["labels"], list):
+                raise ValueError(f"its labels are {about['labels']!r}, expected a list")
             return cls(weight_CD, bias_C, tuple(about["labels"]), about["backbone"])
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{path}: {error}") from error
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} is damaged: {error}. Convert again.") from error
 
@@ -78,8 +105,9 @@ def fit_head(
     States are standardised channel by channel, which is folded into the head; the loss is the mean
     cross-entropy plus `l2 / 2` times the squared weights on that scale.
     """
-    if l2 < 0:
+    if not 0 <= l2 < np.inf:
         raise InputError(f"--l2 must be at least 0, got {l2}.")
+    check_finite(np.all(np.isfinite(states_ED), axis=1))
     if missing := set(range(len(labels))) - set(labels_E.tolist()):
         raise InputError(f"no training row is {', '.join(labels[i] for i in sorted(missing))}.")
     mean_D, std_D = states_ED.mean(0, dtype=np.float64), states_ED.std(0, dtype=np.float64)

@@ -1,7 +1,7 @@
-"""Results files that are written whole, and the journal of a run that can be killed and continued.
+"""The journal of a run that can be killed and continued.
 
 Finished batches go to `OUT.partial`, one JSON line each, behind a first line with the run's
-identity. `OUT` itself appears as the last step. Nothing that exists is replaced unasked.
+identity. `OUT` itself appears as the last step.
 """
 
 from __future__ import annotations
@@ -14,35 +14,13 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict
 
-from qs_jax.errors import InputError
-
-
-def check_target(
-    out: Path, *, overwrite: bool = False, resume: bool | None = None, option: str = "--out"
-) -> None:
-    """Refuse a target that cannot be written, or that exists and may not be replaced.
-
-    `resume` is None where the caller cannot continue a run.
-    """
-    if resume and overwrite:
-        raise InputError("--resume continues a run and --overwrite starts it anew: give one.")
-    if out.is_dir():
-        raise InputError(f"{option} {out} is a folder; name a file in it.")
-    if not out.parent.is_dir():
-        raise InputError(f"{option} {out}: there is no folder {out.parent}.")
-    if resume or overwrite:
-        return
-    advice = f"name another {option}, or pass --overwrite"
-    if resume is not None:
-        advice += " to start anew or --resume to go on where it stands"
-    for path, state in ((out, "exists"), (partial_path(out), "is left from an unfinished run")):
-        if path.exists():
-            raise InputError(f"{path} {state}: {advice}. Nothing was changed.")
+from qs_jax.errors import InputError, OutputError
+from qs_jax.files import parse_json, read_json
 
 
 def partial_path(out: Path) -> Path:
     """Journal of an unfinished run."""
-    return out.with_name(out.name + ".partial")
+    return out.parent / f"{out.name}.partial"
 
 
 def is_complete(out: Path, identity: dict[str, Any]) -> bool:
@@ -51,7 +29,7 @@ def is_complete(out: Path, identity: dict[str, Any]) -> bool:
         return False
     here = {name: identity[name] for name in identity if name not in ("versions", "git")}
     try:
-        results = json.loads(out.read_text(encoding="utf-8"))
+        results = read_json(out)
         there = {name: results[name] for name in here}
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
@@ -59,17 +37,6 @@ def is_complete(out: Path, identity: dict[str, Any]) -> bool:
         ) from error
     _require_same(out, there, here)
     return True
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write indented JSON; the file appears whole or not at all."""
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        _write(staged, "wb", text.encode("utf-8"))
-        os.replace(staged, path)
-    finally:
-        staged.unlink(missing_ok=True)
 
 
 class Journal:
@@ -109,7 +76,7 @@ class Journal:
         if not whole:
             return
         try:
-            identity, *entries = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+            identity, *entries = map(parse_json, whole.decode("utf-8").splitlines())
             if not all(isinstance(entry, dict) for entry in (identity, *entries)):
                 raise ValueError("a line is not an object")
         except ValueError as error:
@@ -143,7 +110,10 @@ def _line(content: dict[str, Any]) -> bytes:
 
 def _write(path: Path, mode: str, content: bytes) -> None:
     """Write, and wait until it is on disk."""
-    with path.open(mode) as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with path.open(mode) as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OutputError(f"{path}: {error}. Free some space; --resume goes on.") from error

@@ -22,7 +22,7 @@ from qs_jax.config import Config
 from qs_jax.engine.devices import local_devices
 from qs_jax.engine.generate import stream
 from qs_jax.engine.inputs import bucket_size
-from qs_jax.errors import InputError
+from qs_jax.errors import InputError, NonFiniteError
 from qs_jax.evaluation.rows import Pair, ScoredBatch, score_rows
 from qs_jax.load import find_maps, load
 from qs_jax.models import Params, count_params, head
@@ -51,6 +51,7 @@ class QSJaxLM(TemplateLM):
       protocol: As `Config.protocol`.
       engine: As `Config.engine`.
       kv_maps: Of the "extrapolate" policy; by default as the command line finds them.
+      allow_other_weights: Take a preset and maps that were made for other weights.
       dtype: As `qs_jax.load`.
       batch_size: Rows at a time.
       devices: Local devices that share each batch of a score: a number, or "all".
@@ -68,6 +69,7 @@ class QSJaxLM(TemplateLM):
         protocol: str | None = None,
         engine: str = "auto",
         kv_maps: str | None = None,
+        allow_other_weights: bool = False,
         dtype: str | None = "auto",
         batch_size: int | str = 1,
         devices: int | str = 1,
@@ -84,6 +86,7 @@ class QSJaxLM(TemplateLM):
         self.folder = Path(ckpt)
         self.tokenizer: Any = load_tokenizer(self.folder)
         params, model = load(self.folder, dtype=dtype)
+        model = model.replace(weights=None) if allow_other_weights else model
         settings: dict[str, Any] = {"protocol": protocol, "engine": engine}
         self.cfg = Config(model, presets.by_name(preset, model), **settings)
         file = Path(kv_maps) if kv_maps else None
@@ -92,7 +95,8 @@ class QSJaxLM(TemplateLM):
         group = local_devices(str(devices))
         self.devices = group if len(group) > 1 else None
         self.batch_size = int(batch_size)
-        self.max_length = min(max_length or model.max_positions, model.max_positions)
+        most = model.max_positions
+        self.max_length = most if max_length is None else min(max_length, most)
         if self.max_length < 2:
             raise InputError(f"max_length must be at least 2, got {max_length}.")
         self.max_gen_toks, self.seed = max_gen_toks, seed
@@ -154,6 +158,27 @@ class QSJaxLM(TemplateLM):
         size = {"model_num_parameters": count_params(self.cfg.model)}
         return size | {"model_dtype": self.cfg.model.dtype, "qs_jax": settings}
 
+    def loglikelihood(
+        self, requests: list[Any], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Log-likelihood of continuations of contexts, and whether each is the greedy one."""
+        asked = [(request.args, *self._encode_pair(*request.args)) for request in requests]
+        return self._loglikelihood_tokens(asked, disable_tqdm)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Token ids of a context and of what follows it, tokenised together.
+
+        White space at the end of a context belongs to what follows, as in the harness. Unlike there
+        a token that holds the end of the one and the beginning of the other does too: it would
+        belong to neither.
+        """
+        if not context.strip():
+            return [], self.tok_encode(context + continuation, add_special_tokens=False)
+        whole, before = self.tok_encode(context + continuation), self.tok_encode(context.rstrip())
+        same = [a == b for a, b in zip(before, whole, strict=False)]
+        shared = [*same, False].index(False)
+        return whole[:shared], whole[shared:]
+
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, Any, Any]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
@@ -172,6 +197,11 @@ class QSJaxLM(TemplateLM):
                 targets = [(row, i) for row, at in enumerate(batch.index) for i in members[at]]
                 read = self._read(batch, [(row, *pairs[i]) for row, i in targets])
                 for (_row, index), result in zip(targets, read, strict=True):
+                    if not np.isfinite(result[0]):
+                        raise NonFiniteError(
+                            f"the log-likelihood of request {index} is {result[0]}: the weights "
+                            "hold NaN or infinity, or the dtype overflows; try dtype=float32."
+                        )
                     results[index] = result
                     if requests[index][0] is not None:
                         self.cache_hook.add_partial("loglikelihood", requests[index][0], result)
@@ -181,7 +211,13 @@ class QSJaxLM(TemplateLM):
         return results
 
     def _fit(self, context: list[int], after: list[int]) -> Pair:
-        """Cut the beginning of a context that leaves no room for what follows."""
+        """A context of at least one token, its beginning cut where it leaves no room for the rest.
+
+        In place of no tokens stands the prefix token: the first of what follows, or one before it.
+        """
+        if not context:
+            first, given = self.prefix_token_id, after[:1] == [self.prefix_token_id]
+            context, after = [first], after[1:] if given else after
         most = self.max_length - 1
         if not 1 <= len(after) <= most:
             raise InputError(f"a continuation must have 1 to {most} tokens, got {len(after)}.")
@@ -210,10 +246,12 @@ class QSJaxLM(TemplateLM):
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, each token predicted once.
 
-        Teacher-forced in windows of the model's length, as the harness does for Hugging Face
-        models; under "continuation" in blocks, each with all before it that fits as its prompt.
+        The beginning token is given, not predicted, as where a text continues an empty context; the
+        harness's "hf" model does so under `add_bos_token=False` and else predicts it too.
+        Teacher-forced in windows of the model's length, as there; under "continuation" in blocks,
+        each with all before it that fits as its prompt.
         """
-        windows = [self._windows(self.tok_encode(request.args[0])) for request in requests]
+        windows = [self._windows(self._encode_pair("", r.args[0])[1]) for r in requests]
         flat = [(None, *window) for each in windows for window in each]
         scores = iter(self._loglikelihood_tokens(flat, disable_tqdm) if flat else [])
         totals = [sum((next(scores)[0] for _ in each), 0.0) for each in windows]
@@ -223,6 +261,7 @@ class QSJaxLM(TemplateLM):
 
     def _windows(self, ids: list[int]) -> list[tuple[list[int], list[int]]]:
         first, longest = self.prefix_token_id, self.max_length
+        ids = ids[1:] if ids[:1] == [first] else ids
         if self.cfg.effective_protocol != "continuation":
             windows = utils.get_rolling_token_windows(ids, first, longest - 1, 1)
             return [utils.make_disjoint_window(window) for window in windows]

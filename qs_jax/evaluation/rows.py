@@ -13,7 +13,7 @@ from qs_jax import accounting
 from qs_jax.config import Config
 from qs_jax.engine.devices import replicate
 from qs_jax.engine.score import ScoreOutput, score
-from qs_jax.errors import InputError
+from qs_jax.errors import InputError, NonFiniteError
 from qs_jax.mechanisms.kv_maps import sizes_of
 from qs_jax.models import Params
 
@@ -51,14 +51,12 @@ def score_rows(
     for batch in range(-(-len(rows) // batch_size)) if batches is None else batches:
         index = order[batch * batch_size : (batch + 1) * batch_size]
         prompts_B = np.array([len(pairs[i][0]) for i in index])
-        out = score(
-            params,
-            [rows[i] for i in index],
-            cfg,
-            prompt_lengths=prompts_B if continued else None,
-            return_states=return_states,
-            devices=devices,
-        )
+        options: dict[str, Any] = {"return_states": return_states, "devices": devices}
+        options["prompt_lengths"] = prompts_B if continued else None
+        try:
+            out = score(params, [rows[i] for i in index], cfg, **options)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"in the batch of rows {index}, {error}") from error
         if out.record is None:
             lengths_B = np.array([len(rows[i]) for i in index])
             counts = accounting.dense_tally(lengths_B, prompts_B, cfg.model)

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Int
 
 from qs_jax.errors import InputError
-from qs_jax.evaluation.datasets import hub_rows, json_records
+from qs_jax.evaluation.datasets import hub_rows, is_name, json_records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +119,7 @@ def read_examples(task: Task, data: str, limit: int | None = None, seed: int = 0
     """
     if limit is not None and limit < 1:
         raise InputError(f"--limit must be at least 1, got {limit}.")
-    if data == "hub":
+    if is_name(data, ("hub",)):
         name, unit = f"{task.hub}/{task.name} ({task.split})", "row"
         rows = enumerate(hub_rows(task.hub, task.name, task.split, list))
     else:

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from qs_jax.config import ModelConfig
+from qs_jax.config import ALLOW_OTHER_WEIGHTS, ModelConfig
 from qs_jax.errors import CheckpointError, ConfigError
+from qs_jax.files import parse_json, write_whole
 from qs_jax.models import family_of, rope
 from qs_jax.models.layers import product
 from qs_jax.state import exact_dtype
@@ -46,7 +47,7 @@ class KVMaps(flax.struct.PyTreeNode):
       features: What is read of a token that stops: "state"; "embedding", its input embedding;
         "previous", the state of the token before it (these three RMS-normalised); "neurons", the
         inner activations of the next layer's MLP on its state.
-      provenance: JSON text: data, tokens, rows, ridge.
+      provenance: JSON text: data, tokens, rows, ridge, and the fingerprint of the weights.
       encode_XFR: Of reduced rank: the code that the maps of all deeper layers read, R numbers, from
         the features. None where the maps read the features themselves, a constant 1 last.
     """
@@ -87,7 +88,8 @@ class KVMaps(flax.struct.PyTreeNode):
         if self.encode_XFR is not None:
             arrays["encode"] = np.asarray(self.encode_XFR)
         stored = {name: np.ascontiguousarray(array, dtype) for name, array in arrays.items()}
-        save_file(stored, str(path), metadata=metadata)
+        with write_whole(path) as (staged,):
+            save_file(stored, staged, metadata=metadata)
         return path
 
     @classmethod
@@ -112,16 +114,19 @@ class KVMaps(flax.struct.PyTreeNode):
                     maps[layer:, x] = deeper[x]
                 encode = None if encode is None else jnp.asarray(encode, jnp.float32)
                 features = tuple(json.loads(metadata["features"]))
-                return cls(jnp.asarray(maps), layers, features, metadata["provenance"], encode)
+                provenance = metadata["provenance"]
+                if not isinstance(parse_json(provenance), dict):
+                    raise ValueError("its provenance is no object")
+                return cls(jnp.asarray(maps), layers, features, provenance, encode)
         except FileNotFoundError as error:
             raise CheckpointError(
                 f"there are no KV maps at {path}: fit them with qs_jax.fit_kv_maps and save them."
             ) from error
-        except (SafetensorError, KeyError, ValueError) as error:
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, IndexError) as error:
             raise CheckpointError(f"{path} does not hold KV maps: {error}") from error
 
     def check(self, model: ModelConfig) -> None:
-        """Raise `ConfigError` if these are maps of another model."""
+        """Raise `ConfigError` if these are maps of another model or of other weights."""
         count, size = len(self.layers), feature_count(self.features, model)
         encode_XFR = self.encode_XFR
         rank = size if encode_XFR is None else encode_XFR.shape[-1]
@@ -129,6 +134,11 @@ class KVMaps(flax.struct.PyTreeNode):
         expected = [(model.num_layers, count, rank, 2 * model.kv_size), (count, size, rank)]
         if found != expected[: len(found)]:
             raise ConfigError(f"these KV maps are not of this model: {found}, expected {expected}.")
+        if not model.has_weights(made_for := json.loads(self.provenance).get("weights")):
+            raise ConfigError(
+                f"these KV maps were fitted on other weights ({made_for}) than this model's "
+                f"({model.weights}): fit maps on these. {ALLOW_OTHER_WEIGHTS}"
+            )
 
 
 def sizes_of(params: dict[str, Any]) -> MapSizes | None:

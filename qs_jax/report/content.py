@@ -19,6 +19,7 @@ from markupsafe import Markup
 from qs_jax import accounting
 from qs_jax.config import Config, QuickSilverConfig
 from qs_jax.evaluation.perplexity import SAVED
+from qs_jax.files import write_whole
 from qs_jax.mechanisms.kv_maps import MapSizes
 from qs_jax.mechanisms.signals import largest_entropy
 from qs_jax.report.measures import COMPONENTS, active_tokens, costs, fit_decay
@@ -74,8 +75,9 @@ class Report:
 
 
 def write(report: Report, path: Path) -> Path:
-    """Write the page as one file."""
-    path.write_text(render(report), encoding="utf-8")
+    """Write the page as one file, whole or not at all."""
+    with write_whole(path) as (staged,):
+        staged.write_text(render(report), encoding="utf-8", errors="replace")
     return path
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qs_jax.errors import InputError
+from qs_jax.files import write_whole
 from qs_jax.report import measures
 from qs_jax.report.content import PresetRuns, Report, TextRuns, thresholds
 from qs_jax.report.measures import decayed, fit_decay
@@ -32,11 +34,20 @@ def require_matplotlib() -> None:
         raise InputError("--figures needs matplotlib: pip install 'qs-jax[plots]'.") from error
 
 
+def names(presets: Sequence[str], results: int = 0, front: bool = False) -> list[str]:
+    """Files of a report's figures: its presets' by name, of so many results, of a search."""
+    kinds = [draw.__name__ for draw in (*_OF_TEXTS, *_OF_PRESETS, active_tokens)]
+    stems = [f"{preset}.{kind}" for preset in presets for kind in kinds]
+    stems += [f"results-{number}.active_tokens" for number in range(1, results + 1)]
+    stems += ["pareto_front"] if front else []
+    return [f"{stem}.{kind}" for stem in stems for kind in ("png", "svg")]
+
+
 def save(report: Report, folder: Path) -> list[Path]:
     """Draw every figure of a report, of a text those of each whole preset, as PNG and SVG.
 
     Returns:
-      The files.
+      The files, which appear together or not at all.
 
     Raises:
       InputError: matplotlib is missing.
@@ -44,29 +55,31 @@ def save(report: Report, folder: Path) -> list[Path]:
     require_matplotlib()
     from matplotlib import rc_context
 
-    folder.mkdir(parents=True, exist_ok=True)
-    drawn: dict[str, Figure] = {}
+    presets = [] if report.text is None else [preset.name for preset in report.text.presets]
+    kinds = (presets, len(report.results), report.front is not None)
+    paths = [folder / name for name in names(*kinds)]
+    # Text stays text in SVG; what a file holds does not depend on the day.
+    plain: Any = {"svg.fonttype": "none", "svg.hashsalt": "qs-jax"}
+    with rc_context(plain), write_whole(*paths) as staged:
+        for figure, png, svg in zip(_draw(report), staged[::2], staged[1::2], strict=True):
+            figure.savefig(png, dpi=200)
+            figure.savefig(svg, dpi=200, metadata={"Date": None})
+    return paths
+
+
+def _draw(report: Report) -> Iterator[Figure]:
+    """The figures, in the order of their names."""
     if (text := report.text) is not None:
         for preset in text.presets:
-            for draw in (halting_timeline, kv_writes, fusion_flow, bit_widths):
-                drawn[f"{preset.name}.{draw.__name__}"] = draw(text, preset)
-            for draw in (entropy_by_layer, drift_curves):
-                drawn[f"{preset.name}.{draw.__name__}"] = draw(preset)
+            yield from (draw(text, preset) for draw in _OF_TEXTS)
+            yield from (draw(preset) for draw in _OF_PRESETS)
             counts, of = measures.active_tokens(preset.runs[-1].record), preset.name
-            drawn[f"{of}.active_tokens"] = active_tokens(counts, of, f"{of} (simulated)")
-    for number, row in enumerate(report.results, start=1):
+            yield active_tokens(counts, of, f"{of} (simulated)")
+    for row in report.results:
         of = f"{row['preset']}, {row['data']} ({'simulated' if row['simulated'] else 'counted'})"
-        counts = row["per_layer"]["layer_tokens"]
-        drawn[f"results-{number}.active_tokens"] = active_tokens(counts, row["preset"], of)
+        yield active_tokens(row["per_layer"]["layer_tokens"], row["preset"], of)
     if report.front is not None:
-        drawn["pareto_front"] = pareto_front(report.front)
-    paths = {folder / f"{name}.{kind}": name for name in drawn for kind in ("png", "svg")}
-    # Text stays text in SVG; what a file holds does not depend on the day.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "qs-jax"}):
-        for path, name in paths.items():
-            metadata = {"Date": None} if path.suffix == ".svg" else None
-            drawn[name].savefig(path, dpi=200, metadata=metadata)
-    return list(paths)
+        yield pareto_front(report.front)
 
 
 def _plot(title: str = "", width: float = 7.0, height: float = 3.6) -> tuple[Figure, Axes]:
@@ -75,8 +88,13 @@ def _plot(title: str = "", width: float = 7.0, height: float = 3.6) -> tuple[Fig
 
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
-    axes.set_title(title)
+    axes.set_title(_plain(title))
     return figure, axes
+
+
+def _plain(text: str) -> str:
+    """Text as it stands: dollar signs start no formula, and a name need not be UTF-8."""
+    return text.encode(errors="replace").decode().replace("$", r"\$")
 
 
 def _map(text: TextRuns, preset: PresetRuns, title: str) -> tuple[Figure, Axes, dict[str, Any]]:
@@ -86,9 +104,8 @@ def _map(text: TextRuns, preset: PresetRuns, title: str) -> tuple[Figure, Axes, 
     figure, axes = _plot(title, min(max(4.5, 0.16 * width), 14.0), 4.2)
     axes.set_ylabel("layer")
     if width <= _NAMED:
-        # Dollar signs would start a formula.
-        names = [label.strip()[:12].replace("$", r"\$") or "␣" for label in text.labels]
-        axes.set_xticks(range(width), names, rotation=70, fontsize=7)
+        shown = [_plain(label.strip()[:12]) or "␣" for label in text.labels]
+        axes.set_xticks(range(width), shown, rotation=70, fontsize=7)
     else:
         axes.set_xlabel("token")
     extent = (-0.5, width - 0.5, 0.5, layers + 0.5)
@@ -235,7 +252,7 @@ def active_tokens(active_L: Any, name: str, of: str) -> Figure:
     r_squared = decay.pop("r_squared")
     fit = f"{decay['start']:.1f} exp(-{decay['rate']:.4f} l)"
     fit += "" if r_squared is None else f", R² = {r_squared:.3f}"
-    axes.plot(layers, active_L, color=BLUE, marker="o", markersize=3, label=name)
+    axes.plot(layers, active_L, color=BLUE, marker="o", markersize=3, label=_plain(name))
     axes.plot(layers, decayed(layers, **decay), color=BLUE, linestyle=":", label=fit)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("layer l")
@@ -264,3 +281,7 @@ def pareto_front(front: dict[str, Any]) -> Figure:
     axes.set_ylabel("perplexity increase")
     axes.legend(fontsize=8)
     return figure
+
+
+_OF_TEXTS = (halting_timeline, kv_writes, fusion_flow, bit_widths)
+_OF_PRESETS = (entropy_by_layer, drift_curves)

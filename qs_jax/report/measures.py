@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from qs_jax.accounting import flops
 from qs_jax.config import ModelConfig, QuickSilverConfig
 from qs_jax.errors import InputError
 from qs_jax.evaluation.perplexity import SAVED
+from qs_jax.files import read_json
 from qs_jax.mechanisms.kv_maps import MapSizes
 from qs_jax.models import family_of
 from qs_jax.record import Record
@@ -123,7 +123,7 @@ def read_front(path: Path) -> dict[str, Any]:
 
 def _read(path: Path, parse: Callable[[dict[str, Any]], dict[str, Any]], kind: str) -> Any:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {error}") from error
     if not isinstance(content, dict):

@@ -141,7 +141,7 @@ def test_a_quick_run_writes_the_same_keys(tiny_checkpoint, tmp_path, monkeypatch
     monkeypatch.setattr(latency_rows, "quick_grid", small)
     out = tmp_path / "quick.json"
     options = ["--ckpt", str(tiny_checkpoint), "--quick", "--out", str(out)]
-    options += ["--new-tokens", "4", "--presets", "balanced"]
+    options += ["--new-tokens", "4", "--presets", "aggressive"]
     latency.main(options)
     content = json.loads(out.read_text())
     assert list(content) == KEYS

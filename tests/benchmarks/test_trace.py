@@ -10,15 +10,14 @@ import pytest
 from benchmarks import trace
 from benchmarks.trace import Interval
 from qs_jax import presets
-from qs_jax.config import AMQConfig, FusionConfig, HaltingConfig, QuickSilverConfig
+from qs_jax.config import AMQConfig, HaltingConfig, QuickSilverConfig
 from qs_jax.errors import CheckpointError
 
-# The scopes that the contract names.
-ALL = ("attn", "mlp", "kv_write", "signals", "halt", "fuse", "amq")
-EVERYTHING = QuickSilverConfig(
+# The scopes that the contract names but "fuse": fusion of new tokens runs without a KV cache.
+SCOPES = ("attn", "mlp", "kv_write", "signals", "halt", "amq")
+NO_FUSION = QuickSilverConfig(
     halting=HaltingConfig(drift="relative", tau_drift=0.5, tau_halt=1.0),
-    fusion=FusionConfig(tau_fuse=0.5, distance="relative"),
-    amq=AMQConfig(layer=1, entropy="vocab", group=8, execution="fake"),
+    amq=AMQConfig(layer=1, entropy="vocab", group=8, execution="int8"),
 )
 
 
@@ -97,7 +96,7 @@ def _event(name: str, start: float, duration: float, **stats):
 def test_the_command_finds_the_scopes_and_viewers_can_read_its_files(
     tiny_checkpoint, tmp_path, capsys
 ):
-    preset, out = presets.save(tmp_path / "everything.json", EVERYTHING), tmp_path / "out"
+    preset, out = presets.save(tmp_path / "mechanisms.json", NO_FUSION), tmp_path / "out"
     command = ["--ckpt", str(tiny_checkpoint), "--out", str(out), "--preset", str(preset)]
     trace.main([*command, "--prompt", "16", "--new-tokens", "5"])
     printed = capsys.readouterr().out
@@ -105,7 +104,7 @@ def test_the_command_finds_the_scopes_and_viewers_can_read_its_files(
     assert content["settings"]["decode_steps"] == 3
     for phase, seconds in content["seconds"].items():
         assert set(seconds) <= set(trace.COMPONENTS)
-        assert all(seconds[scope] > 0 for scope in ALL)
+        assert all(seconds[scope] > 0 for scope in SCOPES)
         (plane,) = (out / phase).rglob("*.xplane.pb")
         (events,) = (out / phase).rglob("*.trace.json.gz")
         assert str(events) in printed

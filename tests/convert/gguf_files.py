@@ -1,5 +1,6 @@
 """GGUF files as llama.cpp's converter writes them, from Hugging Face tensors."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ def write_gguf(
     quantization: str = "F32",
     tokenizer: dict[str, Any] | None = None,
     extra: dict[str, Any] | None = None,
+    leave_out: Sequence[str] = (),
 ) -> Path:
     """Write tensors under Hugging Face names as a GGUF file; norms stay F32.
 
-    `tokenizer` is metadata below `tokenizer.ggml.`, `extra` is metadata by full name.
+    `tokenizer` is metadata below `tokenizer.ggml.`, `extra` is metadata by full name, written
+    after that in `leave_out` is dropped.
     """
     import gguf
 
@@ -41,6 +44,8 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(config.get("rope_theta", 10000.0))
     writer.add_rope_dimension_count(config["hidden_size"] // config["num_attention_heads"])
+    for name in leave_out:
+        writer.kv_data[0].pop(name, None)
     prefixed = {f"tokenizer.ggml.{key}": value for key, value in (tokenizer or {}).items()}
     for key, value in (prefixed | (extra or {})).items():
         writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))

@@ -1,11 +1,13 @@
 """GGUF in: the permutation, quantised tensors, guards, and tokenizers without a network."""
 
+import json
 import os
 
 import numpy as np
 import pytest
 
 import qs_jax
+from convert import hf_to_flax
 from convert.errors import ConversionError
 from convert.gguf_source import open_gguf
 from convert.hf_to_flax import convert
@@ -120,13 +122,16 @@ def test_rope_scaling_metadata(tmp_path, tensors):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"extra": {"llama.expert_count": 8}}, "llama.expert_count = 8 is not known"),
+        ({"extra": {"llama.expert_count": 8}}, "llama.expert_count = 8 is not implemented"),
         ({"extra": {"llama.rope.scaling.type": "longrope"}}, "'longrope' is not implemented"),
-        ({"extra": {"llama.rope.scaling.attn_factor": 0.5}}, "attn_factor = 0.5 is not known"),
+        (
+            {"extra": {"llama.rope.scaling.attn_factor": 0.5}},
+            "attn_factor = 0.5 is not implemented",
+        ),
         ({"extra": {"llama.attention.value_length": 4}}, "llama.attention.value_length = 4"),
         ({"tokenizer": byte_level_tokenizer(pre="qwen2")}, "pre-tokenizer 'qwen2'"),
         ({"tokenizer": byte_level_tokenizer(model="bert")}, "tokenizer 'bert' is not implemented"),
-        ({"tokenizer": byte_level_tokenizer(model="llama")}, "metadata is incomplete or damaged"),
+        ({"tokenizer": byte_level_tokenizer(model="llama")}, "tokenizer.ggml.scores is missing"),
         ({}, "has no tokenizer"),
     ],
 )
@@ -135,6 +140,157 @@ def test_what_is_not_implemented_is_refused_by_name(tmp_path, tensors, options, 
     with pytest.raises(ConversionError, match=message):
         convert(str(path), tmp_path / "out")
     assert os.listdir(tmp_path) == ["m.gguf"]
+
+
+def notes_of(tmp_path, tensors, name="m", **options):
+    """What a conversion says, and the manifest keeps."""
+    path = write_gguf(tmp_path / f"{name}.gguf", small_vocab(tensors), LLAMA_CONFIG, **options)
+    with_tokenizer = "tokenizer" in options
+    _, notes = convert(str(path), tmp_path / name, tokenizer=with_tokenizer)
+    assert json.loads((tmp_path / name / "qs_jax.json").read_text())["notes"] == notes
+    return [note for note in notes if "the rest has no text" not in note]
+
+
+def test_a_missing_pre_tokenizer_is_the_default_of_llama_cpp(tmp_path, tensors, capsys):
+    """Punctuation, words as in GPT-2, digits, threes of digits: cut one after the other."""
+    made = byte_level_tokenizer(pre="", merges=["1 2", "12 3", ". .", "Ġ x"])
+    made["tokens"][-4:] = ["12", "123", "..", "Ġx"]
+    (note,) = notes_of(tmp_path, tensors, tokenizer=made)
+    assert "tokenizer.ggml.pre is missing" in note
+    tokenizer = qs_jax.load_tokenizer(tmp_path / "m")
+    pieces = tokenizer.convert_ids_to_tokens(tokenizer("123123 x..").input_ids)
+    assert pieces == ["123", "123", "Ġx", ".."]
+    named = byte_level_tokenizer(pre="default", merges=made["merges"], tokens=made["tokens"])
+    assert notes_of(tmp_path, tensors, "named", tokenizer=named) == []
+    path = write_gguf(tmp_path / "a.gguf", small_vocab(tensors), LLAMA_CONFIG, tokenizer=made)
+    for flags in ((), ("--quiet",)):
+        command = ["--source", str(path), "--out", str(tmp_path / "a"), "--overwrite", *flags]
+        assert hf_to_flax.main(command) == 0
+        out, err = capsys.readouterr()
+        assert "pre-tokenizer" in err
+        assert ("wrote llama" in out) == (not flags)
+    assert "tensor" not in err, "no progress bar"
+
+
+@pytest.mark.parametrize(
+    ("kind", "missing", "note"),
+    [
+        ("gpt2", "token_type", "all tokens are taken as normal"),
+        ("gpt2", "eos_token_id", "no token ends a text"),
+        ("llama", "bos_token_id", "1 is taken, as in llama.cpp"),
+        ("llama", "eos_token_id", "2 is taken, as in llama.cpp"),
+        ("llama", "unknown_token_id", "0 is taken, as in llama.cpp"),
+    ],
+)
+def test_documented_defaults_are_noted(tmp_path, tensors, kind, missing, note):
+    made = byte_level_tokenizer() if kind == "gpt2" else sentencepiece_tokenizer()
+    del made[missing]
+    (said,) = notes_of(tmp_path, tensors, tokenizer=made)
+    assert f"tokenizer.ggml.{missing} is missing" in said
+    assert note in said
+    model = qs_jax.load(tmp_path / "m")[1]
+    assert kind == "gpt2" or (model.bos_token_id, model.eos_token_ids) == (1, (2,))
+
+
+def test_a_missing_frequency_base_is_noted(tmp_path, tensors):
+    leave_out = ("llama.rope.freq_base", "llama.rope.dimension_count")
+    base, dims = notes_of(tmp_path, tensors, leave_out=leave_out)
+    assert base == "llama.rope.freq_base is missing; 10000 is taken, llama.cpp's default"
+    assert "llama.rope.dimension_count is missing; 8 is taken" in dims
+
+
+@pytest.mark.parametrize(
+    "key",
+    "context_length embedding_length block_count feed_forward_length attention.head_count "
+    "attention.layer_norm_rms_epsilon".split(),
+)
+def test_what_a_file_must_say(tmp_path, tensors, key):
+    with pytest.raises(ConversionError, match=f"llama.{key} is missing"):
+        notes_of(tmp_path, tensors, leave_out=(f"llama.{key}",))
+
+
+def changed(made, **changes):
+    return {key: value for key, value in (made | changes).items() if value is not ...}
+
+
+BYTES, PIECES = byte_level_tokenizer(), sentencepiece_tokenizer()
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (changed(BYTES, merges=...), "merges is missing"),
+        (changed(BYTES, tokens=[*BYTES["tokens"][:-1], "!"]), "tokens holds '!' more than once"),
+        (changed(BYTES, token_type=[1, 1]), "token_type has 2 entries for 262 tokens"),
+        (changed(BYTES, merges=["1 2", "zz z"]), "incomplete or damaged"),
+        (changed(BYTES, unknown_token_id="x"), "incomplete or damaged"),
+        (changed(PIECES, scores=...), "scores is missing"),
+        (changed(PIECES, scores=[0.0] * 266), "scores is the same for all tokens"),
+        (changed(PIECES, scores=[0.0, float("nan")] * 133), "or not finite"),
+        (changed(PIECES, scores=[0.0, 1.0]), "scores has 2 entries for 266 tokens"),
+    ],
+)
+def test_tokenizers_that_are_incomplete(tmp_path, tensors, made, message):
+    with pytest.raises(ConversionError, match=message):
+        notes_of(tmp_path, tensors, tokenizer=made)
+
+
+def test_empty_tokens_are_named_as_in_llama_cpp(tmp_path, tensors):
+    tokens = [*BYTES["tokens"], "", ""]
+    made = changed(BYTES, tokens=tokens, token_type=[*BYTES["token_type"], 5, 5])
+    assert notes_of(tmp_path, tensors, tokenizer=made) == []
+    assert qs_jax.load_tokenizer(tmp_path / "m").convert_ids_to_tokens([262]) == ["[EMPTY_262]"]
+
+
+def test_metadata_that_changes_nothing(tmp_path, tensors):
+    """Zeros, counts for each layer, other namespaces, the only part of a split."""
+    extra = {
+        "llama.expert_count": 0,
+        "llama.expert_used_count": 0,
+        "llama.attention.sliding_window": 0,
+        "llama.attention.scale": 0.0,
+        "llama.logit_scale": 0.0,
+        "llama.attention.causal": True,
+        "llama.expert_weights_norm": False,
+        "llama.rope.scaling.finetuned": True,
+        "llama.rope.scaling.factor": 0.0,
+        "llama.tensor_data_layout": "Meta AI original pth",
+        "llama.attention.head_count": [4, 4, 4],
+        "llama.attention.head_count_kv": [2, 2, 2],
+        "llama.feed_forward_length": [48, 48, 48],
+        "split.no": 0,
+        "split.count": 1,
+        "split.tensors.count": 30,
+        "training.steps": 7,
+        "someone.quantized_at": "night",
+        "general.type": "model",
+    }
+    leave_out = [name for name in extra if isinstance(extra[name], list)]
+    path = write_gguf(tmp_path / "m.gguf", tensors, LLAMA_CONFIG, extra=extra, leave_out=leave_out)
+    model = assert_converts(path, tmp_path / "out", tokenizer=False)
+    assert model == llama_tensors()[2].replace(bos_token_id=None, eos_token_ids=())
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"llama.feed_forward_length": [48, 48, 32]}, r"feed_forward_length = \[48, 48, 32\]"),
+        ({"llama.attention.head_count": [4, 4]}, r"attention.head_count = \[4, 4\]"),
+        ({"llama.attention.sliding_window": [64, 64, 64]}, "sliding_window = 64 is not impl"),
+        ({"llama.attention.causal": False}, "causal = False is not implemented"),
+        ({"llama.foo": 3}, "--ignore-config llama.foo"),
+        ({"llama.vocab_size": 98}, "expected \\[98, 32\\]"),
+        ({"split.count": 3}, "one of 3 parts"),
+        ({"general.type": "adapter"}, "type 'adapter'"),
+        ({"llama.rope.scaling.type": "yarn"}, "yarn without llama.rope.scaling.factor"),
+    ],
+)
+def test_metadata_that_matters_is_refused_by_name(tmp_path, tensors, extra, message):
+    path = write_gguf(
+        tmp_path / "m.gguf", tensors, LLAMA_CONFIG, extra=extra, leave_out=list(extra)
+    )
+    with pytest.raises(ConversionError, match=message):
+        convert(str(path), tmp_path / "out", tokenizer=False)
 
 
 def test_files_that_cannot_be_read(tmp_path, tensors):
@@ -153,7 +309,7 @@ def test_files_that_cannot_be_read(tmp_path, tensors):
     for keep in (3, 60, 1000, -100):
         path.write_bytes(whole[:keep])
         assert "truncated or not a GGUF file" in refused()
-    without_sizes = "metadata is incomplete or damaged"
+    without_sizes = "llama.attention.layer_norm_rms_epsilon is missing"
     for name, message in (("llama", without_sizes), ("mamba", "'mamba' is not supported")):
         writer = gguf.GGUFWriter(path, name)
         writer.write_header_to_file()

@@ -40,6 +40,26 @@ def test_a_folder_becomes_a_checkpoint(source, tmp_path, capsys):
     assert qs_jax.load(tmp_path / "out", dtype=None)[1].dtype == "bfloat16"
 
 
+def test_the_fingerprint_is_that_of_the_weights(tmp_path, tensors):
+    """The same in every dtype and layout of files; another once any tensor changes."""
+
+    def fingerprint(name, tensors, **options):
+        model, _ = convert(str(write_folder(tmp_path / name, tensors)), tmp_path / "out", **options)
+        assert qs_jax.load(tmp_path / "out")[1].weights == model.weights
+        return model.weights
+
+    plain = fingerprint("plain", tensors)
+    options = {"overwrite": True, "tokenizer": False}
+    assert fingerprint("half", tensors, dtype="bfloat16", **options) == plain
+    assert fingerprint("turned", dict(reversed(tensors.items())), **options) == plain
+    changed = [
+        fingerprint("changed", tensors | {name: 1.1 * tensor}, **options)
+        for name, tensor in tensors.items()
+        if ".0." in name or ".2." in name or "layers" not in name
+    ]
+    assert len({plain, *changed}) == len(changed) + 1
+
+
 def test_sharded_weights_with_an_index(source, tmp_path, tensors):
     from safetensors.numpy import save_file
 
@@ -148,7 +168,7 @@ def test_harmless_leftovers_are_ignored(tmp_path, tensors):
             {"rope_parameters": PLAIN_ROPE | {"rope_theta": 5e5}},
             "rope_theta is given as 500000.0 and 10000.0",
         ),
-        ({"rope_theta": 0}, "needs a positive rope_theta"),
+        ({"rope_theta": 0}, "rope_theta must be greater than 1"),
         ({"rope_theta": "abc"}, "rope_theta = 'abc' must be int or float"),
         ({"rope_scaling": [1, 2]}, "rope_scaling = [1, 2] must be dict"),
         ({"rms_norm_eps": "1e-5"}, "rms_norm_eps = '1e-5' must be int or float"),

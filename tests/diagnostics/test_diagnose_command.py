@@ -76,7 +76,6 @@ def test_a_file_is_cut_and_says_so(command, tmp_path, capsys):
     [
         ({"text": "x"}, "nothing to predict"),
         ({"preset": "off"}, "every mechanism is off"),
-        ({"limit_tokens": 1}, "--limit-tokens must be at least 2"),
         ({"suggest_protect": Path("safe.txt")}, "must end in .json"),
         ({"suggest_protect": Path("safe.json")}, "name another --suggest-protect"),
     ],

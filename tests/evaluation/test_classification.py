@@ -1,16 +1,21 @@
 """Classification by heads: numbers against NumPy, torch and SciPy."""
 
+import json
+
+import jax
+import jaxtyping
 import numpy as np
 import pytest
 import scipy.optimize
 import scipy.special
+from safetensors.numpy import save_file
 
 import qs_jax
 from convert.errors import ConversionError
 from convert.hf_to_flax import convert
 from qs_jax import accounting
 from qs_jax.config import Config
-from qs_jax.errors import CheckpointError, InputError
+from qs_jax.errors import CheckpointError, InputError, NonFiniteError
 from qs_jax.evaluation.classification import last_states, with_head
 from qs_jax.evaluation.heads import Head, fit_head
 from qs_jax.testing import tiny_model, tiny_params
@@ -124,7 +129,7 @@ def test_a_head_on_states_under_the_mechanisms(params, model, prompts):
 @pytest.mark.hf
 def test_classifiers_that_cannot_be_converted(tmp_path):
     pytest.importorskip("torch")
-    from safetensors.numpy import load_file, save_file
+    from safetensors.numpy import load_file
 
     hf_classifier("llama", tmp_path / "hf")
     path = tmp_path / "hf" / "model.safetensors"
@@ -167,6 +172,59 @@ def test_heads_fit_the_classes_of_a_task(tmp_path):
         Head.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weight": np.ones((2, 3), np.int32)}, "the weight of the head is int32"),
+        ({"weight": np.ones((2, 3))}, r"is float64\[2, 3\], expected float32\[2, width\]"),
+        ({"weight": np.ones(2, np.float32)}, r"is float32\[2\], expected"),
+        ({"weight": np.ones((3, 3), np.float32)}, r"is float32\[3, 3\], expected"),
+        ({"bias": np.ones((2, 1), np.float32)}, "the bias of the head is"),
+        ({"bias": np.ones(3, np.float32)}, r"expected float32\[2\]"),
+        ({"bias": np.float32([0, np.nan])}, "the bias of the head holds NaN or infinity"),
+        ({"weight": np.full((2, 3), np.inf, np.float32)}, "the weight of the head holds NaN"),
+        ({"labels": ["a", "a"]}, "a name of its own for each class"),
+        ({"labels": ["a", "b", "c"]}, r"expected float32\[3, width\]"),
+        ({"labels": []}, "a name of its own for each class"),
+        ({"labels": [0, 1]}, "a name of its own for each class"),
+        ({"labels": "ab"}, "its labels are 'ab', expected a list"),
+    ],
+)
+def test_heads_that_are_damaged(tmp_path, monkeypatch, changes, message):
+    """Read without this suite's checks of types, as by users."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    given = {"weight": np.ones((2, 3), np.float32), "bias": np.zeros(2, np.float32)}
+    given |= {"labels": ["a", "b"]} | changes
+    about = json.dumps({"labels": given.pop("labels"), "backbone": None})
+    save_file(given, tmp_path / "classifier.safetensors", metadata={"head": about})
+    with pytest.raises((CheckpointError, NonFiniteError), match=message) as caught:
+        Head.load(tmp_path)
+    assert "classifier.safetensors" in str(caught.value)
+
+
+def test_scores_of_a_head_are_finite_or_refused(params, model, prompts):
+    """Products beyond float32 rank as in float64; states that are not finite name their row."""
+    weight = np.float32([[3e38, 3e38], [3e38, 2e38]])
+    head, states = (
+        Head(weight, np.zeros(2, np.float32), ("a", "b")),
+        np.float32([[3e38, 1], [9, 9]]),
+    )
+    scores = head.logits(states)
+    np.testing.assert_allclose(scores, np.float64(states) @ np.float64(weight).T)
+    assert scores.argmax(1).tolist() == [0, 0]
+    for bad in (np.nan, np.inf):
+        states[1, 0] = bad
+        with pytest.raises(NonFiniteError, match=r"row\(s\) \[1\]"):
+            head.logits(states)
+        with pytest.raises(NonFiniteError, match=r"row\(s\) \[1\]"):
+            fit_head(states, np.array([0, 1]), ("a", "b"), l2=0.1)
+    with pytest.raises(InputError, match="reads states of width 2, this model's have 32"):
+        with_head(params, config(model, "dense"), prompts, head)
+    broken = params | {"embed": {"tokens": params["embed"]["tokens"].at[5].set(jax.numpy.nan)}}
+    with pytest.raises(NonFiniteError, match=r"in the batch of rows \[1, 0\], .* row\(s\) \[0\]"):
+        last_states(broken, config(model, "dense"), [[7] * 17, [5] * 18, [7] * 16], batch_size=2)
+
+
 def test_a_fitted_head_is_the_minimum():
     """SciPy, in float64, on the same loss."""
     rng = np.random.default_rng(0)
@@ -191,8 +249,9 @@ def test_a_fitted_head_is_the_minimum():
     )
     with pytest.raises(InputError, match="no training row is d"):
         fit_head(x, y, ("a", "b", "c", "d"), l2=0.05)
-    with pytest.raises(InputError, match="--l2"):
-        fit_head(x, y, ("a", "b", "c"), l2=-1.0)
+    for l2 in (-1.0, np.nan):
+        with pytest.raises(InputError, match="--l2"):
+            fit_head(x, y, ("a", "b", "c"), l2=l2)
 
 
 def test_states_are_what_the_head_reads(params, model, prompts):

@@ -9,8 +9,10 @@ import scipy.special
 
 import qs_jax
 from qs_jax import cli, presets
+from qs_jax.commands import evaluate
 from qs_jax.config import HaltingConfig, KVSkipConfig, QuickSilverConfig
-from qs_jax.evaluation import journal, perplexity, rows
+from qs_jax.evaluation import perplexity, rows
+from qs_jax.files import write_json
 from qs_jax.mechanisms.kv_maps import KVMaps
 
 pytestmark = pytest.mark.xdist_group("evaluate")
@@ -186,7 +188,7 @@ def test_killed_before_the_first_batch_or_after_the_last(run, tmp_path, monkeypa
         assert run() == 130
     assert sorted(content(tmp_path)) == ["text.txt"]
     with monkeypatch.context() as patch:
-        patch.setattr(journal, "write_json", lambda path, content: 1 / 0)
+        patch.setattr(evaluate, "write_json", lambda path, content: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run()
     calls = kill_after(monkeypatch, 0)
@@ -298,7 +300,7 @@ def test_numbers_at_the_edge(monkeypatch, tmp_path):
     assert low is not None
     assert high is None
     with pytest.raises(ValueError, match="JSON"):
-        journal.write_json(tmp_path / "a.json", {"x": float("nan")})
+        write_json(tmp_path / "a.json", {"x": float("nan")})
     assert content(tmp_path) == {}
     monkeypatch.setattr(perplexity, "__file__", str(tmp_path / "perplexity.py"))
     assert perplexity.git_hash() is None, "outside a repository"

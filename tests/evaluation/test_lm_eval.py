@@ -1,19 +1,24 @@
 """The harness itself, on task files written here: what it asks, and what `qs-jax` answers."""
 
+import copy
 import functools
 import json
 import os
 import subprocess
 import sys
 import types
+from unittest.mock import MagicMock
 
+import jax
 import numpy as np
 import pytest
 import scipy.special
+from tokenizers import Tokenizer, decoders, models, processors
+from transformers import PreTrainedTokenizerFast
 
 import qs_jax
 from qs_jax import presets
-from qs_jax.errors import InputError
+from qs_jax.errors import InputError, NonFiniteError
 from tests.evaluation.settings import dual, quota
 
 lm_eval = pytest.importorskip(
@@ -98,8 +103,53 @@ def evaluate(model, folder, *names):
     )
 
 
+@pytest.fixture(scope="module")
+def hf_of(tiny_checkpoint):
+    """The harness's own `hf` model of the same weights, by torch, with a tokenizer of ours."""
+    pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    absent = "accelerate" not in sys.modules  # it is for several devices, and not asked here
+    if absent:
+        sys.modules |= {"accelerate": MagicMock(), "accelerate.utils": MagicMock()}
+    from lm_eval.models.huggingface import HFLM
+
+    if absent:
+        del sys.modules["accelerate"], sys.modules["accelerate.utils"]
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint.parent / "hf")
+
+    def hf_of(tokenizer, **options):
+        return HFLM(model, tokenizer=copy.deepcopy(tokenizer), device="cpu", **options)
+
+    return hf_of
+
+
+def template(tokenizer, form):
+    """The tokenizer with a template, such as "<s> $A"."""
+    made = copy.deepcopy(tokenizer)
+    special = [(token, made.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=form, special_tokens=special
+    )
+    return made
+
+
+def pieces():
+    """A tokenizer that knows small letters, the space, "th", "the" and "()", and drops the rest."""
+    known = ["<s>", "</s>", *map(chr, range(97, 123)), " ", "(", ")", "th", "the", "()"]
+    merges = [("t", "h"), ("th", "e"), ("(", ")")]
+    model = models.BPE(vocab={piece: i for i, piece in enumerate(known)}, merges=merges)
+    made = Tokenizer(model)
+    made.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+
+
 def request(*args):
-    return types.SimpleNamespace(args=args)
+    return types.SimpleNamespace(args=args, task_name=None)
+
+
+def loglikelihood(lm, pairs):
+    return lm.loglikelihood([request(*pair) for pair in pairs], disable_tqdm=True)
 
 
 def logprobs_of(lm, ids, prompt):
@@ -170,6 +220,111 @@ def test_rolling_predicts_every_token_once(model_of, name):
         expected = sum(logprobs_of(lm, row, end)[0].sum() for row, end in blocks)
     assert found == pytest.approx(expected, abs=1e-3)
     assert lm.loglikelihood_rolling([request("")], disable_tqdm=True) == [0.0]
+
+
+# Blank, empty, special, of every length, and longer than max_length; some of them shared.
+CONTEXTS = ["", " ", "  \t", "<s>", "a", "<s>a ", "the fox ", "a context that is too long to fit"]
+
+
+@pytest.mark.hf
+@pytest.mark.parametrize(
+    ("name", "batch_size"),
+    [
+        *[("off", 3), ("off", 5)],
+        *[pytest.param(*case, marks=pytest.mark.slow) for case in (("off", 2), ("half", 3))],
+    ],
+)
+def test_a_result_is_that_of_the_request_alone_and_of_the_hf_model(
+    model_of, hf_of, name, batch_size
+):
+    lm, rng = (
+        model_of(name, batch_size=batch_size, max_length=20),
+        np.random.default_rng(batch_size),
+    )
+    pairs = [(rng.choice(CONTEXTS), "xyzwv"[: rng.integers(1, 5)]) for _ in range(17)]
+    pairs += [(" ", "x"), (" ", "y"), ("", "<s>x"), ("", " x")]
+    found = loglikelihood(lm, pairs)
+    for pair, (value, greedy) in zip(pairs, found, strict=True):
+        ((alone, also),) = loglikelihood(model_of(name, batch_size=1, max_length=20), [pair])
+        assert (value, greedy) == (pytest.approx(alone, abs=1e-4), also)
+    if name == "off":  # its `hf` model refuses blank contexts, and its rows hold a token more
+        hf = hf_of(lm.tokenizer, max_length=19)
+        pairs = [(a, b) if a.strip() else ("", a + b) for a, b in pairs]
+        for ours, theirs in zip(found, loglikelihood(hf, pairs), strict=True):
+            assert ours == (pytest.approx(theirs[0], abs=1e-4), theirs[1])
+
+
+@pytest.mark.parametrize(
+    ("form", "context", "after", "tokens"),
+    [
+        ("$A", "the", "n", ["the", "n"]),
+        ("$A", "", "then", ["<s>", "the", "n"]),
+        ("$A", " ", "he", ["<s>", " ", "h", "e"]),
+        ("$A", "\u2603", "then", ["<s>", "the", "n"]),  # a context that this tokenizer drops
+        ("$A", "t", "hen", ["<s>", "the", "n"]),  # all of it belongs to a token of what follows
+        ("$A", "at", "hen", ["a", "the", "n"]),
+        ("$A", "f(", ")", ["f", "()"]),
+        ("$A", "a ", "then", ["a", " ", "the", "n"]),
+        ("<s> $A", " ", "the", ["<s>", " ", "the"]),
+        ("<s> $A", "t", "he", ["<s>", "the"]),
+        ("$A </s>", "a", "b", ["a", "b", "</s>"]),
+    ],
+)
+def test_every_token_of_what_follows_is_scored(model_of, monkeypatch, form, context, after, tokens):
+    lm = model_of("off", max_length=128)
+    monkeypatch.setattr(lm, "tokenizer", template(pieces(), form))
+    ids = lm.tokenizer.convert_tokens_to_ids(tokens)
+    ((found, _),) = loglikelihood(lm, [(context, after)])
+    assert found == pytest.approx(logprobs_of(lm, ids, 1)[0].sum(), abs=1e-4)
+    for pair in ((context.strip(), ""), (context.strip(), "\u2603"), ("", "<s>")):
+        with pytest.raises(InputError, match=r"1 to 127 tokens, got 0"):
+            loglikelihood(lm, [pair])
+
+
+@pytest.mark.hf
+def test_the_beginning_token_of_a_rolled_text_is_given(model_of, hf_of, monkeypatch):
+    lm, whole = model_of("off", max_length=20), "abcdefg hijklmn opqrstu vwxyz and so on"
+    monkeypatch.setattr(lm, "tokenizer", template(lm.tokenizer, "<s> $A"))
+    for text in (whole, whole[:15], "<s>" + whole[:15]):
+        (found,) = lm.loglikelihood_rolling([request(text)], disable_tqdm=True)
+        given = hf_of(lm.tokenizer, max_length=19, add_bos_token=False)
+        (theirs,) = given.loglikelihood_rolling([request(text.removeprefix("<s>"))], True)
+        assert found == pytest.approx(theirs, abs=1e-4)
+        if len(text) < 20:
+            assert found == pytest.approx(loglikelihood(lm, [("", text)])[0][0], abs=1e-4)
+    # By default their `hf` model predicts it as well, after itself (issue 3333 of the harness).
+    (theirs,) = hf_of(lm.tokenizer).loglikelihood_rolling([request(text)], True)
+    doubled = [0, 0, *lm.tok_encode(text, add_special_tokens=False)[1:]]
+    assert theirs == pytest.approx(logprobs_of(lm, doubled, 1)[0].sum(), abs=1e-4)
+    assert lm.loglikelihood_rolling([request("<s>")], disable_tqdm=True) == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [(-1e38, r"of request 2 is -inf"), (1e38, r"in the batch of rows \[0, 1\], logits of row")],
+)
+def test_likelihoods_that_are_not_finite_are_refused(model_of, monkeypatch, scale, message):
+    """Of a word that only shares a row, too: the scored token of the row is another."""
+    lm, context = model_of("off", max_length=128), [5, 6, 7]
+    out = qs_jax.score(lm.params, [[*context, 3]], lm.cfg, return_states=True)
+    table = np.array(lm.params["head"]["tokens"])
+    table[4] = scale * np.sign(out.states[0, 2])
+    monkeypatch.setattr(lm, "params", lm.params | {"head": {"tokens": jax.numpy.asarray(table)}})
+    with pytest.raises(NonFiniteError, match=message):
+        lm._loglikelihood_tokens(
+            [(None, context, [3]), (None, [5, 5], [5, 6]), (None, context, [4])]
+        )
+
+
+@pytest.mark.hf
+def test_generation_from_contexts_of_any_length(model_of, hf_of):
+    lm, asked = model_of("off", batch_size=3, max_length=20), {"max_gen_toks": 4, "until": []}
+    contexts = ["", " ", *CONTEXTS[-4:]]
+    found = lm.generate_until([request(text, asked) for text in contexts], disable_tqdm=True)
+    hf = hf_of(lm.tokenizer, max_length=20)
+    for text, ours in zip(contexts, found, strict=True):
+        (theirs,) = hf.generate_until([request(text or "<s>", asked)], disable_tqdm=True)
+        assert ours == theirs
 
 
 def test_requests_fit_the_model(model_of):

@@ -58,7 +58,7 @@ def test_labels_in_every_spelling():
     spellings += [("qnli", "not_entailment", 1), ("boolq", True, 1), ("boolq", "false", 0)]
     for name, value, expected in spellings:
         assert TASKS[name].class_of(value) == expected
-    for value in (-1, 2, "maybe", None, 1.0, True):
+    for value in (-1, 2, "maybe", "1", None, 1.0, True):
         with pytest.raises(InputError, match=r"unknown label .*rte has entailment, not_entail"):
             TASKS["rte"].class_of(value)
 
@@ -67,6 +67,12 @@ BAD = {
     "empty": (b"\n", "is empty: toy needs labelled rows"),
     "list": (b"[1]\n", "line 1 is not a JSON object"),
     "torn": (b'{"text"\n', "line 1 is not JSON"),
+    "table": (b"text\tquestion\tlabel\na\tb\t1\n", "line 1 is not JSON"),
+    "twice": (
+        b'{"text": "a", "question": "b", "label": 0, "label": 1}\n',
+        "'label' is given twice",
+    ),
+    "half": (b'{"text": "\\ud800", "question": "b", "label": 0}\n', "surrogates not allowed"),
     "field": (b'\n{"text": "a", "label": 1}\n', 'line 2 has no field "question"'),
     "label": (b'{"text": "a", "question": "b"}\n', 'has no field "label"'),
     "hidden": (b'{"text": "a", "question": "b", "label": -1}\n', "line 1: unknown label -1"),

@@ -101,7 +101,7 @@ def test_scores_do_not_depend_on_the_devices(run):
 
 
 def test_a_stored_head(run, tiny_checkpoint, tmp_path, capsys):
-    backbone = read_manifest(tiny_checkpoint)["params"]
+    backbone = read_manifest(tiny_checkpoint)["model"]["weights"]
     weight = np.random.default_rng(0).normal(size=(2, 32)).astype(np.float32)
     head = Head(weight, np.zeros(2, np.float32), ("true", "false"), backbone)
     (tmp_path / "head").mkdir()
@@ -119,7 +119,7 @@ def test_a_stored_head(run, tiny_checkpoint, tmp_path, capsys):
     assert dense["tasks"]["toy"]["data"]["used"] == 20
     assert "quicksilver" not in dense["tasks"]["toy"]
     assert "McNemar" not in capsys.readouterr().out
-    dataclasses.replace(head, backbone={"crc32": 1}).save(tmp_path / "head")
+    dataclasses.replace(head, backbone="another").save(tmp_path / "head")
     with pytest.raises(InputError, match="was trained with another model"):
         run(head=str(tmp_path / "head"), overwrite=True)
 
@@ -131,10 +131,13 @@ def test_a_stored_head(run, tiny_checkpoint, tmp_path, capsys):
         ({"tasks": ()}, "the tasks are mnli"),
         ({"tasks": ("toy", "rte"), "data": __file__}, "for several tasks give their folder"),
         ({"batch_size": 0}, "--batch-size must be at least 1"),
+        ({"head": "linear"}, r"write \./linear for the file or folder"),
         ({"devices": "9"}, "devices must be 'all' or between 1 and 4"),
     ],
 )
-def test_mistakes(run, tmp_path, options, message):
+def test_mistakes(run, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / options.get("head", "other")).mkdir()
     with pytest.raises((InputError, ConfigError), match=message):
         run(**options)
     assert not (tmp_path / "out.json").exists()

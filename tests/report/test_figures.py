@@ -30,3 +30,7 @@ def test_fit_and_tokens_are_written_as_they_are(case, saved):
     assert "simulated" in text
     text = next(p for p in saved if p.name == "tiny.halting_timeline.svg").read_text()
     assert "$x_1$ &lt;b&gt;" in text
+
+
+def test_names_are_no_formulas(tmp_path):
+    figures.active_tokens([3, 2, 1], "a$b", "$x_{$ \udcff").savefig(tmp_path / "a.svg")

@@ -61,7 +61,6 @@ def test_the_page_holds_what_score_finds(command, tmp_path, capsys):
         ({"text": None}, "--text, --results"),
         ({"ckpt": None}, "needs --ckpt"),
         ({"text": "a"}, "nothing to predict"),
-        ({"limit_tokens": 1}, "at least 2"),
         ({"text": "x" * 500}, "positions"),
         ({"continuation_tokens": 99}, "no prompt before its last 99"),
         ({"preset": ()}, "names nothing"),

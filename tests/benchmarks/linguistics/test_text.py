@@ -28,6 +28,22 @@ def test_a_treebank_as_text(tmp_path):
     assert (unpacked.text, unpacked.phrases) == (text.text, text.phrases)
 
 
+DEEP = "(S " * 5000 + "(NN dog)" + ")" * 5000
+
+
+def test_every_word_of_a_tree_is_in_the_text(tmp_path):
+    """Brackets of all kinds, escapes, quotes; empty elements and files of macOS hold no words."""
+    words = r"-LRB- x -RRB- -LSB- 1\/2 -RSB- -LCB- A\*B -RCB- `` * '' :-RRB- f-LRB-x-RRB- 0".split()
+    printed = '( x ) [ 1/2 ] { A*B } " * " :) f(x) 0'.split()
+    leaves = " (-NONE- *T*-1) (NP-SBJ (-NONE- 0)) ".join(f"(TAG {word})" for word in words)
+    (tmp_path / "a.mrg").write_text(f"\ufeff((S {leaves}))\n((S (-NONE- *U*)))\n((S (TAG end)))")
+    (tmp_path / "._a.mrg").write_bytes(b"\0\5\x16\7")
+    text = read_treebank(tmp_path)
+    assert text.words == [*printed, "end"]
+    assert text.text == '(x) [1/2] {A*B} "*" :) f(x) 0 end'
+    assert text.tags == ("TAG",) * len(text.words)
+
+
 def test_spacing_of_print():
     words = (
         "C$ 5 a.m. , `` So ... '' -LRB- # 3 % -RRB- -- AT&T 's wo n't gon na go ; A\\/B .".split()
@@ -62,12 +78,22 @@ def test_categories_of_the_paper():
         ("((S (NP the (NN dog))))", "the word 'the' has no tag"),
         ("((NP a dog))", "the word 'a' has no tag"),
         ("((S (-NONE- *)))", "holds no trees with words"),
+        ("((S (-LRB- () (NN dog) (-RRB- ))))", r"damaged: \( \) has no word; a bracket is -LRB-"),
+        ("((S (NN dog) (, )))", r"damaged: \(, \) has no word"),
+        ("((S (NN dog)))\n( )", r"damaged: \( \) has no word"),
+        ("((NP (NN f(x))))", "the word 'f' has no tag"),
+        ("((S (NN dog) (-NONE- cat)))", "'cat' has the tag of empty elements"),
+        pytest.param(DEEP, "damaged: .*(depth|recursion)", id="deep"),
+        ("((NN d\xf6g))".encode("latin-1"), "one.mrg is not UTF-8"),
     ],
 )
 def test_damaged_trees(tmp_path, content, message):
-    (tmp_path / "one.mrg").write_text(content)
+    (tmp_path / "one.mrg").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=message):
         read_treebank(tmp_path)
+    (tmp_path / "torn.zip").write_bytes(b"PK")
+    with pytest.raises(InputError, match="is no whole zip file"):
+        read_treebank(tmp_path / "torn.zip")
 
 
 def test_tags_of_any_text_line_by_line():
@@ -83,6 +109,9 @@ def test_tags_of_any_text_line_by_line():
     assert text.tags == ("DT", "NNP", "DT", "NNP", "NNP")
     with pytest.raises(InputError, match="holds no words"):
         run_tagger("\n \n", pipeline, "mine")
+    word = types.SimpleNamespace(text="a", idx=0, is_space=False, tag_="")
+    with pytest.raises(InputError, match="has no tagger"):
+        run_tagger("a", types.SimpleNamespace(pipe=lambda lines: [[word]]), "mine")
 
 
 def test_the_real_treebank(research_data):
