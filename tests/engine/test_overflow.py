@@ -134,7 +134,7 @@ def test_an_endless_temperature_is_uniform():
 
 
 def test_positions_that_int32_does_not_count_are_refused():
-    model = tiny_model(max_positions=2**40)
+    model = tiny_model(max_positions=2**31 - 1)
     with pytest.raises(InputError, match=f"exceed this model's {NEVER} positions"):
         qs_jax.generate(tiny_params(model), [[5]], Config(model, max_new_tokens=2**33))
     cfg = Config(model, protocol="continuation", continuation_tokens=2**70)
