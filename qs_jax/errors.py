@@ -47,8 +47,7 @@ def exit_code(run: Callable[[], object]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (QuickSilverError, OSError, UnicodeDecodeError) as error:
-        stdin = "standard input is not UTF-8: " if isinstance(error, UnicodeDecodeError) else ""
-        print(f"error: {stdin}{error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

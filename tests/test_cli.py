@@ -10,7 +10,6 @@ import pytest
 import qs_jax
 from qs_jax import cli
 from qs_jax.commands import options
-from qs_jax.evaluation import lm_eval_adapter
 
 pytestmark = pytest.mark.xdist_group("cli")
 COMMANDS = {
@@ -80,8 +79,7 @@ def ckpt(tiny_checkpoint):
 def test_mistakes_are_one_clear_line(ckpt, tmp_path, monkeypatch, capsys, name, flags, message):
     """Before the weights are read; and change nothing."""
     monkeypatch.chdir(tmp_path)
-    for module in (options, lm_eval_adapter):
-        monkeypatch.setattr(module, "load", None)
+    monkeypatch.setattr(options, "load", None)
     (tmp_path / "text.txt").write_text("the quick brown fox " * 1000)
     (tmp_path / "there.json").write_text("mine")
     given = {"--ckpt": ckpt} | ({"--out": "out.json"} if name in WRITE else {})
