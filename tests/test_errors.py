@@ -105,7 +105,8 @@ def outputs(params, cfg):
 
 
 @pytest.mark.parametrize(
-    "preset", ["paper", "balanced", pytest.param("aggressive", marks=pytest.mark.slow)]
+    "preset",
+    ["balanced", *(pytest.param(name, marks=pytest.mark.slow) for name in ("paper", "aggressive"))],
 )
 def test_debug_modes_change_nothing(preset):
     params = tiny_params(MODEL)

@@ -51,7 +51,7 @@ def test_a_norm_is_right_or_not_a_number(kind, size):
     ("where", "preset"),
     [
         ("embeddings", "off"),
-        ("attention", "off"),
+        pytest.param("attention", "off", marks=pytest.mark.slow),
         ("mlp", "balanced"),
         pytest.param("mlp", "aggressive", marks=pytest.mark.slow),
     ],
@@ -72,6 +72,7 @@ def test_states_whose_squares_overflow_are_reported(where, preset):
             call()
 
 
+@pytest.mark.slow
 def test_one_such_token_spoils_what_follows_in_its_row_alone():
     """Though the state that predicts is finite: it has read the token's keys and values."""
     model = tiny_model()
