@@ -189,7 +189,7 @@ def _check_tied_head(
     """A stored head that the config says is tied must equal the embedding."""
     embedding = next(names[rule.name] for rule in rules if rule.target == ("embed", "tokens"))
     for name, head in source.tensors.items():
-        if not is_tied_head(name, model):
+        if name == embedding or not is_tied_head(name, model):
             continue
         if not np.array_equal(head.read(), source.tensors[embedding].read()):
             differs = f"tie_word_embeddings is true, but {name} differs from {embedding}"

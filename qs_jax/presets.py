@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from qs_jax.config import (
-    ALLOW_OTHER_WEIGHTS,
     AMQConfig,
     FusionConfig,
     HaltingConfig,
@@ -207,11 +206,8 @@ def load(path: str | Path, model: ModelConfig) -> QuickSilverConfig:
         made_for, here = provenance.get(name), getattr(model, name)
         if made_for not in (None, here):
             raise ConfigError(f"{path} is for models with {name} {made_for}, not {here}.")
-    if not model.has_weights(made_for := provenance.get("weights")):
-        raise ConfigError(
-            f"{path} was verified on other weights ({made_for}) than this model's "
-            f"({model.weights}): make a preset for these with `calibrate`. {ALLOW_OTHER_WEIGHTS}"
-        )
+    advice = "make a preset for these with `calibrate`"
+    model.check_weights(provenance.get("weights"), f"{path} was verified on", advice)
     try:
         quicksilver = QuickSilverConfig.from_dict(fields | {"provenance": provenance})
         quicksilver.check(model, "continuation" if quicksilver.prompts_only else "teacher-forced")

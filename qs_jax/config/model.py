@@ -17,10 +17,6 @@ Layers = Annotated[Integer, Field(ge=1, le=10_000)]
 Length = Annotated[Integer, Field(ge=1, lt=2**31)]
 PositiveNumber = Annotated[Number, Field(gt=0, le=1e6)]
 Weight = Annotated[Number, Field(ge=0, le=1e6)]
-
-ALLOW_OTHER_WEIGHTS = (
-    "Who knows that they fit passes --allow-other-weights, or model.replace(weights=None)."
-)
 # What each RoPE scaling needs besides its factor.
 ROPE_SCALINGS: dict[str, tuple[str, ...]] = {
     "linear": (),
@@ -142,6 +138,15 @@ class ModelConfig(Settings):
     def has_weights(self, made_for: str | None) -> bool:
         """Whether these are the weights of that fingerprint; None on either side fits any."""
         return None in (made_for, self.weights) or made_for == self.weights
+
+    def check_weights(self, made_for: str | None, made: str, advice: str) -> None:
+        """Refuse what was made ("X was fitted on") for other weights, saying what to do."""
+        if not self.has_weights(made_for):
+            raise ConfigError(
+                f"{made} other weights ({made_for}) than this model's ({self.weights}): {advice}. "
+                "Who knows that they fit passes --allow-other-weights, or "
+                "model.replace(weights=None)."
+            )
 
     @property
     def q_size(self) -> int:

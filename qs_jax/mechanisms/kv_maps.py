@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from qs_jax.config import ALLOW_OTHER_WEIGHTS, ModelConfig
+from qs_jax.config import ModelConfig
 from qs_jax.errors import CheckpointError, ConfigError
 from qs_jax.files import parse_json, write_whole
 from qs_jax.models import family_of, rope
@@ -134,11 +134,8 @@ class KVMaps(flax.struct.PyTreeNode):
         expected = [(model.num_layers, count, rank, 2 * model.kv_size), (count, size, rank)]
         if found != expected[: len(found)]:
             raise ConfigError(f"these KV maps are not of this model: {found}, expected {expected}.")
-        if not model.has_weights(made_for := json.loads(self.provenance).get("weights")):
-            raise ConfigError(
-                f"these KV maps were fitted on other weights ({made_for}) than this model's "
-                f"({model.weights}): fit maps on these. {ALLOW_OTHER_WEIGHTS}"
-            )
+        made_for = json.loads(self.provenance).get("weights")
+        model.check_weights(made_for, "these KV maps were fitted on", "fit maps on these")
 
 
 def sizes_of(params: dict[str, Any]) -> MapSizes | None:
