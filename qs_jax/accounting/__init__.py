@@ -55,11 +55,14 @@ def tally(
     if extrapolates and map_sizes is None:
         raise ConfigError("give map_sizes, those of the KV maps: they decide the cost of a key.")
     added = flops.added_flops(record, model, qs, map_sizes if extrapolates else None)
+    light = None
+    if map_sizes is not None and qs.halting is not None and qs.halting.light_from is not None:
+        light = dict(enumerate(map_sizes.light, start=qs.halting.light_from))
     kv_bytes = entry_bytes(model, qs.amq)[record.bits]
     halted = (np.arange(1, len(record.active) + 1)[:, None, None] > record.depth) & record.real
     counts = {
         "layer_tokens": record.active,
-        "exact_flops": flops.model_flops(record, model) + added,
+        "exact_flops": flops.model_flops(record, model, light) + added,
         "added_flops": added,
         "paper_flops": flops.paper_flops(record, model, "8bit"),
         "paper_flops_16bit": flops.paper_flops(record, model, "16bit"),

@@ -7,16 +7,19 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
 from qs_jax import accounting
 from qs_jax.calibration.families import Levels, Space
 from qs_jax.config import Config, QuickSilverConfig
-from qs_jax.evaluation.perplexity import SAVED, exp, per_window_nll, score_windows, total_counts
+from qs_jax.evaluation.perplexity import SAVED, check_width, exp, per_window_nll, total_counts
+from qs_jax.evaluation.rows import score_rows
 from qs_jax.mechanisms.kv_maps import select
-from qs_jax.models import Params
+from qs_jax.models import Params, head
 
 OBJECTIVES = ("exact_flops", "paper_flops", "layer_tokens")
 # Steps are tried up to this multiple of the budget: the front shows what a little more would buy.
@@ -25,11 +28,23 @@ _BEYOND = 1.5
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """One configuration on some windows: mean nats of a window's scored tokens, shares saved."""
+    """One configuration on some windows, each with N scored tokens.
+
+    Attributes:
+      nll_W: Mean negative log-likelihood of a window's scored tokens, in nats.
+      tokens_W: Their number.
+      saved: Shares of the dense work, by every account of `qs_jax.accounting`.
+      states_WND: What the head reads before each; of the dense model only.
+      kl_W: Mean KL divergence from the dense model, in nats; zeros for itself.
+      agreement: Share of tokens at which both prefer the same next token.
+    """
 
     nll_W: Float[np.ndarray, "W"]
     tokens_W: Int[np.ndarray, "W"]
     saved: dict[str, Any]
+    states_WND: Any = None
+    kl_W: Any = None
+    agreement: float = 1.0
 
     @property
     def perplexity(self) -> float:
@@ -37,13 +52,56 @@ class Scores:
         nll = (self.nll_W * self.tokens_W).sum() / self.tokens_W.sum()
         return exp(float(nll)) or math.inf
 
+    @property
+    def kl(self) -> float:
+        """Mean KL divergence from the dense model over all tokens, in nats."""
+        return 0.0 if self.kl_W is None else float(self.kl_W.mean())
+
 
 def score_tokens(
-    params: Params, tokens_WT: Int[np.ndarray, "W T"], cfg: Config, batch_size: int
+    params: Params,
+    tokens_WT: Int[np.ndarray, "W T"],
+    cfg: Config,
+    batch_size: int,
+    dense: Scores | None = None,
 ) -> Scores:
-    """Score windows under a configuration, `batch_size` at a time."""
-    entries = list(score_windows(params, tokens_WT, cfg, batch_size=batch_size))
-    return Scores(*per_window_nll(entries), accounting.summary(total_counts(entries)))
+    """Score windows under a configuration, `batch_size` at a time, against the dense model's."""
+    width = tokens_WT.shape[1]
+    check_width(width, cfg)
+    prompt = width - cfg.continuation_tokens if cfg.effective_protocol == "continuation" else 0
+    pairs = [(row[:prompt], row[prompt:]) for row in tokens_WT.tolist()]
+    first, entries, states, apart = max(prompt, 1) - 1, [], [], []
+    for batch in score_rows(params, pairs, cfg, batch_size=batch_size, return_states=True):
+        read_BND = batch.out.states[:, first : width - 1]
+        if dense is None:
+            states.append(np.asarray(read_BND))
+        else:
+            both = (read_BND, dense.states_WND[np.asarray(batch.index)])
+            apart.append(jax.device_get(_compare(params, *both)))
+        nll_B = -batch.out.logprobs.sum(axis=1, dtype=np.float64)
+        tokens_B = batch.out.mask.sum(axis=1)
+        entries.append({"nll": nll_B.tolist(), "tokens": tokens_B.tolist(), "counts": batch.counts})
+    found = (*per_window_nll(entries), accounting.summary(total_counts(entries)))
+    if dense is None:
+        return Scores(*found, states_WND=np.concatenate(states))
+    kl_WN, same_WN = (np.concatenate(part) for part in zip(*apart, strict=True))
+    return Scores(*found, kl_W=kl_WN.mean(1, dtype=np.float64), agreement=float(same_WN.mean()))
+
+
+@jax.jit
+def _compare(params: Params, h_BND: Array, dense_BND: Array) -> tuple[Array, Array]:
+    """KL divergence from the dense model, in nats, and whether both prefer the same token."""
+
+    def compare(h_BCD: Array, dense_BCD: Array) -> Array:
+        now, dense = (head.logits(params, x) for x in (h_BCD, dense_BCD))
+        now, dense = jax.nn.log_softmax(now), jax.nn.log_softmax(dense)
+        kl_BC = (jnp.exp(dense) * (dense - now)).sum(-1)
+        same_BC = now.argmax(-1) == dense.argmax(-1)
+        return jnp.stack([kl_BC, same_BC.astype(kl_BC.dtype)], axis=-1)
+
+    vocab = head.head_table(params).shape[0]
+    both_BN2 = head.map_positions(compare, 2 * vocab, h_BND, dense_BND)
+    return both_BN2[..., 0], both_BN2[..., 1]
 
 
 def upper_bound(scores: Scores, dense: Scores, confidence: float) -> float:
