@@ -46,6 +46,8 @@ BY_DEFAULT = (
     "dual-extrapolate",
     "quota-fusion-int8",
     "quota-extrapolate",
+    "light",
+    "light-gpt2",
 )
 
 
