@@ -76,7 +76,7 @@ def watched_layer(params_l: Any, h_BTD: Array, pos_BT: Array, model: ModelConfig
     weights_BNTS, pos_T = seen["weights"], jnp.arange(width)
     far_TS = pos_T[:, None] >= pos_T[None] + FAR
     queries_S = jnp.maximum(width - FAR - pos_T, 16)
-    received_BS = (jnp.where(far_TS, weights_BNTS, 0.0) ** 2).sum((1, 2)) / queries_S
+    received_BS = (jnp.where(far_TS, weights_BNTS, 0.0) ** 2).sum((1, 2)) / queries_S[None]
     first = width - min(ASKING, width // 4)
     keys_S = (pos_T >= skip_first) & (pos_T < first - FAR // 2)
     felt = _felt(params_l["out"]["kernel"], h_BTD, seen, first, keys_S, model)

@@ -78,18 +78,16 @@ def _light_layer(
     """One layer: whole for one group, reduced for the other; each sees the keys of both."""
     model, weights = call.model, layer_at(call.weights, index)
 
-    def attend_light(cache: KVCache):
-        def attend(q: Array, k: Array, v: Array):
-            held = cache.write(index, light.slots_BC, k, v)
-            shared = (bound["heads"], model.num_heads)
-            k, v = (shared_keys(part, *shared) for part in held.layer(index))
-            return blocked_attention(q, k, v, light.index_BC, first_BS), held
-
-        return attend
-
     def attend(q: Array, k: Array, v: Array):
-        held = cache.write(index, exact.slots_BC, k, v)
-        given = (h_BPD, light.index_BC, attend_light(held), bound["code"])
+        def attend_light(light_q: Array, *light_kv: Array):
+            # One write, after both groups have read the layer before: with two, XLA copies.
+            pairs = ((exact.slots_BC, light.slots_BC), *zip((k, v), light_kv, strict=True))
+            held = cache.write(index, *(jnp.concatenate(pair, axis=1) for pair in pairs))
+            shared = (bound["heads"], model.num_heads)
+            kept = (shared_keys(part, *shared) for part in held.layer(index))
+            return blocked_attention(light_q, *kept, light.index_BC, first_BS), held
+
+        given = (h_BPD, light.index_BC, attend_light, bound["code"])
         light_BPD, held = apply_block(model, bound["block"], *given, method="light")
         k, v = held.layer(index)
         return blocked_attention(q, k, v, exact.index_BC, first_BS), (light_BPD, held)

@@ -17,7 +17,6 @@ from qs_jax.config import (
     ModelConfig,
     QuickSilverConfig,
 )
-from qs_jax.mechanisms.kv_maps import FEATURES
 from qs_jax.testing import tiny_model, tiny_params
 from tests.oracle.comparison import with_maps
 
