@@ -161,9 +161,9 @@ def test_overrides_are_the_definitions(name):
             for engine in ("compact", "masked")
         )
         plain = qs_jax.score(params, rows, cfg, prompt_lengths=(22, 15)).record
+        options["overrides"] = qs_jax.TokenOverrides(forced_halt=np.where(forced, 3, 0))
         with pytest.raises(qs_jax.InputError, match="there are maps for"):
-            elsewhere = qs_jax.TokenOverrides(forced_halt=np.where(forced, 3, 0))
-            qs_jax.score(params, rows, cfg, prompt_lengths=(22, 15), overrides=elsewhere)
+            qs_jax.score(params, rows, cfg, **options)
     np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-6)
     assert_same_record(found.record, expected.record, expected.record.real)
     np.testing.assert_array_equal(found.record.depth == 4, (plain.depth == 4) & ~full)
