@@ -139,6 +139,7 @@ class Stream:
         if len(np.unique(batch.lengths_B)) > 1:
             raise InputError("light layers are fitted on windows of one length.")
         width = tokens_WT.shape[1]
+        inputs.check_positions(width, 0, model)
         if width < 4 * (sensitivity.FAR // 2 + skip_first) // 2:
             raise InputError(f"windows of {width} tokens are too short to fit light layers on.")
         self.params, self.tokens_WT = stored_params(params), tokens_WT
@@ -261,6 +262,8 @@ class Stream:
     def step(self) -> LightLayer:
         """Make the next layer light: choose its heads and neurons, fit its map, and run it."""
         model, number = self.model, self.layer + 1
+        if number == model.num_layers:
+            raise ConfigError(f"the last layer, {number}, cannot be light: stop before it.")
         params_l = layer_params(self.params, number - 1)
         some = [self._state(rows) for rows in self._batches(f"layer {number}, choice", self._every)]
         contexts = [_contexts(params_l, h, self._pos(h), model) for h in some]
