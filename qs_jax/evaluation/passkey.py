@@ -77,7 +77,10 @@ class Comparison:
         """Pairs of outcomes and McNemar's exact p-value, for each length."""
         lengths_P = _lengths(self.prompts)
         return {
-            length: self._count(lengths_P == length) for length in np.unique(lengths_P).tolist()
+            length: count_pairs(
+                self.dense_P[lengths_P == length], self.preset_P[lengths_P == length]
+            )
+            for length in np.unique(lengths_P).tolist()
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -88,15 +91,16 @@ class Comparison:
             for prompt, length, dense, preset in zip(self.prompts, *columns, strict=True)
         ]
         by_length = {str(length): counts for length, counts in self.by_length().items()}
-        return self._count(np.ones(len(rows), bool)) | {"by_length": by_length, "rows": rows}
+        return count_pairs(self.dense_P, self.preset_P) | {"by_length": by_length, "rows": rows}
 
-    def _count(self, chosen_P: np.ndarray) -> dict[str, Any]:
-        dense, preset = self.dense_P[chosen_P], self.preset_P[chosen_P]
-        pairs = {"both": dense & preset, "only_dense": dense & ~preset}
-        pairs |= {"only_preset": preset & ~dense, "neither": ~(dense | preset)}
-        counts = {name: int(found.sum()) for name, found in pairs.items()}
-        p_value = mcnemar_p(counts["only_dense"], counts["only_preset"])
-        return {"prompts": len(dense), **counts, "mcnemar_p": p_value}
+
+def count_pairs(dense_P: np.ndarray, preset_P: np.ndarray) -> dict[str, Any]:
+    """Prompts by who was right, dense model or preset, and McNemar's exact p-value."""
+    pairs = {"both": dense_P & preset_P, "only_dense": dense_P & ~preset_P}
+    pairs |= {"only_preset": preset_P & ~dense_P, "neither": ~(dense_P | preset_P)}
+    counts = {name: int(found_P.sum()) for name, found_P in pairs.items()}
+    p_value = mcnemar_p(counts["only_dense"], counts["only_preset"])
+    return {"prompts": len(dense_P), **counts, "mcnemar_p": p_value}
 
 
 def make_passkeys(
