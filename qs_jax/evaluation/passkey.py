@@ -122,7 +122,8 @@ def make_passkeys(
       seed: Of the keys and the order of the sentences.
 
     Raises:
-      InputError: A length has no room for the key and the question.
+      InputError: A length has no room for the key and the question, or the tokenizer cannot spell
+        them.
     """
 
     def encode(text: str) -> list[int]:
@@ -134,6 +135,8 @@ def make_passkeys(
     for length, number in ((length, number) for length in lengths for number in range(count)):
         key, depth = str(rng.integers(10_000, 100_000)), depths[number % len(depths)]
         needle = encode(_NEEDLE.format(key))
+        if key not in tokenizer.decode(needle) or not all(sentences):
+            raise InputError("this tokenizer cannot spell a passkey: it drops digits or letters.")
         fixed = len(opening) + len(needle) + len(question) + ANSWER_TOKENS
         if length < fixed:
             raise InputError(f"a passkey needs at least {fixed} tokens, got a length of {length}.")

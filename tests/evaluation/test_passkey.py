@@ -51,6 +51,8 @@ def test_prompts_differ_and_depend_on_the_seed_alone(tokenizer):
     assert len({prompt.ids[OPENING:60] for prompt in prompts}) > 8
     with pytest.raises(InputError, match="needs at least 116 tokens, got a length of 99"):
         passkey.make_passkeys(tokenizer, [200, 99])
+    with pytest.raises(InputError, match="drops digits or letters"):
+        passkey.make_passkeys(toy_tokenizer(vocab_size=18), [200])
 
 
 def test_a_beginning_token_is_part_of_the_length(tokenizer):
