@@ -78,6 +78,7 @@ class Evaluate(ScoringOptions):
         text, windows = read_windows(self.data, tokenizer, self.seq_len, self.limit_windows)
         width = windows.tokens_WT.shape[1]
         check_width(width, cfg)
+        self.warn_of_length(cfg, width)
         prompts = make_passkeys(tokenizer, [width], count=self.passkeys)
         identity = self._identity(cfg, text, windows, digest)
         complete = self.resume and journal.is_complete(self.out, identity)
