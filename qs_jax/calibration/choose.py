@@ -6,11 +6,13 @@ price for an operation ("water level") settles every size.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.linalg
 from jaxtyping import Float, Int
+
+_sger: Any = scipy.linalg.get_blas_funcs("ger", dtype=np.float32)  # in place: a + alpha x y'
 
 
 class Moments(NamedTuple):
@@ -72,8 +74,8 @@ def neurons(
         gains.append(float(gain[best]))
         root = np.sqrt(left[best, best])
         column, read = left[:, best] / root, shared[:, best] / root
-        shared = scipy.linalg.blas.sger(-1.0, read, column, a=shared, overwrite_a=1)
-        left = scipy.linalg.blas.sger(-1.0, column, column, a=left, overwrite_a=1)
+        shared = _sger(-1.0, read, column, a=shared, overwrite_a=1)
+        left = _sger(-1.0, column, column, a=left, overwrite_a=1)
     return np.array(chosen, int), np.array(gains)
 
 

@@ -79,12 +79,13 @@ class QuickSilverConfig(Settings):
         lengths = [n for n, _ in self.recent_tokens_over]
         if lengths != sorted(set(lengths)):
             raise ConfigError(f"recent_tokens_over needs rising lengths, got {lengths}.")
-        if halting is not None and halting.light_from is not None:
-            if skip is None or skip.policy != "extrapolate" or self.fusion or amq:
-                raise ConfigError(
-                    "halting.light_from goes with kv_skip.policy 'extrapolate', whose maps hold "
-                    "the light layers, and without fusion and amq."
-                )
+        light = halting is not None and halting.light_from is not None
+        reads_maps = skip is not None and skip.policy == "extrapolate"
+        if light and not (reads_maps and self.fusion is None and amq is None):
+            raise ConfigError(
+                "halting.light_from goes with kv_skip.policy 'extrapolate', whose maps hold the "
+                "light layers, and without fusion and amq."
+            )
         if "final_prev" in self.entropies and amq is not None and amq.normalization == "minmax":
             raise ConfigError("final_prev runs token by token, minmax on all tokens: not both.")
         if "shortlist" in self.entropies and self.shortlist_layer is None:

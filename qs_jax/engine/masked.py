@@ -209,6 +209,7 @@ def _run_light(
     """The layer's states `h_BTD`, with those of tokens that run it light put in."""
     rule, lights, model = call.mech.halting, call.lights, call.model
     assert rule is not None
+    assert rule.light_from is not None
     assert lights is not None
     index = layer - rule.light_from
     heads_N, encode_ER, decode_RD = (_at(part, index) for part in lights)

@@ -1,4 +1,4 @@
-"""Light layers in the prompt engine: a smaller block for most tokens, the whole one for the rest."""
+"""Light layers in the prompt engine: a smaller block for most tokens, the whole for the rest."""
 
 from __future__ import annotations
 

@@ -274,10 +274,11 @@ def score(
         assert cfg.quicksilver is not None
         about = (width, batch.lengths_B, ends_B, cfg.effective_protocol)
         if "evidence" in out:
-            record = Record.of(out["evidence"], *about)
+            record = Record.of(out["evidence"], *about, quicksilver=cfg.quicksilver)
         else:
             given = (cfg.quicksilver, model.num_layers, batch.lengths_B)
-            record = Record.of(decided(out["decisions"], *given), *about, simulated=False)
+            told = {"simulated": False, "quicksilver": cfg.quicksilver}
+            record = Record.of(decided(out["decisions"], *given), *about, **told)
     logprobs_BT = np.where(mask_BT, out["logprobs"][:, :width], out["logprobs"].dtype.type(0))
     arrays = {name: out[name][:, :width] for name in returns}
     for array in (logprobs_BT[..., None], *arrays.values()):

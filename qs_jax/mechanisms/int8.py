@@ -35,8 +35,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Int8
 
-from qs_jax.mechanisms.last import LastMade
 from qs_jax.errors import ConfigError
+from qs_jax.mechanisms.last import LastMade
 from qs_jax.state import FULL_BITS, exact_dtype
 
 MOST_CHANNELS = (2**31 - 1) // 127**2  # with more, the int32 could overflow

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, no_type_check
 
 import flax.struct
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -201,7 +200,7 @@ def _check_light(maps: KVMaps, model: ModelConfig) -> None:
         given += [(light.heads_N, model.num_heads, "head")]
     for ids, count, name in given:
         found = np.asarray(ids)
-        if found.size and not (0 <= found.min() and found.max() < count):
+        if found.size and not (found.min() >= 0 and found.max() < count):
             raise ConfigError(f"these KV maps name {name} {found.max()}; this model has {count}.")
     if maps.light and len(maps.light) != maps.layers[0] - (maps.light_from or 0) + 1:
         raise ConfigError("these light layers do not reach from the first to where tokens stop.")
@@ -232,7 +231,7 @@ def require_maps(
             f"layers={layers}, model=model) or KVMaps.load(FILE) into params['kv_maps']."
         )
     if maps.light_from != light_from:
-        names = {None: "layers that run whole"}
+        names: dict[Any, str] = {None: "layers that run whole"}
         made, asked = (
             names.get(at, f"light layers from {at}") for at in (maps.light_from, light_from)
         )

@@ -83,7 +83,7 @@ def reduced_layer(
 
 
 def spread(light: LightLayer, hidden_size: int, mlp_size: int) -> Float[Array, "E R"]:
-    """The encoder over all neurons of the layer, E = D + F + 1: rows of those left out are zeros."""
+    """The encoder over all neurons, E = D + F + 1: rows of those left out are zeros."""
     encode_FR = light.encode_FR
     state_DR, kept_MR, one_1R = jnp.split(encode_FR, [hidden_size, encode_FR.shape[0] - 1])
     empty_FR = jnp.zeros((mlp_size, encode_FR.shape[1]), encode_FR.dtype)
