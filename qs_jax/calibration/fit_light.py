@@ -70,8 +70,9 @@ def _contexts(params_l: Any, h_BTD: Array, pos_BT: Array, model: ModelConfig) ->
 def _attended(params_l: Any, h_BTD: Array, context_BTQ: Array, kept_Q: Array, model: ModelConfig):
     """States after attention of the kept heads."""
     out = params_l["out"]
-    context = (context_BTQ * kept_Q).astype(out["kernel"].dtype)
-    return h_BTD + product(context, out["kernel"]).astype(h_BTD.dtype) + out.get("bias", 0.0)
+    context = (context_BTQ * kept_Q[None, None]).astype(out["kernel"].dtype)
+    a_BTD = h_BTD + product(context, out["kernel"]).astype(h_BTD.dtype)
+    return a_BTD + jnp.broadcast_to(out.get("bias", 0.0), a_BTD.shape)
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -259,7 +260,7 @@ class Stream:
     def _every(self) -> int:
         return max(self.text.tokens_WT.size // CHOOSING, 1)
 
-    def _per_layer(self, flops: float) -> float:
+    def _per_layer(self, flops: int | float) -> float:
         """The price of so many operations a token."""
         return self.price * flops / linear_flops(self.text.model)
 
@@ -338,7 +339,7 @@ class Stream:
         self.layer = number
         return self.light[-1]
 
-    def _solve(self, gram, cross, plain: int, weigh: Any, outputs: float) -> tuple[Array, Array]:
+    def _solve(self, gram, cross, plain: int, weigh: Any, outputs: int) -> tuple[Array, Array]:
         """The map through a code; the first `plain` features have a mean square of 1."""
         tokens = gram[-1, -1]
         scale = np.diag(gram) / tokens

@@ -89,7 +89,7 @@ def _felt(out, h_BTD, seen, first, keys_S, model: ModelConfig) -> Felt:
     groups, batch = model.num_heads // kv_heads, h_BTD.shape[0]
     context = seen["context"][:, first:]
     a_BTD = h_BTD[:, first:] + context.reshape(batch, -1, out_QD.shape[0]) @ out_QD
-    a_BTD = a_BTD + out.get("bias", jnp.zeros(()))
+    a_BTD += jnp.broadcast_to(out.get("bias", 0.0), a_BTD.shape)
     size_BT = 1 / jnp.square(a_BTD).sum(-1)
     q, o = (x.reshape(batch, -1, kv_heads, groups, dim) for x in (seen["q"][:, first:], context))
     v = seen["v"]
