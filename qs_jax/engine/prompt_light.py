@@ -36,9 +36,13 @@ def run(call: Call, carry: Carry, light_BT: Bool[Array, "B T"], slots: int) -> C
     exact = _group(rows, rows.real_BT & ~light_BT, slots)
     light = _group(rows, light_BT, call.plan.light)
     first_BS, cache = jnp.where(rows.real_BT, rows.pos_BT, NEVER), carry.cache
+    # Where each position is among the tokens of both groups; a gather is cheaper than a scatter.
+    held_BX = jnp.concatenate([exact.slots_BC, light.slots_BC], axis=1)
+    place_BS = jnp.argsort(held_BX, axis=1)
+    place_BS = jnp.take_along_axis(place_BS, _rank(rows.real_BT), axis=1)
     h_BCD, h_BPD = (take(whole.h_BTD, group.index_BC) for group in (exact, light))
     for index, bound in enumerate(call.params["light"].layers, start=rule.light_from - 1):
-        given = (call, bound, jnp.int32(index), exact, light, first_BS)
+        given = (call, bound, jnp.int32(index), exact, light, place_BS, first_BS)
         h_BCD, h_BPD, cache = _light_layer(*given, h_BCD, h_BPD, cache)
     h_BTD = whole.h_BTD
     for group, own in ((exact, h_BCD), (light, h_BPD)):  # spare slots keep what is there
@@ -64,12 +68,18 @@ def _group(rows: Rows, mask_BT: Array, slots: int) -> _Group:
     return _Group(index_BC, held_BC, jnp.where(held_BC, index_BC, NEVER))
 
 
+def _rank(real_BT: Array) -> Array:
+    """How many real tokens are before each position; padding gets the last real token's."""
+    return jnp.maximum(jnp.cumsum(real_BT, axis=1, dtype=jnp.int32) - 1, 0)
+
+
 def _light_layer(
     call: Call,
     bound: dict[str, Any],
     index: Array,
     exact: _Group,
     light: _Group,
+    place_BS: Array,
     first_BS: Array,
     h_BCD: Array,
     h_BPD: Array,
@@ -78,19 +88,18 @@ def _light_layer(
     """One layer: whole for one group, reduced for the other; each sees the keys of both."""
     model, weights = call.model, layer_at(call.weights, index)
 
-    def attend(q: Array, k: Array, v: Array):
-        def attend_light(light_q: Array, *light_kv: Array):
-            # One write, after both groups have read the layer before: with two, XLA copies.
-            pairs = ((exact.slots_BC, light.slots_BC), *zip((k, v), light_kv, strict=True))
-            held = cache.write(index, *(jnp.concatenate(pair, axis=1) for pair in pairs))
+    def attend(q: Array, k_exact: Array, v_exact: Array):
+        def attend_light(q: Array, k_light: Array, v_light: Array):
+            pairs = ((k_exact, k_light), (v_exact, v_light))
+            k, v = (take(jnp.concatenate(pair, axis=1), place_BS) for pair in pairs)
             shared = (bound["heads"], model.num_heads)
-            kept = (shared_keys(part, *shared) for part in held.layer(index))
-            return blocked_attention(light_q, *kept, light.index_BC, first_BS), held
+            keys = (shared_keys(k, *shared), shared_keys(v, *shared))
+            return blocked_attention(q, *keys, light.index_BC, first_BS), (k, v)
 
         given = (h_BPD, light.index_BC, attend_light, bound["code"])
-        light_BPD, held = apply_block(model, bound["block"], *given, method="light")
-        k, v = held.layer(index)
-        return blocked_attention(q, k, v, exact.index_BC, first_BS), (light_BPD, held)
+        light_BPD, (k, v) = apply_block(model, bound["block"], *given, method="light")
+        context = blocked_attention(q, k, v, exact.index_BC, first_BS)
+        return context, (light_BPD, cache.write(index, None, k, v))
 
     given = (h_BCD, exact.index_BC, attend)
     h_BCD, (h_BPD, cache) = apply_block(model, weights.params, *given)
