@@ -92,14 +92,14 @@ def task_of(budget):
 
 def test_the_climb_finds_the_front_and_measures_little(model, monkeypatch):
     """Against every candidate there is: 35 rising schedules."""
-    monkeypatch.setattr(climb, "_point", stand_in)
+    monkeypatch.setattr(climb, "point", stand_in)
     space, task = space_of(model), task_of(0.3)
     found = climb.climb(task, space, 35)
     rising = itertools.combinations_with_replacement(range(5), 3)
     every = [stand_in(task, space, (*levels, 0, 0)) for levels in rising]
     assert len(every) == 35
     best, ours = (
-        max(point.saving for point in points if point.ppl_increase <= 0.3)
+        max(point.saving for point in points if point.cost <= 0.3)
         for points in (every, found)
     )
     assert ours >= 0.95 * best
@@ -107,7 +107,7 @@ def test_the_climb_finds_the_front_and_measures_little(model, monkeypatch):
     front = climb.pareto(every)
     for point in front:
         better = (p for p in every if p.saving >= point.saving)
-        assert all(p.ppl_increase >= point.ppl_increase for p in better)
+        assert all(p.cost >= point.cost for p in better)
     assert [p.saving for p in front] == sorted(p.saving for p in front)
     assert len(climb.climb(task_of(10.0), space, 5)) == 5, "it may measure no more"
 
@@ -117,8 +117,7 @@ def test_the_walk_ends_at_the_first_candidate_out_of_budget(model, monkeypatch):
     increases = iter([0.05, 0.3, 0.05])
     dense = scores([1.0, 1.0])
 
-    def measured(task, qs):
-        del task, qs
+    def measured(*_):
         nll = math.log(math.e + next(increases))
         saved = dict.fromkeys(climb.SAVED, 0.1) | {"prefill": {"exact_flops_saved": 0.13}}
         return dataclasses.replace(scores([nll, nll]), saved=saved)
@@ -182,7 +181,7 @@ def test_a_search_compiles_once_for_each_program_and_its_front_rises(generous):
     assert len(found.points) > (15 if fuses else 10)
     assert compiled <= 2 * (2 if fuses else 1)
     savings = [point.saving for point in found.front]
-    prices = [point.ppl_increase for point in found.front]
+    prices = [point.cost for point in found.front]
     assert savings == sorted(savings)
     assert prices == sorted(prices)
     json.dumps(found.to_dict(), allow_nan=False)
