@@ -25,8 +25,8 @@ FREE = -1.0  # a price at which everything is kept
 def fitting_text(kind):
     """A random model, and what its dense pass says; tests share them, one stream at a time."""
     model, params = a_model(kind, "float32")
-    tokens_WT = random_tokens(model, 16, WIDTH)
-    text = FittingText(params, tokens_WT, model, (2,), skip_first=SKIP, batch_size=5)
+    tokens_WT = random_tokens(model, 9, WIDTH)
+    text = FittingText(params, tokens_WT, model, (2,), skip_first=SKIP, batch_size=4)
     return params, model, tokens_WT, text
 
 

@@ -99,8 +99,7 @@ def test_the_climb_finds_the_front_and_measures_little(model, monkeypatch):
     every = [stand_in(task, space, (*levels, 0, 0)) for levels in rising]
     assert len(every) == 35
     best, ours = (
-        max(point.saving for point in points if point.cost <= 0.3)
-        for points in (every, found)
+        max(point.saving for point in points if point.cost <= 0.3) for points in (every, found)
     )
     assert ours >= 0.95 * best
     assert len(found) < 25

@@ -207,10 +207,13 @@ def test_entropies_are_read_where_the_drift_passes_and_nowhere_else():
     np.testing.assert_array_equal(halts, (record.depth == number) & (number < layers))
 
 
-# Of their mechanisms the others decode as well.
+# Of their mechanisms the others decode as well; after light prompts, new tokens run dense.
 DECODED = BY_DEFAULT - {
-    f"{name}-teacher-forced"
-    for name in ("K-llama", "Q-llama", "int8-llama", "preset-off", "preset-paper")
+    "light-gpt2-continuation",
+    *(
+        f"{name}-teacher-forced"
+        for name in ("K-llama", "Q-llama", "int8-llama", "preset-off", "preset-paper")
+    ),
 }
 
 

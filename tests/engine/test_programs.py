@@ -61,7 +61,7 @@ PROGRAMS = {
     "step": (stream(FAST["dual-skip"]), "decode", "jit_advance"),
     "step-quota": (stream(FAST["quota-fusion-int8"], "continuation"), "decode", "jit_advance"),
 }
-LATE = ("loop-int8", "step-quota")  # their prompts run before
+LATE = ("loop-int8", "step-quota", "prompt-light")  # much is traced, or runs before
 
 
 @pytest.mark.parametrize(
