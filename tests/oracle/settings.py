@@ -136,7 +136,7 @@ ONE: dict[str, tuple[str, QuickSilverConfig]] = {
         settings_of(
             halting=quota(layers=(3,), quota=(1.0,), light_from=2),
             kv_skip=KVSkipConfig(policy="extrapolate"),
-            recent_tokens_over=((8, 3),),  # one of the two prompts is longer
+            recent_tokens_over=((7, 3),),  # one of the two prompts is longer
         ),
     ),
     "light-once": (

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from qs_jax.config import PROTOCOLS, QuickSilverConfig
 from qs_jax.errors import ConfigError
-from tests.oracle.comparison import DEPTH, VOCAB, WIDTH, architecture
+from tests.oracle.comparison import DEPTH, PROMPTS, VOCAB, WIDTH, architecture
 from tests.oracle.settings import BOTH, ONE
 
 ENTROPY = {  # around the values that random models have
@@ -76,7 +76,8 @@ def retuned(draw: st.DrawFn, qs: QuickSilverConfig) -> QuickSilverConfig:
             qs.amq, layer=draw(LAYERS), tau_low=taus[0], tau_high=taus[1]
         )
     exempt = {"sink_tokens": draw(st.integers(0, 2)), "recent_tokens": draw(st.integers(0, 3))}
-    over = [(draw(st.integers(1, WIDTH)), draw(st.integers(0, 4))) for _ in qs.recent_tokens_over]
+    near = st.sampled_from([length - less for length in PROMPTS for less in (0, 1)])
+    over = [(draw(near), draw(st.integers(0, 4))) for _ in qs.recent_tokens_over]
     exempt["recent_tokens_over"] = tuple(sorted(dict(over).items()))
     return dataclasses.replace(qs, **parts, **exempt)
 
