@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -51,6 +51,7 @@ class Point:
     agreement: float = math.nan
 
 
+@runtime_checkable
 class Candidates(Protocol):
     """A family of candidates: the preset at some levels, and the parameters it reads."""
 
