@@ -66,7 +66,7 @@ def neurons(
         own = np.diagonal(left)
         gain = np.einsum("ef,ef->f", shared, shared) / np.maximum(own, 1e-3)
         gain[own < 1e-3] = 0
-        gain[chosen] = 0
+        gain[chosen] = -np.inf
         best = int(gain.argmax())
         if gain[best] <= price:
             break

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,8 +70,9 @@ def _contexts(params_l: Any, h_BTD: Array, pos_BT: Array, model: ModelConfig) ->
 def _attended(params_l: Any, h_BTD: Array, context_BTQ: Array, kept_Q: Array, model: ModelConfig):
     """States after attention of the kept heads."""
     out = params_l["out"]
-    context = (context_BTQ * kept_Q).astype(out["kernel"].dtype)
-    return h_BTD + product(context, out["kernel"]).astype(h_BTD.dtype) + out.get("bias", 0.0)
+    context = (context_BTQ * kept_Q[None, None]).astype(out["kernel"].dtype)
+    a_BTD = h_BTD + product(context, out["kernel"]).astype(h_BTD.dtype)
+    return a_BTD + jnp.broadcast_to(out.get("bias", 0.0), a_BTD.shape)
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -163,13 +166,14 @@ class FittingText:
         self.skip_first, self.batch_size, self.progress = skip_first, batch_size, progress
         self.provenance = {"data": data, "tokens": int(self.tokens_WT.size), "width": width}
         self.provenance |= {"skip_first": skip_first, "weights": model.weights}
-        self._folder = tempfile.TemporaryDirectory()
+        self._folder = tempfile.mkdtemp()
+        weakref.finalize(self, shutil.rmtree, self._folder)
         self.states = {first: self.file(f"dense.{first}") for first in firsts}
         self._read_dense(min(firsts))
 
     def file(self, name: str) -> np.memmap:
         """States of all tokens, in a file that goes with this object."""
-        path = Path(self._folder.name) / name
+        path = Path(self._folder) / name
         shape = (*self.tokens_WT.shape, self.model.hidden_size)
         return np.memmap(path, np.float32, "w+", shape=shape)
 
@@ -256,7 +260,7 @@ class Stream:
     def _every(self) -> int:
         return max(self.text.tokens_WT.size // CHOOSING, 1)
 
-    def _per_layer(self, flops: float) -> float:
+    def _per_layer(self, flops: int | float) -> float:
         """The price of so many operations a token."""
         return self.price * flops / linear_flops(self.text.model)
 
@@ -292,6 +296,8 @@ class Stream:
     def step(self) -> LightLayer:
         """Make the next layer light: choose its heads and neurons, fit its map, and run it."""
         model, number = self.text.model, self.layer + 1
+        if number == model.num_layers:
+            raise ConfigError(f"the last layer, {number}, cannot be light: stop before it.")
         params_l = layer_params(self.text.params, number - 1)
         some = [
             self._state(rows) for rows in self.text.batches(f"layer {number}, choice", self._every)
@@ -333,7 +339,7 @@ class Stream:
         self.layer = number
         return self.light[-1]
 
-    def _solve(self, gram, cross, plain: int, weigh: Any, outputs: float) -> tuple[Array, Array]:
+    def _solve(self, gram, cross, plain: int, weigh: Any, outputs: int) -> tuple[Array, Array]:
         """The map through a code; the first `plain` features have a mean square of 1."""
         tokens = gram[-1, -1]
         scale = np.diag(gram) / tokens

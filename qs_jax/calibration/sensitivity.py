@@ -76,19 +76,20 @@ def watched_layer(params_l: Any, h_BTD: Array, pos_BT: Array, model: ModelConfig
     weights_BNTS, pos_T = seen["weights"], jnp.arange(width)
     far_TS = pos_T[:, None] >= pos_T[None] + FAR
     queries_S = jnp.maximum(width - FAR - pos_T, 16)
-    received_BS = (jnp.where(far_TS, weights_BNTS, 0.0) ** 2).sum((1, 2)) / queries_S
+    received_BS = (jnp.where(far_TS, weights_BNTS, 0.0) ** 2).sum((1, 2)) / queries_S[None]
     first = width - min(ASKING, width // 4)
     keys_S = (pos_T >= skip_first) & (pos_T < first - FAR // 2)
-    felt = _felt(params_l["out"]["kernel"], h_BTD, seen, first, keys_S, model)
+    felt = _felt(params_l["out"], h_BTD, seen, first, keys_S, model)
     return after_BTD, received_BS, felt
 
 
-def _felt(out_QD, h_BTD, seen, first, keys_S, model: ModelConfig) -> Felt:
+def _felt(out, h_BTD, seen, first, keys_S, model: ModelConfig) -> Felt:
     kv_heads, dim = model.num_kv_heads, model.head_dim
-    out_QD = out_QD.astype(h_BTD.dtype)
+    out_QD = out["kernel"].astype(h_BTD.dtype)
     groups, batch = model.num_heads // kv_heads, h_BTD.shape[0]
     context = seen["context"][:, first:]
     a_BTD = h_BTD[:, first:] + context.reshape(batch, -1, out_QD.shape[0]) @ out_QD
+    a_BTD += jnp.broadcast_to(out.get("bias", 0.0), a_BTD.shape)
     size_BT = 1 / jnp.square(a_BTD).sum(-1)
     q, o = (x.reshape(batch, -1, kv_heads, groups, dim) for x in (seen["q"][:, first:], context))
     v = seen["v"]

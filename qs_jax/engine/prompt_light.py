@@ -15,6 +15,7 @@ from qs_jax.mechanisms.light import shared_keys
 from qs_jax.models import apply_block
 from qs_jax.state import NEVER
 
+
 def run(call: Any, carry: Any, light_BT: Bool[Array, "B T"], slots: int) -> Any:
     """State and cache after the light layers, whole for tokens that are exempt.
 

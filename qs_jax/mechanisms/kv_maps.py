@@ -199,9 +199,11 @@ def _check_light(maps: KVMaps, model: ModelConfig) -> None:
         given += [(light.neurons_M, model.mlp_size, "neuron")]
         given += [(light.heads_N, model.num_heads, "head")]
     for ids, count, name in given:
-        found = np.asarray(ids)
-        if found.size and not (found.min() >= 0 and found.max() < count):
-            raise ConfigError(f"these KV maps name {name} {found.max()}; this model has {count}.")
+        wrong = [at for at in np.asarray(ids).tolist() if not 0 <= at < count]
+        if wrong:
+            raise ConfigError(f"these KV maps name {name} {wrong[0]}; this model has {count}.")
+    if maps.layers[-1] + len(maps.neurons) > model.num_layers:
+        raise ConfigError("these KV maps read neurons of layers that this model does not have.")
     if maps.light and len(maps.light) != maps.layers[0] - (maps.light_from or 0) + 1:
         raise ConfigError("these light layers do not reach from the first to where tokens stop.")
 
