@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
@@ -15,18 +15,15 @@ from qs_jax.mechanisms.light import shared_keys
 from qs_jax.models import apply_block
 from qs_jax.state import NEVER
 
-if TYPE_CHECKING:
-    from qs_jax.engine.prompt import Call, Carry
 
-
-def run(call: Call, carry: Carry, light_BT: Bool[Array, "B T"], slots: int) -> Carry:
+def run(call: Any, carry: Any, light_BT: Bool[Array, "B T"], slots: int) -> Any:
     """State and cache after the light layers, whole for tokens that are exempt.
 
     Two groups of each row are gathered, each with its own block. All light tokens stop at the end.
 
     Args:
-      call: What all layers share; its parameters hold the reduced layers.
-      carry: After the last whole layer.
+      call: What all layers share (`prompt.Call`); its parameters hold the reduced layers.
+      carry: After the last whole layer (`prompt.Carry`).
       light_BT: Tokens that run light.
       slots: Most tokens of a row that do not.
     """
@@ -74,7 +71,7 @@ def _rank(real_BT: Array) -> Array:
 
 
 def _light_layer(
-    call: Call,
+    call: Any,
     bound: dict[str, Any],
     index: Array,
     exact: _Group,
