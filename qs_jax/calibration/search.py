@@ -244,12 +244,16 @@ def _explore_light(
     firsts = sorted(set(light_from or [max(round(share * depth), 2) for share in _LIGHT_FROM]))
     places = check_layers(layers or halting_layers(task.cfg.model), task.cfg.model)
     deep = [at for at in places if _STOPS[0] <= at / depth <= _STOPS[1]] or [places[-1]]
+    stops = {first: [at for at in (layers or deep) if at >= first] for first in firsts}
+    if not any(stops.values()):
+        got = f"light layers from {firsts}, stops at {list(layers or deep)}"
+        raise ConfigError(f"light tokens stop at the first light layer or later, got {got}.")
     given: dict[str, Any] = {"data": data, "progress": progress}
     text = FittingText(task.params, fit_tokens, task.cfg.model, firsts, **given)
     for first in firsts:
         for number, price in enumerate(prices):
             stream = Stream(text, first, price)
-            for stop in [at for at in (layers or deep) if at > first]:
+            for stop in stops[first]:
                 while stream.layer < stop:
                     stream.step()
                 levels = (first, stop, number)

@@ -167,11 +167,14 @@ class Calibrate(FileOptions):
 
     def _probe(self, tokenizer: Any) -> Probe:
         """A function that looks for passkeys in prompts as long as a task's windows."""
+        prompts = {
+            length: make_passkeys(tokenizer, [length], count=self.passkeys)
+            for length in self.seq_len
+        }
 
         def probe(params: Any, cfg: Config, task: Task) -> dict[str, Any]:
             length = task.tokens_WT.shape[1]
-            prompts = make_passkeys(tokenizer, [length], count=self.passkeys)
-            asked = (params, cfg, tokenizer, prompts)
+            asked = (params, cfg, tokenizer, prompts[length])
             found = compare_passkeys(*asked, batch_size=self.batch_size)
             pairs = found.by_length()[length]
             return {"lost": pairs["only_dense"]} | pairs
