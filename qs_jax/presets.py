@@ -80,9 +80,9 @@ def balanced(model: ModelConfig) -> QuickSilverConfig:
 
     For the embedded SmolLM2-135M-Instruct, `python -m qs_jax calibrate` verified it within 0.2 of
     the dense perplexity at 512 and at 2,048 tokens, with no passkey lost. It reads maps that come
-    with the library; `qs_jax.load` adds them to that checkpoint. Other weights of the same sizes are refused. For any other model it is a starting
-    point, not a promise: the least attended half of a prompt stops at 0.8 of the depth and its keys
-    are skipped from there on.
+    with the library; `qs_jax.load` adds them to that checkpoint. Other weights of the same sizes
+    are refused. For any other model it is a starting point, not a promise: the least attended half
+    of a prompt stops at 0.8 of the depth and its keys are skipped from there on.
     """
     if _has_shipped_sizes(model):
         return load(SHIPPED["balanced"], model)
