@@ -203,8 +203,7 @@ class Calibrate(FileOptions):
 
     def _print(self, calibration: Calibration) -> None:
         """Print the measurements on the verification windows."""
-        columns = "family, tokens, perplexity, bound, KL, agreement, passkeys lost"
-        columns = f"{columns}, prompt FLOPs saved, in budget".split(", ")
+        columns = "family, tokens, perplexity, bound, KL, agree, lost, saved, kept".split(", ")
         rows = []
         for entry in calibration.verified:
             bound, retrieval = entry["upper_bound"], entry.get("retrieval")
@@ -214,7 +213,8 @@ class Calibrate(FileOptions):
             row += ["" if retrieval is None else str(retrieval["lost"])]
             row += [f"{entry['prompt_exact_flops_saved']:.1%}"]
             rows.append([*row, "yes" if entry["within_budget"] else "no"])
-        print_table("candidates on the verification windows", columns, rows)
+        title = "candidates on the verification windows: passkeys lost, prompt FLOPs saved"
+        print_table(title, columns, rows)
         verified = calibration.preset.provenance["verified"]
         if calibration.preset.is_off:
             print(verified["reason"])

@@ -289,7 +289,7 @@ def test_light_layers_of_another_model(kind, tmp_path, capsys):
     flags = ["--max-ppl-increase", "1e6", "--fit-windows", "16", "--seq-len", "120", "128"]
     flags += ["--long-windows", "4", "--passkeys", "2", "--prices", "0.001"]
     assert command(tmp_path / "ckpt", tmp_path, 9000, *flags, "--timed-runs", "1") == 0
-    assert "in budget" in capsys.readouterr().out
+    assert "agree" in capsys.readouterr().out
     searched = json.loads((tmp_path / "preset.search.json").read_text())
     tried = {tuple(point["levels"]) for point in searched["points"]}
     assert tried == {(2, 4, 0), (3, 4, 0)}
