@@ -19,7 +19,7 @@ from qs_jax.jax_settings import default_settings, explain
 from qs_jax.mechanisms.kv_maps import FILE_NAME, KVMaps, select
 from qs_jax.models import Params, abstract_params
 from qs_jax.models.cpu import processor_multiplies
-from qs_jax.presets import NAMES, SHIPPED, is_shipped, maps_path
+from qs_jax.presets import NAMES, SHIPPED_PRESET, is_shipped, maps_path
 
 _finite = jax.jit(lambda leaf: jnp.isfinite(leaf).all())
 
@@ -112,9 +112,9 @@ def _restore(path: Path, model: ModelConfig, devices: Sequence[jax.Device] | Non
         raise CheckpointError(f"{path} is damaged: {reason} Convert again.") from error
 
 
-def shipped_maps(model: ModelConfig, preset: str = "balanced") -> Path | None:
-    """The file of a preset's maps that come with the library; None for other sizes or weights."""
-    return maps_path(SHIPPED[preset]) if preset in SHIPPED and is_shipped(model) else None
+def shipped_maps(model: ModelConfig) -> Path | None:
+    """The file of the maps that come with the library; None for other sizes or weights."""
+    return maps_path(SHIPPED_PRESET) if is_shipped(model) else None
 
 
 def find_maps(
@@ -140,8 +140,7 @@ def find_maps(
             raise InputError(f"{given}: KV maps are for kv_skip.policy 'extrapolate' only.")
         return None, None
     beside = ckpt / FILE_NAME if preset in ("", *NAMES) else maps_path(Path(preset))
-    shipped = shipped_maps(cfg.model, preset if preset in SHIPPED else "balanced")
-    places = [beside, ckpt / FILE_NAME, shipped]
+    places = [beside, ckpt / FILE_NAME, shipped_maps(cfg.model)]
     path = given or next((place for place in places if place and place.exists()), beside)
     path = path / FILE_NAME if path.is_dir() else path
     maps = KVMaps.load(path)

@@ -25,12 +25,7 @@ from qs_jax.config import (
 from qs_jax.errors import ConfigError
 from qs_jax.files import read_json, write_json
 
-_FOLDER = Path(__file__).parent / "shipped"
-# Presets that come with the library for the embedded model, each with its maps beside it.
-SHIPPED = {
-    "balanced": _FOLDER / "smollm2-135m-instruct.json",
-    "prompt-40": _FOLDER / "smollm2-135m-instruct.prompt-40.json",
-}
+SHIPPED_PRESET = Path(__file__).parent / "shipped" / "smollm2-135m-instruct.json"
 _SHIPPED: Mapping[str, Any] = {
     "source": "shipped with qs-jax",
     "chosen_on": "SmolLM2-135M-Instruct, WikiText-103 validation, 16 windows of 512, continuation",
@@ -76,32 +71,17 @@ def paper(model: ModelConfig, *, tau_drift: float = 1.0, **amq: Any) -> QuickSil
 
 
 def balanced(model: ModelConfig) -> QuickSilverConfig:
-    """Prompts only: light layers in the middle of the model, and none after a last one.
+    """Prompts only: most of a prompt stops early, in stages, the least attended tokens first.
 
     For the embedded SmolLM2-135M-Instruct, `python -m qs_jax calibrate` verified it within 0.2 of
-    the dense perplexity at 512 and at 2,048 tokens, with no passkey lost. It reads maps that come
-    with the library; `qs_jax.load` adds them to that checkpoint. Other weights of the same sizes
-    are refused. For any other model it is a starting point, not a promise: the least attended half
-    of a prompt stops at 0.8 of the depth and its keys are skipped from there on.
+    the dense perplexity. It reads maps that come with the library; `qs_jax.load` adds them to that
+    checkpoint. Other weights of the same sizes are refused. For any other model it is a starting
+    point, not a promise: the least attended half of a prompt stops at 0.8 of the depth and its keys
+    are skipped from there on.
     """
     if _has_shipped_sizes(model):
-        return load(SHIPPED["balanced"], model)
+        return load(SHIPPED_PRESET, model)
     return QuickSilverConfig(_quota(model, {0.8: 0.5}), KVSkipConfig(), provenance=_SHIPPED)
-
-
-def prompt_40(model: ModelConfig) -> QuickSilverConfig:
-    """Prompts only: `balanced` with smaller light layers, for about 40 % of a prompt's FLOPs.
-
-    It is for the embedded SmolLM2-135M-Instruct, and costs more perplexity than the budget of
-    `balanced`: its provenance says how much. Its maps are `KVMaps.load(maps_path(SHIPPED[
-    "prompt-40"]))`, which the command line finds by itself.
-
-    Raises:
-      ConfigError: For any other model.
-    """
-    if not _has_shipped_sizes(model):
-        raise ConfigError("preset 'prompt-40' is for the embedded model: calibrate one for yours.")
-    return load(SHIPPED["prompt-40"], model)
 
 
 def aggressive(model: ModelConfig) -> QuickSilverConfig:
@@ -142,7 +122,7 @@ def _has_shipped_sizes(model: ModelConfig) -> bool:
 
 
 def _shipped_provenance() -> dict[str, Any]:
-    return read_json(SHIPPED["balanced"])["provenance"]
+    return read_json(SHIPPED_PRESET)["provenance"]
 
 
 def maps_path(preset: Path) -> Path:
@@ -180,7 +160,6 @@ NAMES: dict[str, Callable[[ModelConfig], QuickSilverConfig]] = {
     "off": off,
     "paper": paper,
     "balanced": balanced,
-    "prompt-40": prompt_40,
     "aggressive": aggressive,
     "paper-drift-0.045": functools.partial(paper, tau_drift=0.045, **_LENS),  # B.2
     "paper-drift-0.001": functools.partial(paper, tau_drift=1e-3, **_LENS),  # G.2

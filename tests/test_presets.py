@@ -28,7 +28,7 @@ MODEL = tiny_model("llama", num_layers=6)
 DEEP = tiny_model("llama", num_layers=30)
 
 
-@pytest.mark.parametrize("name", [name for name in presets.NAMES if name != "prompt-40"])
+@pytest.mark.parametrize("name", presets.NAMES)
 @pytest.mark.parametrize("layers", [2, 6, 30])
 def test_every_preset_fits_every_depth_and_survives_its_file(name, layers, tmp_path):
     model = tiny_model("gpt2", num_layers=layers)

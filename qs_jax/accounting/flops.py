@@ -60,43 +60,47 @@ def keys_values_flops(model: ModelConfig, rows: int | None = None) -> int:
     return 2 * (model.hidden_size if rows is None else rows) * 2 * model.kv_size
 
 
+def mlp_flops(model: ModelConfig) -> int:
+    """The MLP of one layer for one token."""
+    return 2 * model.hidden_size * model.mlp_size * family_of(model).mlp_products
+
+
 def model_flops(
     record: Record, model: ModelConfig, light: Mapping[int, LightSizes] | None = None
-) -> Int[np.ndarray, "L B T"]:
-    """Projections and attention of each (layer, token) that ran.
+) -> dict[str, Int[np.ndarray, "L B T"]]:
+    """Projections of attention, attention to keys, and MLP of each (layer, token) that ran.
 
     Of a prompt, the last layer computes keys and values, and the rest for its last token only.
 
     Args:
       record: Which ran, and the keys they saw.
       model: From `qs_jax.load`.
-      light: Sizes of light layers, by number; every token that stops runs them light.
+      light: Sizes of light layers, by number; every token that stops runs them light. Their maps
+        count as MLP.
     """
-    linear = record.active * np.int64(linear_flops(model))
-    keys = record.visible_keys.astype(np.int64) * key_flops(model)
-    stopping = record.real & (record.depth < len(linear))
+    active, visible = record.active, record.visible_keys.astype(np.int64)
+    projections = active * np.int64(linear_flops(model) - mlp_flops(model))
+    keys, mlp = visible * key_flops(model), active * np.int64(mlp_flops(model))
+    stopping = record.real & (record.depth < len(active))
     for number, sizes in (light or {}).items():
         at = number - 1
-        kept = 4 * sizes.heads * model.head_dim
-        linear[at] = np.where(stopping & record.active[at], light_flops(model, sizes), linear[at])
-        keys[at] = np.where(stopping, record.visible_keys[at].astype(np.int64) * kept, keys[at])
+        here, (attention, per_key, neurons) = active[at] & stopping, light_flops(model, sizes)
+        projections[at] = np.where(here, attention, projections[at])
+        keys[at] = np.where(here, visible[at] * per_key, keys[at])
+        mlp[at] = np.where(here, neurons, mlp[at])
     pos = np.arange(record.depth.shape[1])[None]
-    unread = record.active[-1] & (pos < record.prompt_lengths[:, None] - 1)
-    linear[-1] = np.where(unread, keys_values_flops(model), linear[-1])
-    keys[-1] = np.where(unread, 0, keys[-1])
-    return linear + keys
+    unread = active[-1] & (pos < record.prompt_lengths[:, None] - 1)
+    projections[-1] = np.where(unread, keys_values_flops(model), projections[-1])
+    keys[-1], mlp[-1] = np.where(unread, 0, keys[-1]), np.where(unread, 0, mlp[-1])
+    return {"attention_projections": projections, "attention_keys": keys, "mlp": mlp}
 
 
-def light_flops(model: ModelConfig, sizes: LightSizes) -> int:
-    """The projections and the map of one light layer for one token."""
-    d, heads, products = (
-        model.hidden_size,
-        sizes.heads * model.head_dim,
-        family_of(model).mlp_products,
-    )
-    attention = 2 * d * heads * 2 + keys_values_flops(model)
-    read = 2 * d * sizes.neurons * (products - 1)
-    return attention + read + 2 * (d + sizes.neurons + 1) * sizes.code + 2 * sizes.code * d
+def light_flops(model: ModelConfig, sizes: LightSizes) -> tuple[int, int, int]:
+    """Of one light layer: a token's projections, its attention to a key, its neurons and map."""
+    d, heads = model.hidden_size, sizes.heads * model.head_dim
+    neurons = 2 * d * sizes.neurons * (family_of(model).mlp_products - 1)
+    code = 2 * (d + sizes.neurons + 1) * sizes.code + 2 * sizes.code * d
+    return 4 * d * heads + keys_values_flops(model), 4 * heads, neurons + code
 
 
 def added_flops(
