@@ -97,6 +97,20 @@ def aggressive(model: ModelConfig) -> QuickSilverConfig:
     return QuickSilverConfig(halting, KVSkipConfig(), fusion, bits, provenance=_SHIPPED)
 
 
+def unverified(quicksilver: QuickSilverConfig, tokens: int) -> str | None:
+    """One line that says a calibrated preset was not verified at a length; None where it was.
+
+    A length at which it was verified covers those down to half of it.
+    """
+    verified = quicksilver.provenance.get("verified", {})
+    lengths = verified.get("lengths", {str(quicksilver.provenance.get("seq_len", 0)): {}})
+    held = [int(n) for n, entry in lengths.items() if entry.get("within_budget", True)]
+    if quicksilver.is_off or not verified or any(n < 2 * tokens <= 2 * n for n in held):
+        return None
+    at = ", ".join(f"{n:,}" for n in sorted(held)) or "any length"
+    return f"this preset was verified at {at} tokens, not at {tokens:,}: evaluate it there."
+
+
 def is_shipped(model: ModelConfig) -> bool:
     """Whether the preset that comes with the library was made for these sizes and weights."""
     return _has_shipped_sizes(model) and model.has_weights(_shipped_provenance()["weights"])

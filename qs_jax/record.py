@@ -34,6 +34,8 @@ class Record:
       prompt_lengths: Tokens of its prompt; 0 where rows were scored teacher-forced.
       protocol: "teacher-forced" or "continuation".
       simulated: The masked engine ran it: every token was computed, the decisions only selected.
+      recent_tokens: Last tokens of each prompt that were exempt, by its length
+        (`QuickSilverConfig.recent_of`); None where every token counts as new.
     """
 
     active: Bool[np.ndarray, "L B T"]
@@ -51,6 +53,7 @@ class Record:
     prompt_lengths: Int[np.ndarray, "B"]
     protocol: str = "teacher-forced"
     simulated: bool = True
+    recent_tokens: Int[np.ndarray, "B"] | None = None
 
     @property
     def subject(self) -> Bool[np.ndarray, "B T"]:
@@ -78,6 +81,7 @@ class Record:
         prompt_lengths: np.ndarray,
         protocol: str,
         simulated: bool = True,
+        quicksilver: QuickSilverConfig | None = None,
     ) -> Record:
         """Build from a program's arrays, cut to `width` positions and emptied in the padding."""
         layers = evidence.layers
@@ -86,6 +90,9 @@ class Record:
         def cut(array: Any) -> np.ndarray:
             return np.asarray(array)[..., :width]
 
+        recent = None
+        if quicksilver is not None and protocol == "continuation":
+            recent = quicksilver.recent_of(prompt_lengths)
         active, written = cut(layers.active_BT) & real, cut(layers.written_BT) & real
         layer_number = np.arange(1, len(active) + 1)[:, None, None]
         after = cut(evidence.fused_after_BT)
@@ -106,6 +113,7 @@ class Record:
             prompt_lengths=prompt_lengths,
             protocol=protocol,
             simulated=simulated,
+            recent_tokens=recent,
         )
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import qs_jax
 from qs_jax import presets
 from qs_jax.config import Config, ModelConfig
-from tests.engine.contract import CASES, model_of, params_of
+from tests.engine.contract import CASES, model_of, params_under
 from tests.oracle.comparison import COUNTED, MEASURED
 from tests.support import row_of
 
@@ -58,7 +58,7 @@ def tiny(name: str) -> Golden:
         model = model_of(kind, dtype="float64")
         cfg = Config(model, qs, protocol=protocol, engine="masked")
         given = {"prompt_lengths": PROMPTS} if protocol == "continuation" else {}
-        return scores_of(qs_jax.score(params_of(model), tiny_rows(model), cfg, **given))
+        return scores_of(qs_jax.score(params_under(cfg), tiny_rows(model), cfg, **given))
 
 
 def tiny_rows(model: ModelConfig) -> list[list[int]]:

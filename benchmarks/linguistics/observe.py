@@ -85,5 +85,6 @@ def open_tokens(
     open_BT = record.subject & (column_1T >= qs.sink_tokens)
     open_BT &= ~np.isin(tokens_BT, sorted(exempt))
     if record.protocol == "continuation":
-        open_BT &= column_1T < record.prompt_lengths[:, None] - max(qs.recent_tokens, 1)
+        ends_B = record.prompt_lengths
+        open_BT &= column_1T < (ends_B - qs.recent_of(ends_B))[:, None]
     return open_BT

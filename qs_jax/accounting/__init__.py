@@ -55,11 +55,16 @@ def tally(
     if extrapolates and map_sizes is None:
         raise ConfigError("give map_sizes, those of the KV maps: they decide the cost of a key.")
     added = flops.added_flops(record, model, qs, map_sizes if extrapolates else None)
+    light = None
+    if map_sizes is not None and qs.halting is not None and qs.halting.light_from is not None:
+        light = dict(enumerate(map_sizes.light, start=qs.halting.light_from))
+    parts = flops.model_flops(record, model, light)
     kv_bytes = entry_bytes(model, qs.amq)[record.bits]
     halted = (np.arange(1, len(record.active) + 1)[:, None, None] > record.depth) & record.real
     counts = {
         "layer_tokens": record.active,
-        "exact_flops": flops.model_flops(record, model) + added,
+        "exact_flops": sum(parts.values()) + added,
+        **parts,
         "added_flops": added,
         "paper_flops": flops.paper_flops(record, model, "8bit"),
         "paper_flops_16bit": flops.paper_flops(record, model, "16bit"),
@@ -130,7 +135,7 @@ def _split(
             extra = (tokens - readouts) * head + tokens * 4 * model.vocab_size
             part["exact_flops"] += extra
             part["added_flops"] += extra
-        exact = int((flops.model_flops(dense, model) * mask).sum())
+        exact = int((sum(flops.model_flops(dense, model).values()) * mask).sum())
         out[name] = part | {
             "tokens": tokens,
             "readouts": readouts,

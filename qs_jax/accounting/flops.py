@@ -10,6 +10,7 @@ width 4D, attention logarithmic in length) and charges nothing for signals.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from jaxtyping import Float, Int
 from qs_jax.config import AMQConfig, FusionConfig, ModelConfig, QuickSilverConfig
 from qs_jax.mechanisms.int8 import LARGEST_ROTATION
 from qs_jax.mechanisms.kv_maps import MapSizes
+from qs_jax.mechanisms.light import LightSizes
 from qs_jax.models import family_of
 from qs_jax.record import Record
 
@@ -53,10 +55,52 @@ def entropy_flops(kind: str | None, model: ModelConfig, shortlist_size: int) -> 
     return costs.get(kind or "", 0)
 
 
-def model_flops(record: Record, model: ModelConfig) -> Int[np.ndarray, "L B T"]:
-    """Projections and attention of each (layer, token) that ran."""
-    keys = record.visible_keys.astype(np.int64) * key_flops(model)
-    return record.active * linear_flops(model) + keys
+def keys_values_flops(model: ModelConfig, rows: int | None = None) -> int:
+    """Keys and values of one token in one layer, from its state or from so many numbers."""
+    return 2 * (model.hidden_size if rows is None else rows) * 2 * model.kv_size
+
+
+def mlp_flops(model: ModelConfig) -> int:
+    """The MLP of one layer for one token."""
+    return 2 * model.hidden_size * model.mlp_size * family_of(model).mlp_products
+
+
+def model_flops(
+    record: Record, model: ModelConfig, light: Mapping[int, LightSizes] | None = None
+) -> dict[str, Int[np.ndarray, "L B T"]]:
+    """Projections of attention, attention to keys, and MLP of each (layer, token) that ran.
+
+    Of a prompt, the last layer computes keys and values, and the rest for its last token only.
+
+    Args:
+      record: Which ran, and the keys they saw.
+      model: From `qs_jax.load`.
+      light: Sizes of light layers, by number; every token that stops runs them light. Their maps
+        count as MLP.
+    """
+    active, visible = record.active, record.visible_keys.astype(np.int64)
+    projections = active * np.int64(linear_flops(model) - mlp_flops(model))
+    keys, mlp = visible * key_flops(model), active * np.int64(mlp_flops(model))
+    stopping = record.real & (record.depth < len(active))
+    for number, sizes in (light or {}).items():
+        at = number - 1
+        here, (attention, per_key, neurons) = active[at] & stopping, light_flops(model, sizes)
+        projections[at] = np.where(here, attention, projections[at])
+        keys[at] = np.where(here, visible[at] * per_key, keys[at])
+        mlp[at] = np.where(here, neurons, mlp[at])
+    pos = np.arange(record.depth.shape[1])[None]
+    unread = active[-1] & (pos < record.prompt_lengths[:, None] - 1)
+    projections[-1] = np.where(unread, keys_values_flops(model), projections[-1])
+    keys[-1], mlp[-1] = np.where(unread, 0, keys[-1]), np.where(unread, 0, mlp[-1])
+    return {"attention_projections": projections, "attention_keys": keys, "mlp": mlp}
+
+
+def light_flops(model: ModelConfig, sizes: LightSizes) -> tuple[int, int, int]:
+    """Of one light layer: a token's projections, its attention to a key, its neurons and map."""
+    d, heads = model.hidden_size, sizes.heads * model.head_dim
+    neurons = 2 * d * sizes.neurons * (family_of(model).mlp_products - 1)
+    code = 2 * (d + sizes.neurons + 1) * sizes.code + 2 * sizes.code * d
+    return 4 * d * heads + keys_values_flops(model), 4 * heads, neurons + code
 
 
 def added_flops(
@@ -84,12 +128,10 @@ def added_flops(
 
 def _kv_flops(record: Record, model: ModelConfig, sizes: MapSizes | None, number: Any) -> Any:
     """Keys and values of tokens that do not run a layer: by the projection, or by linear maps."""
-    d = model.hidden_size
-    rows = d if sizes is None else sizes.code
-    added = (record.kv_written & ~record.active) * (2 * rows * 2 * model.kv_size)
-    if sizes is not None:  # read once, when a token stops: the next layer's neurons, and the code
-        products = family_of(model).mlp_products - 1
-        once = 2 * d * model.mlp_size * products if sizes.neurons else 0
+    code = None if sizes is None else sizes.code
+    added = (record.kv_written & ~record.active) * keys_values_flops(model, code)
+    if sizes is not None:  # read once, when a token stops: neurons of the next layers, and the code
+        once = 2 * model.hidden_size * sizes.neurons * (family_of(model).mlp_products - 1)
         once += 2 * sizes.features * sizes.code if sizes.code < sizes.features else 0
         added += once * ((record.depth == number) & (number < len(number)) & record.real)
     return added
@@ -102,7 +144,8 @@ def _halting_flops(record: Record, model: ModelConfig, qs: QuickSilverConfig) ->
     added = here * (4 * model.hidden_size if halting.drift_used else 0)
     read = ~np.isnan(record.entropy)
     added += read * entropy_flops(halting.entropy_used, model, qs.shortlist_size)
-    if halting.rule == "quota" and halting.score == "attention":
+    ranks = halting.rule == "quota" and halting.light_from is None
+    if ranks and halting.score == "attention":
         pos, ends = np.arange(record.depth.shape[1])[None], record.prompt_lengths[:, None]
         queries = (pos >= ends - halting.score_queries) & (pos < ends)
         added += here * queries * record.visible_keys * model.num_heads

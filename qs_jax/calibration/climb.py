@@ -4,62 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+import time
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from tqdm import tqdm
 
-from qs_jax import accounting
 from qs_jax.calibration.families import Levels, Space
+from qs_jax.calibration.scores import Scores, score_tokens, upper_bound
 from qs_jax.config import Config, QuickSilverConfig
-from qs_jax.evaluation.perplexity import SAVED, exp, per_window_nll, score_windows, total_counts
-from qs_jax.mechanisms.kv_maps import select
+from qs_jax.engine.generate import generate
+from qs_jax.engine.prompt_plan import runs_fast
+from qs_jax.evaluation.perplexity import SAVED, exp
 from qs_jax.models import Params
 
-OBJECTIVES = ("exact_flops", "paper_flops", "layer_tokens")
-# Steps are tried up to this multiple of the budget: the front shows what a little more would buy.
-_BEYOND = 1.5
-
-
-@dataclasses.dataclass(frozen=True)
-class Scores:
-    """One configuration on some windows: mean nats of a window's scored tokens, shares saved."""
-
-    nll_W: Float[np.ndarray, "W"]
-    tokens_W: Int[np.ndarray, "W"]
-    saved: dict[str, Any]
-
-    @property
-    def perplexity(self) -> float:
-        """Of all tokens together; infinite beyond float64."""
-        nll = (self.nll_W * self.tokens_W).sum() / self.tokens_W.sum()
-        return exp(float(nll)) or math.inf
-
-
-def score_tokens(
-    params: Params, tokens_WT: Int[np.ndarray, "W T"], cfg: Config, batch_size: int
-) -> Scores:
-    """Score windows under a configuration, `batch_size` at a time."""
-    entries = list(score_windows(params, tokens_WT, cfg, batch_size=batch_size))
-    return Scores(*per_window_nll(entries), accounting.summary(total_counts(entries)))
-
-
-def upper_bound(scores: Scores, dense: Scores, confidence: float) -> float:
-    """One-sided confidence bound on the perplexity increase, windows being the sample.
-
-    A Student-t bound on the mean difference in negative log-likelihood, window by window (what
-    makes a window hard for both plays no part), as perplexity. It is infinite for a single window.
-    """
-    from scipy.stats import sem, t
-
-    change_W = (scores.nll_W - dense.nll_W) * dense.tokens_W / dense.tokens_W.mean()
-    count = len(change_W)
-    if count < 2:
-        return math.inf
-    highest = change_W.mean() + float(t.ppf(confidence, count - 1)) * sem(change_W)
-    return dense.perplexity * ((exp(float(highest)) or math.inf) - 1)
+OBJECTIVES = ("exact_flops", "time", "paper_flops", "layer_tokens")
+# Steps are tried up to this multiple of the budget. KL divergence overstates a loss of perplexity,
+# by half as a rule, and the front shows what a little more would buy.
+_BEYOND = 2.0
+_TIMED_RUNS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,16 +34,33 @@ class Point:
     """One measured candidate: a KV policy and the levels of its knobs.
 
     Attributes:
-      ppl_increase: Perplexity less the dense model's, same windows.
+      cost: What was held down: the KL divergence from the dense model, token by token, as the rise
+        in perplexity it would be, dense perplexity * (exp(KL) - 1).
       saved: Shares of the dense work, by every account of `qs_jax.accounting`.
       saving: The share that was maximised.
+      ppl_increase: Perplexity less the dense model's, same windows.
+      agreement: Share of tokens at which both prefer the same next token.
     """
 
     family: str
     levels: Levels
-    ppl_increase: float
+    cost: float
     saved: dict[str, float]
     saving: float
+    ppl_increase: float = math.nan
+    agreement: float = math.nan
+
+
+@runtime_checkable
+class Candidates(Protocol):
+    """A family of candidates: the preset at some levels, and the parameters it reads."""
+
+    @property
+    def policy(self) -> str: ...
+
+    def preset(self, levels: Levels, *, lean: bool = False) -> QuickSilverConfig: ...
+
+    def params(self, params: Params, levels: Levels, qs: QuickSilverConfig) -> Params: ...
 
 
 class Task(NamedTuple):
@@ -96,26 +80,49 @@ class Task(NamedTuple):
         return self._replace(tokens_WT=tokens_WT, dense=dense)
 
 
-def params_for(task: Task, qs: QuickSilverConfig) -> Params:
-    """The parameters with the maps these mechanisms read, and no others."""
-    params = {name: value for name, value in task.params.items() if name != "kv_maps"}
-    if qs.kv_skip is not None and qs.kv_skip.policy == "extrapolate":
-        assert qs.halting is not None
-        params["kv_maps"] = select(task.params["kv_maps"], qs.halting.layers or ())
-    return params
-
-
-def measure(task: Task, qs: QuickSilverConfig) -> Scores:
+def measure(task: Task, family: Candidates, levels: Levels, qs: QuickSilverConfig) -> Scores:
     """Score the task's windows under some mechanisms."""
     cfg = task.cfg.replace(quicksilver=qs)
-    return score_tokens(params_for(task, qs), task.tokens_WT, cfg, task.batch_size)
+    params = family.params(task.params, levels, qs)
+    return score_tokens(params, task.tokens_WT, cfg, task.batch_size, task.dense)
 
 
-def _point(task: Task, space: Space, levels: Levels) -> Point:
-    scores = measure(task, space.preset(levels))
+def point(task: Task, family: Candidates, levels: Levels) -> Point:
+    """Measure a candidate on the task's windows."""
+    qs = family.preset(levels)
+    scores = measure(task, family, levels, qs)
     saved = {name: value for name, value in scores.saved.items() if isinstance(value, float)}
-    increase = scores.perplexity - task.dense.perplexity
-    return Point(space.policy, levels, increase, saved, saved[f"{task.objective}_saved"])
+    saved |= {f"prompt_{n}": v for n, v in (scores.saved["prefill"] or {}).items()}
+    if task.objective == "time":
+        saving = time_saved(task, family, levels, qs, _TIMED_RUNS) or 0.0
+    else:
+        saving = saved[f"{task.objective}_saved"]
+    dense = task.dense.perplexity
+    cost = dense * ((exp(scores.kl) or math.inf) - 1)
+    more = (scores.perplexity - dense, scores.agreement)
+    return Point(family.policy, levels, cost, saved, saving, *more)
+
+
+def time_saved(
+    task: Task, family: Candidates, levels: Levels, qs: QuickSilverConfig, runs: int
+) -> float | None:
+    """Share of the dense prefill's time that a preset saves, by runs of both in turn.
+
+    None under "teacher-forced", which has no prompts, and where no fast engine runs the preset.
+    """
+    fast = task.cfg.replace(quicksilver=qs, engine="auto", max_new_tokens=1, eos_token_ids=())
+    if fast.effective_protocol != "continuation" or not runs_fast(fast, generates=True):
+        return None
+    prompts_WT = task.tokens_WT[: task.batch_size, : -task.cfg.continuation_tokens]
+    params = family.params(task.params, levels, qs)
+
+    def seconds(cfg: Config) -> float:
+        began = time.perf_counter()
+        jax.block_until_ready(generate(params, prompts_WT, cfg).logprobs)
+        return time.perf_counter() - began
+
+    pairs = [(seconds(fast.replace(quicksilver=None)), seconds(fast)) for _ in range(runs + 1)]
+    return 1 - median(after / before for before, after in pairs[1:])
 
 
 def climb(task: Task, space: Space, max_evaluations: int, *, progress: bool = False) -> list[Point]:
@@ -139,12 +146,12 @@ def climb(task: Task, space: Space, max_evaluations: int, *, progress: bool = Fa
                 if steps[knob] not in points:
                     if len(points) == max_evaluations:
                         return list(points.values())
-                    points[steps[knob]] = _point(task, space, steps[knob])
+                    points[steps[knob]] = point(task, space, steps[knob])
                     bar.update()
-                point = points[steps[knob]]
-                cost = max(point.ppl_increase - here.ppl_increase, 1e-6)
-                within = point.ppl_increase <= ceiling
-                gains[knob] = (point.saving - here.saving) / cost if within else -math.inf
+                there = points[steps[knob]]
+                cost = max(there.cost - here.cost, 1e-6)
+                within = there.cost <= ceiling
+                gains[knob] = (there.saving - here.saving) / cost if within else -math.inf
                 fresh.add(knob)
                 if gains[knob] <= 0:
                     del steps[knob]
@@ -152,19 +159,19 @@ def climb(task: Task, space: Space, max_evaluations: int, *, progress: bool = Fa
 
 
 def pareto(points: Sequence[Point]) -> tuple[Point, ...]:
-    """Points that no other beats in both saving and perplexity, the smallest saving first."""
+    """Points that no other beats in both saving and cost, the smallest saving first."""
     front: list[Point] = []
     lowest = math.inf
-    for point in sorted(points, key=lambda p: (-p.saving, p.ppl_increase)):
-        if point.saving > 0 and point.ppl_increase < lowest:
+    for point in sorted(points, key=lambda p: (-p.saving, p.cost)):
+        if point.saving > 0 and point.cost < lowest:
             front.append(point)
-            lowest = point.ppl_increase
+            lowest = point.cost
     return tuple(front[::-1])
 
 
 def spread(front: Sequence[Point], task: Task, candidates: int) -> list[Point]:
     """Points to verify, evenly spread over the front up to the budget, the safest first."""
-    within = [point for point in front if point.ppl_increase <= task.max_ppl_increase]
+    within = [point for point in front if point.cost <= _BEYOND * task.max_ppl_increase]
     if len(within) <= candidates:
         return within
     at = np.linspace(0, len(within) - 1, candidates + 1).round().astype(int)[1:]
@@ -174,44 +181,63 @@ def spread(front: Sequence[Point], task: Task, candidates: int) -> list[Point]:
 def verify(
     task: Task,
     walk: Sequence[Point],
-    spaces: Mapping[str, Space],
+    spaces: Mapping[str, Any],
     confidence: float,
     *,
     also: Mapping[str, Task] | None = None,
+    probe: Probe | None = None,
+    change: Callable[[Point, QuickSilverConfig], QuickSilverConfig] = lambda _, qs: qs,
     progress: bool = False,
 ) -> tuple[Point | None, list[dict[str, Any]]]:
-    """Score candidates in order, here and on `also`, until one's bound leaves the budget.
+    """Score candidates in order, here and on `also`, until one leaves the budget.
+
+    A candidate also leaves it if the `probe` says that it lost a retrieval. `change` is made to
+    each preset before.
 
     Returns:
       The last one within the budget (None if the first is not), and the measures of each.
     """
     best, entries = None, []
-    for point in tqdm(walk, "verifying", disable=not progress):
-        qs = spaces[point.family].preset(point.levels, lean=True)
-        scores, entry = _judge(task, qs, confidence)
+    for each in tqdm(walk, "verifying", disable=not progress):
+        family = spaces[each.family]
+        qs = change(each, family.preset(each.levels, lean=True))
+        scores, entry = _judge(task, family, each.levels, qs, confidence)
         others = {
-            name: _judge(other, qs, confidence)[1] | {"dense_perplexity": other.dense.perplexity}
+            name: _judge(other, family, each.levels, qs, confidence)[1]
+            | {"dense_perplexity": other.dense.perplexity}
             for name, other in (also or {}).items()
         }
-        within = all(each["within_budget"] for each in (entry, *others.values()))
-        entry |= {"family": point.family, "levels": list(point.levels), "confidence": confidence}
+        within = all(judged["within_budget"] for judged in (entry, *others.values()))
+        if within and probe is not None:
+            params = family.params(task.params, each.levels, qs)
+            entry["retrieval"] = probe(params, task.cfg.replace(quicksilver=qs), task)
+            within = entry["retrieval"]["lost"] == 0
+        entry |= {"family": each.family, "levels": list(each.levels), "confidence": confidence}
         entry |= {name: scores.saved[name] for name in SAVED}
         entry["prompt_exact_flops_saved"] = scores.saved["prefill"]["exact_flops_saved"]
         entry["within_budget"] = within
         entries.append(entry | ({"also": others} if others else {}))
         if not within:
             break
-        best = point
+        best = each
     return best, entries
 
 
-def _judge(task: Task, qs: QuickSilverConfig, confidence: float) -> tuple[Scores, dict[str, Any]]:
+# Retrieval under a preset, against the dense model: measures, "lost" among them.
+Probe = Callable[[Params, Config, Task], dict[str, Any]]
+
+
+def _judge(
+    task: Task, family: Candidates, levels: Levels, qs: QuickSilverConfig, confidence: float
+) -> tuple[Scores, dict[str, Any]]:
     """Score a candidate on a task's windows, and hold its bound against the budget."""
-    scores = measure(task, qs)
+    scores = measure(task, family, levels, qs)
     bound = upper_bound(scores, task.dense, confidence)
     return scores, {
         "ppl_increase": scores.perplexity - task.dense.perplexity,
         "upper_bound": bound if math.isfinite(bound) else None,
+        "kl": scores.kl,
+        "agreement": scores.agreement,
         "within_budget": bool(bound <= task.max_ppl_increase),
         "windows": len(scores.nll_W),
     }

@@ -8,7 +8,7 @@ they differ in quotas and thresholds, which are numbers to it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from qs_jax.calibration.observe import Observed
 from qs_jax.config import (
@@ -20,6 +20,8 @@ from qs_jax.config import (
     QuickSilverConfig,
 )
 from qs_jax.errors import ConfigError
+from qs_jax.mechanisms.kv_maps import KVMaps, select
+from qs_jax.models import Params
 
 Levels = tuple[int, ...]
 # Default places of halting, as shares of the depth.
@@ -74,6 +76,15 @@ class Space(NamedTuple):
             amq=AMQConfig.uniform(8, layer=middle, execution="int8") if bits else None,
         )
 
+    def params(self, params: Params, levels: Levels, qs: QuickSilverConfig) -> Params:
+        """The parameters with the maps these mechanisms read, and no others."""
+        del levels
+        kept = {name: value for name, value in params.items() if name != "kv_maps"}
+        if qs.kv_skip is not None and self.policy == "extrapolate":
+            assert qs.halting is not None
+            kept["kv_maps"] = select(params["kv_maps"], qs.halting.layers or ())
+        return kept
+
     def _halting(self, levels: list[int], lean: bool) -> HaltingConfig:
         pairs = list(zip(self.layers, levels, strict=True))
         if self.rule == "quota":
@@ -99,6 +110,31 @@ class Space(NamedTuple):
         near = self.observed.at("relative_distance", _FUSE_PERCENTS[level - 1])
         tau_fuse = tuple(tau if at >= first else 0.0 for at, tau in enumerate(near, start=1))
         return FusionConfig(tau_fuse=tau_fuse, distance="relative", first_layer=first)
+
+
+class LightSpace(NamedTuple):
+    """Fitted streams of light layers; levels are the first light layer, the stop, and the price.
+
+    Attributes:
+      maps: Light layers and maps of each candidate.
+      policy: Name of the family.
+    """
+
+    maps: dict[Levels, KVMaps]
+    policy: str = "light"
+
+    def preset(self, levels: Levels, *, lean: bool = False) -> QuickSilverConfig:
+        """All of a prompt runs light from the first layer to the stop."""
+        del lean
+        first, stop, *_ = levels
+        quota: dict[str, Any] = {"rule": "quota", "layers": (stop,), "quota": (1.0,)}
+        halting = HaltingConfig(**quota, entropy=None, light_from=first)
+        return QuickSilverConfig(halting=halting, kv_skip=KVSkipConfig("extrapolate"))
+
+    def params(self, params: Params, levels: Levels, qs: QuickSilverConfig) -> Params:
+        """The parameters with the candidate's maps."""
+        del qs
+        return {**params, "kv_maps": self.maps[levels]}
 
 
 def check_layers(layers: Iterable[int], model: ModelConfig) -> tuple[int, ...]:

@@ -130,6 +130,7 @@ class Moments(NamedTuple):
             layers=self.layers,
             features=names,
             provenance=json.dumps(self.provenance | {"ridge": ridge}),
+            neurons=(jnp.arange(self.model.mlp_size),) if "neurons" in names else (),
         )
 
     def _columns(self, names: tuple[str, ...]) -> np.ndarray:

@@ -1,44 +1,49 @@
 """Find the preset that saves most within a quality budget, and check it on other text.
 
-1. *Observe*: percentiles of the signals on the calibration windows.
-2. *Climb*: from the dense model, one step of one knob at a time, the step that saves most for the
-   perplexity it costs. Gains are kept from earlier rounds and only the best is measured anew (lazy
-   greedy search, Minoux 1978): a step seldom becomes better when others have been taken.
+1. *Observe*: percentiles of the signals on the calibration windows, where thresholds are knobs.
+2. *Search*: light layers are fitted for some first layers and prices, each with some stops. Other
+   policies climb from the dense model, one step of one knob at a time, the step that saves most for
+   what it costs (lazy greedy search, Minoux 1978). Candidates are compared by their KL divergence
+   from the dense model, which tells two apart on a tenth of the windows that perplexity needs.
 3. *Verify*: candidates of the front, the safest first, are scored on disjoint windows; the last one
-   whose upper confidence bound stays within the budget wins, and the first that fails ends the
-   walk. Testing in an order fixed beforehand needs no correction for having tested several (fixed
-   sequence testing; Angelopoulos et al. 2021, "Learn then Test").
+   whose upper confidence bound stays within the budget, and that loses no retrieval, wins. The
+   first that fails ends the walk. Testing in an order fixed beforehand needs no correction for
+   having tested several (fixed sequence testing; Angelopoulos et al. 2021, "Learn then Test"). At
+   each longer length the same candidate is walked with ever fewer tokens exempt.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Int
 
 from qs_jax import presets
 from qs_jax.calibration import climb
-from qs_jax.calibration.climb import OBJECTIVES, Point, Task, params_for, score_tokens
-from qs_jax.calibration.families import Space, check_layers, halting_layers
+from qs_jax.calibration.climb import OBJECTIVES, Point, Probe, Task, time_saved
+from qs_jax.calibration.families import LightSpace, Space, check_layers, halting_layers
+from qs_jax.calibration.fit_light import PRICES, FittingText, Stream
 from qs_jax.calibration.observe import Observed, observe
+from qs_jax.calibration.scores import score_tokens
 from qs_jax.config import Config, ModelConfig, QuickSilverConfig
 from qs_jax.config.fields import Above0, Count, Positive, Share, parse
 from qs_jax.engine import inputs
-from qs_jax.engine.generate import generate
-from qs_jax.engine.prompt_plan import runs_fast
 from qs_jax.engine.weights import check_params
 from qs_jax.errors import ConfigError, InputError
 from qs_jax.evaluation.perplexity import check_width
 from qs_jax.files import write_json, write_whole
 from qs_jax.models import Params
+from qs_jax.state import NEVER
+
+# First light layers and stops that are tried, as shares of the depth.
+_LIGHT_FROM, _STOPS = (0.4, 0.53), (0.66, 0.85)
+# Exempt tokens at the end of a longer prompt that are tried, the safest first.
+_RECENT = (512, 256, 192, 128, 64, 32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +57,7 @@ class Calibration:
       points: All candidates measured on the calibration windows.
       front: Those of them that none beats in both saving and perplexity.
       verified: Measures of each candidate of the walk on the verification windows.
-      observed: Percentiles of the signals.
+      observed: Percentiles of the signals; None where no threshold is a knob.
     """
 
     preset: QuickSilverConfig
@@ -60,7 +65,7 @@ class Calibration:
     points: tuple[Point, ...]
     front: tuple[Point, ...]
     verified: tuple[dict[str, Any], ...]
-    observed: Observed
+    observed: Observed | None
 
     def save(self, path: Path, model: ModelConfig) -> list[Path]:
         """Write the preset, the search and the maps it reads, all or none; returns the files."""
@@ -79,7 +84,7 @@ class Calibration:
             "points": [dataclasses.asdict(point) for point in self.points],
             "front": [dataclasses.asdict(point) for point in self.front],
             "verified": list(self.verified),
-            "observed": self.observed.to_dict(),
+            "observed": None if self.observed is None else self.observed.to_dict(),
         }
 
 
@@ -106,6 +111,11 @@ def search(
     batch_size: int = 4,
     data: str = "",
     timed_runs: int = 3,
+    fit_tokens: inputs.TokensLike | None = None,
+    light_from: Sequence[int] | None = None,
+    prices: Sequence[float] = PRICES,
+    longer: Sequence[inputs.TokensLike] = (),
+    probe: Probe | None = None,
     progress: bool = False,
 ) -> Calibration:
     """Search over all mechanisms together.
@@ -116,15 +126,18 @@ def search(
       cfg: Model and protocol: under "continuation" (the default here) mechanisms act on the first
         T - `continuation_tokens` tokens of each window and the others are scored.
       max_ppl_increase: The budget, in perplexity.
-      objective: What to maximise: "exact_flops", "paper_flops" or "layer_tokens" saved. Bits are
-        tried for "paper_flops" only: the other two do not fall with them.
+      objective: What to maximise: "exact_flops", "paper_flops", "layer_tokens" or measured "time"
+        saved. Bits are tried for "paper_flops" only.
       confidence: Of the bound that must stay within the budget.
       verify_share: Share of the windows that is kept for verifying.
       also: Windows of other texts, by name, as long as those of `tokens`: a preset must stay within
         the budget on each of them, too.
-      policies: KV policies to try; by default "skip" and, where there are maps, "extrapolate".
-      layers: Where tokens may halt; by default eight layers from 0.4 of the depth on. With
-        "extrapolate", those of the maps.
+      policies: Families to try: "light", which needs `fit_tokens`, and the KV policies "skip",
+        "propagate" and "extrapolate". By default "light" if it can be; else "skip" and, where there
+        are maps, "extrapolate".
+      layers: Where tokens may halt; by default eight layers from 0.4 of the depth on, of which
+        light tokens stop at those between two thirds and 0.85. With "extrapolate", those of the
+        maps.
       fusion: Try fusing.
       max_evaluations: Candidates measured for each policy.
       candidates: Of the front, to be verified.
@@ -132,7 +145,14 @@ def search(
       data: Name of the data, for the provenance.
       timed_runs: Runs of the winner and of the dense model, in turn, for the measured time of a
         prefill; 0 for none.
-      progress: Show progress bars.
+      fit_tokens: Windows of one length to fit light layers on, disjoint from `tokens`.
+      light_from: First light layers to try; by default at 0.4 and 0.53 of the depth.
+      prices: Least gains worth the work of a layer (`qs_jax.calibration.sensitivity`): each gives
+        other sizes.
+      longer: Windows of other lengths, the shorter first, at which the preset is verified, too. It
+        is dense at lengths where nothing keeps the budget.
+      probe: Retrieval under a preset: a function of parameters, configuration and task.
+      progress: Show progress bars, with the time left.
 
     Raises:
       ConfigError: A setting is out of range or does not fit the model or the maps.
@@ -148,38 +168,132 @@ def search(
     parse("timed_runs", timed_runs, Count)
     check_params(params, cfg.model)
     cfg = cfg if cfg.protocol is not None else cfg.replace(protocol="continuation")
-    cfg = cfg.replace(quicksilver=None, engine="masked")
+    cfg = cfg.replace(quicksilver=None)
     calibrating_WT, verifying_WT = split(tokens, cfg, verify_share)
     others = {name: np.concatenate(split(more, cfg, 0.5)) for name, more in (also or {}).items()}
-    if policies is None:
+    continues = cfg.effective_protocol == "continuation"
+    if policies is None and fit_tokens is not None and continues:
+        policies = ("light",)
+    elif policies is None:
         policies = ("skip", "extrapolate") if params.get("kv_maps") is not None else ("skip",)
-    places = {policy: _places(policy, params, cfg.model, layers) for policy in policies}
-    observed = observe(params, calibrating_WT, cfg.model, batch_size=batch_size, progress=progress)
-    dense = score_tokens(params, calibrating_WT, cfg, batch_size)
+    if "light" in policies and not (continues and fit_tokens is not None):
+        raise ConfigError("light layers need protocol 'continuation', and fit_tokens to fit on.")
+    climbing = [policy for policy in policies if policy != "light"]
+    places = {policy: _places(policy, params, cfg.model, layers) for policy in climbing}
+    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    observed = observe(params, calibrating_WT, cfg.model, **options) if climbing else None
+    plain = {name: part for name, part in params.items() if name != "kv_maps"}
+    dense = score_tokens(plain, calibrating_WT, cfg, batch_size)
     task = Task(params, cfg, calibrating_WT, dense, float(max_ppl_increase), objective, batch_size)
-    rule = "quota" if cfg.effective_protocol == "continuation" else "dual"
-    rest = (observed, cfg.model, fusion, objective == "paper_flops")
-    spaces = {policy: Space(policy, rule, at, *rest) for policy, at in places.items()}
+    spaces: dict[str, Any] = {}
     points: list[Point] = []
-    for space in spaces.values():
-        points += climb.climb(task, space, max_evaluations, progress=progress)
+    for policy, at in places.items():
+        assert observed is not None
+        rest = (observed, cfg.model, fusion, objective == "paper_flops")
+        spaces[policy] = Space(policy, "quota" if continues else "dual", at, *rest)
+        points += climb.climb(task, spaces[policy], max_evaluations, progress=progress)
+    if "light" in policies:
+        spaces["light"] = LightSpace({})
+        text = (fit_tokens, light_from, prices, layers, data)
+        points += _explore_light(task, spaces["light"], *text, progress=progress)
     front = climb.pareto(points)
     verifier = task.on(verifying_WT)
     # All windows of the other texts verify.
     more = {name: task.on(tokens_WT) for name, tokens_WT in others.items()}
     walk = climb.spread(front, task, candidates)
-    walked = climb.verify(verifier, walk, spaces, confidence, also=more, progress=progress)
-    best, entries = walked
+    told: dict[str, Any] = {"probe": probe, "progress": progress}
+    best, entries = climb.verify(verifier, walk, spaces, confidence, also=more, **told)
     if best is None:
         reason = f"no candidate keeps the budget of {max_ppl_increase:g} on other windows: off."
         qs, verified = presets.off(cfg.model), {"reason": reason}
+        kept = plain
     else:
-        qs = spaces[best.family].preset(best.levels, lean=True)
-        verified = [entry for entry in entries if entry["within_budget"]][-1] | {
-            "measured_time_saved": time_saved(verifier, qs, timed_runs) if timed_runs else None
-        }
+        family = spaces[best.family]
+        qs = family.preset(best.levels, lean=True)
+        verified = [entry for entry in entries if entry["within_budget"]][-1]
+        verified |= _timed(verifier, family, best, qs, timed_runs)
+        width = verifying_WT.shape[1]
+        by_length = {str(width): dict(verified)}
+        for windows in longer:
+            at = verifier.on(np.concatenate(split(windows, cfg, 0.5)))
+            qs, found = _at_length(at, spaces, best, qs, width, confidence, **told)
+            entries += found
+            width = at.tokens_WT.shape[1]
+            good = [entry for entry in found if entry["within_budget"]]
+            timed = _timed(at, family, best, qs, timed_runs) if good else {}
+            by_length[str(width)] = (good or [{"within_budget": False}])[-1] | timed
+        verified["lengths"] = by_length
+        kept = family.params(params, best.levels, qs)
     qs = dataclasses.replace(qs, provenance=_provenance(verifier, verified, data))
-    return Calibration(qs, params_for(task, qs), tuple(points), front, tuple(entries), observed)
+    return Calibration(qs, kept, tuple(points), front, tuple(entries), observed)
+
+
+def _explore_light(
+    task: Task,
+    space: LightSpace,
+    fit_tokens: inputs.TokensLike,
+    light_from: Sequence[int] | None,
+    prices: Sequence[float],
+    layers: Sequence[int] | None,
+    data: str,
+    *,
+    progress: bool,
+) -> Iterator[Point]:
+    """Fit streams of light layers, and measure each at each stop."""
+    depth = task.cfg.model.num_layers
+    firsts = sorted(set(light_from or [max(round(share * depth), 2) for share in _LIGHT_FROM]))
+    places = check_layers(layers or halting_layers(task.cfg.model), task.cfg.model)
+    deep = [at for at in places if _STOPS[0] <= at / depth <= _STOPS[1]] or [places[-1]]
+    stops = {first: [at for at in (layers or deep) if at >= first] for first in firsts}
+    if not any(stops.values()):
+        got = f"light layers from {firsts}, stops at {list(layers or deep)}"
+        raise ConfigError(f"light tokens stop at the first light layer or later, got {got}.")
+    given: dict[str, Any] = {"data": data, "progress": progress}
+    text = FittingText(task.params, fit_tokens, task.cfg.model, firsts, **given)
+    for first in firsts:
+        for number, price in enumerate(prices):
+            stream = Stream(text, first, price)
+            for stop in stops[first]:
+                while stream.layer < stop:
+                    stream.step()
+                levels = (first, stop, number)
+                space.maps[levels] = stream.stop()
+                yield climb.point(task, space, levels)
+
+
+def _at_length(
+    task: Task,
+    spaces: Mapping[str, Any],
+    best: Point,
+    qs: QuickSilverConfig,
+    over: int,
+    confidence: float,
+    **told: Any,
+) -> tuple[QuickSilverConfig, list[dict[str, Any]]]:
+    """The preset, with as few exempt tokens in prompts over a length as windows here allow.
+
+    Also the measures of each try. Where none keeps the budget, such prompts run dense.
+    """
+    width = task.tokens_WT.shape[1]
+
+    def exempt(recent: int) -> QuickSilverConfig:
+        pairs = (*qs.recent_tokens_over, (over, recent))
+        return dataclasses.replace(qs, recent_tokens_over=pairs)
+
+    tries = [recent for recent in _RECENT if recent < width // 2]
+    walk = [dataclasses.replace(best, saving=float(recent)) for recent in tries]
+    change = lambda point, _: exempt(int(point.saving))  # noqa: E731
+    found, entries = climb.verify(task, walk, spaces, confidence, change=change, **told)
+    for recent, entry in zip(tries, entries, strict=False):
+        entry |= {"recent_tokens": recent, "seq_len": width}
+    return exempt(NEVER if found is None else int(found.saving)), entries
+
+
+def _timed(
+    task: Task, family: Any, best: Point, qs: QuickSilverConfig, runs: int
+) -> dict[str, Any]:
+    saved = time_saved(task, family, best.levels, qs, runs) if runs else None
+    return {"measured_time_saved": saved}
 
 
 def calibrate(
@@ -243,23 +357,3 @@ def _provenance(task: Task, verified: dict[str, Any], data: str) -> dict[str, An
         "dtype": task.cfg.model.dtype,
         "verified": verified | {"dense_perplexity": task.dense.perplexity, "data": data},
     }
-
-
-def time_saved(task: Task, qs: QuickSilverConfig, runs: int) -> float | None:
-    """Share of the dense prefill's time that a preset saves, by runs of both in turn.
-
-    None under "teacher-forced", which has no prompts, and where no fast engine runs the preset.
-    """
-    fast = task.cfg.replace(quicksilver=qs, engine="auto", max_new_tokens=1, eos_token_ids=())
-    if fast.effective_protocol != "continuation" or not runs_fast(fast, generates=True):
-        return None
-    prompts_WT = task.tokens_WT[: task.batch_size, : -task.cfg.continuation_tokens]
-    params = params_for(task, qs)
-
-    def seconds(cfg: Config) -> float:
-        began = time.perf_counter()
-        jax.block_until_ready(generate(params, prompts_WT, cfg).logprobs)
-        return time.perf_counter() - began
-
-    pairs = [(seconds(fast.replace(quicksilver=None)), seconds(fast)) for _ in range(runs + 1)]
-    return 1 - median(after / before for before, after in pairs[1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,14 +13,17 @@ import tyro
 from pydantic import Field
 
 from qs_jax.calibration import Calibration, search
+from qs_jax.calibration.climb import Probe, Task
 from qs_jax.calibration.families import halting_layers
+from qs_jax.calibration.fit_light import PRICES
 from qs_jax.calibration.fit_maps import check_fit, fit_kv_maps
 from qs_jax.calibration.search import result_files
 from qs_jax.checkpoint import load_tokenizer
 from qs_jax.commands.options import FileOptions, print_table
-from qs_jax.config import ModelConfig
+from qs_jax.config import Config, ModelConfig
 from qs_jax.config.fields import Above0, Count, Positive, Several, Share
 from qs_jax.errors import InputError
+from qs_jax.evaluation.passkey import compare_passkeys, make_passkeys
 from qs_jax.evaluation.perplexity import check_width, read_windows
 from qs_jax.mechanisms.kv_maps import FEATURES, PROMPT_FEATURES, KVMaps, feature_count
 
@@ -37,17 +41,22 @@ class Calibrate(FileOptions):
     """The preset, as JSON; the measurements and the maps it reads are written beside it."""
     protocol: Literal["teacher-forced", "continuation"] = "continuation"
     """continuation: mechanisms act on prompts; teacher-forced: on every token."""
-    objective: Literal["exact_flops", "paper_flops", "layer_tokens"] = "exact_flops"
-    """Cost to reduce."""
+    objective: Literal["exact_flops", "time", "paper_flops", "layer_tokens"] = "exact_flops"
+    """Cost to reduce; time is measured on this machine, by runs of the prompt engine and of the
+    dense model in turn."""
     windows: Several = 16
     """Windows to search on."""
     verify_windows: Several = 32
     """Windows after those, to verify on: the more, the closer the bound."""
-    fit_windows: Count = 64
-    """Windows after those, to fit the maps of the "extrapolate" policy on; 0 takes those beside the
-    checkpoint, if there are any. Nothing is fitted with --kv-maps."""
-    seq_len: Several = 512
-    """Tokens of each window."""
+    fit_windows: Count = 96
+    """Windows after those, to fit light layers or the maps of the "extrapolate" policy on; 0 takes
+    maps beside the checkpoint, if there are any. Nothing is fitted with --kv-maps."""
+    seq_len: Annotated[tuple[Several, ...], Field(min_length=1)] = (512,)
+    """Tokens of each window. Of further lengths, longer each, windows after all others verify."""
+    long_windows: Several = 16
+    """Windows of each further length."""
+    passkeys: Count = 32
+    """Passkeys of each length that a preset must not lose; 0 leaves them out."""
     continuation_tokens: Positive = 128
     """Under continuation: the last tokens of each window, which are scored."""
     batch_size: Positive = 4
@@ -64,10 +73,16 @@ class Calibrate(FileOptions):
     features: tuple[Literal["state", "embedding", "previous", "neurons"], ...] | None = None
     """Inputs of the maps (docs/mechanisms.md); by default everything that the protocol allows."""
     rank: Count = 256
-    """Numbers of the code that the maps of all deeper layers share; 0, or a model with no more
-    features than that, reads the features."""
-    policies: tuple[Literal["skip", "propagate", "extrapolate"], ...] | None = None
-    """KV policies to try; by default skip, and extrapolate where maps are fitted."""
+    """Of "extrapolate": numbers of the code that the maps of all deeper layers share; 0, or a model
+    with no more features than that, reads the features."""
+    policies: tuple[Literal["light", "skip", "propagate", "extrapolate"], ...] | None = None
+    """Families to try: light layers, and the KV policies of quotas. By default light where layers
+    are fitted, under continuation; else skip, and extrapolate where there are maps."""
+    light_from: Annotated[tuple[Several, ...], Field(min_length=1)] | None = None
+    """First light layers to try; 0.4 and 0.53 of the depth by default."""
+    prices: Annotated[tuple[Above0, ...], Field(min_length=1)] = PRICES
+    """Least gains worth the work of a layer: each gives light layers of other sizes, the higher the
+    smaller."""
     max_evaluations: Positive = 60
     """Candidates measured for each KV policy."""
     candidates: Positive = 4
@@ -83,36 +98,88 @@ class Calibrate(FileOptions):
         """Check, search, write, report."""
         self.check_out()
         cfg = self.config(continuation_tokens=self.continuation_tokens)
-        check_width(self.seq_len, cfg)
+        for length in self.seq_len:
+            check_width(length, cfg)
+        if list(self.seq_len) != sorted(set(self.seq_len)):
+            raise InputError(f"--seq-len must name rising lengths, got {self.seq_len}.")
+        families = self._families()
         fit = self._fit_settings(cfg.model)
         maps = self.kv_maps and KVMaps.load(self.kv_maps)
         if maps is not None:
             maps.check(cfg.model)
-        needed = self.windows + self.verify_windows
         tokenizer = load_tokenizer(self.ckpt)
-        text, cut = read_windows(self.data, tokenizer, self.seq_len, needed + self.fit_windows)
-        whole = min(len(cut.tokens_WT), cut.tokens_in_text // self.seq_len)
-        if whole < needed + self.fit_windows:
-            asked = f"{self.windows} + {self.verify_windows} + {self.fit_windows} were asked for"
-            raise InputError(f"{text.name} has {whole} windows of {self.seq_len} tokens; {asked}.")
+        name, windows = self._windows(tokenizer)
+        first, rest = windows[0], windows[1:]
+        needed = self.windows + self.verify_windows
         also = self._read_more(self.also, tokenizer, self.verify_windows)
-        own = {text.name: cut.tokens_WT[needed:]}
-        fitting = self._read_more(self.fit_data, tokenizer, texts=own)
+        fitting = self._read_more(self.fit_data, tokenizer, texts={name: first[needed:]})
         params = self.load(maps)
-        if maps is None and self.fit_windows:
+        if maps is None and self.fit_windows and "extrapolate" in families:
             fit |= {"model": cfg.model, "data": ", ".join(fitting)}
             maps = fit_kv_maps(params, np.concatenate([*fitting.values()]), **fit)
             params = {**params, "kv_maps": maps}
-        names = "max_ppl_increase objective confidence policies layers max_evaluations candidates"
-        names += " batch_size timed_runs"
+        names = "max_ppl_increase objective confidence layers max_evaluations candidates"
+        names += " batch_size timed_runs light_from prices"
         settings = {name: getattr(self, name) for name in names.split()}
-        settings |= {"also": also, "data": text.name, "progress": True}
-        settings["verify_share"] = self.verify_windows / needed
-        calibration = search(params, cut.tokens_WT[:needed], cfg, **settings)
+        settings |= {"also": also, "data": name, "progress": True, "policies": families}
+        settings |= {"verify_share": self.verify_windows / needed, "longer": rest}
+        if "light" in families:
+            settings["fit_tokens"] = np.concatenate([*fitting.values()])
+        if self.passkeys and self.protocol == "continuation":
+            settings["probe"] = self._probe(tokenizer)
+        calibration = search(params, first[:needed], cfg, **settings)
         files = calibration.save(self.out, cfg.model)
         self._print(calibration)
         for path in files:
             print(f"wrote {path}")
+
+    def _families(self) -> tuple[str, ...]:
+        """What to try."""
+        fits = self.kv_maps is None and self.fit_windows > 0
+        if self.policies is not None:
+            if "light" in self.policies and not fits:
+                raise InputError(
+                    "light layers are fitted anew: without --kv-maps, on --fit-windows."
+                )
+            return self.policies
+        if fits and self.protocol == "continuation":
+            return ("light",)
+        return ("skip", "extrapolate") if fits or self.kv_maps else ("skip",)
+
+    def _windows(self, tokenizer: Any) -> tuple[str, list[np.ndarray]]:
+        """Name of the text; windows of each length, which do not overlap those of another."""
+        counts = [self.windows + self.verify_windows + self.fit_windows]
+        counts += [self.long_windows] * (len(self.seq_len) - 1)
+        needed = sum(map(operator.mul, counts, self.seq_len))
+        text, cut = read_windows(self.data, tokenizer, 2, -(-needed // 2))
+        ids, found = cut.tokens_WT.reshape(-1), []
+        for length, count in zip(self.seq_len, counts, strict=True):
+            whole = min(len(ids) // length, count)
+            if whole < count:
+                asked = f"{self.windows} + {self.verify_windows} + {self.fit_windows}"
+                asked = asked if not found else f"{count} after all others"
+                raise InputError(
+                    f"{text.name} has {whole} windows of {length} tokens; {asked} were asked for."
+                )
+            found.append(ids[: count * length].reshape(count, length))
+            ids = ids[count * length :]
+        return text.name, found
+
+    def _probe(self, tokenizer: Any) -> Probe:
+        """A function that looks for passkeys in prompts as long as a task's windows."""
+        prompts = {
+            length: make_passkeys(tokenizer, [length], count=self.passkeys)
+            for length in self.seq_len
+        }
+
+        def probe(params: Any, cfg: Config, task: Task) -> dict[str, Any]:
+            length = task.tokens_WT.shape[1]
+            asked = (params, cfg, tokenizer, prompts[length])
+            found = compare_passkeys(*asked, batch_size=self.batch_size)
+            pairs = found.by_length()[length]
+            return {"lost": pairs["only_dense"]} | pairs
+
+        return probe
 
     def _read_more(
         self, paths: Iterable[str], tokenizer: Any, limit: int | None = None, texts: Any = None
@@ -120,7 +187,7 @@ class Calibrate(FileOptions):
         """`texts` and windows of further files, by name; by path where two have the same name."""
         texts = {} if texts is None else texts
         for path in paths:
-            text, cut = read_windows(path, tokenizer, self.seq_len, limit)
+            text, cut = read_windows(path, tokenizer, self.seq_len[0], limit)
             texts[path if text.name in texts else text.name] = cut.tokens_WT
         return texts
 
@@ -136,15 +203,18 @@ class Calibrate(FileOptions):
 
     def _print(self, calibration: Calibration) -> None:
         """Print the measurements on the verification windows."""
-        columns = "KV policy, perplexity, bound, exact FLOPs, paper FLOPs, in budget".split(", ")
+        columns = "family, tokens, perplexity, bound, KL, agree, lost, saved, kept".split(", ")
         rows = []
         for entry in calibration.verified:
-            bound = entry["upper_bound"]
-            row = [entry["family"], f"{entry['ppl_increase']:+.3f}"]
-            row += ["none" if bound is None else f"{bound:+.3f}"]
-            row += [f"{entry[f'{count}_flops_saved']:.1%}" for count in ("exact", "paper")]
+            bound, retrieval = entry["upper_bound"], entry.get("retrieval")
+            row = [entry["family"], str(entry.get("seq_len", self.seq_len[0]))]
+            row += [f"{entry['ppl_increase']:+.3f}", "none" if bound is None else f"{bound:+.3f}"]
+            row += [f"{entry['kl']:.4f}", f"{entry['agreement']:.1%}"]
+            row += ["" if retrieval is None else str(retrieval["lost"])]
+            row += [f"{entry['prompt_exact_flops_saved']:.1%}"]
             rows.append([*row, "yes" if entry["within_budget"] else "no"])
-        print_table("candidates on the verification windows", columns, rows)
+        title = "candidates on the verification windows: passkeys lost, prompt FLOPs saved"
+        print_table(title, columns, rows)
         verified = calibration.preset.provenance["verified"]
         if calibration.preset.is_off:
             print(verified["reason"])

@@ -13,6 +13,7 @@ from qs_jax.config.fields import Count, Positive, Several
 from qs_jax.errors import InputError
 from qs_jax.evaluation import journal
 from qs_jax.evaluation.datasets import Text
+from qs_jax.evaluation.passkey import compare_passkeys, make_passkeys
 from qs_jax.evaluation.perplexity import Windows, check_width, evaluate, read_windows
 from qs_jax.evaluation.processes import Processes, connect
 from qs_jax.files import write_json
@@ -39,6 +40,9 @@ class Evaluate(ScoringOptions):
     """Score the first N windows only."""
     continuation_tokens: Positive = 128
     """Under continuation: the last tokens of each window, which are scored."""
+    passkeys: Count = 0
+    """Also hide so many keys in prompts as long as a window, one each, and count those that the
+    dense model and the preset find; on the fast engines, where these run the preset."""
     coordinator: str | None = None
     """HOST:PORT of process 0, to share the batches among several processes; they all get the same
     options but --process-id, and process 0 writes --out."""
@@ -74,6 +78,8 @@ class Evaluate(ScoringOptions):
         text, windows = read_windows(self.data, tokenizer, self.seq_len, self.limit_windows)
         width = windows.tokens_WT.shape[1]
         check_width(width, cfg)
+        self.warn_of_length(cfg, width)
+        prompts = make_passkeys(tokenizer, [width], count=self.passkeys)
         identity = self._identity(cfg, text, windows, digest)
         complete = self.resume and journal.is_complete(self.out, identity)
         if processes.gather([{"complete": complete}])[0]["complete"]:
@@ -81,8 +87,12 @@ class Evaluate(ScoringOptions):
             return
         with journal.Journal(self._journal_out(), identity, resume=self.resume) as batches:
             sharing = {"devices": devices, "journal": batches, "processes": processes}
-            settings: dict[str, Any] = sharing | {"batch_size": self.batch_size, "progress": True}
-            results = evaluate(self.load(maps), windows, cfg, **settings)
+            settings: dict[str, Any] = {"batch_size": self.batch_size, "progress": True}
+            params = self.load(maps)
+            results = evaluate(params, windows, cfg, **settings, **sharing)
+            if prompts:  # in every process: none waits long for another
+                asked = (params, cfg.replace(engine="auto"), tokenizer, prompts)
+                results["passkeys"] = compare_passkeys(*asked, **settings).to_dict()
             counts = {"characters": len(text.text), "documents": text.documents}
             counts |= {"tokens": windows.tokens_in_text, "tokens_left_over": windows.left_over}
             if processes.index == 0:
@@ -98,7 +108,8 @@ class Evaluate(ScoringOptions):
         """Everything that two runs must share to be the same run; it is in the results."""
         continued = cfg.effective_protocol == "continuation"
         scored = cfg.continuation_tokens if continued else None
-        given = {name: getattr(self, name) for name in "batch_size limit_windows seq_len".split()}
+        names = "batch_size limit_windows passkeys seq_len".split()
+        given = {name: getattr(self, name) for name in names}
         given |= {"continuation_tokens": scored, "kv_maps_sha256": digest, "data": text.name}
         given |= {"data_sha256": text.sha256, "tokens_sha256": windows.sha256}
         settings = self.settings(cfg, **given)
@@ -115,6 +126,10 @@ class Evaluate(ScoringOptions):
         if cfg.quicksilver and not cfg.quicksilver.is_off:
             how = "simulated" if results["simulated"] else "counted"
             rows |= {f"{_SAVED[key]}, {how}": f"{results[key]:.1%}" for key in _SAVED}
+        if found := results.get("passkeys"):
+            dense, preset = (found["both"] + found[f"only_{who}"] for who in ("dense", "preset"))
+            rows[f"passkeys found of {found['prompts']}"] = f"{dense} dense, {preset} preset"
+            rows["passkeys lost"] = f"{found['only_dense']} (McNemar p {found['mcnemar_p']:.2g})"
         print_table(title, (), [*rows.items(), ("results", self.out)])
 
 

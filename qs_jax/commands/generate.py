@@ -47,6 +47,7 @@ class Generate(RunOptions):
         tokenizer = load_tokenizer(self.ckpt)
         ids = encode_prompt(tokenizer, prompt, chat=self.chat, system=self.system)
         check_positions(len(ids), cfg.max_new_tokens, cfg.model)
+        self.warn_of_length(cfg, len(ids))
         stream = TextStream(self.load(maps), tokenizer, ids, cfg)
         if not self.quiet and not self.chat:
             print(prompt, end="", flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -66,6 +67,12 @@ class RunOptions:
         """Maps of a preset and their file's SHA-256; None twice where it reads none."""
         maps, path = find_maps(cfg, self.ckpt, self.kv_maps, preset or self.preset)
         return maps, path and hashlib.sha256(path.read_bytes()).hexdigest()
+
+    def warn_of_length(self, cfg: Config, tokens: int) -> None:
+        """Say in one line that a preset was not verified at a length."""
+        assert cfg.quicksilver is not None
+        if line := presets.unverified(cfg.quicksilver, tokens):
+            print(f"note: {line}", file=sys.stderr)
 
     def load(self, maps: KVMaps | None = None) -> Params:
         """The parameters, with the maps that a call reads."""

@@ -79,6 +79,8 @@ def _message(path: str, names: Sequence[str], error: Mapping[str, Any]) -> str:
         return str(error["ctx"]["error"])
     first, *rest = error["loc"] or ("",)
     first = names[first] if isinstance(first, int) and names else first
+    if str(path).startswith("--"):  # an option takes its values as they come
+        first, rest = "", ()
     name = ".".join(str(part) for part in (path, first, *rest) if part != "")
     if error["type"] in ("missing", "missing_argument", "unexpected_keyword_argument"):
         return f"{name} is {'missing' if 'missing' in error['type'] else 'unknown'}."

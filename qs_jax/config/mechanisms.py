@@ -51,6 +51,8 @@ class HaltingConfig(Settings, path="halting"):
         "drift", "entropy", or "random" as a control.
       score_queries: Quota: how many of the prompt's last queries count for "attention".
       seed: Quota: of the "random" score.
+      light_from: Quota: first layer that tokens run light (`qs_jax.mechanisms.light`), until all of
+        them stop at the one layer of `layers`; None runs layers whole. It needs fitted maps.
       forced_ids: Token ids that halt at `forced_layer` at the latest, whatever their signals.
       forced_layer: Layer of the forced halt; it may lie outside the window.
       freeze: False lets halted tokens keep computing: only their keys are skipped, which isolates
@@ -69,6 +71,7 @@ class HaltingConfig(Settings, path="halting"):
     score: Literal["attention", "drift", "entropy", "random"] = "attention"
     score_queries: Positive = 32
     seed: Count = 0
+    light_from: Integer | None = None
     forced_ids: Integers = ()
     forced_layer: Integer | None = None
     freeze: Flag = True
@@ -85,7 +88,12 @@ class HaltingConfig(Settings, path="halting"):
                 raise ConfigError(f"halting.quota must be rising shares, 0 to 1, got {self.quota}.")
             if self.score == "entropy" and self.entropy is None:
                 raise ConfigError("halting.score 'entropy' needs halting.entropy.")
-        elif self.quota:
+        if self.light_from is not None and (self.rule, self.quota) != ("quota", (1.0,)):
+            raise ConfigError(
+                "halting.light_from needs rule 'quota' with one layer and the quota (1.0,): light "
+                "tokens all stop there."
+            )
+        if self.rule != "quota" and self.quota:
             raise ConfigError("halting.quota is for rule 'quota'; this is 'dual'.")
         if bool(self.forced_ids) != (self.forced_layer is not None):
             raise ConfigError("halting.forced_ids and halting.forced_layer go together.")
@@ -100,12 +108,13 @@ class HaltingConfig(Settings, path="halting"):
     @property
     def drift_used(self) -> bool:
         """Whether decisions read how far a layer moved a token."""
-        return self.rule == "dual" or self.score == "drift"
+        return self.rule == "dual" or (self.light_from is None and self.score == "drift")
 
     @property
     def entropy_used(self) -> Entropy | None:
         """The estimator that decisions read."""
-        return self.entropy if self.rule == "dual" or self.score == "entropy" else None
+        ranks_entropy = self.score == "entropy" and self.light_from is None
+        return self.entropy if self.rule == "dual" or ranks_entropy else None
 
 
 class KVSkipConfig(Settings, path="kv_skip"):

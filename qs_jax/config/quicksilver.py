@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import Field
 
 from qs_jax.config.fields import (
@@ -43,6 +44,8 @@ class QuickSilverConfig(Settings):
       recent_tokens: Under "continuation": the same for the last tokens of a prompt, so a prompt no
         longer than that runs dense. The last one is always exempt: the first new token is read
         from it.
+      recent_tokens_over: Pairs (n, r), n rising: of a prompt longer than n tokens, the last r are
+        exempt instead. A preset's own, for each length at which it was verified.
       shortlist_layer: Layer whose logit lens picks the ids of the "shortlist" entropy.
       shortlist_size: How many ids.
       provenance: Where the numbers come from; plays no part in equality.
@@ -56,6 +59,7 @@ class QuickSilverConfig(Settings):
     protect_special: Flag = True
     sink_tokens: Count = 4
     recent_tokens: Count = 32
+    recent_tokens_over: tuple[tuple[Positive, Count], ...] = ()
     shortlist_layer: Integer | None = None
     shortlist_size: Annotated[Integer, Field(ge=2)] = 32
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
@@ -72,10 +76,27 @@ class QuickSilverConfig(Settings):
                 raise ConfigError("'extrapolate' has maps by layer: name the few halting.layers.")
             if halting.forced_layer not in (None, *halting.layers):
                 raise ConfigError("policy 'extrapolate' needs forced_layer among halting.layers.")
+        lengths = [n for n, _ in self.recent_tokens_over]
+        if lengths != sorted(set(lengths)):
+            raise ConfigError(f"recent_tokens_over needs rising lengths, got {lengths}.")
+        light = halting is not None and halting.light_from is not None
+        reads_maps = skip is not None and skip.policy == "extrapolate"
+        if light and not (reads_maps and self.fusion is None and amq is None):
+            raise ConfigError(
+                "halting.light_from goes with kv_skip.policy 'extrapolate', whose maps hold the "
+                "light layers, and without fusion and amq."
+            )
         if "final_prev" in self.entropies and amq is not None and amq.normalization == "minmax":
             raise ConfigError("final_prev runs token by token, minmax on all tokens: not both.")
         if "shortlist" in self.entropies and self.shortlist_layer is None:
             raise ConfigError("entropy 'shortlist' needs shortlist_layer: its lens picks the ids.")
+
+    def recent_of(self, lengths_B: np.ndarray) -> np.ndarray:
+        """Last tokens that are exempt, of prompts of these lengths; 1 at least."""
+        recent_B = np.full(np.shape(lengths_B), max(self.recent_tokens, 1))
+        for length, recent in self.recent_tokens_over:
+            recent_B = np.where(np.asarray(lengths_B) > length, max(recent, 1), recent_B)
+        return recent_B
 
     @property
     def entropies(self) -> tuple[Entropy, ...]:
@@ -130,6 +151,11 @@ def _check_layers(qs: QuickSilverConfig, depth: int) -> None:
         first, last = halting.window or (1, deepest)
         layers |= {"the start of halting.window": first, "the end of halting.window": last}
         layers |= {"halting.forced_layer": halting.forced_layer}
+        if halting.light_from is not None:
+            stop = (halting.layers or (deepest,))[0]
+            if not 2 <= halting.light_from <= stop:
+                got = halting.light_from
+                raise ConfigError(f"halting.light_from must be 2 to {stop}, got {got}.")
         first = max(first, halting.min_layer)
         if first > last:
             raise ConfigError(f"halting.min_layer {first} leaves no layer up to {last}.")

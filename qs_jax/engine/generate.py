@@ -160,7 +160,8 @@ def generate(
             assert cfg.quicksilver is not None
             found = decided(found, cfg.quicksilver, cfg.model.num_layers, ran_B)
         counted = (int(ran_B.max()), ran_B, call.batch.lengths_B, cfg.effective_protocol)
-        record = Record.of(found, *counted, simulated=isinstance(engine, _Masked))
+        told = {"simulated": isinstance(engine, _Masked), "quicksilver": cfg.quicksilver}
+        record = Record.of(found, *counted, **told)
     return GenerateOutput(
         tokens=text.tokens_BM[:, : cfg.max_new_tokens],
         lengths=text.lengths_B,

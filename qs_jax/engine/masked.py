@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 from qs_jax.config import ModelConfig
 from qs_jax.engine.attention import attention
 from qs_jax.engine.weights import Weights, layer_weights
-from qs_jax.mechanisms import Mechanisms, Rows, fusion, halting, kv_maps, kv_skip, signals
+from qs_jax.mechanisms import Mechanisms, Rows, fusion, halting, kv_maps, kv_skip, light, signals
 from qs_jax.models import Params, apply_block, embed, head
 from qs_jax.state import NEVER, LayerRecord, TokenState, exact_dtype
 
@@ -42,6 +42,7 @@ class Call(NamedTuple):
       rows: Tokens and their exemptions.
       embedded_BTD: Input embeddings.
       previous_BT: Entropy of the model's output one position earlier, in nats; None if not read.
+      lights: Light layers; None where every layer runs whole.
     """
 
     params: Params
@@ -50,6 +51,7 @@ class Call(NamedTuple):
     rows: Rows
     embedded_BTD: Float[Array, "B T D"]
     previous_BT: Float[Array, "B T"] | None
+    lights: light.Stacked | None
 
 
 class Attended(NamedTuple):
@@ -100,7 +102,10 @@ def open_call(
 ) -> Call:
     """Embed the tokens."""
     embedded_BTD = embed(params, rows.tokens_BT, rows.pos_BT, model)
-    return Call(params, model, mech, rows, embedded_BTD, previous_BT)
+    rule = mech.halting
+    runs_light = rule is not None and rule.light_from is not None
+    lights = light.stack(params["kv_maps"].light, model) if runs_light else None
+    return Call(params, model, mech, rows, embedded_BTD, previous_BT, lights)
 
 
 def start(call: Call) -> TokenState:
@@ -192,8 +197,38 @@ def _block(
     multiply = mech.multiply(state.bits_BT, weights.int8, layer)
     inputs = (state.h_BTD, pos_BT, attend, multiply)
     h_BTD, attended = apply_block(model, weights.params, *inputs)
+    if call.lights is not None:
+        h_BTD = _run_light(call, state, layer, weights, h_BTD, mask_BTS)
     h_BTD = jnp.where(state.active_BT[..., None], h_BTD, state.h_BTD)
     return state.replace(h_BTD=h_BTD), attended._replace(h_BTD=h_BTD)
+
+
+def _run_light(
+    call: Call, state: TokenState, layer: Array, weights: Weights, h_BTD: Array, mask_BTS: Array
+) -> Array:
+    """The layer's states `h_BTD`, with those of tokens that run it light put in."""
+    rule, lights, model = call.mech.halting, call.lights, call.model
+    assert rule is not None
+    assert rule.light_from is not None
+    assert lights is not None
+    index = layer - rule.light_from
+    heads_N, encode_ER, decode_RD = (_at(part, index) for part in lights)
+
+    def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
+        context_BTNH, _ = attention(q, k, v, mask_BTS)
+        return jnp.where(heads_N[None, None, :, None], context_BTNH, 0), None
+
+    def run() -> Array:
+        inputs = (state.h_BTD, call.rows.pos_BT, attend, (encode_ER, decode_RD))
+        light_BTD, _ = apply_block(model, weights.params, *inputs, method="light")
+        return jnp.where(eligible(call, state)[..., None], light_BTD, h_BTD)
+
+    here = (index >= 0) & (index < len(lights.heads_XN))
+    return lax.cond(here, run, lambda: h_BTD)
+
+
+def _at(stacked: Array, index: Array) -> Array:
+    return lax.dynamic_index_in_dim(stacked, index, keepdims=False)
 
 
 def _extrapolated(
@@ -214,8 +249,13 @@ def _encode(call: Call, state: TokenState, layer: Array) -> TokenState:
     now_BT = (state.depth_BT == layer) & (layer < model.num_layers)
 
     def neurons() -> Array:
-        following = jax.tree.map(lambda leaf: leaf[layer], call.params["layers"])
-        return apply_block(model, following, h_BTD, method="mlp_neurons")
+        ids = call.params["kv_maps"].neurons
+
+        def compute(at: int) -> Array:
+            following = jax.tree.map(lambda leaf: leaf[layer + at], call.params["layers"])
+            return apply_block(model, following, h_BTD, method="mlp_neurons")[..., ids[at]]
+
+        return kv_maps.following_neurons(ids, compute)
 
     def encode() -> Array:
         read = (h_BTD, call.embedded_BTD, fusion.back(h_BTD, 1), neurons)

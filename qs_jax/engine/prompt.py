@@ -18,12 +18,13 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.config import ModelConfig
+from qs_jax.engine import prompt_light
 from qs_jax.engine.attention import attention_weights, blocked_attention
 from qs_jax.engine.cache import KVCache
+from qs_jax.engine.gather import layer_at, put, take, true_first
 from qs_jax.engine.weights import Weights, layer_weights
 from qs_jax.mechanisms import Mechanisms, Rows, fusion, halting, kv_maps, signals
 from qs_jax.models import Params, apply_block, embed, head
-from qs_jax.models.cpu import from_storage, to_storage
 from qs_jax.state import NEVER, Decisions, TokenState, exact_dtype
 
 FILL = 32  # stopped tokens of a row whose keys are filled in at a time, where their number varies
@@ -40,6 +41,8 @@ class Plan(NamedTuple):
         assigned there after they stopped.
       longest: Where not fixed: layers of the longest segment that chooses its slots, or a few more.
       keeps_keys: Stopped tokens may have keys in deeper layers.
+      light: Most tokens of a row that run light layers, which are the second segment; its slots
+        hold those that run them whole. 0 where no token does.
     """
 
     slots: tuple[int, ...]
@@ -47,6 +50,7 @@ class Plan(NamedTuple):
     fills: tuple[int, ...] = ()
     longest: int = 0
     keeps_keys: bool = False
+    light: int = 0
 
 
 class Segments(NamedTuple):
@@ -130,6 +134,11 @@ def run(
         for s, slots in enumerate(plan.slots):
             first, last = segments.first_S[s], segments.last_S[s]
             fill = plan.fills[s]
+            if plan.light and s == 1:
+                light_BT = eligible(rows, carry.state)
+                carry = prompt_light.run(call, carry, light_BT, slots)
+                carry = _end_segment(call, carry, first, last, fill)
+                continue
             carry = _segment(call, carry, first, last, slots, leading=s == 0, stops=fill > 0)
             carry = _end_segment(call, carry, first, last, fill)
     else:
@@ -206,45 +215,27 @@ def _segment(
     return carry._replace(state=_scatter(whole, carry.state, chosen.index_BC))
 
 
-def _take(array_BT: Array, index_BC: Array) -> Array:
-    rows_B1 = jnp.arange(len(index_BC))[:, None]
-    at = to_storage(array_BT).at[rows_B1, index_BC]
-    return from_storage(at.get(mode="promise_in_bounds", unique_indices=True))
-
-
-def _put(array_BT: Array, index_BC: Array, value_BC: Array) -> Array:
-    rows_B1 = jnp.arange(len(index_BC))[:, None]
-    at = to_storage(array_BT).at[rows_B1, index_BC]
-    value = to_storage(value_BC)
-    return from_storage(at.set(value, mode="promise_in_bounds", unique_indices=True))
-
-
 def _gather(call: Call, whole: TokenState, slots: int, first: Array) -> tuple[Slots, TokenState]:
     """Gather the tokens that compute; spare slots hold stopped ones, which do not change."""
     if slots == call.rows.pos_BT.shape[1]:
         return Slots(None, call.rows, None, first), whole
-    index_BC = jnp.sort(_true_first(whole.active_BT)[:, :slots], axis=1)
-    waiting_BT = _eligible(call.rows, whole) & (whole.depth_BT < first)
-    inside_B = _take(waiting_BT, index_BC).sum(1, dtype=jnp.int32)
+    index_BC = jnp.sort(true_first(whole.active_BT)[:, :slots], axis=1)
+    waiting_BT = eligible(call.rows, whole) & (whole.depth_BT < first)
+    inside_B = take(waiting_BT, index_BC).sum(1, dtype=jnp.int32)
     outside_B = waiting_BT.sum(1, dtype=jnp.int32) - inside_B
-    rows, state = jax.tree.map(lambda leaf: _take(leaf, index_BC), (call.rows, whole))
+    rows, state = jax.tree.map(lambda leaf: take(leaf, index_BC), (call.rows, whole))
     return Slots(index_BC, rows, outside_B, first), state
-
-
-def _true_first(mask_BT: Array) -> Array:
-    """Positions where a mask is true, then the others, both rising."""
-    return jnp.argsort(~mask_BT, axis=1, stable=True).astype(jnp.int32)
 
 
 def _scatter(whole: TokenState, state: TokenState, index_BC: Array | None) -> TokenState:
     if index_BC is None:
         return state
-    return jax.tree.map(lambda old, new: _put(old, index_BC, new), whole, state)
+    return jax.tree.map(lambda old, new: put(old, index_BC, new), whole, state)
 
 
 def _everywhere(whole_BT: Array, chosen: Slots, own_BC: Array) -> Array:
     """An array over whole rows with the values of the segment's tokens put in."""
-    return own_BC if chosen.index_BC is None else _put(whole_BT, chosen.index_BC, own_BC)
+    return own_BC if chosen.index_BC is None else put(whole_BT, chosen.index_BC, own_BC)
 
 
 # --- one layer ----------------------------------------------------------------------------------
@@ -252,7 +243,7 @@ def _everywhere(whole_BT: Array, chosen: Slots, own_BC: Array) -> Array:
 
 def _run_layer(call: Call, carry: Carry, chosen: Slots, whole: TokenState, index: Array) -> Carry:
     mech, model, state, rows = call.mech, call.model, carry.state, chosen.rows
-    layer, weights = index + 1, _at(call.weights, index)
+    layer, weights = index + 1, layer_at(call.weights, index)
     gathered = chosen.index_BC is not None
     among_all = gathered and call.plan.keeps_keys
 
@@ -286,10 +277,6 @@ def _run_layer(call: Call, carry: Carry, chosen: Slots, whole: TokenState, index
     return carry
 
 
-def _at(tree: Any, index: Any) -> Any:
-    return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False), tree)
-
-
 def _first_queries(
     call: Call, chosen: Slots, whole: TokenState, state: TokenState, layer: Array, among_all: bool
 ) -> Array:
@@ -308,7 +295,7 @@ def _last_layer(call: Call, carry: Carry, read_BQ: Array) -> tuple[Array, KVCach
     """Keys and values of every token that computes; the rest for the tokens that are read."""
     model, state, rows = call.model, carry.state, call.rows
     index = model.num_layers - 1
-    layer, weights = jnp.int32(model.num_layers), _at(call.weights, index)
+    layer, weights = jnp.int32(model.num_layers), layer_at(call.weights, index)
     given = (state.h_BTD, rows.pos_BT, call.mech.multiply(state.bits_BT, weights.int8, layer))
     k, v = apply_block(model, weights.params, *given, method="keys_values")
     k, v = call.mech.stored(k, v, state.bits_BT)
@@ -332,7 +319,8 @@ def _last_layer(call: Call, carry: Carry, read_BQ: Array) -> tuple[Array, KVCach
 # --- decisions ----------------------------------------------------------------------------------
 
 
-def _eligible(rows: Rows, state: TokenState) -> Bool[Array, "B T"]:
+def eligible(rows: Rows, state: TokenState) -> Bool[Array, "B T"]:
+    """Tokens that halting and fusion may touch."""
     return rows.subject_BT & ~rows.full_BT & (state.fused_BT == NEVER)
 
 
@@ -355,7 +343,7 @@ def _decide(
             received_BT = lax.cond(may, receive, lambda: nothing) if inside else receive()
     with jax.named_scope("halt"):
         entropy_of = signals.entropies(state, call.params, call.model)
-        read = (_eligible(rows, state), drift_BT, layer, entropy_of, received_BT)
+        read = (eligible(rows, state), drift_BT, layer, entropy_of, received_BT)
         state, entropy_BT = rule.after_layer(state, rows, *read, chosen.outside_B)
     drift_BT = jnp.where(ran_BT, drift_BT, jnp.nan)
 
@@ -380,7 +368,7 @@ def _received(call, carry, chosen, whole, before_BCD, layer) -> Float[Array, "B 
     read, rows_B1 = (before_BCD, rows.pos_BT, state.bits_BT), jnp.arange(len(index_BQ))[:, None]
     h_BQD, pos_BQ, bits_BQ = (x[rows_B1, index_BQ] for x in read)
     counted_BQ = counted_BC[rows_B1, index_BQ]
-    weights = _at(call.weights, layer - 1)
+    weights = layer_at(call.weights, layer - 1)
     given = (h_BQD, pos_BQ, call.mech.multiply(bits_BQ, weights.int8, layer))
     q_BQNH = apply_block(call.model, weights.params, *given, method="queries")
     k_BSKH, _ = carry.cache.layer(layer - 1 - chosen.offset)
@@ -388,14 +376,14 @@ def _received(call, carry, chosen, whole, before_BCD, layer) -> Float[Array, "B 
     mask_BQS = first_BS[:, None, :] <= pos_BQ[..., None]
     weights_BQS = attention_weights(q_BQNH, k_BSKH, mask_BQS).max(1)
     received_BS = halting.attention_received(weights_BQS, counted_BQ, pos_BQ)
-    return received_BS if chosen.index_BC is None else _take(received_BS, chosen.index_BC)
+    return received_BS if chosen.index_BC is None else take(received_BS, chosen.index_BC)
 
 
 def _fuse(call: Call, state: TokenState, rows: Rows, layer: Array) -> TokenState:
     """Fusion of adjacent tokens after a layer, as `masked._fuse`; absorbed tokens stop."""
     rule = call.mech.fusion
     assert rule is not None
-    ready_BT = _eligible(rows, state) & (layer < state.depth_BT)
+    ready_BT = eligible(rows, state) & (layer < state.depth_BT)
     tokens = (rows.pos_BT, state.h_BTD, ready_BT, state.fused_BT)
     nobody_BTW = jnp.zeros((*rows.pos_BT.shape, 1), bool)
     find = lambda: rule.pairs(*tokens, layer)  # noqa: E731
@@ -429,7 +417,7 @@ def _fill(call: Call, carry: Carry, first: Array, last: Array, fill: int | None)
         until = jnp.where(last < mech.amq.layer, mech.amq.layer, until)
     stopped_BT = rows.real_BT & (state.depth_BT >= since) & (state.depth_BT <= last)
     stopped_BT &= state.fused_BT == NEVER
-    order_BT = _true_first(stopped_BT)
+    order_BT = true_first(stopped_BT)
     count_B1 = stopped_BT.sum(1, dtype=jnp.int32)[:, None]
     at_once = min(FILL, order_BT.shape[1]) if fill is None else fill
     widened_BT = jnp.pad(order_BT, ((0, 0), (0, at_once)))
@@ -452,10 +440,10 @@ def _fill(call: Call, carry: Carry, first: Array, last: Array, fill: int | None)
 def _frozen_keys_values(call: Call, state: TokenState, index_BP: Array, last: Array):
     """A function from a layer's index to keys and values of some tokens that stopped."""
     mech, model = call.mech, call.model
-    h_BPD, bits_BP = _take(state.h_BTD, index_BP), _take(state.bits_BT, index_BP)
+    h_BPD, bits_BP = take(state.h_BTD, index_BP), take(state.bits_BT, index_BP)
 
     def propagated(index: Array) -> tuple[Array, Array]:
-        weights = _at(call.weights, index)
+        weights = layer_at(call.weights, index)
         given = (h_BPD, index_BP, mech.multiply(bits_BP, weights.int8, index + 1))
         k, v = apply_block(model, weights.params, *given, method="keys_values")
         return mech.stored(k, v, bits_BP)
@@ -463,19 +451,23 @@ def _frozen_keys_values(call: Call, state: TokenState, index_BP: Array, last: Ar
     if mech.kv_skip.policy != "extrapolate":
         return propagated
 
-    def neurons() -> Array:
-        following = _at(call.weights.params, last)
-        return apply_block(model, following, h_BPD, method="mlp_neurons")
-
     maps = call.params["kv_maps"]
+
+    def compute(at: int) -> Array:
+        if "light" in call.params:
+            return apply_block(model, call.params["light"].neurons[at], h_BPD, method="mlp_neurons")
+        following = layer_at(call.weights.params, last + at)
+        return apply_block(model, following, h_BPD, method="mlp_neurons")[..., maps.neurons[at]]
+
+    neurons = lambda: kv_maps.following_neurons(maps.neurons, compute)  # noqa: E731
     x = jnp.argmax(jnp.asarray(maps.layers) == last)
-    before = _take(fusion.back(state.h_BTD, 1), index_BP)
-    sources = kv_maps.sources(h_BPD, _take(call.embedded_BTD, index_BP), before, neurons)
-    depth_BP = _take(state.depth_BT, index_BP)
+    before = take(fusion.back(state.h_BTD, 1), index_BP)
+    sources = kv_maps.sources(h_BPD, take(call.embedded_BTD, index_BP), before, neurons)
+    depth_BP = take(state.depth_BT, index_BP)
     code_BPR = kv_maps.encode(maps, sources, depth_BP, model.dtype, x)
 
     def mapped(index: Array) -> tuple[Array, Array]:
-        mapped_BPO = kv_maps.mapped(code_BPR, _at(call.weights.maps, index)[x])
+        mapped_BPO = kv_maps.mapped(code_BPR, layer_at(call.weights.maps, index)[x])
         return mech.stored(*kv_maps.keys_values(mapped_BPO, index_BP, model), bits_BP)
 
     return mapped

@@ -99,7 +99,11 @@ def arrange(
             since = 1 if qs.amq is not None and end == qs.amq.layer else begin
             gone_B = _after(stopped, end) - _after(stopped, since - 1)
             fills.append(slots(int(np.max(gone_B))))
-        plan = Plan(tuple(begins), True, tuple(fills), keeps_keys=keeps)
+        light = qs.halting is not None and qs.halting.light_from is not None
+        if light:  # the second segment's whole tokens are those that never stop
+            begins[1] = slots(left(ends[1]))
+        stopping = fills[1] if light else 0
+        plan = Plan(tuple(begins), True, tuple(fills), keeps_keys=keeps, light=stopping)
     else:
         step = max(SMALLEST_STEP, -(-width // STEPS))
         choices = {slots(left(layer)) for layer in stopped} | {width}
@@ -114,6 +118,8 @@ def arrange(
 
 def _counted(qs: QuickSilverConfig, overrides: Overrides | None) -> bool:
     """How many tokens compute is known beforehand: only quotas stop them."""
+    if qs.halting is not None and qs.halting.light_from is not None:
+        return True  # a forced halt can only be where all of them stop
     forced = overrides is not None and bool(np.any(overrides.forced_layer_BT < NEVER))
     quotas = qs.halting is None or (qs.halting.rule == "quota" and not qs.halting.forced_ids)
     return qs.fusion is None and quotas and not forced
@@ -127,6 +133,8 @@ def _ends(qs: QuickSilverConfig, layers: int, overrides: Overrides | None) -> li
         return set(range(layer, layers, math.ceil((layers - layer) / SEGMENTS) or 1))
 
     if halting is not None:
+        if halting.light_from is not None:
+            ends.add(halting.light_from - 1)
         allowed = (np.flatnonzero(halting.may_halt(layers)) + 1).tolist()
         if halting.layers is not None:
             ends |= set(allowed)
@@ -165,7 +173,7 @@ def _eligible(
 ) -> np.ndarray:
     """Tokens of each prompt that may stop, as `Mechanisms.rows` chooses them; int `[B]`."""
     pos_1T = np.arange(padded.tokens_BT.shape[1])[None]
-    ends_B1 = prompt_lengths_B[:, None] - max(qs.recent_tokens, 1)
+    ends_B1 = (prompt_lengths_B - qs.recent_of(prompt_lengths_B))[:, None]
     may_BT = (pos_1T >= qs.sink_tokens) & (pos_1T < ends_B1)
     may_BT &= ~np.isin(padded.tokens_BT, [*mech.special_ids, *qs.protect_ids])
     if overrides is not None:

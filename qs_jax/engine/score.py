@@ -35,7 +35,8 @@ class ScoreOutput:
       mask: bool `[B, T]`, true where a position is scored.
       logits: float32 `[B, T, V]` if asked for; column i uses tokens 0..i, and predicts i + 1.
       states: `[B, T, D]` if asked for, in the model's dtype; column i is what the head reads after
-        token i: the normed state of the last layer, or of the one the token halted at.
+        token i: the normed state of the last layer, or of the one the token halted at. The prompt
+        engine has those before scored tokens only; zeros elsewhere.
       record: What the mechanisms did; None for the dense model.
     """
 
@@ -149,13 +150,19 @@ def score_prompt(
     model: ModelConfig,
     plan: prompt.Plan,
     count: int,
+    returns: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Log-probabilities of continuations, whose prompts the prompt engine runs."""
     rows = inputs.whole_rows(batch, ends_B, overrides, mech)
     before_BQ = _before(first_B, count, batch.tokens_BT.shape[1])
     h_BQD, _, decisions = prompt.run(params, rows, before_BQ, model, mech, plan, segments)
     logprobs_BT = _placed(params, h_BQD, batch.tokens_BT, before_BQ)
-    return {"logprobs": logprobs_BT, "decisions": decisions}
+    out = {"logprobs": logprobs_BT, "decisions": decisions}
+    if "states" in returns:  # those that are read; zeros elsewhere
+        rows_B1 = jnp.arange(len(before_BQ))[:, None]
+        empty_BTD = jnp.zeros((*batch.tokens_BT.shape, h_BQD.shape[-1]), h_BQD.dtype)
+        out["states"] = empty_BTD.at[rows_B1, before_BQ].set(h_BQD)
+    return out
 
 
 def run_masked(params: Params, rows: Rows, model: ModelConfig, mech: Mechanisms):
@@ -185,7 +192,7 @@ def run_masked(params: Params, rows: Rows, model: ModelConfig, mech: Mechanisms)
 
 _jit_dense = jax.jit(score_dense, static_argnames=("model", "count", "returns"))
 _jit_masked = jax.jit(score_masked, static_argnames=("model", "count", "returns"))
-_jit_prompt = jax.jit(score_prompt, static_argnames=("model", "plan", "count"))
+_jit_prompt = jax.jit(score_prompt, static_argnames=("model", "plan", "count", "returns"))
 
 
 @default_settings()
@@ -219,7 +226,7 @@ def score(
       overrides: Of single tokens, whatever their signals.
       return_logits: Also return `[B, T, V]` float32 logits (4 * B * T * V bytes);
         mechanisms then run on the masked engine.
-      return_states: Also return the `[B, T, D]` states that the head reads, on the same engine.
+      return_states: Also return the `[B, T, D]` states that the head reads.
       devices: Split the rows over these (`jax.pmap`), e.g. `jax.local_devices()`; parameters that
         are not on all of them are copied there at every call (`qs_jax.replicate` does it once).
         Min-max entropy then looks at the rows of one device.
@@ -252,7 +259,8 @@ def score(
     if mech.is_off:
         static["returns"], rows, shared = returns, (padded.tokens_BT, first_B), ()
         program, function = _jit_dense, score_dense
-    elif runs_fast(cfg, generates=False) and not returns:
+    elif runs_fast(cfg, generates=False) and not return_logits:
+        static["returns"] = returns
         static["plan"], segments = arrange(cfg, padded, ends_B, chosen, mech)
         program, function, shared = _jit_prompt, score_prompt, (mech, segments)
     else:
@@ -266,10 +274,11 @@ def score(
         assert cfg.quicksilver is not None
         about = (width, batch.lengths_B, ends_B, cfg.effective_protocol)
         if "evidence" in out:
-            record = Record.of(out["evidence"], *about)
+            record = Record.of(out["evidence"], *about, quicksilver=cfg.quicksilver)
         else:
             given = (cfg.quicksilver, model.num_layers, batch.lengths_B)
-            record = Record.of(decided(out["decisions"], *given), *about, simulated=False)
+            told = {"simulated": False, "quicksilver": cfg.quicksilver}
+            record = Record.of(decided(out["decisions"], *given), *about, **told)
     logprobs_BT = np.where(mask_BT, out["logprobs"][:, :width], out["logprobs"].dtype.type(0))
     arrays = {name: out[name][:, :width] for name in returns}
     for array in (logprobs_BT[..., None], *arrays.values()):

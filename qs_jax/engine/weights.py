@@ -13,6 +13,8 @@ from qs_jax.errors import ConfigError, NonFiniteError
 from qs_jax.mechanisms import Mechanisms
 from qs_jax.mechanisms.int8 import quantize_weights
 from qs_jax.mechanisms.kv_maps import require_maps, select
+from qs_jax.mechanisms.last import LastMade
+from qs_jax.mechanisms.light import bind
 from qs_jax.models import Params, abstract_params
 from qs_jax.models.cpu import stored_params
 
@@ -42,10 +44,17 @@ def prepare_params(params: Params, model: ModelConfig, mech: Mechanisms) -> Para
     if mech.kv_skip.policy == "extrapolate":
         assert mech.halting is not None
         layers = mech.halting.layers or ()
-        require_maps(params, layers, model, prompts_only=mech.continuation)
+        needed = {"light_from": mech.halting.light_from, "prompts_only": mech.continuation}
+        require_maps(params, layers, model, **needed)
         maps = params["kv_maps"]
         prepared["kv_maps"] = maps if maps.layers == layers else select(maps, layers)
+        if mech.halting.light_from is not None:
+            read = jax.tree.leaves((params["layers"], maps.light, maps.neurons))
+            prepared["light"] = _last.get(read, lambda: bind(params, maps, model))
     return stored_params(prepared)
+
+
+_last = LastMade()
 
 
 @functools.lru_cache(maxsize=64)

@@ -195,8 +195,6 @@ def compare(
     metric: str, labels_E: np.ndarray, dense_E: np.ndarray, other_E: np.ndarray
 ) -> dict[str, Any]:
     """Difference of two models' choices on the same examples, other less dense, by McNemar too."""
-    from scipy.stats import binomtest
-
     function = _METRICS[metric]
 
     def change(y: np.ndarray, a: np.ndarray, b: np.ndarray, axis: int = -1) -> Any:
@@ -210,8 +208,15 @@ def compare(
         "changed": int((dense_E != other_E).sum()),
         "only_dense_right": lost,
         "only_other_right": won,
-        "mcnemar_p": float(binomtest(won, won + lost, 0.5).pvalue) if won + lost else 1.0,
+        "mcnemar_p": mcnemar_p(lost, won),
     }
+
+
+def mcnemar_p(lost: int, won: int) -> float:
+    """Exact two-sided p-value of McNemar's test, from the pairs that only one side got right."""
+    from scipy.stats import binomtest
+
+    return float(binomtest(won, won + lost, 0.5).pvalue) if won + lost else 1.0
 
 
 def _bootstrap(statistic: Any, *columns: np.ndarray) -> list[float] | None:

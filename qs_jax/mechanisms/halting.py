@@ -38,16 +38,22 @@ class Halting(flax.struct.PyTreeNode):
     seed: int = field(pytree_node=False)
     freeze: bool = field(pytree_node=False)
     layers: tuple[int, ...] | None = field(pytree_node=False)
+    light_from: int | None = field(pytree_node=False)
+
+    @property
+    def ranks(self) -> bool:
+        """Whether decisions compare the tokens of a prompt; light ones all stop together."""
+        return self.rule == "quota" and self.light_from is None
 
     @property
     def reads_attention(self) -> bool:
         """Whether decisions read attention received."""
-        return self.rule == "quota" and self.score == "attention"
+        return self.ranks and self.score == "attention"
 
     @property
     def reads_drift(self) -> bool:
         """Whether decisions read how far a layer moved a token."""
-        return self.rule == "dual" or self.score == "drift"
+        return self.rule == "dual" or (self.ranks and self.score == "drift")
 
     def after_layer(
         self,
@@ -72,7 +78,7 @@ class Halting(flax.struct.PyTreeNode):
         entropy_BT = jnp.full_like(drift_BT, jnp.nan)
         if self.entropy is not None:  # who fails the cheap test needs none
             entropy_BT = jnp.where(may_BT, entropy_of(self.entropy, may_BT), jnp.nan)
-        if self.rule == "quota":
+        if self.ranks:
             scores: dict[str, Callable[[], Any]] = {
                 "attention": lambda: received_BT,
                 "drift": lambda: drift_BT,
@@ -81,7 +87,7 @@ class Halting(flax.struct.PyTreeNode):
             }
             ranked = (scores[self.score](), eligible_BT, halted_BT)
             may_BT &= lowest(*ranked, self.quota_L[layer - 1], outside_B)
-        elif self.entropy is not None:
+        elif self.rule == "dual" and self.entropy is not None:
             may_BT &= entropy_BT < self.tau_halt_L[layer - 1]
         halts_BT = may_BT | (eligible_BT & ~halted_BT & (layer >= rows.forced_layer_BT))
         active_BT = state.active_BT & ~halts_BT if self.freeze else state.active_BT

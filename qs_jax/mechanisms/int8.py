@@ -25,7 +25,6 @@ n is an int8 whatever the bits, so tokens of 8, 4 and 2 bits share one product.
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Mapping
 from typing import Any, no_type_check
 
@@ -37,6 +36,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Int8
 
 from qs_jax.errors import ConfigError
+from qs_jax.mechanisms.last import LastMade
 from qs_jax.state import FULL_BITS, exact_dtype
 
 MOST_CHANNELS = (2**31 - 1) // 127**2  # with more, the int32 could overflow
@@ -185,17 +185,11 @@ def quantize_weights(params: dict[str, Any]) -> dict[str, Any]:
     return {**params, "int8": _quantized(kernels)}
 
 
-# The last codes, with weak references to their weights: they are freed with the weights.
-_last: dict[str, Any] = {}
+_last = LastMade()
 
 
 def _quantized(kernels: Mapping[str, Any]) -> dict[str, QTensor]:
-    held = _last.get("kernels", {})
-    if held.keys() == kernels.keys() and all(held[n]() is kernels[n] for n in kernels):
-        return _last["codes"]
-    codes = {name: quantize_kernel(kernel) for name, kernel in kernels.items()}
-    forget = lambda _: _last.clear()  # noqa: E731
-    _last.clear()
-    _last["kernels"] = {name: weakref.ref(kernel, forget) for name, kernel in kernels.items()}
-    _last["codes"] = codes
-    return codes
+    def quantize() -> dict[str, QTensor]:
+        return {name: quantize_kernel(kernel) for name, kernel in kernels.items()}
+
+    return _last.get([kernels[name] for name in sorted(kernels)], quantize)

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, no_type_check
 
 import flax.struct
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from qs_jax.config import ModelConfig
 from qs_jax.errors import CheckpointError, ConfigError
 from qs_jax.files import parse_json, write_whole
+from qs_jax.mechanisms.light import LightLayer, LightSizes
 from qs_jax.models import family_of, rope
-from qs_jax.models.layers import product
+from qs_jax.models.layers import product, rms_normalised
 from qs_jax.state import exact_dtype
 
 Sources: TypeAlias = Mapping[str, Callable[[], Array]]
@@ -29,11 +29,12 @@ PROMPT_FEATURES = ("previous", "neurons")
 
 
 class MapSizes(NamedTuple):
-    """Sizes that decide the work of extrapolating: features of a token, and its code."""
+    """Sizes that decide the work of extrapolating: features, code, neurons, and light layers."""
 
     features: int
     code: int
-    neurons: bool = False
+    neurons: int = 0
+    light: tuple[LightSizes, ...] = ()
 
 
 @no_type_check
@@ -46,10 +47,15 @@ class KVMaps(flax.struct.PyTreeNode):
       layers: X halting layers.
       features: What is read of a token that stops: "state"; "embedding", its input embedding;
         "previous", the state of the token before it (these three RMS-normalised); "neurons", the
-        inner activations of the next layer's MLP on its state.
+        inner activations of the following layers' MLPs on its state.
       provenance: JSON text: data, tokens, rows, ridge, and the fingerprint of the weights.
       encode_XFR: Of reduced rank: the code that the maps of all deeper layers read, R numbers, from
         the features. None where the maps read the features themselves, a constant 1 last.
+      neurons: Of the feature "neurons": which are read of the first layer after the one that a
+        token stopped at, of the second, and so on.
+      light: Layers that tokens run light before they stop at `layers[0]`, the only one then; they
+        and the maps were fitted on one another's states. Empty where they run whole.
+      light_from: Number of the first of them.
     """
 
     maps_LXFO: Float[Array, "L X F O"]
@@ -57,6 +63,9 @@ class KVMaps(flax.struct.PyTreeNode):
     features: tuple[str, ...] = flax.struct.field(pytree_node=False)
     provenance: str = flax.struct.field(pytree_node=False, default="{}")
     encode_XFR: Float[Array, "X F R"] | None = None
+    neurons: tuple[Int[Array, "m"], ...] = ()
+    light: tuple[LightLayer, ...] = ()
+    light_from: int | None = flax.struct.field(pytree_node=False, default=None)
 
     @property
     def code_size(self) -> int:
@@ -67,7 +76,8 @@ class KVMaps(flax.struct.PyTreeNode):
     def sizes(self) -> MapSizes:
         """Sizes that decide the work of extrapolating."""
         features = self.code_size if self.encode_XFR is None else self.encode_XFR.shape[1]
-        return MapSizes(features, self.code_size, "neurons" in self.features)
+        light = tuple(layer.sizes for layer in self.light)
+        return MapSizes(features, self.code_size, sum(map(len, self.neurons)), light)
 
     def save(self, path: str | Path, dtype: str = "float32") -> Path:
         """Write one safetensors file; a folder gets the usual name in it.
@@ -87,7 +97,13 @@ class KVMaps(flax.struct.PyTreeNode):
         arrays = {f"maps.{layer}": maps[layer:, x] for x, layer in enumerate(self.layers)}
         if self.encode_XFR is not None:
             arrays["encode"] = np.asarray(self.encode_XFR)
+        for at, light in enumerate(self.light, start=self.light_from or 0):
+            arrays |= {f"light.{at}.encode": light.encode_FR, f"light.{at}.decode": light.decode_RD}
         stored = {name: np.ascontiguousarray(array, dtype) for name, array in arrays.items()}
+        chosen = {f"neurons.{at}": ids for at, ids in enumerate(self.neurons)}
+        for at, light in enumerate(self.light, start=self.light_from or 0):
+            chosen |= {f"light.{at}.heads": light.heads_N, f"light.{at}.neurons": light.neurons_M}
+        stored |= {name: np.ascontiguousarray(ids, np.int32) for name, ids in chosen.items()}
         with write_whole(path) as (staged,):
             save_file(stored, staged, metadata=metadata)
         return path
@@ -106,18 +122,8 @@ class KVMaps(flax.struct.PyTreeNode):
         try:
             with safe_open(str(path), framework="numpy") as file:
                 metadata = file.metadata() or {}
-                encode = file.get_tensor("encode") if "encode" in file.keys() else None  # noqa: SIM118
-                layers, depth = tuple(json.loads(metadata["layers"])), int(metadata["depth"])
-                deeper = [file.get_tensor(f"maps.{layer}") for layer in layers]
-                maps = np.zeros((depth, len(layers), *deeper[0].shape[1:]), np.float32)
-                for x, layer in enumerate(layers):
-                    maps[layer:, x] = deeper[x]
-                encode = None if encode is None else jnp.asarray(encode, jnp.float32)
-                features = tuple(json.loads(metadata["features"]))
-                provenance = metadata["provenance"]
-                if not isinstance(parse_json(provenance), dict):
-                    raise ValueError("its provenance is no object")
-                return cls(jnp.asarray(maps), layers, features, provenance, encode)
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return _from_arrays(arrays, metadata)
         except FileNotFoundError as error:
             raise CheckpointError(
                 f"there are no KV maps at {path}: fit them with qs_jax.fit_kv_maps and save them."
@@ -127,15 +133,54 @@ class KVMaps(flax.struct.PyTreeNode):
 
     def check(self, model: ModelConfig) -> None:
         """Raise `ConfigError` if these are maps of another model or of other weights."""
-        count, size = len(self.layers), feature_count(self.features, model)
+        count, size = len(self.layers), feature_count(self.features, model, self.neurons)
         encode_XFR = self.encode_XFR
         rank = size if encode_XFR is None else encode_XFR.shape[-1]
         found = [self.maps_LXFO.shape] + ([] if encode_XFR is None else [encode_XFR.shape])
         expected = [(model.num_layers, count, rank, 2 * model.kv_size), (count, size, rank)]
         if found != expected[: len(found)]:
             raise ConfigError(f"these KV maps are not of this model: {found}, expected {expected}.")
+        _check_light(self, model)
         made_for = json.loads(self.provenance).get("weights")
         model.check_weights(made_for, "these KV maps were fitted on", "fit maps on these")
+
+
+def _from_arrays(arrays: dict[str, np.ndarray], metadata: Mapping[str, str]) -> KVMaps:
+    """Maps as `KVMaps.save` wrote them."""
+    layers, depth = tuple(json.loads(metadata["layers"])), int(metadata["depth"])
+    deeper = [arrays[f"maps.{layer}"] for layer in layers]
+    maps = np.zeros((depth, len(layers), *deeper[0].shape[1:]), np.float32)
+    for x, layer in enumerate(layers):
+        maps[layer:, x] = deeper[x]
+    if not isinstance(parse_json(metadata["provenance"]), dict):
+        raise ValueError("its provenance is no object")
+
+    def numbers(name: str) -> Array:
+        return jnp.asarray(arrays[name], jnp.float32)
+
+    def ids(name: str) -> Array:
+        return jnp.asarray(arrays[name], jnp.int32)
+
+    following = sum(name.startswith("neurons.") for name in arrays)
+    light = sorted(int(name.split(".")[1]) for name in arrays if name.endswith(".heads"))
+    return KVMaps(
+        jnp.asarray(maps),
+        layers,
+        tuple(json.loads(metadata["features"])),
+        metadata["provenance"],
+        numbers("encode") if "encode" in arrays else None,
+        tuple(ids(f"neurons.{at}") for at in range(following)),
+        tuple(
+            LightLayer(
+                ids(f"light.{at}.heads"),
+                ids(f"light.{at}.neurons"),
+                numbers(f"light.{at}.encode"),
+                numbers(f"light.{at}.decode"),
+            )
+            for at in light
+        ),
+        light[0] if light else None,
+    )
 
 
 def sizes_of(params: dict[str, Any]) -> MapSizes | None:
@@ -144,14 +189,41 @@ def sizes_of(params: dict[str, Any]) -> MapSizes | None:
     return None if maps is None else maps.sizes
 
 
-def feature_count(features: Sequence[str], model: ModelConfig) -> int:
-    """Total width of these features, with the constant."""
-    widths = {"neurons": model.mlp_size}
+def _check_light(maps: KVMaps, model: ModelConfig) -> None:
+    """Raise `ConfigError` unless ids exist and light layers have the model's sizes."""
+    given = [(ids, model.mlp_size, "neuron") for ids in maps.neurons]
+    for light in maps.light:
+        size = model.hidden_size + len(light.neurons_M) + 1
+        if light.encode_FR.shape[0] != size or light.decode_RD.shape[1] != model.hidden_size:
+            raise ConfigError("these light layers are not of this model: other sizes.")
+        given += [(light.neurons_M, model.mlp_size, "neuron")]
+        given += [(light.heads_N, model.num_heads, "head")]
+    for ids, count, name in given:
+        wrong = [at for at in np.asarray(ids).tolist() if not 0 <= at < count]
+        if wrong:
+            raise ConfigError(f"these KV maps name {name} {wrong[0]}; this model has {count}.")
+    if maps.layers[-1] + len(maps.neurons) > model.num_layers:
+        raise ConfigError("these KV maps read neurons of layers that this model does not have.")
+    if maps.light and len(maps.light) != maps.layers[0] - (maps.light_from or 0) + 1:
+        raise ConfigError("these light layers do not reach from the first to where tokens stop.")
+
+
+def feature_count(
+    features: Sequence[str], model: ModelConfig, neurons: Sequence[Any] | None = None
+) -> int:
+    """Total width of these features, with the constant; `neurons` as in `KVMaps`."""
+    read = model.mlp_size if neurons is None else sum(map(len, neurons))
+    widths = {"neurons": read}
     return sum(widths.get(name, model.hidden_size) for name in features) + 1
 
 
 def require_maps(
-    params: dict[str, Any], layers: tuple[int, ...], model: ModelConfig, *, prompts_only: bool
+    params: dict[str, Any],
+    layers: tuple[int, ...],
+    model: ModelConfig,
+    *,
+    light_from: int | None = None,
+    prompts_only: bool,
 ) -> None:
     """Refuse to extrapolate without maps of these halting layers, or with prompts' features."""
     maps = params.get("kv_maps")
@@ -159,6 +231,15 @@ def require_maps(
         raise ConfigError(
             "kv_skip.policy 'extrapolate' needs maps: put qs_jax.fit_kv_maps(params, tokens, "
             f"layers={layers}, model=model) or KVMaps.load(FILE) into params['kv_maps']."
+        )
+    if maps.light_from != light_from:
+        names: dict[Any, str] = {None: "layers that run whole"}
+        made, asked = (
+            names.get(at, f"light layers from {at}") for at in (maps.light_from, light_from)
+        )
+        raise ConfigError(
+            f"the KV maps were fitted behind {made}, the configuration runs {asked} "
+            "(halting.light_from): give the maps that were saved with the preset."
         )
     missing = sorted(set(layers) - set(maps.layers))
     if missing:
@@ -185,11 +266,6 @@ def select(maps: KVMaps, layers: tuple[int, ...]) -> KVMaps:
     return maps.replace(maps_LXFO=maps.maps_LXFO[:, index], layers=tuple(layers), encode_XFR=encode)
 
 
-def rms_normalised(x: jax.Array) -> jax.Array:
-    """X over its root mean square."""
-    return x / jnp.maximum(jnp.sqrt((x * x).mean(-1, keepdims=True)), 1e-6)
-
-
 def extrapolate(code_BTR: Array, maps_XRO: Array, depth_BT: Array, layers: Sequence[int]) -> Array:
     """What the map of the layer that each token halted at gives; zeros for other tokens."""
     out = jnp.zeros((*code_BTR.shape[:2], maps_XRO.shape[-1]), exact_dtype(code_BTR.dtype))
@@ -209,6 +285,14 @@ def keys_values(mapped_BTO: Array, pos_BT: Array, model: ModelConfig) -> tuple[A
 def mapped(read_BTF: Array, map_FO: Array) -> Array:
     """What one map gives for each token, in the dtype of what it reads."""
     return product(read_BTF, map_FO.astype(read_BTF.dtype)).astype(read_BTF.dtype)
+
+
+def following_neurons(neurons: Sequence[Any], compute: Callable[[int], Array]) -> Array:
+    """The neurons that are read of each following layer, side by side, in the states' dtype.
+
+    `compute(i)` gives those of the (i + 1)th layer after the one that a token stopped at.
+    """
+    return jnp.concatenate([compute(at) for at in range(len(neurons))], axis=-1)
 
 
 def encode(

@@ -67,6 +67,7 @@ class Mechanisms(flax.struct.PyTreeNode):
       kv_skip: Policy "propagate" where off.
       shortlist_layer: Layer whose logit lens picks the shortlist entropy's ids.
       sink_tokens, recent_tokens, protect_ids: Exemptions, as in `QuickSilverConfig`.
+      recent_over: Pairs of `recent_tokens_over`.
       special_ids: The model's own protected ids.
       shortlist_size: Ids of the shortlist entropy; 0 where nothing reads it.
       continuation: The protocol: prompts only, and absorbed tokens are not computed.
@@ -79,6 +80,7 @@ class Mechanisms(flax.struct.PyTreeNode):
     shortlist_layer: Int[Array, ""]
     sink_tokens: Int[Array, ""]
     recent_tokens: Int[Array, ""]
+    recent_over: Int[Array, "r 2"]
     protect_ids: Int[Array, "n"]
     special_ids: tuple[int, ...] = field(pytree_node=False)
     shortlist_size: int = field(pytree_node=False)
@@ -119,7 +121,10 @@ class Mechanisms(flax.struct.PyTreeNode):
             retain_BT |= overrides.retain_BT
         subject_BT, count = real_BT, 0
         if self.continuation:
-            subject_BT = real_BT & (pos_BT < ends_B1 - self.recent_tokens)
+            recent_B1 = jnp.broadcast_to(self.recent_tokens, ends_B1.shape)
+            for over in self.recent_over:
+                recent_B1 = jnp.where(ends_B1 > over[0], over[1], recent_B1)
+            subject_BT = real_BT & (pos_BT < ends_B1 - recent_B1)
             count = self.halting.score_queries if self.halting is not None else 0
         scoring_BT = real_BT & (pos_BT >= ends_B1 - count) & (pos_BT < ends_B1)
         exempt = (subject_BT, full_BT, forced_BT, retain_BT, scoring_BT)
@@ -185,6 +190,7 @@ def resolve(qs: QuickSilverConfig | None, model: ModelConfig, protocol: str) -> 
         shortlist_layer=jnp.int32(qs.shortlist_layer or NEVER),
         sink_tokens=jnp.int32(qs.sink_tokens),
         recent_tokens=jnp.int32(max(qs.recent_tokens, 1)),
+        recent_over=_ids([(n, max(r, 1)) for n, r in qs.recent_tokens_over]).reshape(-1, 2),
         protect_ids=_ids(qs.protect_ids),
         special_ids=special_ids if qs.protect_special else (),
         shortlist_size=qs.shortlist_size if "shortlist" in qs.entropies else 0,
@@ -228,7 +234,7 @@ def _halting(qs: QuickSilverConfig, model: ModelConfig) -> Halting | None:
         forced_ids=_ids(config.forced_ids),
         entropy=config.entropy_used,
         layers=config.layers if mapped else None,
-        **_fields(config, "rule drift score score_queries seed freeze"),
+        **_fields(config, "rule drift score score_queries seed freeze light_from"),
     )
 
 

@@ -119,6 +119,24 @@ class PreNormBlock(nn.Module):
             x_BTD = self.neurons(normed(self.mlp_norm, h_BTD, self.model), multiply)
             return added(h_BTD, multiply(self.down, x_BTD), self.model), kept
 
+    def light(
+        self, h_BTD: Array, pos_BT: Array, attend: Attend, code: tuple[Array, Array]
+    ) -> tuple[Array, Any]:
+        """A light layer (`qs_jax.mechanisms.light`); `code` is its `encode` and `decode`."""
+        with jax.named_scope("light"):
+            q, k, v = self.project(normed(self.attn_norm, h_BTD, self.model), pos_BT)
+            context_BTNH, kept = attend(q, k, v)
+            context_BTO = context_BTNH.reshape(*h_BTD.shape[:2], -1)
+            h_BTD = added(h_BTD, dense_product(self.out, context_BTO), self.model)
+            encode_FR, decode_RD = (part.astype(h_BTD.dtype) for part in code)
+            code_BTR = product(self.light_features(h_BTD), encode_FR).astype(h_BTD.dtype)
+            return added(h_BTD, product(code_BTR, decode_RD), self.model), kept
+
+    def light_features(self, h_BTD: Array) -> Array:
+        """What a light layer's map reads after attention: state over its RMS, neurons, and 1."""
+        parts = (rms_normalised(h_BTD), self.mlp_neurons(h_BTD))
+        return jnp.concatenate([*parts, jnp.ones_like(h_BTD[..., :1])], axis=-1)
+
 
 class FinalNorm(nn.Module):
     """The norm between the last layer and the head."""
@@ -154,6 +172,11 @@ def normed(norm: Callable[[Array], Array], h: Array, model: ModelConfig) -> Arra
     return jnp.where(jnp.isinf(squares), jnp.nan, norm(h)).astype(model.dtype)
 
 
+def rms_normalised(x: Array) -> Array:
+    """X over its root mean square."""
+    return x / jnp.maximum(jnp.sqrt((x * x).mean(-1, keepdims=True)), 1e-6)
+
+
 def added(h: Array, update: Array, model: ModelConfig) -> Array:
     """Add an update to states, rounded once."""
     return (h.astype(update.dtype) + update).astype(model.dtype)
@@ -162,8 +185,8 @@ def added(h: Array, update: Array, model: ModelConfig) -> Array:
 def split_heads(qkv_BTO: Float[Array, "B T O"], model: ModelConfig) -> tuple[Array, Array, Array]:
     """Cut the fused projection into q `[B, T, N, H]`, k and v `[B, T, K, H]`."""
     shape = (*qkv_BTO.shape[:2], -1, model.head_dim)
-    cuts = [model.q_size, model.q_size + model.kv_size]
-    q, k, v = jnp.split(qkv_BTO, cuts, axis=-1)
+    queries = qkv_BTO.shape[-1] - 2 * model.kv_size  # fewer where heads were left out
+    q, k, v = jnp.split(qkv_BTO, [queries, queries + model.kv_size], axis=-1)
     return q.reshape(shape), k.reshape(shape), v.reshape(shape)
 
 

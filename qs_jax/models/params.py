@@ -50,7 +50,7 @@ def embed(params: Params, tokens_BT: jax.Array, pos_BT: jax.Array, model: ModelC
 
 def apply_block(model: ModelConfig, weights: Params, *args: Any, method: Any = None) -> Any:
     """A layer's block, or a method of it, with the layer's weights, which may be in storage."""
-    block = family_of(model).block(model)
+    block = family_of(model).block(model, parent=None)  # it may run inside another's attention
     return block.apply({"params": from_storage(weights)}, *args, method=method)
 
 

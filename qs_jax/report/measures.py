@@ -16,7 +16,6 @@ from qs_jax.errors import InputError
 from qs_jax.evaluation.perplexity import SAVED
 from qs_jax.files import read_json
 from qs_jax.mechanisms.kv_maps import MapSizes
-from qs_jax.models import family_of
 from qs_jax.record import Record
 from qs_jax.report.trace import reduced
 
@@ -93,11 +92,8 @@ def counted_costs(counted: dict[str, Any], model: ModelConfig) -> dict[str, floa
     def total(name: str) -> float:
         return float(sum(counted[phase][name] for phase in ("prefill", "decode")))
 
-    mlp = 2 * model.hidden_size * model.mlp_size * family_of(model).mlp_products
     return {
-        "attention_projections": total("layer_tokens") * (flops.linear_flops(model) - mlp),
-        "attention_keys": total("visible_keys") * flops.key_flops(model),
-        "mlp": total("layer_tokens") * mlp,
+        **{name: total(name) for name in ("attention_projections", "attention_keys", "mlp")},
         "head": total("readouts") * flops.head_flops(model),
         "signals": total("added_flops"),
     }

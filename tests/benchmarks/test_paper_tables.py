@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from benchmarks import carbon, environment, int8, mechanisms, paper_tables, tasks
+from benchmarks import carbon, environment, int8, mechanisms, paper_tables, retrieval, tasks
 from benchmarks.linguistics import tables as linguistics
 from benchmarks.tables import markdown, percent, replace_tables
 
@@ -33,9 +33,10 @@ MADE = {
     ),
     "docs/calibration.md": lambda: mechanisms.tables(result("mechanisms"), result("calibration")),
     "docs/profiling.md": lambda: {"carbon": carbon.table(result("carbon"))},
-    "docs/tasks.md": lambda: {
-        name: markdown(tasks.table(result("tasks")[name])) for name in tasks.HEADS.values()
-    },
+    "docs/tasks.md": lambda: (
+        {name: markdown(tasks.table(result("tasks")[name])) for name in tasks.HEADS.values()}
+        | {"retrieval": markdown(retrieval.table(result("retrieval")))}
+    ),
     "docs/linguistics.md": lambda: {
         name: markdown(frame)
         for name, frame in linguistics.make_tables(result("linguistics")).items()

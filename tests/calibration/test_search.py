@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 
 import qs_jax
+from convert.flax_to_hf import hf_tensors
+from convert.hf_to_flax import convert
 from qs_jax import cli, presets
 from qs_jax.calibration import climb, families, search
 from qs_jax.calibration.observe import observe
 from qs_jax.engine import score as scoring
 from qs_jax.testing import tiny_model, tiny_params
+from tests.convert.folders import LLAMA_CONFIG, write_folder
+from tests.support import GPT2, random_tokens
 
 WINDOWS, WIDTH, CONTINUED = 12, 60, 12
 
@@ -92,22 +96,21 @@ def task_of(budget):
 
 def test_the_climb_finds_the_front_and_measures_little(model, monkeypatch):
     """Against every candidate there is: 35 rising schedules."""
-    monkeypatch.setattr(climb, "_point", stand_in)
+    monkeypatch.setattr(climb, "point", stand_in)
     space, task = space_of(model), task_of(0.3)
     found = climb.climb(task, space, 35)
     rising = itertools.combinations_with_replacement(range(5), 3)
     every = [stand_in(task, space, (*levels, 0, 0)) for levels in rising]
     assert len(every) == 35
     best, ours = (
-        max(point.saving for point in points if point.ppl_increase <= 0.3)
-        for points in (every, found)
+        max(point.saving for point in points if point.cost <= 0.3) for points in (every, found)
     )
     assert ours >= 0.95 * best
     assert len(found) < 25
     front = climb.pareto(every)
     for point in front:
         better = (p for p in every if p.saving >= point.saving)
-        assert all(p.ppl_increase >= point.ppl_increase for p in better)
+        assert all(p.cost >= point.cost for p in better)
     assert [p.saving for p in front] == sorted(p.saving for p in front)
     assert len(climb.climb(task_of(10.0), space, 5)) == 5, "it may measure no more"
 
@@ -117,8 +120,7 @@ def test_the_walk_ends_at_the_first_candidate_out_of_budget(model, monkeypatch):
     increases = iter([0.05, 0.3, 0.05])
     dense = scores([1.0, 1.0])
 
-    def measured(task, qs):
-        del task, qs
+    def measured(*_):
         nll = math.log(math.e + next(increases))
         saved = dict.fromkeys(climb.SAVED, 0.1) | {"prefill": {"exact_flops_saved": 0.13}}
         return dataclasses.replace(scores([nll, nll]), saved=saved)
@@ -182,7 +184,7 @@ def test_a_search_compiles_once_for_each_program_and_its_front_rises(generous):
     assert len(found.points) > (15 if fuses else 10)
     assert compiled <= 2 * (2 if fuses else 1)
     savings = [point.saving for point in found.front]
-    prices = [point.ppl_increase for point in found.front]
+    prices = [point.cost for point in found.front]
     assert savings == sorted(savings)
     assert prices == sorted(prices)
     json.dumps(found.to_dict(), allow_nan=False)
@@ -241,7 +243,8 @@ def test_windows_must_fit(params, text, cfg):
 
 
 def command(ckpt, folder, characters, *flags):
-    (folder / "text.txt").write_text(("the quick brown fox jumps over the dog; " * 99)[:characters])
+    sentences = "the quick brown fox jumps over the dog; " * 400
+    (folder / "text.txt").write_text(sentences[:characters])
     command = ["calibrate", "--ckpt", str(ckpt), "--data", str(folder / "text.txt")]
     command += ["--out", str(folder / "preset.json"), "--seq-len", "48"]
     command += ["--continuation-tokens", "8", "--windows", "4", "--verify-windows", "4"]
@@ -251,6 +254,7 @@ def command(ckpt, folder, characters, *flags):
 @pytest.mark.slow
 def test_it_writes_a_preset_that_evaluate_takes(tiny_checkpoint, tmp_path, capsys):
     flags = ["--max-ppl-increase", "1e6", "--fit-windows", "16", "--max-evaluations", "6"]
+    flags += ["--policies", "skip", "extrapolate", "--passkeys", "0"]
     assert command(tiny_checkpoint, tmp_path, 3000, *flags, "--timed-runs", "0") == 0
     printed = capsys.readouterr().out
     content = json.loads((tmp_path / "preset.json").read_text())
@@ -273,6 +277,41 @@ def test_it_writes_a_preset_that_evaluate_takes(tiny_checkpoint, tmp_path, capsy
             presets.load(tmp_path / "preset.json", model.replace(**{field: value}))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_light_layers_of_another_model(kind, tmp_path, capsys):
+    """From the command to a preset that holds at two lengths, and runs on the prompt engine."""
+    model = tiny_model(kind, num_layers=5)
+    config = GPT2 | {"model_type": kind, "n_inner": 48, "n_layer": 5}
+    config = config if kind == "gpt2" else LLAMA_CONFIG | {"num_hidden_layers": 5}
+    source = write_folder(tmp_path / "hf", hf_tensors(tiny_params(model), model), config)
+    convert(str(source), tmp_path / "ckpt")
+    flags = ["--max-ppl-increase", "1e6", "--fit-windows", "16", "--seq-len", "120", "128"]
+    flags += ["--long-windows", "4", "--passkeys", "2", "--prices", "0.001"]
+    assert command(tmp_path / "ckpt", tmp_path, 9000, *flags, "--timed-runs", "1") == 0
+    assert "agree" in capsys.readouterr().out
+    searched = json.loads((tmp_path / "preset.search.json").read_text())
+    tried = {tuple(point["levels"]) for point in searched["points"]}
+    assert tried == {(2, 4, 0), (3, 4, 0)}
+    params, model = qs_jax.load(tmp_path / "ckpt")
+    qs = presets.load(tmp_path / "preset.json", model)
+    verified = qs.provenance["verified"]
+    assert verified["lengths"].keys() == {"120", "128"}
+    assert all(each["retrieval"]["lost"] == 0 for each in verified["lengths"].values())
+    assert qs.recent_tokens_over == ((120, 32),)
+    params["kv_maps"] = qs_jax.KVMaps.load(presets.maps_path(tmp_path / "preset.json"))
+    cfg = qs_jax.Config(model, qs, engine="compact", continuation_tokens=8)
+    for width, stopping in ((120, 76), (128, 84)):
+        record = qs_jax.score(params, random_tokens(model, 1, width), cfg).record
+        assert (record.depth < 5).sum() == stopping
+
+
+def test_light_layers_need_a_stop(params, text, cfg):
+    given = {"max_ppl_increase": 1.0, "fit_tokens": text, "light_from": (4,), "layers": (2, 3)}
+    with pytest.raises(qs_jax.ConfigError, match=r"from \[4\], stops at \[2, 3\]"):
+        search(params, text, cfg, **given)
+
+
 @pytest.mark.parametrize(
     ("characters", "flags", "message"),
     [
@@ -280,6 +319,7 @@ def test_it_writes_a_preset_that_evaluate_takes(tiny_checkpoint, tmp_path, capsy
         (600, [], "were asked for"),
         (3000, ["--verify-windows", "1"], "must be at least 2"),
         (3000, ["--fit-windows", "-1"], "--fit-windows must be at least 0"),
+        (3000, ["--fit-windows", "8"], "a passkey needs at least 116 tokens, got a length of 48"),
     ],
 )
 def test_mistakes(tiny_checkpoint, tmp_path, capsys, characters, flags, message):

@@ -17,7 +17,6 @@ from qs_jax.config import (
     ModelConfig,
     QuickSilverConfig,
 )
-from qs_jax.mechanisms.kv_maps import FEATURES
 from qs_jax.testing import tiny_model, tiny_params
 from tests.oracle.comparison import with_maps
 
@@ -46,6 +45,13 @@ def settings(**parts) -> QuickSilverConfig:
     return QuickSilverConfig(sink_tokens=1, recent_tokens=3, **parts)
 
 
+# Exempt tokens differ among the goldens' two prompts and the prompt engine's three.
+LIGHT = settings(
+    halting=HaltingConfig(rule="quota", layers=(4,), quota=(1.0,), light_from=3),
+    kv_skip=KVSkipConfig("extrapolate"),
+    recent_tokens_over=((9, 5), (13, 4)),
+)
+
 # H, K, F, Q alone, all pairs, all together, and the quota rule. K alone flags tokens and skips
 # their keys without stopping them.
 MATRIX = {
@@ -62,6 +68,7 @@ MATRIX = {
     "HKFQ": settings(halting=HALT, kv_skip=SKIP, fusion=FUSE, amq=BITS),
     "int8": settings(halting=HALT, kv_skip=SKIP, amq=INT8),
     "quota": settings(halting=QUOTA, kv_skip=KVSkipConfig("skip", delay=1), fusion=FUSE, amq=BITS),
+    "light": LIGHT,
 }
 
 PAIRS = tuple(f"{name}-" for name in MATRIX if len(name) == 2)
@@ -76,6 +83,12 @@ def params_of(model: ModelConfig):
     """Not to be changed: tests share them."""
     with jax.enable_x64(model.dtype == "float64"):
         return tiny_params(model, scale=SCALE)
+
+
+def params_under(cfg: Config):
+    """The same, with random maps and light layers where the configuration reads any."""
+    params, qs = params_of(cfg.model), cfg.quicksilver
+    return params if qs is None else with_maps(params, cfg.model, qs, cfg.protocol, 0)
 
 
 def preset_settings() -> dict[str, QuickSilverConfig]:
@@ -103,7 +116,7 @@ def preset_settings() -> dict[str, QuickSilverConfig]:
 def _cases():
     for name, qs in MATRIX.items():
         yield f"{name}-llama", "llama", qs
-    for name in ("H", "HKFQ"):
+    for name in ("H", "HKFQ", "light"):
         yield f"{name}-gpt2", "gpt2", MATRIX[name]
     for name, qs in preset_settings().items():
         yield f"preset-{name}", "llama", qs
@@ -121,7 +134,10 @@ BY_DEFAULT = {
     name
     for name, (_, _, protocol) in CASES.items()
     if not name.startswith(PAIRS)
-    and (protocol == "teacher-forced" or name.startswith(("HKFQ-llama", "quota", "preset-")))
+    and (
+        protocol == "teacher-forced"
+        or name.startswith(("HKFQ-llama", "quota", "light-gpt2", "preset-"))
+    )
     and name not in ("preset-paper-continuation", "preset-off-continuation")
 }
 
@@ -172,17 +188,16 @@ FAST = {
     ),
     "fusion": settings(fusion=ADJACENT),
     "int8": settings(amq=INT8),
+    "light": LIGHT,
+    "light-gpt2": LIGHT,
 }
 
 
 def fast_case(name: str, protocol: str | None, **fields):
     """Parameters, with random maps where they are read, and a configuration, in float64."""
-    qs, model = FAST[name], model_of("llama", dtype="float64")
-    params = params_of(model)
-    if qs is not None and qs.kv_skip is not None and qs.kv_skip.policy == "extrapolate":
-        features = FEATURES if protocol == "continuation" else ("state", "embedding")
-        params = with_maps(params, model, qs.halting.layers, features, 0, code=20)
-    return params, Config(model, qs, protocol=protocol, **{"eos_token_ids": ()} | fields)
+    model = model_of("gpt2" if name.endswith("gpt2") else "llama", dtype="float64")
+    cfg = Config(model, FAST[name], protocol=protocol, **{"eos_token_ids": ()} | fields)
+    return params_under(cfg), cfg
 
 
 def few(names, *by_default):

@@ -15,8 +15,7 @@ from tests.oracle.strategies import any_case, retuned
 
 
 def check_option(kind, protocol, quicksilver, **options):
-    features = ("state", "embedding") if kind == "llama" else ("state",)
-    out = check(kind, quicksilver, protocol, seed=3, features=features, **options)
+    out = check(kind, quicksilver, protocol, seed=3, **options)
     assert out is not None, "a knife's edge: take another seed"
     assert acted(out, quicksilver)
 
@@ -85,6 +84,7 @@ FIXED = {
     "quota": ("gpt2", "continuation", ONE["quota-forced"][1]),
     "propagate": ("gpt2", "teacher-forced", BOTH["propagate"]),
     "bits": ("llama", "continuation", BOTH["bits-hidden"]),
+    "light": ("llama", "continuation", ONE["light"][1]),
 }
 
 RUN: set[str] = set()  # names whose program exists

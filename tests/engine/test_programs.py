@@ -9,9 +9,10 @@ import pytest
 import qs_jax
 from qs_jax.calibration.fit_maps import _moments
 from qs_jax.calibration.observe import _signals
+from qs_jax.calibration.sensitivity import layer_params, watched_layer
 from qs_jax.config import Config
 from qs_jax.models import cpu
-from tests.engine.contract import FAST, MATRIX, model_of, params_of
+from tests.engine.contract import FAST, MATRIX, model_of, params_of, params_under
 from tests.engine.programs import arguments_of
 from tests.support import random_tokens
 
@@ -28,7 +29,7 @@ def as_on_gpus(monkeypatch):
 def score(qs, protocol=None, **options):
     given = {"prompt_lengths": (10, 12)} if protocol == "continuation" else {}
     cfg = Config(MODEL, qs, protocol=protocol)
-    return lambda: qs_jax.score(params_of(MODEL), TOKENS, cfg, **given, **options)
+    return lambda: qs_jax.score(params_under(cfg), TOKENS, cfg, **given, **options)
 
 
 def generate(qs, protocol=None, **settings):
@@ -49,6 +50,7 @@ PROGRAMS = {
     "masked-quota": (score(MATRIX["quota"], "continuation"), "score", "_jit_masked"),
     "prompt-dual": (score(FAST["dual-skip"], "continuation"), "score", "_jit_prompt"),
     "prompt-int8": (score(FAST["quota-fusion-int8"], "continuation"), "score", "_jit_prompt"),
+    "prompt-light": (score(FAST["light"], "continuation"), "score", "_jit_prompt"),
     "start": (generate(None), "generate", "jit_start"),
     "start-sampled": (generate(None, **SAMPLED), "generate", "jit_start"),
     "start-dual": (generate(FAST["dual-skip"]), "generate", "jit_start"),
@@ -59,7 +61,7 @@ PROGRAMS = {
     "step": (stream(FAST["dual-skip"]), "decode", "jit_advance"),
     "step-quota": (stream(FAST["quota-fusion-int8"], "continuation"), "decode", "jit_advance"),
 }
-LATE = ("loop-int8", "step-quota")  # their prompts run before
+LATE = ("loop-int8", "step-quota", "prompt-light")  # much is traced, or runs before
 
 
 @pytest.mark.parametrize(
@@ -75,12 +77,15 @@ def test_it_lowers_for_cuda(name):
     )
 
 
-@pytest.mark.parametrize("name", ["fit_maps", "observe"])
+@pytest.mark.parametrize("name", ["fit_maps", "watched_layer", "observe"])
 def test_calibration_lowers_for_cuda(name):
     params, every = params_of(MODEL), np.ones(TOKENS.shape, bool)
     if name == "fit_maps":
         static = {"model": MODEL, "chosen": (2, 4), "features": ("state", "neurons")}
         function, arrays = _moments, (params, TOKENS, every)
+    elif name == "watched_layer":
+        static, h_BTD = {"model": MODEL, "skip_first": 4}, params["embed"]["tokens"][TOKENS]
+        function, arrays = watched_layer, (layer_params(params, 2), h_BTD, every.cumsum(1) - 1)
     else:
         static = {"model": MODEL}
         function, arrays = _signals, (params, TOKENS, np.argsort(TOKENS)[:, :4])

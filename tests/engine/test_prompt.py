@@ -31,6 +31,7 @@ from tests.engine.contract import (
     few,
     model_of,
     params_of,
+    params_under,
     settings,
 )
 from tests.engine.programs import arguments_of
@@ -46,6 +47,8 @@ BY_DEFAULT = (
     "dual-extrapolate",
     "quota-fusion-int8",
     "quota-extrapolate",
+    "light",
+    "light-gpt2",
 )
 
 
@@ -143,6 +146,30 @@ def test_rows_do_not_depend_on_padding(name):
     np.testing.assert_allclose(alone.logprobs[0], there, atol=1e-8)
 
 
+@pytest.mark.parametrize("name", few(["light", "light-gpt2"]))
+def test_overrides_are_the_definitions(name):
+    """Exempt tokens run light layers whole; tokens can be made to stop only where all do."""
+    with jax.enable_x64(True):
+        params, cfg = fast_case(name, "continuation", engine="compact")
+        rows = random_tokens(cfg.model, 2, 31)
+        full, forced = np.random.default_rng(0).random((2, *rows.shape)) < 0.3
+        given = {"full_processing": full, "forced_halt": np.where(forced, 4, 0)}
+        overrides = qs_jax.TokenOverrides(**given)
+        options = {"prompt_lengths": (22, 15), "overrides": overrides}
+        found, expected = (
+            qs_jax.score(params, rows, cfg.replace(engine=engine), **options)
+            for engine in ("compact", "masked")
+        )
+        plain = qs_jax.score(params, rows, cfg, prompt_lengths=(22, 15)).record
+        options["overrides"] = qs_jax.TokenOverrides(forced_halt=np.where(forced, 3, 0))
+        with pytest.raises(qs_jax.InputError, match="there are maps for"):
+            qs_jax.score(params, rows, cfg, **options)
+    np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-6)
+    assert_same_record(found.record, expected.record, expected.record.real)
+    np.testing.assert_array_equal(found.record.depth == 4, (plain.depth == 4) & ~full)
+    assert (plain.depth == 4)[full].any()
+
+
 STAGED = settings(
     halting=HaltingConfig(rule="quota", layers=(2, 4), quota=(0.5, 0.8), entropy=None),
     kv_skip=KVSkipConfig("skip"),
@@ -227,21 +254,22 @@ def test_teacher_forced_scoring_and_fusion_of_new_tokens_are_the_definitions():
         qs_jax.generate(params, rows, fuses.replace(engine="compact"))
 
 
-@pytest.mark.parametrize("score_by", ["random", pytest.param("drift", marks=pytest.mark.slow)])
-def test_no_layer_copies_the_states(score_by):
-    """Read off the compiled program of a prompt: what reads the states comes before they change.
-
-    How far a layer moved them is only there where the rule reads it.
-    """
-    model = model_of("llama")
-    halting = HaltingConfig(rule="quota", layers=(2,), quota=(0.0,), score=score_by, entropy=None)
-    cfg = Config(model, settings(halting=halting, kv_skip=KVSkipConfig("skip")), max_new_tokens=1)
+@pytest.mark.parametrize("name", ["random", pytest.param("light", marks=pytest.mark.slow)])
+def test_no_layer_copies_the_states_or_the_cache(name):
+    """Read off the compiled program of a prompt: what reads them comes before they change."""
+    model, qs = model_of("llama"), FAST["light"]
+    if name == "random":
+        quota = HaltingConfig(rule="quota", layers=(2,), quota=(0.5,), score=name, entropy=None)
+        qs = settings(halting=quota, kv_skip=KVSkipConfig("skip"))
+    cfg = Config(model, qs, max_new_tokens=1)
     rows = random_tokens(model, batch=3, width=40)
-    start = lambda: qs_jax.generate(params_of(model), rows, cfg)  # noqa: E731
+    start = lambda: qs_jax.generate(params_under(cfg), rows, cfg)  # noqa: E731
     program, arrays, static = arguments_of(start, "generate", "jit_start")
     text = program.lower(*arrays, **static).compile(compiler_options=OPTIMISED).as_text()
-    shape = re.escape(f"f32[{','.join(map(str, (*rows.shape, model.hidden_size)))}]")
-    assert re.search(rf"= {shape}\S* fusion\(", text), "the states are in the program"
-    copies = re.findall(rf"= {shape}\S* copy\(%?get-tuple-element.*", text)
-    assert copies == [], f"{len(copies)} copies of the states"
-    assert ("signals/jit(norm)" in text) == (score_by == "drift")
+    heads = (model.num_kv_heads, model.head_dim)
+    for sizes in ((*rows.shape, model.hidden_size), (model.num_layers, *rows.shape, *heads)):
+        shape = re.escape(f"f32[{','.join(map(str, sizes))}]")
+        assert re.search(rf"= {shape}\S* ", text), "they are in the program"
+        copies = re.findall(rf"= {shape}\S* copy\(%?get-tuple-element.*", text)
+        assert copies == [], f"{len(copies)} copies of {shape}"
+    assert "signals/jit(norm)" not in text, "neither reads how far a layer moved the states"

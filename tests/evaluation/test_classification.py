@@ -113,10 +113,12 @@ def test_a_head_on_states_under_the_mechanisms(params, model, prompts):
         for name in ("dense", "quota")
     )
     assert np.abs(dense.scores_EC - halted.scores_EC).max() > 1e-2
-    # Projections and attention of every layer, and two classes: no vocabulary.
-    linear = accounting.flops.linear_flops(model)
-    keys = sum(n * (n + 1) // 2 for n in LENGTHS) * accounting.flops.key_flops(model)
-    expected = 3 * (linear * sum(LENGTHS) + keys) + len(LENGTHS) * 2 * 32 * 2
+    # Projections and attention of two layers; in the third, keys and values of every token and the
+    # rest of the last; and two classes: no vocabulary.
+    linear, key = accounting.flops.linear_flops(model), accounting.flops.key_flops(model)
+    keys = sum(n * (n + 1) // 2 for n in LENGTHS) * key
+    last = sum((n - 1) * 2 * 32 * 2 * model.kv_size + linear + n * key for n in LENGTHS)
+    expected = 2 * (linear * sum(LENGTHS) + keys) + last + len(LENGTHS) * 2 * 32 * 2
     assert dense.counts["prefill"]["exact_flops"] == expected
     assert halted.counts["prefill"]["exact_flops_dense"] == expected
     assert halted.counts["prefill"]["exact_flops"] < expected

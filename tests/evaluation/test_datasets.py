@@ -244,7 +244,7 @@ def test_standard_input(monkeypatch, content, message):
 def test_texts_of_one_name_are_both_read(tmp_path):
     """As --data and --fit-data; `./c4` stays the name of a file."""
     (tmp_path / "c4").write_text("abcd" * 2)
-    command = types.SimpleNamespace(seq_len=4)
+    command = types.SimpleNamespace(seq_len=(4,))
     paths = [str(tmp_path / "c4")]
     found = Calibrate._read_more(command, paths, toy_tokenizer(), texts={"c4": np.zeros((1, 4))})
     assert {name: len(windows) for name, windows in found.items()} == {"c4": 1, paths[0]: 2}

@@ -58,29 +58,12 @@ def dense_states(params, tokens_NT):
     states, keys_values = {}, {}
     h = np.stack([[weights.embed(int(t), i) for i, t in enumerate(row)] for row in tokens_NT])
     for layer in range(1, MODEL.num_layers + 1):
-        rows = [dense_layer(weights, layer, row) for row in h]
-        keys_values[layer] = np.stack([kv for kv, _ in rows])
-        h = states[layer] = np.stack([after for _, after in rows])
+        a, kv = zip(*[weights.attended(layer, row) for row in h], strict=True)
+        keys_values[layer] = np.stack(kv)
+        h = states[layer] = np.stack(
+            [row + weights.linear("down", layer, weights.neurons(layer, row)) for row in a]
+        )
     return states, keys_values
-
-
-def dense_layer(weights, layer, h):
-    """One layer over one row, token by token; returns its keys and values, and the states."""
-    normed = [weights.norm("attn_norm", layer, x) for x in h]
-    queries, kv = zip(*[weights.qkv(layer, x) for x in normed], strict=True)
-    cut, heads = MODEL.kv_size, (MODEL.num_kv_heads, MODEL.head_dim)
-    keys = np.stack([weights.rotate(x[:cut].reshape(heads), i) for i, x in enumerate(kv)])
-    values = np.stack([x[cut:].reshape(heads) for x in kv])
-    after, share = np.empty_like(h), MODEL.num_heads // MODEL.num_kv_heads
-    for i, query in enumerate(queries):
-        context = []
-        for n, q in enumerate(weights.rotate(query, i)):
-            scores = keys[: i + 1, n // share] @ q / np.sqrt(MODEL.head_dim)
-            context.append(oracle_model.softmax(scores) @ values[: i + 1, n // share])
-        x = h[i] + weights.linear("out", layer, np.concatenate(context))
-        inner = weights.mlp_inner(layer, weights.norm("mlp_norm", layer, x))
-        after[i] = x + weights.linear("down", layer, inner)
-    return np.stack(kv), after
 
 
 def test_saved_maps_come_back(maps, tmp_path):
@@ -176,8 +159,8 @@ def features_of(params, tokens_NT):
     )
     previous = np.concatenate([np.zeros_like(h[:, :1]), h[:, :-1]], axis=1)
     normed = [x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-12) for x in (h, embedded, previous)]
-    neurons = [[weights.mlp_inner(2, weights.norm("mlp_norm", 2, x)) for x in row] for row in h]
-    x = np.concatenate([*normed, np.stack(neurons), np.ones_like(h[..., :1])], axis=-1)
+    neurons = np.stack([weights.neurons(2, row) for row in h])
+    x = np.concatenate([*normed, neurons, np.ones_like(h[..., :1])], axis=-1)
     return x[:, 4:].reshape(-1, x.shape[-1]).astype(np.float64)
 
 

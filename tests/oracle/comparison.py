@@ -10,6 +10,7 @@ import qs_jax
 from qs_jax.config import Config, ModelConfig, QuickSilverConfig
 from qs_jax.engine.inputs import TokenOverrides
 from qs_jax.mechanisms.kv_maps import FEATURES, KVMaps, feature_count
+from qs_jax.mechanisms.light import LightLayer
 from qs_jax.testing import tiny_model, tiny_params
 from tests.oracle import oracle_score
 from tests.oracle.model import rotation
@@ -47,25 +48,50 @@ def a_model(kind: str, dtype: str) -> tuple[ModelConfig, Any]:
 
 
 def with_maps(
-    params: Any,
-    model: ModelConfig,
-    layers: tuple[int, ...],
-    features: tuple[str, ...],
-    seed: int,
-    code: int | None = None,
+    params: Any, model: ModelConfig, quicksilver: QuickSilverConfig, protocol: str | None, seed: int
 ) -> Any:
-    """Random maps, behind a random code of so many numbers."""
+    """Random maps and light layers, where the settings read any: of prompts, all that they may."""
+    halting, skip = quicksilver.halting, quicksilver.kv_skip
+    if halting is None or skip is None or skip.policy != "extrapolate":
+        return params
+    layers, prompts = halting.layers, protocol == "continuation" or halting.rule == "quota"
+    assert layers is not None
     dtype, rng = params["final_norm"]["norm"]["scale"].dtype, np.random.default_rng(seed)
-    read = feature_count(features, model)
 
     def numbers(*shape):
         return jax.numpy.asarray(rng.standard_normal(shape).astype(dtype) / 4)
 
-    maps = numbers(model.num_layers, len(layers), code or read, 2 * model.kv_size)
-    encode = numbers(len(layers), read, code) if code else None
-    return params | {
-        "kv_maps": KVMaps(maps_LXFO=maps, layers=layers, features=features, encode_XFR=encode)
-    }
+    def some(count: int, of: int):
+        return jax.numpy.asarray(np.sort(rng.permutation(of)[:count]))
+
+    def light_layer(at: int) -> LightLayer:
+        """Three heads or one, of groups of two: never alike; sizes differ by layer."""
+        heads, neurons = some(3 - 2 * (at % 2), model.num_heads), some(7 + 4 * at, model.mlp_size)
+        code = 9 - 4 * at
+        encode = numbers(model.hidden_size + len(neurons) + 1, code)
+        return LightLayer(heads, neurons, encode, numbers(code, model.hidden_size))
+
+    neurons = ()
+    if prompts:
+        following = range(model.num_layers - layers[-1])
+        neurons = tuple(some(11 - 5 * at, model.mlp_size) for at in following[:2])
+    features = FEATURES if prompts else ("state", "embedding")
+    read, code, first = (
+        feature_count(features, model, neurons),
+        9 if prompts else None,
+        halting.light_from,
+    )
+    light = range(layers[0] - first + 1) if first else ()
+    maps = KVMaps(
+        maps_LXFO=numbers(model.num_layers, len(layers), code or read, 2 * model.kv_size),
+        layers=layers,
+        features=features,
+        encode_XFR=numbers(len(layers), read, code) if code else None,
+        neurons=neurons,
+        light=tuple(map(light_layer, light)),
+        light_from=first,
+    )
+    return params | {"kv_maps": maps}
 
 
 def rounded(params: Any, quicksilver: QuickSilverConfig) -> Any:
@@ -99,7 +125,6 @@ def check(
     seed: int = 0,
     repeats: bool = False,
     overrides: dict[str, np.ndarray] | None = None,
-    features: tuple[str, ...] = ("state",),
     dtype: str = "float64",
     atol: float = 1e-6,
     knife: float = 1e-9,
@@ -108,14 +133,8 @@ def check(
     model, params = a_model(kind, dtype)
     cfg = Config(model=model, quicksilver=quicksilver, protocol=protocol, engine="masked")
     tokens = rows_of(seed, repeats)
-    skip = quicksilver.kv_skip
     with jax.enable_x64(dtype == "float64"):
-        if skip is not None and skip.policy == "extrapolate":
-            assert quicksilver.halting is not None
-            read = (params, model, quicksilver.halting.layers)
-            prompts = protocol == "continuation"  # what a whole prompt offers, through a code
-            more = (FEATURES, seed, 9) if prompts else (features, seed)
-            params = with_maps(*read, *more)
+        params = with_maps(params, model, quicksilver, protocol, seed)
         options: dict[str, Any] = {}
         if protocol == "continuation":
             options["prompt_lengths"] = PROMPTS

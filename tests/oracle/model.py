@@ -6,6 +6,7 @@ Written from the definitions, for clarity alone: it shares no line with `qs_jax.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -173,6 +174,30 @@ class OracleModel:
             return self._activate(self.linear("up", layer, x))
         gate_up, width = self.linear("gate_up", layer, x), self.model.mlp_size
         return self._activate(gate_up[:width]) * gate_up[width:]
+
+    def attended(
+        self, layer: int, h: np.ndarray, heads: Sequence[int] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A row `[T, D]` after attention of some heads, or of all; also its keys and values."""
+        m, width = self.model, self.model.head_dim
+        queries, kv = zip(
+            *[self.qkv(layer, self.norm("attn_norm", layer, x)) for x in h], strict=True
+        )
+        shape, share = (m.num_kv_heads, width), m.num_heads // m.num_kv_heads
+        keys = np.stack([self.rotate(x[: m.kv_size].reshape(shape), i) for i, x in enumerate(kv)])
+        values = np.stack([x[m.kv_size :].reshape(shape) for x in kv])
+        out = np.empty_like(h)
+        for i, query in enumerate(queries):
+            context = np.zeros((m.num_heads, width))
+            for n in range(m.num_heads) if heads is None else heads:
+                scores = keys[: i + 1, n // share] @ self.rotate(query, i)[n] / math.sqrt(width)
+                context[n] = softmax(scores) @ values[: i + 1, n // share]
+            out[i] = h[i] + self.linear("out", layer, context.reshape(-1))
+        return out, np.stack(kv)
+
+    def neurons(self, layer: int, h: np.ndarray) -> np.ndarray:
+        """Inputs of the down projection for states `[T, D]`."""
+        return np.stack([self.mlp_inner(layer, self.norm("mlp_norm", layer, x)) for x in h])
 
     def logits(self, h: np.ndarray) -> np.ndarray:
         """Final norm, then head: logits `[V]` of a state of any layer."""

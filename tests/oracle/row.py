@@ -60,7 +60,10 @@ class Row:
         self.tokens, self.prompt, self.depth, self.count = tokens, prompt, depth, count
         self.online = cfg.effective_protocol != "continuation"
         special = {m.bos_token_id, m.pad_token_id, *m.eos_token_ids} if qs.protect_special else ()
-        self.touched = [self.online or t < prompt - max(qs.recent_tokens, 1) for t in range(count)]
+        recent = qs.recent_tokens
+        for length, more in qs.recent_tokens_over:
+            recent = more if prompt > length else recent
+        self.touched = [self.online or t < prompt - max(recent, 1) for t in range(count)]
         self.full = [
             token in qs.protect_ids or token in special or t < qs.sink_tokens
             for t, token in enumerate(tokens)
@@ -164,7 +167,10 @@ class Row:
 
         frozen = late and self.qs.halting is not None and self.qs.halting.freeze
         self.ran[layer, t] = not frozen and not self.stopped(t, layer)
-        if self.ran[layer, t]:
+        light = self.light_layer(t, layer)
+        if self.ran[layer, t] and light is not None:
+            h = self.lightly(t, layer, light)
+        elif self.ran[layer, t]:
             context = self.attend(t, layer)
             h = h + net.linear("out", layer, self.quantised("linear", context, bits))
             x = self.quantised("linear", net.norm("mlp_norm", layer, h), bits)
@@ -186,13 +192,40 @@ class Row:
             context[n] = self.weight[layer, t, n, keys] @ self.v[layer, keys, kv_head]
         return context.reshape(-1)
 
+    def light_layer(self, t: int, layer: int) -> Any:
+        """The light layer that t runs in this one's place, if any."""
+        first = self.qs.halting.light_from if self.qs.halting else None
+        if first is None or not first <= layer < first + len(self.maps.light):
+            return None
+        return self.maps.light[layer - first] if self.eligible(t, layer) else None
+
+    def lightly(self, t: int, layer: int, light: Any) -> np.ndarray:
+        """Attention of the kept heads; then one map of the state, the kept neurons and 1."""
+        net, width = self.net, self.model.head_dim
+        out = {name: leaf[layer - 1] for name, leaf in net.layers["out"].items()}
+        context = self.attend(t, layer).reshape(-1, width)
+        a = self.state[layer - 1, t] + out.get("bias", 0.0)
+        for n in light.heads_N.tolist():
+            a = a + context[n] @ out["kernel"][width * n : width * (n + 1)]
+        inner = net.mlp_inner(layer, net.norm("mlp_norm", layer, a))
+        encode = np.asarray(light.encode_FR).astype(np.float64)
+        code = a / rms(a) @ encode[: len(a)] + encode[-1]
+        for neuron, row in zip(light.neurons_M.tolist(), encode[len(a) : -1], strict=True):
+            code = code + inner[neuron] * row
+        return a + code @ np.asarray(light.decode_RD).astype(np.float64)
+
     def extrapolated(self, t: int, layer: int) -> np.ndarray:
         at = int(self.halt[t])
         states = {"state": self.state[at, t], "embedding": self.state[0, t]}
         states["previous"] = self.state[at, t - 1] if t else np.zeros_like(self.state[0, 0])
         source = {name: x / max(rms(x), 1e-6) for name, x in states.items()}
-        normed = self.net.norm("mlp_norm", at + 1, self.state[at, t])
-        source["neurons"] = self.net.mlp_inner(at + 1, normed)
+        source["neurons"] = np.array(
+            [
+                self.net.mlp_inner(below, self.net.norm("mlp_norm", below, self.state[at, t]))[n]
+                for below, ids in enumerate(self.maps.neurons, start=at + 1)
+                for n in ids.tolist()
+            ]
+        )
         parts = [source[name] for name in self.maps.features]
         index = self.maps.layers.index(int(self.halt[t]))
         table = np.asarray(self.maps.maps_LXFO).astype(np.float64)[layer - 1, index]

@@ -131,6 +131,22 @@ ONE: dict[str, tuple[str, QuickSilverConfig]] = {
             recent_tokens=2,
         ),
     ),
+    "light": (
+        "continuation",
+        settings_of(
+            halting=quota(layers=(3,), quota=(1.0,), light_from=2),
+            kv_skip=KVSkipConfig(policy="extrapolate"),
+            recent_tokens_over=((7, 3),),  # one of the two prompts is longer
+        ),
+    ),
+    "light-once": (
+        "continuation",
+        settings_of(
+            halting=quota(layers=(2,), quota=(1.0,), light_from=2, forced_ids=(3,), forced_layer=2),
+            kv_skip=KVSkipConfig(policy="extrapolate"),
+            protect_ids=(4, 5, 6),
+        ),
+    ),
 }
 
 

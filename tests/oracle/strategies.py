@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from qs_jax.config import PROTOCOLS, QuickSilverConfig
 from qs_jax.errors import ConfigError
-from tests.oracle.comparison import DEPTH, VOCAB, WIDTH, architecture
+from tests.oracle.comparison import DEPTH, PROMPTS, VOCAB, WIDTH, architecture
 from tests.oracle.settings import BOTH, ONE
 
 ENTROPY = {  # around the values that random models have
@@ -57,7 +57,7 @@ def retuned(draw: st.DrawFn, qs: QuickSilverConfig) -> QuickSilverConfig:
             tau_halt=draw(per_layer(*ENTROPY[qs.halting.entropy or "vocab"])),
             window=(low, high) if qs.halting.layers is None else qs.halting.window,
         )
-    elif qs.halting is not None:
+    elif qs.halting is not None and qs.halting.light_from is None:
         parts["halting"] = dataclasses.replace(
             qs.halting, quota=tuple(sorted(draw(st.tuples(*[st.floats(0, 1)] * 2))))
         )
@@ -76,6 +76,9 @@ def retuned(draw: st.DrawFn, qs: QuickSilverConfig) -> QuickSilverConfig:
             qs.amq, layer=draw(LAYERS), tau_low=taus[0], tau_high=taus[1]
         )
     exempt = {"sink_tokens": draw(st.integers(0, 2)), "recent_tokens": draw(st.integers(0, 3))}
+    near = st.sampled_from([length - less for length in PROMPTS for less in (0, 1)])
+    over = [(draw(near), draw(st.integers(0, 4))) for _ in qs.recent_tokens_over]
+    exempt["recent_tokens_over"] = tuple(sorted(dict(over).items()))
     return dataclasses.replace(qs, **parts, **exempt)
 
 
@@ -115,5 +118,4 @@ def any_case(draw: st.DrawFn) -> dict[str, Any]:
         "seed": draw(st.integers(0, 999)),
         "repeats": draw(st.booleans()),
         "overrides": overrides,
-        "features": draw(st.sampled_from([("state",), ("state", "embedding")])),
     }
