@@ -126,6 +126,9 @@ class Evaluate(ScoringOptions):
         if cfg.quicksilver and not cfg.quicksilver.is_off:
             how = "simulated" if results["simulated"] else "counted"
             rows |= {f"{_SAVED[key]}, {how}": f"{results[key]:.1%}" for key in _SAVED}
+            if cfg.effective_protocol == "continuation":
+                share = results["summary"]["prefill"]["exact_flops_saved"]
+                rows[f"of the prompts' FLOPs, {how}"] = f"{share:.1%}"
         if found := results.get("passkeys"):
             dense, preset = (found["both"] + found[f"only_{who}"] for who in ("dense", "preset"))
             rows[f"passkeys found of {found['prompts']}"] = f"{dense} dense, {preset} preset"

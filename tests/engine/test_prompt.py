@@ -48,7 +48,6 @@ BY_DEFAULT = (
     "quota-fusion-int8",
     "quota-extrapolate",
     "light",
-    "light-gpt2",
 )
 
 
