@@ -219,7 +219,7 @@ class FittingText:
 
 
 class Stream:
-    """Fitting tokens on their way through light layers.
+    """Fitting tokens on their way through light layers; a text carries one stream at a time.
 
     Attributes:
       layer: Layers that the tokens have run.
