@@ -70,6 +70,21 @@ def test_the_shipped_preset_is_for_its_model_and_comes_with_its_maps():
     assert presets.balanced(tuned.replace(weights=own)) == qs
 
 
+@pytest.mark.parametrize(
+    ("tokens", "verified"), [(256, False), (257, True), (512, True), (513, False), (2048, False)]
+)
+def test_a_length_at_which_a_preset_was_not_verified_is_told(tokens, verified):
+    """A verified length covers those down to half of it; one that failed covers none."""
+    lengths = {"512": {"within_budget": True}, "2048": {"within_budget": False}}
+    halting = HaltingConfig(rule="quota", layers=(2,), quota=(0.5,), entropy=None)
+    qs = QuickSilverConfig(halting, provenance={"verified": {"lengths": lengths}})
+    line = presets.unverified(qs, tokens)
+    assert (line is None) == verified
+    assert line is None or line.startswith("this preset was verified at 512 tokens, not at")
+    assert presets.unverified(QuickSilverConfig(halting), tokens) is None
+    assert presets.unverified(presets.off(MODEL), tokens) is None
+
+
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
     """A checkpoint, and another of its sizes with one tensor changed."""
