@@ -218,8 +218,10 @@ def _run_light(
         context_BTNH, _ = attention(q, k, v, mask_BTS)
         return jnp.where(heads_N[None, None, :, None], context_BTNH, 0), None
 
+    code = (*light.split(encode_ER, model.hidden_size), decode_RD)
+
     def run() -> Array:
-        inputs = (state.h_BTD, call.rows.pos_BT, attend, (encode_ER, decode_RD))
+        inputs = (state.h_BTD, call.rows.pos_BT, attend, code)
         light_BTD, _ = apply_block(model, weights.params, *inputs, method="light")
         return jnp.where(eligible(call, state)[..., None], light_BTD, h_BTD)
 

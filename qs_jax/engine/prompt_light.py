@@ -83,7 +83,7 @@ def _light_layer(
     cache: KVCache,
 ) -> tuple[Array, Array, KVCache]:
     """One layer: whole for one group, reduced for the other; each sees the keys of both."""
-    model, weights = call.model, layer_at(call.weights, index)
+    model, whole = call.model, bound["whole"] or layer_at(call.weights, index).params
 
     def attend(q: Array, k_exact: Array, v_exact: Array):
         def attend_light(q: Array, k_light: Array, v_light: Array):
@@ -99,5 +99,5 @@ def _light_layer(
         return context, (light_BPD, cache.write(index, None, k, v))
 
     given = (h_BCD, exact.index_BC, attend)
-    h_BCD, (h_BPD, cache) = apply_block(model, weights.params, *given)
+    h_BCD, (h_BPD, cache) = apply_block(model, whole, *given)
     return h_BCD, h_BPD, cache

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.config import ModelConfig
-from qs_jax.models.cpu import from_storage
+from qs_jax.models.cpu import from_storage, own_layer
 
 
 class LightSizes(NamedTuple):
@@ -82,6 +82,11 @@ def reduced_layer(
     return kept | kept_mlp(params_l, light.neurons_M, mlp_size)
 
 
+def split(encode_FR: Array, hidden_size: int) -> tuple[Array, Array, Array]:
+    """An encoder in the parts that read the state, the neurons, and 1."""
+    return encode_FR[:hidden_size], encode_FR[hidden_size:-1], encode_FR[-1]
+
+
 def spread(light: LightLayer, hidden_size: int, mlp_size: int) -> Float[Array, "E R"]:
     """The encoder over all neurons, E = D + F + 1: rows of those left out are zeros."""
     encode_FR = light.encode_FR
@@ -101,7 +106,8 @@ class Bound(flax.struct.PyTreeNode):
     """Parameters as the prompt engine reads them, gathered once.
 
     Attributes:
-      layers: Of each light layer: the reduced block, and its code in the model's dtype.
+      layers: Of each light layer: the reduced block, its code in the model's dtype, and the whole
+        block, where a program would copy it out of stacked weights.
       neurons: MLP inputs of the layers after the stop, with the neurons that the maps read.
     """
 
@@ -126,8 +132,10 @@ def bind(params: dict[str, Any], kv_maps: Any, model: ModelConfig) -> Bound:
     layers = []
     for at, light in enumerate(kv_maps.light, start=(kv_maps.light_from or 1) - 1):
         block = reduced_layer(params_of(at), light, model.head_dim, model.mlp_size)
-        code = tuple(part.astype(model.dtype) for part in (light.encode_FR, light.decode_RD))
-        layers.append({"block": block, "code": code, "heads": light.heads_N})
+        parts = (*split(light.encode_FR, model.hidden_size), light.decode_RD)
+        code = tuple(part.astype(model.dtype) for part in parts)
+        bound = {"block": block, "code": code, "heads": light.heads_N}
+        layers.append(bound | {"whole": own_layer(params["layers"], at)})
     neurons = []
     for at, ids in enumerate(kv_maps.neurons, start=kv_maps.layers[0]):
         neurons.append(kept_mlp(params_of(at), ids, model.mlp_size))

@@ -101,6 +101,23 @@ def _aliased(leaf: Any) -> Any:
     return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts)
 
 
+def own_layer(layers: Any, index: int) -> Any:
+    """One layer's parameters as arrays of their own that share the stacked memory.
+
+    A program copies a layer out of stacked arrays before it multiplies. None on other backends, in
+    a trace, and where the parameters are on several devices.
+    """
+
+    def view(leaf: Any) -> Any:
+        return jax.device_put(np.asarray(leaf)[index], *leaf.devices() if leaf.committed else ())
+
+    leaves = jax.tree.leaves(layers)
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+    if traced or not on_cpu() or not all(isinstance(leaf, jax.Array) for leaf in leaves):
+        return None
+    return jax.tree.map(view, layers) if all(len(x.devices()) == 1 for x in leaves) else None
+
+
 # --- products of a single vector ----------------------------------------------------------------
 
 

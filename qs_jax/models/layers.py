@@ -120,16 +120,22 @@ class PreNormBlock(nn.Module):
             return added(h_BTD, multiply(self.down, x_BTD), self.model), kept
 
     def light(
-        self, h_BTD: Array, pos_BT: Array, attend: Attend, code: tuple[Array, Array]
+        self, h_BTD: Array, pos_BT: Array, attend: Attend, code: tuple[Array, ...]
     ) -> tuple[Array, Any]:
-        """A light layer (`qs_jax.mechanisms.light`); `code` is its `encode` and `decode`."""
+        """A light layer (`qs_jax.mechanisms.light`).
+
+        `code` is its encoder, in the parts that read the state, the neurons and 1 (products whose
+        sizes are even are faster than one of all), and its decoder.
+        """
         with jax.named_scope("light"):
             q, k, v = self.project(normed(self.attn_norm, h_BTD, self.model), pos_BT)
             context_BTNH, kept = attend(q, k, v)
             context_BTO = context_BTNH.reshape(*h_BTD.shape[:2], -1)
             h_BTD = added(h_BTD, dense_product(self.out, context_BTO), self.model)
-            encode_FR, decode_RD = (part.astype(h_BTD.dtype) for part in code)
-            code_BTR = product(self.light_features(h_BTD), encode_FR).astype(h_BTD.dtype)
+            of_state_DR, of_neurons_MR, one_R, decode_RD = (x.astype(h_BTD.dtype) for x in code)
+            code_BTR = product(rms_normalised(h_BTD), of_state_DR)
+            code_BTR += product(self.mlp_neurons(h_BTD), of_neurons_MR)
+            code_BTR = (code_BTR + one_R[None, None]).astype(h_BTD.dtype)
             return added(h_BTD, product(code_BTR, decode_RD), self.model), kept
 
     def light_features(self, h_BTD: Array) -> Array:
