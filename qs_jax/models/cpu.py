@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Float, Shaped, UInt16
 
 from qs_jax.state import exact_dtype
@@ -112,7 +113,7 @@ def own_layer(layers: Any, index: int) -> Any:
         return jax.device_put(np.asarray(leaf)[index], *leaf.devices() if leaf.committed else ())
 
     leaves = jax.tree.leaves(layers)
-    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+    traced = any(isinstance(leaf, Tracer) for leaf in leaves)
     if traced or not on_cpu() or not all(isinstance(leaf, jax.Array) for leaf in leaves):
         return None
     return jax.tree.map(view, layers) if all(len(x.devices()) == 1 for x in leaves) else None
