@@ -144,8 +144,7 @@ def _halting_flops(record: Record, model: ModelConfig, qs: QuickSilverConfig) ->
     added = here * (4 * model.hidden_size if halting.drift_used else 0)
     read = ~np.isnan(record.entropy)
     added += read * entropy_flops(halting.entropy_used, model, qs.shortlist_size)
-    ranks = halting.rule == "quota" and halting.light_from is None
-    if ranks and halting.score == "attention":
+    if halting.ranks and halting.score == "attention":
         pos, ends = np.arange(record.depth.shape[1])[None], record.prompt_lengths[:, None]
         queries = (pos >= ends - halting.score_queries) & (pos < ends)
         added += here * queries * record.visible_keys * model.num_heads

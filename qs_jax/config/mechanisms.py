@@ -106,15 +106,20 @@ class HaltingConfig(Settings, path="halting"):
         return allowed if self.layers is None else allowed & np.isin(layer, self.layers)
 
     @property
+    def ranks(self) -> bool:
+        """Whether decisions compare the tokens of a prompt; light ones all stop together."""
+        return self.rule == "quota" and self.light_from is None
+
+    @property
     def drift_used(self) -> bool:
         """Whether decisions read how far a layer moved a token."""
-        return self.rule == "dual" or (self.light_from is None and self.score == "drift")
+        return self.rule == "dual" or (self.ranks and self.score == "drift")
 
     @property
     def entropy_used(self) -> Entropy | None:
         """The estimator that decisions read."""
-        ranks_entropy = self.score == "entropy" and self.light_from is None
-        return self.entropy if self.rule == "dual" or ranks_entropy else None
+        used = self.rule == "dual" or (self.ranks and self.score == "entropy")
+        return self.entropy if used else None
 
 
 class KVSkipConfig(Settings, path="kv_skip"):

@@ -87,7 +87,7 @@ class Halting(flax.struct.PyTreeNode):
             }
             ranked = (scores[self.score](), eligible_BT, halted_BT)
             may_BT &= lowest(*ranked, self.quota_L[layer - 1], outside_B)
-        elif self.rule == "dual" and self.entropy is not None:
+        elif self.entropy is not None:
             may_BT &= entropy_BT < self.tau_halt_L[layer - 1]
         halts_BT = may_BT | (eligible_BT & ~halted_BT & (layer >= rows.forced_layer_BT))
         active_BT = state.active_BT & ~halts_BT if self.freeze else state.active_BT
