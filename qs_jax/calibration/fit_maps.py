@@ -22,7 +22,7 @@ from qs_jax.errors import ConfigError, InputError
 from qs_jax.jax_settings import default_settings
 from qs_jax.mechanisms import kv_maps
 from qs_jax.mechanisms.kv_maps import FEATURES, KVMaps, feature_count
-from qs_jax.models import Params, family_of, layers
+from qs_jax.models import Params, family_of
 from qs_jax.models.cpu import from_storage, stored_params
 from qs_jax.state import exact_dtype
 
@@ -223,11 +223,6 @@ def _moments(params: Params, tokens_BT, counted_BT, model: ModelConfig, chosen, 
         }
         return kv_maps.features(sources, features, dtype) * used_BT1
 
-    def unrotated(block, h_BTD):
-        x_BTD = layers.normed(block.attn_norm, h_BTD, model)
-        _, k, v = block.project(x_BTD, jnp.zeros_like(pos_BT))
-        return k, v
-
     def layer(carry, scanned):
         h_BTD, read_XBTF = carry
         number, params_l = scanned[0], from_storage(scanned[1])
@@ -239,9 +234,7 @@ def _moments(params: Params, tokens_BT, counted_BT, model: ModelConfig, chosen, 
             return jnp.where(here_X[:, None, None, None], read_BTF[None], read_XBTF)
 
         read_XBTF = lax.cond(here_X.any(), stops, lambda: read_XBTF)
-        projected: Any = block.apply({"params": params_l}, h_BTD, method=unrotated)
-        k, v = projected
-        target = jnp.concatenate([k.reshape(*batch, -1), v.reshape(*batch, -1)], axis=-1)
+        target: Any = block.apply({"params": params_l}, h_BTD, method="unrotated")
         cross = []
         for index, boundary in enumerate(chosen):
             zeros = jnp.zeros((size, target.shape[-1]), exact)

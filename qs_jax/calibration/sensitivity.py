@@ -18,10 +18,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from qs_jax.config import ModelConfig
-from qs_jax.engine.attention import attention, blocked_attention
+from qs_jax.engine import dense
+from qs_jax.engine.attention import attention
 from qs_jax.models import apply_block, family_of
 from qs_jax.models.cpu import from_storage
-from qs_jax.models.layers import PreNormBlock, normed
 
 FAR = 32  # distance of a query that counts, in tokens
 ASKING = 128  # last tokens of a window whose queries count, at most a quarter of it
@@ -43,21 +43,13 @@ def layer_params(params: Any, index: int) -> Any:
 @functools.partial(jax.jit, static_argnames="model")
 def dense_layer(params_l: Any, h_BTD: Array, pos_BT: Array, model: ModelConfig) -> Array:
     """States after a whole layer."""
-    attend = lambda q, k, v: (blocked_attention(q, k, v), None)  # noqa: E731
-    return apply_block(model, params_l, h_BTD, pos_BT, attend)[0]
+    return apply_block(model, params_l, h_BTD, pos_BT, dense.attend_causal)[0]
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def unrotated(params_l: Any, h_BTD: Array, model: ModelConfig) -> Float[Array, "B T O"]:
     """Keys before RoPE, then values, of states, side by side."""
-
-    def read(block: PreNormBlock, h_BTD: Array) -> Array:
-        x_BTD = normed(block.attn_norm, h_BTD, model)
-        pos_BT = jnp.zeros(h_BTD.shape[:2], jnp.int32)
-        _, k, v = block.project(x_BTD, pos_BT)
-        return jnp.concatenate([x.reshape(*h_BTD.shape[:2], -1) for x in (k, v)], axis=-1)
-
-    return apply_block(model, params_l, h_BTD, method=read)
+    return apply_block(model, params_l, h_BTD, method="unrotated")
 
 
 @functools.partial(jax.jit, static_argnames=("model", "skip_first"))

@@ -87,11 +87,15 @@ class PreNormBlock(nn.Module):
     ) -> tuple[Array, Array]:
         """Keys and values `[B, T, K, H]` alone."""
         with jax.named_scope("attn"):
-            x_BTD = normed(self.attn_norm, h_BTD, self.model)
-            kv_BTO = multiply(self.qkv, x_BTD, self.model.q_size).astype(x_BTD.dtype)
+            kv_BTO = self.unrotated(h_BTD, multiply)
             shape = (*h_BTD.shape[:2], -1, self.model.head_dim)
             k, v = (part.reshape(shape) for part in jnp.split(kv_BTO, 2, axis=-1))
             return self.place(k, pos_BT), v
+
+    def unrotated(self, h_BTD: Array, multiply: Multiply = dense_product) -> Array:
+        """Keys before they are rotated, then values, side by side `[B, T, 2 K H]`."""
+        x_BTD = normed(self.attn_norm, h_BTD, self.model)
+        return multiply(self.qkv, x_BTD, self.model.q_size).astype(x_BTD.dtype)
 
     def place(self, x_BTXH: Array, pos_BT: Array) -> Array:
         """Queries or keys rotated by their positions, where the family rotates."""
