@@ -186,21 +186,23 @@ def verify(
     *,
     also: Mapping[str, Task] | None = None,
     probe: Probe | None = None,
-    change: Callable[[Point, QuickSilverConfig], QuickSilverConfig] = lambda _, qs: qs,
+    variants: Sequence[QuickSilverConfig] | None = None,
     progress: bool = False,
 ) -> tuple[Point | None, list[dict[str, Any]]]:
     """Score candidates in order, here and on `also`, until one leaves the budget.
 
-    A candidate also leaves it if the `probe` says that it lost a retrieval. `change` is made to
-    each preset before.
+    A candidate also leaves it if the `probe` says that it lost a retrieval. `variants` are scored
+    in place of the candidates' own presets, one each.
 
     Returns:
       The last one within the budget (None if the first is not), and the measures of each.
     """
     best, entries = None, []
-    for each in tqdm(walk, "verifying", disable=not progress):
+    if variants is None:
+        variants = [spaces[each.family].preset(each.levels, lean=True) for each in walk]
+    pairs = list(zip(walk, variants, strict=True))
+    for each, qs in tqdm(pairs, "verifying", disable=not progress):
         family = spaces[each.family]
-        qs = change(each, family.preset(each.levels, lean=True))
         scores, entry = _judge(task, family, each.levels, qs, confidence)
         others = {
             name: _judge(other, family, each.levels, qs, confidence)[1]

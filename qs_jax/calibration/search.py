@@ -281,12 +281,12 @@ def _at_length(
         return dataclasses.replace(qs, recent_tokens_over=pairs)
 
     tries = [recent for recent in _RECENT if recent < width // 2]
-    walk = [dataclasses.replace(best, saving=float(recent)) for recent in tries]
-    change = lambda point, _: exempt(int(point.saving))  # noqa: E731
-    found, entries = climb.verify(task, walk, spaces, confidence, change=change, **told)
+    told["variants"] = [exempt(recent) for recent in tries]
+    _, entries = climb.verify(task, [best] * len(tries), spaces, confidence, **told)
     for recent, entry in zip(tries, entries, strict=False):
         entry |= {"recent_tokens": recent, "seq_len": width}
-    return exempt(NEVER if found is None else int(found.saving)), entries
+    good = [entry["recent_tokens"] for entry in entries if entry["within_budget"]]
+    return exempt(good[-1] if good else NEVER), entries
 
 
 def _timed(
