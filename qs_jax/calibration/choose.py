@@ -85,7 +85,7 @@ def heads(
     """Forward selection of whole heads; at least one is kept."""
     count = len(covariance_QQ) // head_dim
 
-    def explained(kept: list[int]) -> float:
+    def gain_of(kept: list[int]) -> float:
         at = np.concatenate([np.arange(head_dim * n, head_dim * (n + 1)) for n in kept])
         shared = covariance_QQ[at] @ reads_QE
         own = covariance_QQ[np.ix_(at, at)]
@@ -95,7 +95,7 @@ def heads(
     kept: list[int] = []
     reached = 0.0
     while len(kept) < count:
-        found = {n: explained([*kept, n]) for n in range(count) if n not in kept}
+        found = {n: gain_of([*kept, n]) for n in range(count) if n not in kept}
         best = max(found, key=found.__getitem__)
         if kept and found[best] - reached <= price:
             break

@@ -13,7 +13,7 @@ import json
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +234,7 @@ class Stream:
     def __init__(self, text: FittingText, first: int, price: float) -> None:
         self.text, self.first, self.price = text, first, price
         self.layer, self.light = first - 1, list[LightLayer]()
+        self._reduced: Any = None  # MLP inputs of the last light layer
         self._dense, self._own = (text.file(f"{name}.now") for name in ("dense", "own"))
         for rows in text.batches(f"from layer {first}"):
             self._dense[rows] = self._own[rows] = text.states[first][rows]
@@ -244,15 +245,15 @@ class Stream:
         """The stream's states after `layer`; the first positions are dense."""
         own_BTD = jnp.asarray(self._own[rows])
         if self.light:
-            light, index = self.light[-1], self.layer - 1
-            read_BTF = _features(self._kept(index, light.neurons_M), own_BTD, self.text.model)
+            light = self.light[-1]
+            read_BTF = _features(self._reduced, own_BTD, self.text.model)
             own_BTD = _advance(own_BTD, read_BTF, (light.encode_FR, light.decode_RD))
             own_BTD = own_BTD.at[:, : self.text.skip_first].set(
                 self._dense[rows][:, : self.text.skip_first]
             )
         return own_BTD
 
-    def _kept(self, index: int, neurons_M: Any) -> Any:
+    def _reduce_mlp(self, index: int, neurons_M: Any) -> Any:
         params_l = layer_params(self.text.params, index)
         return kept_mlp(params_l, jnp.asarray(neurons_M), self.text.model.mlp_size)
 
@@ -278,11 +279,11 @@ class Stream:
         xx, xz, zz = (np.asarray(part, np.float64) for part in (xx, xz, zz))
         return choose.left_over(Moments(xx, xz, zz, tokens), RIDGE_CHOICE)
 
-    def _choose_neurons(self, states: list[Array], number: int, params_l: Any) -> np.ndarray:
+    def _choose_neurons(self, states: list[Array], metric: np.ndarray, params_l: Any) -> np.ndarray:
         """Neurons of a layer worth their price, computed on some states."""
         model = self.text.model
         found = self._own_parts((h, _neurons(params_l, h, model)) for h in states)
-        reads = as_float64(params_l["down"]["kernel"]) @ self.text.metric.of_state(number)
+        reads = as_float64(params_l["down"]["kernel"]) @ metric
         inward = family_of(model).mlp_products - 1
         price = self._per_layer(2 * model.hidden_size * (inward + 0.3))
         chosen, _ = choose.neurons(found, reads, price, model.mlp_size)
@@ -304,7 +305,8 @@ class Stream:
         ]
         contexts = [_contexts(params_l, h, positions(h), model) for h in some]
         found = self._own_parts(iter(zip(some, contexts, strict=True)))
-        reads = as_float64(params_l["out"]["kernel"]) @ self.text.metric.of_state(number)
+        metric = self.text.metric.of_state(number)
+        reads = as_float64(params_l["out"]["kernel"]) @ metric
         keys = self.text.tokens_WT.shape[1] / 2
         head = 4 * model.hidden_size * model.head_dim + 4 * model.head_dim * keys
         kept = choose.heads(found, reads, model.head_dim, self._per_layer(head))
@@ -313,31 +315,34 @@ class Stream:
         )
         pairs = zip(some, contexts, strict=True)
         attended = [_attended(params_l, h, context, kept_Q, model) for h, context in pairs]
-        neurons_M = self._choose_neurons(attended, number, params_l)
-        small = self._kept(number - 1, neurons_M)
-        gram = cross = 0.0
-        for rows in self.text.batches(f"layer {number}, map"):
+        neurons_M = self._choose_neurons(attended, metric, params_l)
+        small = self._reduce_mlp(number - 1, neurons_M)
+
+        def run(rows: slice) -> tuple[Array, Array]:
             h_BTD = self._state(rows)
             pos_BT = positions(h_BTD)
             context = _contexts(params_l, h_BTD, pos_BT, model)
             a_BTD = _attended(params_l, h_BTD, context, kept_Q, model)
             dense_BTD = dense_layer(params_l, jnp.asarray(self._dense[rows]), pos_BT, model)
-            read_BTF = _features(small, a_BTD, model)
-            sums = _sums(
-                read_BTF, dense_BTD - a_BTD, jnp.asarray(self.text.weight_WT[rows]), self.text.dtype
-            )
-            gram, cross = (
-                gram + np.asarray(sums[0], np.float64),
-                cross + np.asarray(sums[1], np.float64),
-            )
             self._own[rows], self._dense[rows] = np.asarray(a_BTD), np.asarray(dense_BTD)
-        metric = self.text.metric.of_state(number)
+            return _features(small, a_BTD, model), dense_BTD - a_BTD
+
+        gram, cross = self._add_up(f"layer {number}, map", run)
         encode, decode = self._solve(
             gram, cross, model.hidden_size, lambda m: m @ metric, model.hidden_size
         )
         self.light.append(LightLayer(jnp.asarray(kept), jnp.asarray(neurons_M), encode, decode))
-        self.layer = number
+        self.layer, self._reduced = number, small
         return self.light[-1]
+
+    def _add_up(self, title: str, read: Callable[[slice], Any]) -> tuple[np.ndarray, np.ndarray]:
+        """X'X and X'Y over all tokens, in float64; `read` gives X and Y of some windows."""
+        gram, cross = np.zeros(()), np.zeros(())
+        for rows in self.text.batches(title):
+            weight_BT = jnp.asarray(self.text.weight_WT[rows])
+            sums = _sums(*read(rows), weight_BT, self.text.dtype)
+            gram, cross = gram + as_float64(sums[0]), cross + as_float64(sums[1])
+        return gram, cross
 
     def _solve(self, gram, cross, plain: int, weigh: Any, outputs: int) -> tuple[Array, Array]:
         """The map through a code; the first `plain` features have a mean square of 1."""
@@ -359,11 +364,14 @@ class Stream:
         following = deeper[:NEXT_LAYERS]
         layers = {number: layer_params(self.text.params, number - 1) for number in deeper}
         some = [self._state(rows) for rows in self.text.batches(f"stop {at}, choice", self._every)]
-        chosen = [self._choose_neurons(some, number, layers[number]) for number in following]
-        small = [self._kept(number - 1, ids) for number, ids in zip(following, chosen, strict=True)]
-        gram, cross = 0.0, 0.0
-        for rows in self.text.batches(f"stop {at}, maps"):
-            h_BTD, weight_BT = self._state(rows), jnp.asarray(self.text.weight_WT[rows])
+        felt = self.text.metric
+        chosen = [self._choose_neurons(some, felt.of_state(n), layers[n]) for n in following]
+        small = [
+            self._reduce_mlp(number - 1, ids) for number, ids in zip(following, chosen, strict=True)
+        ]
+
+        def run(rows: slice) -> tuple[Array, Array]:
+            h_BTD = self._state(rows)
             plain = (h_BTD, self.text.embedded(rows), back(h_BTD, 1))
             read = [*map(rms_normalised, plain), *(_neurons(part, h_BTD, model) for part in small)]
             read_BTF = jnp.concatenate([*read, jnp.ones_like(h_BTD[..., :1])], axis=-1)
@@ -372,17 +380,14 @@ class Stream:
                 targets.append(unrotated(layers[number], dense_BTD, model))
                 if number < model.num_layers:
                     dense_BTD = dense_layer(layers[number], dense_BTD, positions(h_BTD), model)
-            sums = _sums(read_BTF, jnp.concatenate(targets, axis=-1), weight_BT, self.text.dtype)
-            gram, cross = (
-                gram + np.asarray(sums[0], np.float64),
-                cross + np.asarray(sums[1], np.float64),
-            )
+            return read_BTF, jnp.concatenate(targets, axis=-1)
 
         def weigh(solved: np.ndarray) -> np.ndarray:
             parts = np.split(solved, len(deeper), axis=-1)
             pairs = zip(parts, deeper, strict=True)
-            return np.concatenate([self.text.metric.weigh(*pair) for pair in pairs], axis=-1)
+            return np.concatenate([felt.weigh(*pair) for pair in pairs], axis=-1)
 
+        gram, cross = self._add_up(f"stop {at}, maps", run)
         outputs = 2 * model.kv_size * len(deeper)
         encode, decode = self._solve(gram, cross, 3 * model.hidden_size, weigh, outputs)
         by_layer = jnp.split(decode, len(deeper), axis=1)
