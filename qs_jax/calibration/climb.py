@@ -64,7 +64,10 @@ class Candidates(Protocol):
 
 
 class Task(NamedTuple):
-    """Windows to score, the dense model's scores on them, and what candidates must achieve."""
+    """Windows to score, the dense model's scores on them, and what candidates must achieve.
+
+    Windows of several `texts` take turns.
+    """
 
     params: Params
     cfg: Config
@@ -73,6 +76,7 @@ class Task(NamedTuple):
     max_ppl_increase: float
     objective: str
     batch_size: int
+    texts: tuple[str, ...]
 
     def on(self, tokens_WT: Int[np.ndarray, "W T"]) -> Task:
         """The same task on other windows."""
@@ -235,7 +239,7 @@ def _judge(
     """Score a candidate on a task's windows, and hold its bound against the budget."""
     scores = measure(task, family, levels, qs)
     bound = upper_bound(scores, task.dense, confidence)
-    return scores, {
+    entry: dict[str, Any] = {
         "ppl_increase": scores.perplexity - task.dense.perplexity,
         "upper_bound": bound if math.isfinite(bound) else None,
         "kl": scores.kl,
@@ -243,3 +247,13 @@ def _judge(
         "within_budget": bool(bound <= task.max_ppl_increase),
         "windows": len(scores.nll_W),
     }
+    if (count := len(task.texts)) > 1:
+        parts = [slice(at, None, count) for at in range(count)]
+        pairs = [(scores.part(rows), task.dense.part(rows)) for rows in parts]
+        found = [
+            {"ppl_increase": now.perplexity - dense.perplexity}
+            | {"dense_perplexity": dense.perplexity, "kl": now.kl}
+            for now, dense in pairs
+        ]
+        entry["texts"] = dict(zip(task.texts, found, strict=True))
+    return scores, entry

@@ -49,6 +49,12 @@ class Scores:
         """Mean KL divergence from the dense model over all tokens, in nats."""
         return 0.0 if self.kl_W is None else float(self.kl_W.mean())
 
+    def part(self, windows: slice) -> Scores:
+        """The same measures on some of the windows, but for shares, which are of all."""
+        kl_W = None if self.kl_W is None else self.kl_W[windows]
+        some = (self.nll_W[windows], self.tokens_W[windows])
+        return dataclasses.replace(self, nll_W=some[0], tokens_W=some[1], kl_W=kl_W)
+
 
 def score_tokens(
     params: Params,

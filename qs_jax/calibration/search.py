@@ -109,7 +109,7 @@ def search(
     max_evaluations: int = 60,
     candidates: int = 4,
     batch_size: int = 4,
-    data: str = "",
+    data: str | Sequence[str] = "",
     timed_runs: int = 3,
     fit_tokens: inputs.TokensLike | None = None,
     light_from: Sequence[int] | None = None,
@@ -142,7 +142,9 @@ def search(
       max_evaluations: Candidates measured for each policy.
       candidates: Of the front, to be verified.
       batch_size: Windows at a time.
-      data: Name of the data, for the provenance.
+      data: Name of the text, for the provenance; or of several, whose windows take turns in
+        `tokens` and `longer`: the preset is held against the budget on all together, and its
+        measures on each are told.
       timed_runs: Runs of the winner and of the dense model, in turn, for the measured time of a
         prefill; 0 for none.
       fit_tokens: Windows of one length to fit light layers on, disjoint from `tokens`.
@@ -171,6 +173,10 @@ def search(
     cfg = cfg.replace(quicksilver=None)
     calibrating_WT, verifying_WT = split(tokens, cfg, verify_share)
     others = {name: np.concatenate(split(more, cfg, 0.5)) for name, more in (also or {}).items()}
+    texts = (data,) if isinstance(data, str) else tuple(data)
+    if any(len(part) % len(texts) for part in (calibrating_WT, verifying_WT, *longer)):
+        raise InputError(f"windows of {len(texts)} texts take turns: give as many of each.")
+    name = ", ".join(texts)
     continues = cfg.effective_protocol == "continuation"
     if policies is None and fit_tokens is not None and continues:
         policies = ("light",)
@@ -184,7 +190,9 @@ def search(
     observed = observe(params, calibrating_WT, cfg.model, **options) if climbing else None
     plain = {name: part for name, part in params.items() if name != "kv_maps"}
     dense = score_tokens(plain, calibrating_WT, cfg, batch_size)
-    task = Task(params, cfg, calibrating_WT, dense, float(max_ppl_increase), objective, batch_size)
+    told: dict[str, Any] = {"max_ppl_increase": float(max_ppl_increase), "objective": objective}
+    told |= {"batch_size": batch_size, "texts": texts}
+    task = Task(params, cfg, calibrating_WT, dense, **told)
     spaces: dict[str, Any] = {}
     points: list[Point] = []
     for policy, at in places.items():
@@ -194,14 +202,14 @@ def search(
         points += climb.climb(task, spaces[policy], max_evaluations, progress=progress)
     if "light" in policies:
         spaces["light"] = LightSpace({})
-        text = (fit_tokens, light_from, prices, layers, data)
+        text = (fit_tokens, light_from, prices, layers, name)
         points += _explore_light(task, spaces["light"], *text, progress=progress)
     front = climb.pareto(points)
     verifier = task.on(verifying_WT)
     # All windows of the other texts verify.
-    more = {name: task.on(tokens_WT) for name, tokens_WT in others.items()}
+    more = {each: task._replace(texts=(each,)).on(others[each]) for each in others}
     walk = climb.spread(front, task, candidates)
-    told: dict[str, Any] = {"probe": probe, "progress": progress}
+    told = {"probe": probe, "progress": progress}
     best, entries = climb.verify(verifier, walk, spaces, confidence, also=more, **told)
     if best is None:
         reason = f"no candidate keeps the budget of {max_ppl_increase:g} on other windows: off."
@@ -224,7 +232,7 @@ def search(
             by_length[str(width)] = (good or [{"within_budget": False}])[-1] | timed
         verified["lengths"] = by_length
         kept = family.params(params, best.levels, qs)
-    qs = dataclasses.replace(qs, provenance=_provenance(verifier, verified, data))
+    qs = dataclasses.replace(qs, provenance=_provenance(verifier, verified, name))
     return Calibration(qs, kept, tuple(points), front, tuple(entries), observed)
 
 

@@ -33,8 +33,9 @@ class Calibrate(FileOptions):
     """Find the preset that saves most within a quality budget, and check it on other text."""
 
     preset: tyro.conf.Suppress[str] = "off"
-    data: str
-    """wikitext-103, c4, or a file: .jsonl or .json (field "text"), or plain text; .gz too."""
+    data: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Each wikitext-103, c4, or a file: .jsonl or .json (field "text"), or plain text; .gz too.
+    Windows of several texts take turns, and the budget is for all together."""
     max_ppl_increase: Above0
     """The budget: perplexity above the dense model's, bounded with --confidence."""
     out: Path
@@ -108,20 +109,22 @@ class Calibrate(FileOptions):
         if maps is not None:
             maps.check(cfg.model)
         tokenizer = load_tokenizer(self.ckpt)
-        name, windows = self._windows(tokenizer)
+        names, windows = self._windows(tokenizer)
         first, rest = windows[0], windows[1:]
         needed = self.windows + self.verify_windows
         also = self._read_more(self.also, tokenizer, self.verify_windows)
-        fitting = self._read_more(self.fit_data, tokenizer, texts={name: first[needed:]})
+        fitting = self._read_more(
+            self.fit_data, tokenizer, texts={", ".join(names): first[needed:]}
+        )
         params = self.load(maps)
         if maps is None and self.fit_windows and "extrapolate" in families:
             fit |= {"model": cfg.model, "data": ", ".join(fitting)}
             maps = fit_kv_maps(params, np.concatenate([*fitting.values()]), **fit)
             params = {**params, "kv_maps": maps}
-        names = "max_ppl_increase objective confidence layers max_evaluations candidates"
-        names += " batch_size timed_runs light_from prices"
-        settings = {name: getattr(self, name) for name in names.split()}
-        settings |= {"also": also, "data": name, "progress": True, "policies": families}
+        given = "max_ppl_increase objective confidence layers max_evaluations candidates"
+        given += " batch_size timed_runs light_from prices"
+        settings = {name: getattr(self, name) for name in given.split()}
+        settings |= {"also": also, "data": names, "progress": True, "policies": families}
         settings |= {"verify_share": self.verify_windows / needed, "longer": rest}
         if "light" in families:
             settings["fit_tokens"] = np.concatenate([*fitting.values()])
@@ -146,24 +149,34 @@ class Calibrate(FileOptions):
             return ("light",)
         return ("skip", "extrapolate") if fits or self.kv_maps else ("skip",)
 
-    def _windows(self, tokenizer: Any) -> tuple[str, list[np.ndarray]]:
-        """Name of the text; windows of each length, which do not overlap those of another."""
+    def _windows(self, tokenizer: Any) -> tuple[list[str], list[np.ndarray]]:
+        """Names of the texts; windows of each length, which do not overlap those of another."""
+        texts = len(self.data)
+        for option in ("windows", "verify_windows", "fit_windows", "long_windows"):
+            if getattr(self, option) % texts:
+                flag = f"--{option.replace('_', '-')}"
+                raise InputError(
+                    f"{flag} must be a multiple of {texts}, as many as there are texts."
+                )
         counts = [self.windows + self.verify_windows + self.fit_windows]
         counts += [self.long_windows] * (len(self.seq_len) - 1)
+        counts = [count // texts for count in counts]
         needed = sum(map(operator.mul, counts, self.seq_len))
-        text, cut = read_windows(self.data, tokenizer, 2, -(-needed // 2))
-        ids, found = cut.tokens_WT.reshape(-1), []
-        for length, count in zip(self.seq_len, counts, strict=True):
-            whole = min(len(ids) // length, count)
-            if whole < count:
-                asked = f"{self.windows} + {self.verify_windows} + {self.fit_windows}"
-                asked = asked if not found else f"{count} after all others"
-                raise InputError(
-                    f"{text.name} has {whole} windows of {length} tokens; {asked} were asked for."
-                )
-            found.append(ids[: count * length].reshape(count, length))
-            ids = ids[count * length :]
-        return text.name, found
+        names, found = [], [list[np.ndarray]() for _ in counts]
+        for data in self.data:
+            text, cut = read_windows(data, tokenizer, 2, -(-needed // 2))
+            ids = cut.tokens_WT.reshape(-1)
+            names.append(data if text.name in names else text.name)
+            for at, (length, count) in enumerate(zip(self.seq_len, counts, strict=True)):
+                whole = min(len(ids) // length, count)
+                if whole < count:
+                    raise InputError(
+                        f"{text.name} has {whole} windows of {length} tokens where {count} were "
+                        f"asked for{', after all others' if at else ''}."
+                    )
+                found[at].append(ids[: count * length].reshape(count, length))
+                ids = ids[count * length :]
+        return names, [np.stack(parts, axis=1).reshape(-1, parts[0].shape[1]) for parts in found]
 
     def _probe(self, tokenizer: Any) -> Probe:
         """A function that looks for passkeys in prompts as long as a task's windows."""

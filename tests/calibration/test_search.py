@@ -91,7 +91,7 @@ def stand_in(task, space, levels):
 
 
 def task_of(budget):
-    return climb.Task({}, None, None, None, budget, "exact_flops", 1)
+    return climb.Task({}, None, None, None, budget, "exact_flops", 1, ("text",))
 
 
 def test_the_climb_finds_the_front_and_measures_little(model, monkeypatch):
@@ -151,7 +151,7 @@ def generous(request, params, text, cfg):
     """A search with a budget of a tenth of the perplexity; programs compiled; its options."""
     dense = qs_jax.score(params, text, cfg.replace(protocol="continuation")).perplexity
     before = scoring._jit_masked._cache_size()
-    options = {"max_evaluations": 25} | request.param
+    options = {"max_evaluations": 25, "data": ("first", "second")} | request.param
     found = search(params, text, cfg, max_ppl_increase=dense / 10, **options)
     return found, dense, scoring._jit_masked._cache_size() - before, options
 
@@ -165,13 +165,21 @@ def test_a_calibrated_preset_keeps_its_budget_on_windows_it_never_saw(generous, 
     fast = cfg.replace(protocol="continuation", quicksilver=found.preset, engine="compact")
     rows = text[WINDOWS // 2 :]
     worse = qs_jax.score(params, rows, fast)
-    plain = qs_jax.score(params, rows, fast.replace(quicksilver=None))
+    plain_cfg = fast.replace(quicksilver=None)
+    plain = qs_jax.score(params, rows, plain_cfg)
     assert worse.perplexity - plain.perplexity == pytest.approx(
         verified["ppl_increase"], abs=1e-3 * plain.perplexity
     )
     assert worse.record.layer_tokens_saved == pytest.approx(
         verified["layer_tokens_saved"], abs=1e-6
     )
+    for at, name in enumerate(("first", "second")):  # their windows take turns
+        measured = verified["texts"][name]
+        ours, alone = (qs_jax.score(params, rows[at::2], c) for c in (fast, plain_cfg))
+        assert alone.perplexity == pytest.approx(measured["dense_perplexity"], rel=1e-4)
+        assert ours.perplexity - alone.perplexity == pytest.approx(
+            measured["ppl_increase"], abs=1e-3 * plain.perplexity
+        )
     assert verified["exact_flops_saved"] > 0
     assert (verified["measured_time_saved"] is not None) == (options["timed_runs"] > 0)
     assert verified["windows"] == WINDOWS // 2
@@ -318,6 +326,7 @@ def test_light_layers_need_a_stop(params, text, cfg):
         (30, [], "has 0 windows of 48 tokens"),
         (600, [], "were asked for"),
         (3000, ["--verify-windows", "1"], "must be at least 2"),
+        (3000, ["--data", "a", "b", "--fit-windows", "7"], "--fit-windows must be a multiple of 2"),
         (3000, ["--fit-windows", "-1"], "--fit-windows must be at least 0"),
         (3000, ["--fit-windows", "8"], "a passkey needs at least 116 tokens, got a length of 48"),
     ],
