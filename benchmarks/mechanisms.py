@@ -206,17 +206,25 @@ def tables(content: dict[str, Any], calibration: dict[str, Any]) -> dict[str, st
         }
         line["of lens entropy, nats"] = f"{fitted['tau_halt'][at]:.3g}"
         lines.setdefault("fitted", []).append(line)
-    for entry in calibration["search"]["verified"]:
-        line = {"levels": str(entry["levels"])}
-        texts = {calibration["balanced"]["verified"]["data"]: entry, **entry.get("also", {})}
-        for name, on in texts.items():
-            line[f"{name}: perplexity"] = f"{on['ppl_increase']:+.2f}"
-            line[f"upper bound, {name}"] = f"{on['upper_bound']:+.2f}"
-        line["exact FLOPs of the prompt"] = percent(entry["prompt_exact_flops_saved"])
-        line["kept"] = "yes" if entry["within_budget"] else "**no**"
-        lines.setdefault("calibrated", []).append(line)
+    for name, calibrated in calibration["presets"].items():
+        lines[f"calibrated {name}"] = [_walk(entry, calibrated) for entry in calibrated["verified"]]
     found = {name: markdown(pd.DataFrame(of_section)) for name, of_section in lines.items()}
     return found | {"about": origin(content)}
+
+
+def _walk(entry: Mapping[str, Any], calibrated: Mapping[str, Any]) -> dict[str, str]:
+    """One verified candidate of light layers as a line of a table."""
+    bound, retrieval = entry["upper_bound"], entry.get("retrieval")
+    line = {"tokens": f"{entry.get('seq_len', calibrated['seq_len']):,}"}
+    line["price"] = f"{calibrated['prices'][entry['levels'][2]]:g}"
+    line["exempt at the end"] = str(entry.get("recent_tokens", 32))
+    line["perplexity"] = f"{entry['ppl_increase']:+.2f}"
+    line["upper bound"] = "none" if bound is None else f"{bound:+.2f}"
+    line |= {name: f"{on['ppl_increase']:+.2f}" for name, on in entry.get("texts", {}).items()}
+    line |= {"KL, nats": f"{entry['kl']:.4f}", "same next token": percent(entry["agreement"])}
+    line["passkeys lost"] = "" if retrieval is None else str(retrieval["lost"])
+    line["FLOPs saved"] = percent(entry["prompt_exact_flops_saved"])
+    return line | {"kept": "yes" if entry["within_budget"] else "**no**"}
 
 
 def run(args: Arguments) -> None:

@@ -19,7 +19,7 @@ from qs_jax.jax_settings import default_settings, explain
 from qs_jax.mechanisms.kv_maps import FILE_NAME, KVMaps, select
 from qs_jax.models import Params, abstract_params
 from qs_jax.models.cpu import processor_multiplies
-from qs_jax.presets import NAMES, SHIPPED_PRESET, is_shipped, maps_path
+from qs_jax.presets import NAMES, maps_path, shipped_maps
 
 _finite = jax.jit(lambda leaf: jnp.isfinite(leaf).all())
 
@@ -112,11 +112,6 @@ def _restore(path: Path, model: ModelConfig, devices: Sequence[jax.Device] | Non
         raise CheckpointError(f"{path} is damaged: {reason} Convert again.") from error
 
 
-def shipped_maps(model: ModelConfig) -> Path | None:
-    """The file of the maps that come with the library; None for other sizes or weights."""
-    return maps_path(SHIPPED_PRESET) if is_shipped(model) else None
-
-
 def find_maps(
     cfg: Config, ckpt: Path, given: Path | None = None, preset: str = ""
 ) -> tuple[KVMaps, Path] | tuple[None, None]:
@@ -124,8 +119,8 @@ def find_maps(
 
     Args:
       cfg: Its `kv_skip.policy` decides.
-      ckpt: Checkpoint folder: its maps are taken unless the preset's file has its own; then those
-        that come with the library for these weights.
+      ckpt: Checkpoint folder: its maps are taken unless the preset has its own, beside its file or
+        in the library; then those of `balanced`.
       given: Another file, or None.
       preset: Name, or file beside which `calibrate` writes its maps.
 
@@ -139,9 +134,10 @@ def find_maps(
         if given is not None:
             raise InputError(f"{given}: KV maps are for kv_skip.policy 'extrapolate' only.")
         return None, None
-    beside = ckpt / FILE_NAME if preset in ("", *NAMES) else maps_path(Path(preset))
-    places = [beside, ckpt / FILE_NAME, shipped_maps(cfg.model)]
-    path = given or next((place for place in places if place and place.exists()), beside)
+    own = shipped_maps(cfg.model, preset) if preset in ("", *NAMES) else maps_path(Path(preset))
+    places = [own, ckpt / FILE_NAME, shipped_maps(cfg.model)]
+    path = given or next((place for place in places if place and place.exists()), None)
+    path = path or own or ckpt / FILE_NAME
     path = path / FILE_NAME if path.is_dir() else path
     maps = KVMaps.load(path)
     try:

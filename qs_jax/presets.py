@@ -1,8 +1,8 @@
 """Named mechanism settings, and presets as JSON files.
 
 `off` is the dense model. `paper` holds the paper's own numbers, scaled to the model's depth; where
-the paper gives several, the others are named variants (`NAMES`). `balanced` and `aggressive` are
-ours and act on prompts only, which forgive more.
+the paper gives several, the others are named variants (`NAMES`). `balanced`, `prompt-40` and
+`aggressive` are ours and act on prompts only, which forgive more.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ from qs_jax.config import (
 from qs_jax.errors import ConfigError
 from qs_jax.files import read_json, write_json
 
-SHIPPED_PRESET = Path(__file__).parent / "shipped" / "smollm2-135m-instruct.json"
+_FOLDER = Path(__file__).parent / "shipped"
+# Presets that `calibrate` made for the embedded model; each has its maps beside it.
+SHIPPED: Mapping[str, Path] = {
+    "balanced": _FOLDER / "smollm2-135m-instruct.json",
+    "prompt-40": _FOLDER / "smollm2-135m-instruct.prompt-40.json",
+}
 _SHIPPED: Mapping[str, Any] = {
     "source": "shipped with qs-jax",
     "chosen_on": "SmolLM2-135M-Instruct, WikiText-103 validation, 16 windows of 512, continuation",
@@ -71,7 +76,7 @@ def paper(model: ModelConfig, *, tau_drift: float = 1.0, **amq: Any) -> QuickSil
 
 
 def balanced(model: ModelConfig) -> QuickSilverConfig:
-    """Prompts only: most of a prompt stops early, in stages, the least attended tokens first.
+    """Prompts only: a prompt runs light layers from the middle on, and stops before the end.
 
     For the embedded SmolLM2-135M-Instruct, `python -m qs_jax calibrate` verified it within 0.2 of
     the dense perplexity. It reads maps that come with the library; `qs_jax.load` adds them to that
@@ -80,8 +85,21 @@ def balanced(model: ModelConfig) -> QuickSilverConfig:
     are skipped from there on.
     """
     if _has_shipped_sizes(model):
-        return load(SHIPPED_PRESET, model)
+        return load(SHIPPED["balanced"], model)
     return QuickSilverConfig(_quota(model, {0.8: 0.5}), KVSkipConfig(), provenance=_SHIPPED)
+
+
+def prompt_40(model: ModelConfig) -> QuickSilverConfig:
+    """Prompts only, for the embedded SmolLM2-135M-Instruct: two fifths of a prompt's work.
+
+    As `balanced`, with a larger budget: what it costs is in docs/calibration.md.
+
+    Raises:
+      ConfigError: It is another model.
+    """
+    if not _has_shipped_sizes(model):
+        raise ConfigError("prompt-40 was made for SmolLM2-135M-Instruct: `calibrate` one for this.")
+    return load(SHIPPED["prompt-40"], model)
 
 
 def aggressive(model: ModelConfig) -> QuickSilverConfig:
@@ -111,18 +129,20 @@ def unverified(quicksilver: QuickSilverConfig, tokens: int) -> str | None:
     return f"this preset was verified at {at} tokens, not at {tokens:,}: evaluate it there."
 
 
-def is_shipped(model: ModelConfig) -> bool:
-    """Whether the preset that comes with the library was made for these sizes and weights."""
-    return _has_shipped_sizes(model) and model.has_weights(_shipped_provenance()["weights"])
+def shipped_maps(model: ModelConfig, preset: str = "balanced") -> Path | None:
+    """The file of the maps of a shipped preset; None for others, other sizes, other weights."""
+    shipped = preset in SHIPPED and _has_shipped_sizes(model)
+    shipped = shipped and model.has_weights(_made_for()["weights"])
+    return maps_path(SHIPPED[preset]) if shipped else None
 
 
 def _has_shipped_sizes(model: ModelConfig) -> bool:
-    made_for = _shipped_provenance()
-    return all(getattr(model, name) == made_for[name] for name in _MADE_FOR)
+    return all(getattr(model, name) == _made_for()[name] for name in _MADE_FOR)
 
 
-def _shipped_provenance() -> dict[str, Any]:
-    return read_json(SHIPPED_PRESET)["provenance"]
+def _made_for() -> dict[str, Any]:
+    """Sizes and weights of the embedded model, for which all shipped presets were made."""
+    return read_json(SHIPPED["balanced"])["provenance"]
 
 
 def maps_path(preset: Path) -> Path:
@@ -160,6 +180,7 @@ NAMES: dict[str, Callable[[ModelConfig], QuickSilverConfig]] = {
     "off": off,
     "paper": paper,
     "balanced": balanced,
+    "prompt-40": prompt_40,
     "aggressive": aggressive,
     "paper-drift-0.045": functools.partial(paper, tau_drift=0.045, **_LENS),  # B.2
     "paper-drift-0.001": functools.partial(paper, tau_drift=1e-3, **_LENS),  # G.2

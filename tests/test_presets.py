@@ -17,7 +17,6 @@ from qs_jax.config import (
     KVSkipConfig,
     QuickSilverConfig,
 )
-from qs_jax.load import shipped_maps
 from qs_jax.mechanisms.kv_maps import KVMaps
 from qs_jax.testing import tiny_model
 from tests.convert.folders import llama_tensors, write_folder
@@ -28,7 +27,7 @@ MODEL = tiny_model("llama", num_layers=6)
 DEEP = tiny_model("llama", num_layers=30)
 
 
-@pytest.mark.parametrize("name", presets.NAMES)
+@pytest.mark.parametrize("name", [name for name in presets.NAMES if name != "prompt-40"])
 @pytest.mark.parametrize("layers", [2, 6, 30])
 def test_every_preset_fits_every_depth_and_survives_its_file(name, layers, tmp_path):
     model = tiny_model("gpt2", num_layers=layers)
@@ -40,34 +39,49 @@ def test_every_preset_fits_every_depth_and_survives_its_file(name, layers, tmp_p
     assert dict(again.provenance).items() >= dict(qs.provenance).items()
 
 
-def test_the_shipped_preset_is_for_its_model_and_comes_with_its_maps():
-    smollm2 = tiny_model("llama", num_layers=30).replace(
-        vocab_size=49152,
-        hidden_size=576,
-        num_heads=9,
-        num_kv_heads=3,
-        head_dim=64,
-        mlp_size=1536,
-        max_positions=8192,
-    )
-    qs, maps = presets.balanced(smollm2), KVMaps.load(shipped_maps(smollm2))
+SMOLLM2 = DEEP.replace(
+    vocab_size=49152,
+    hidden_size=576,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    mlp_size=1536,
+    max_positions=8192,
+)
+
+
+@pytest.mark.parametrize("name", presets.SHIPPED)
+def test_a_shipped_preset_is_for_its_model_and_comes_with_its_maps(name):
+    qs, maps = presets.by_name(name, SMOLLM2), KVMaps.load(presets.shipped_maps(SMOLLM2, name))
     assert qs.kv_skip.policy == "extrapolate"
     assert maps.layers == qs.halting.layers
-    maps.check(smollm2)
+    assert maps.light_from == qs.halting.light_from
+    maps.check(SMOLLM2)
     verified = qs.provenance["verified"]
     assert verified["within_budget"]
-    assert verified["upper_bound"] <= qs.provenance["max_ppl_increase"] == 0.2
-    assert all(other["within_budget"] for other in verified["also"].values())
-    assert shipped_maps(DEEP) is None
-    assert presets.balanced(DEEP).kv_skip.policy == "skip"
+    assert verified["upper_bound"] <= qs.provenance["max_ppl_increase"]
+    assert presets.shipped_maps(DEEP, name) is None
     # Other weights of these sizes, such as a fine-tune, get neither; those of its own get both.
-    tuned, own = smollm2.replace(weights="another"), qs.provenance["weights"]
-    assert shipped_maps(tuned) is None
+    tuned, own = SMOLLM2.replace(weights="another"), qs.provenance["weights"]
+    assert presets.shipped_maps(tuned, name) is None
     with pytest.raises(ConfigError, match=f"verified on other weights .{own}.*--allow-other"):
-        presets.by_name("balanced", tuned)
+        presets.by_name(name, tuned)
     with pytest.raises(ConfigError, match=f"fitted on other weights .{own}.*--allow-other"):
         maps.check(tuned)
-    assert presets.balanced(tuned.replace(weights=own)) == qs
+    assert presets.by_name(name, tuned.replace(weights=own)) == qs
+
+
+def test_balanced_is_verified_at_two_lengths_and_a_start_for_other_models():
+    qs = presets.balanced(SMOLLM2)
+    assert qs.provenance["max_ppl_increase"] == 0.2
+    lengths = qs.provenance["verified"]["lengths"]
+    assert lengths.keys() == {"512", "2048"}
+    for entry in lengths.values():
+        assert entry["upper_bound"] <= 0.2
+        assert entry["retrieval"]["lost"] == 0
+    assert presets.balanced(DEEP).kv_skip.policy == "skip"
+    with pytest.raises(ConfigError, match="made for SmolLM2-135M-Instruct"):
+        presets.by_name("prompt-40", DEEP)
 
 
 @pytest.mark.parametrize(

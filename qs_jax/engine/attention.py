@@ -74,8 +74,8 @@ def blocked_attention(
     """
     width, slots = q_BTNH.shape[1], k_BSKH.shape[1]
     attend = _attend_block if cpu.on_cpu() else jax.nn.dot_product_attention
-    # Fewer queries than keys leave little to cut: larger blocks compile sooner.
-    queries = QUERY_BLOCK if width == slots else 4 * QUERY_BLOCK
+    # Much fewer queries than keys leave little to cut: larger blocks compile sooner.
+    queries = QUERY_BLOCK if 2 * width > slots else 4 * QUERY_BLOCK
     size = -(-width // min(-(-width // queries), MOST_BLOCKS))
     spans = [(start, min(start + size, width)) for start in range(0, width, size)]
 

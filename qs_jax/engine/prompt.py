@@ -10,6 +10,7 @@ of the tokens whose output is read. That holds for the dense model, too: a promp
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -77,6 +78,13 @@ class Call(NamedTuple):
         rule = self.mech.halting
         return self.mech.fusion is not None or (rule is not None and rule.rule == "dual")
 
+    def own_weights(self) -> dict[int, Weights]:
+        """By index, layers after light ones that have arrays of their own; without the last."""
+        rest = self.params["light"].deeper[:-1]
+        indices = range(self.model.num_layers - 1 - len(rest), self.model.num_layers - 1)
+        pairs = zip(indices, rest, strict=True)
+        return {index: Weights(own, None, None) for index, own in pairs if own}
+
 
 class Carry(NamedTuple):
     """What segments hand on; drifts and entropies are None where no decision reads them."""
@@ -139,7 +147,9 @@ def run(
                 carry = prompt_light.run(call, carry, light_BT, slots)
                 carry = _end_segment(call, carry, first, last, fill)
                 continue
-            carry = _segment(call, carry, first, last, slots, leading=s == 0, stops=fill > 0)
+            own = call.own_weights() if plan.light and s == 2 else None
+            given = {"leading": s == 0, "stops": fill > 0, "own": own}
+            carry = _segment(call, carry, first, last, slots, **given)
             carry = _end_segment(call, carry, first, last, fill)
     else:
         first, last = segments.first_S[0], segments.last_S[0]
@@ -192,24 +202,34 @@ def _segment(
     leading: bool = False,
     offset: Any = 0,
     stops: bool = True,
+    own: Mapping[int, Weights] | None = None,
 ) -> Carry:
-    """Layers `first` to `last` on so many tokens of each row; the cache begins with `offset`."""
+    """Layers `first` to `last` on so many tokens of each row; the cache begins with `offset`.
+
+    Weights that the segment's layers have of their `own` are read in place of the stacked ones.
+    """
     whole = carry.state
     chosen, state = _gather(call, whole, slots, first)
     chosen = chosen._replace(offset=offset, leading=leading)
 
-    def body(index: Array, loop):
+    def body(index: Array, loop, weights: Weights | None = None):
         carry, before_BCD = loop
         del before_BCD
         before_BCD = carry.state.h_BTD
-        carry = _run_layer(call, carry, chosen, whole, index)
+        read = weights or layer_at(call.weights, index)
+        carry = _run_layer(call, carry, chosen, whole, index, read)
         return carry, before_BCD if remembers else None
 
     rule = call.mech.halting
     at_end = rule is not None and stops and not call.decides_inside
     remembers = rule is not None and at_end and (rule.reads_drift or rule.reads_attention)
     loop = (carry._replace(state=state), state.h_BTD if remembers else None)
-    carry, before_BCD = lax.fori_loop(first - 1, last, body, loop)
+    if own:
+        for index, weights in own.items():
+            loop = body(jnp.int32(index), loop, weights)
+    else:
+        loop = lax.fori_loop(first - 1, last, body, loop)
+    carry, before_BCD = loop
     if at_end:
         carry = _decide(call, carry, chosen, whole, before_BCD, last)
     return carry._replace(state=_scatter(whole, carry.state, chosen.index_BC))
@@ -241,9 +261,11 @@ def _everywhere(whole_BT: Array, chosen: Slots, own_BC: Array) -> Array:
 # --- one layer ----------------------------------------------------------------------------------
 
 
-def _run_layer(call: Call, carry: Carry, chosen: Slots, whole: TokenState, index: Array) -> Carry:
+def _run_layer(
+    call: Call, carry: Carry, chosen: Slots, whole: TokenState, index: Array, weights: Weights
+) -> Carry:
     mech, model, state, rows = call.mech, call.model, carry.state, chosen.rows
-    layer, weights = index + 1, layer_at(call.weights, index)
+    layer = index + 1
     gathered = chosen.index_BC is not None
     among_all = gathered and call.plan.keeps_keys
 

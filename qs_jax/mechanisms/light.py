@@ -109,10 +109,12 @@ class Bound(flax.struct.PyTreeNode):
       layers: Of each light layer: the reduced block, its code in the model's dtype, and the whole
         block, where a program would copy it out of stacked weights.
       neurons: MLP inputs of the layers after the stop, with the neurons that the maps read.
+      deeper: Whole blocks of the layers after the stop, or None each, as for the light layers.
     """
 
     layers: tuple[dict[str, Any], ...]
     neurons: tuple[dict[str, Any], ...]
+    deeper: tuple[Any, ...]
 
 
 class Stacked(NamedTuple):
@@ -139,7 +141,9 @@ def bind(params: dict[str, Any], kv_maps: Any, model: ModelConfig) -> Bound:
     neurons = []
     for at, ids in enumerate(kv_maps.neurons, start=kv_maps.layers[0]):
         neurons.append(kept_mlp(params_of(at), ids, model.mlp_size))
-    return Bound(tuple(layers), tuple(neurons))
+    stop = kv_maps.layers[0]
+    deeper = [own_layer(params["layers"], index) for index in range(stop, model.num_layers)]
+    return Bound(tuple(layers), tuple(neurons), tuple(deeper))
 
 
 def stack(lights: Sequence[LightLayer], model: ModelConfig) -> Stacked:

@@ -1,0 +1,195 @@
+"""The front of prompt halting: perplexity lost against FLOPs and seconds saved, as a picture.
+
+`python -m benchmarks.front --ckpt DIR --data FILE` scores the first windows of a text under every
+way of leaving prompt work out, by KL divergence from the dense model, measures the time of a
+prefill against the dense one in turn, and draws `docs/images/front.png`. What is in the JSON file
+with the same settings is not scored again. Candidates of the calibrations that the shipped presets
+come from are drawn beside them, as they were measured there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+from tqdm import tqdm
+
+from benchmarks import environment
+from benchmarks.mechanisms import Inputs
+from benchmarks.tables import markdown, origin, percent, replace_tables
+from qs_jax import presets
+from qs_jax.calibration import climb
+from qs_jax.calibration.fit_maps import fit_kv_maps
+from qs_jax.calibration.scores import score_tokens
+from qs_jax.config import Config, HaltingConfig, KVSkipConfig, ModelConfig, QuickSilverConfig
+from qs_jax.errors import exit_code
+from qs_jax.files import read_json, write_json, write_whole
+from qs_jax.mechanisms.kv_maps import FEATURES, KVMaps, select
+from qs_jax.models import Params
+
+# Shares of a prompt that have stopped after some layers; maps are fitted for these layers.
+SCHEDULES = ({24: 1.0}, {20: 0.5, 24: 0.75, 26: 1.0}, {21: 1.0}, {15: 0.5, 21: 1.0})
+PAGE = Path("docs/calibration.md")
+CLAIM = (0.396, 0.2)  # the paper: exact FLOPs saved, perplexity lost
+RUNS = 5
+STYLES = {
+    "light": "o-",
+    "maps": "s-",
+    "skip": "v-",
+    "propagate": "^-",
+    "random, skip": "x--",
+}
+
+
+@dataclasses.dataclass
+class Arguments(Inputs):
+    """Score every way, and draw the front."""
+
+    out: Path = environment.RESULTS / "prompt_front.json"
+    """JSON file, and the cache."""
+    picture: Path = Path("docs/images/front.png")
+    """PNG file."""
+    tables_only: bool = False
+    """Rewrite the picture and the table from the JSON file, measure nothing."""
+
+
+class Way(NamedTuple):
+    """One preset of a family, with its maps; it is a family of one candidate to `climb`."""
+
+    policy: str
+    name: str
+    quicksilver: QuickSilverConfig
+    maps: KVMaps | None
+
+    def preset(self, levels: Any, *, lean: bool = False) -> QuickSilverConfig:
+        """The preset."""
+        del levels, lean
+        return self.quicksilver
+
+    def params(self, params: Params, levels: Any, qs: QuickSilverConfig) -> Params:
+        """The parameters with its maps, and no others."""
+        del levels, qs
+        kept = {name: part for name, part in params.items() if name != "kv_maps"}
+        return kept if self.maps is None else {**kept, "kv_maps": self.maps}
+
+
+def ways(model: ModelConfig, fitted: KVMaps) -> Iterator[Way]:
+    """Every preset that is scored."""
+    for name, path in presets.SHIPPED.items():
+        maps = KVMaps.load(presets.maps_path(path))
+        yield Way("light", name, presets.by_name(name, model), maps)
+    for schedule in SCHEDULES:
+        quota = {"layers": tuple(schedule), "quota": tuple(schedule.values())}
+        name = ", ".join(f"{share:.0%} at {layer}" for layer, share in schedule.items())
+        halting = HaltingConfig(rule="quota", entropy=None, **quota)
+        for policy in ("extrapolate", "skip", "propagate"):
+            maps = select(fitted, tuple(schedule)) if policy == "extrapolate" else None
+            family = "maps" if maps is not None else policy
+            qs = QuickSilverConfig(halting, KVSkipConfig(policy))
+            yield Way(family, name, qs, maps)
+        if min(schedule.values()) < 1:  # who stops first is chosen by chance
+            chance = dataclasses.replace(halting, score="random")
+            qs = QuickSilverConfig(chance, KVSkipConfig("skip"))
+            yield Way("random, skip", name, qs, None)
+
+
+def measure(args: Arguments) -> dict[str, Any]:
+    """Score what is not in the file yet, and write it after each row."""
+    params, model, tokens_WT, about = args.read()
+    content: dict[str, Any] = read_json(args.out) if args.out.exists() else {"rows": {}}
+    content |= {"about": about, "environment": environment.describe()}
+    scored_WT, fit_WT = tokens_WT[: args.windows], tokens_WT[args.windows :]
+    layers = sorted({layer for schedule in SCHEDULES for layer in schedule})
+    given: dict[str, Any] = {"features": FEATURES, "rank": 512, "data": about["text"]}
+    fitted = fit_kv_maps(params, fit_WT, layers, model, progress=True, **given)
+    cfg = Config(model, protocol="continuation")
+    dense = score_tokens(params, scored_WT, cfg, args.batch_size)
+    settings: tuple[Any, ...] = (1.0, "exact_flops", args.batch_size, (about["text"],))
+    task = climb.Task(params, cfg, scored_WT, dense, *settings)
+    for way in tqdm(list(ways(model, fitted)), "rows"):
+        key, settings = f"{way.policy}: {way.name}", way.quicksilver.to_dict() | about
+        settings.pop("provenance")
+        if content["rows"].get(key, {}).get("settings") == json.loads(json.dumps(settings)):
+            continue
+        point = climb.point(task, way, (0,))
+        time_saved = climb.time_saved(task, way, (0,), way.quicksilver, RUNS)
+        row = {"family": way.policy, "name": way.name, "lost_by_kl": point.cost}
+        row |= {"ppl_increase": point.ppl_increase, "agreement": point.agreement}
+        row |= {"saved": point.saved["prompt_exact_flops_saved"], "time_saved": time_saved}
+        content["rows"][key] = row | {"settings": settings}
+        write_json(args.out, content)
+    content["dense_perplexity"] = dense.perplexity
+    found = read_json(environment.RESULTS / "calibration.json")["presets"].values()
+    points = [point for calibrated in found for point in calibrated["points"]]
+    content["searched"] = [
+        {"saved": p["saved"]["prompt_exact_flops_saved"], "lost_by_kl": p["cost"]} for p in points
+    ]
+    write_json(args.out, content)
+    return content
+
+
+def draw(content: dict[str, Any], path: Path) -> None:
+    """Perplexity lost, by KL divergence, against FLOPs and against seconds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.8), layout="constrained", dpi=150)
+    panels: Any = figure.subplots(1, 2, sharey=True)
+    titles = ("prompt's exact FLOPs saved, %", "time of the prefill saved, %")
+    for axes, field, title in zip(panels, ("saved", "time_saved"), titles, strict=True):
+        for family, style in STYLES.items():
+            rows = [row for row in content["rows"].values() if row["family"] == family]
+            rows = sorted((r for r in rows if r[field] is not None), key=lambda row: row[field])
+            x, y = [100 * r[field] for r in rows], [r["lost_by_kl"] for r in rows]
+            axes.plot(x, y, style, label=family, markersize=5, linewidth=1)
+        if field == "saved":
+            found = content.get("searched", [])
+            x, y = [100 * p["saved"] for p in found], [p["lost_by_kl"] for p in found]
+            axes.scatter(x, y, s=12, color="0.6", label="light, searched", zorder=1)
+            axes.plot(100 * CLAIM[0], CLAIM[1], "*", color="black", markersize=11)
+            axes.annotate("the paper's claim", (100 * CLAIM[0], CLAIM[1]), fontsize=8)
+        axes.axhline(0.2, color="0.7", linewidth=0.8, linestyle=":")
+        axes.set(xlabel=title, yscale="log")
+        axes.grid(alpha=0.2)
+    panels[0].set_ylabel("perplexity lost, by KL divergence")
+    panels[0].legend(fontsize=7)
+    with write_whole(path) as (staged,):
+        figure.savefig(staged, format="png")
+
+
+def table(content: dict[str, Any]) -> str:
+    """The rows as a table, by family and saving."""
+    order = list(STYLES)
+    rows = sorted(content["rows"].values(), key=lambda r: (order.index(r["family"]), r["saved"]))
+    rows = [row for row in rows if row["family"] in ("light", "maps", "skip")]
+    frame = pd.DataFrame(
+        {
+            "way": [row["family"] for row in rows],
+            "stops": [row["name"] for row in rows],
+            "FLOPs saved": [percent(row["saved"]) for row in rows],
+            "time saved": [percent(row["time_saved"]) for row in rows],
+            "perplexity": [f"{row['ppl_increase']:+.2f}" for row in rows],
+            "by KL": [f"{row['lost_by_kl']:+.2f}" for row in rows],
+        }
+    )
+    return markdown(frame)
+
+
+def run(args: Arguments) -> None:
+    """Measure, draw, and rewrite the table."""
+    content = read_json(args.out) if args.tables_only else measure(args)
+    draw(content, args.picture)
+    replace_tables(PAGE, {"front": table(content), "front origin": origin(content)})
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    environment.run_command("front", Arguments, run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
