@@ -25,6 +25,7 @@ from qs_jax.engine import decode, inputs, prompt, sampling
 from qs_jax.engine.cache import KVCache, SlotCache, bucket, cache_bytes
 from qs_jax.engine.decode import DecodeState
 from qs_jax.engine.inputs import TokenOverrides
+from qs_jax.engine.prompt_call import Plan, Segments
 from qs_jax.engine.prompt_plan import arrange, runs_fast
 from qs_jax.engine.score import run_masked
 from qs_jax.engine.weights import check_finite, prepare_params
@@ -300,11 +301,11 @@ def start(
     batch: inputs.Batch,
     overrides: Overrides | None,
     mech: Mechanisms,
-    segments: prompt.Segments,
+    segments: Segments,
     numbers: sampling.Numbers,
     model: ModelConfig,
     plan: sampling.Plan,
-    prompt_plan: prompt.Plan,
+    prompt_plan: Plan,
 ) -> tuple[sampling.Text, KVCache, Decisions]:
     """Run the prompts and choose the first token of each row."""
     rows = inputs.whole_rows(batch, batch.lengths_B, overrides, mech)

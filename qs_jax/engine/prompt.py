@@ -11,108 +11,24 @@ of the tokens whose output is read. That holds for the dense model, too: a promp
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from qs_jax.config import ModelConfig
 from qs_jax.engine import prompt_light
 from qs_jax.engine.attention import attention_weights, blocked_attention
 from qs_jax.engine.cache import KVCache
 from qs_jax.engine.gather import layer_at, put, take, true_first
+from qs_jax.engine.prompt_call import Call, Carry, Plan, Segments, Slots, eligible
+from qs_jax.engine.prompt_fill import end_segment
 from qs_jax.engine.weights import Weights, layer_weights
-from qs_jax.mechanisms import Mechanisms, Rows, fusion, halting, kv_maps, signals
+from qs_jax.mechanisms import Mechanisms, Rows, halting, signals
 from qs_jax.models import Params, apply_block, embed, head
 from qs_jax.state import NEVER, Decisions, TokenState, exact_dtype
-
-FILL = 32  # stopped tokens of a row whose keys are filled in at a time, where their number varies
-
-
-class Plan(NamedTuple):
-    """The static part of how a prompt is cut; prompts with equal plans share a program.
-
-    Attributes:
-      slots: Token slots of each segment, where `fixed`; else the choices, rising, whole rows last.
-        One body is compiled for each.
-      fixed: How many tokens compute is known before the call.
-      fills: Where fixed: most tokens of a row that stop at the end of each segment, or have bits
-        assigned there after they stopped.
-      longest: Where not fixed: layers of the longest segment that chooses its slots, or a few more.
-      keeps_keys: Stopped tokens may have keys in deeper layers.
-      light: Most tokens of a row that run light layers, which are the second segment; its slots
-        hold those that run them whole. 0 where no token does.
-    """
-
-    slots: tuple[int, ...]
-    fixed: bool
-    fills: tuple[int, ...] = ()
-    longest: int = 0
-    keeps_keys: bool = False
-    light: int = 0
-
-
-class Segments(NamedTuple):
-    """First and last layer, from 1, of segments up to the last layer but one."""
-
-    first_S: Int[Array, "S"]
-    last_S: Int[Array, "S"]
-
-
-class Call(NamedTuple):
-    """What all layers share; see `masked.Call`."""
-
-    params: Params
-    model: ModelConfig
-    mech: Mechanisms
-    plan: Plan
-    rows: Rows
-    embedded_BTD: Float[Array, "B T D"]
-    weights: Weights
-
-    @property
-    def decides_inside(self) -> bool:
-        """Decisions fall in every layer, not only at the ends of segments."""
-        rule = self.mech.halting
-        return self.mech.fusion is not None or (rule is not None and rule.rule == "dual")
-
-    def own_weights(self) -> dict[int, Weights]:
-        """By index, layers after light ones that have arrays of their own; without the last."""
-        rest = self.params["light"].deeper[:-1]
-        indices = range(self.model.num_layers - 1 - len(rest), self.model.num_layers - 1)
-        pairs = zip(indices, rest, strict=True)
-        return {index: Weights(own, None, None) for index, own in pairs if own}
-
-
-class Carry(NamedTuple):
-    """What segments hand on; drifts and entropies are None where no decision reads them."""
-
-    state: TokenState
-    cache: KVCache
-    drift_LBT: Float[Array, "L B T"] | None
-    entropy_LBT: Float[Array, "L B T"] | None
-
-
-class Slots(NamedTuple):
-    """A segment's tokens.
-
-    Attributes:
-      index_BC: Their positions, rising; None for whole rows.
-      rows: Their exemptions.
-      outside_B: Eligible tokens that have halted and are not among them.
-      first: The segment's first layer.
-      offset: Index of the first layer of the cache that the segment gets.
-      leading: No token stops before it.
-    """
-
-    index_BC: Int[Array, "B C"] | None
-    rows: Rows
-    outside_B: Int[Array, "B"] | None
-    first: Any
-    offset: Any = 0
-    leading: bool = False
 
 
 def run(
@@ -145,16 +61,16 @@ def run(
             if plan.light and s == 1:
                 light_BT = eligible(rows, carry.state)
                 carry = prompt_light.run(call, carry, light_BT, slots)
-                carry = _end_segment(call, carry, first, last, fill)
+                carry = end_segment(call, carry, first, last, fill)
                 continue
             own = call.own_weights() if plan.light and s == 2 else None
             given = {"leading": s == 0, "stops": fill > 0, "own": own}
             carry = _segment(call, carry, first, last, slots, **given)
-            carry = _end_segment(call, carry, first, last, fill)
+            carry = end_segment(call, carry, first, last, fill)
     else:
         first, last = segments.first_S[0], segments.last_S[0]
         carry = _segment(call, carry, first, last, plan.slots[-1], leading=True)
-        carry = _end_segment(call, carry, first, last, None)
+        carry = end_segment(call, carry, first, last, None)
         carry = _choose_slots(call, carry, segments)
     h_BQD, cache = _last_layer(call, carry, read_BQ)
     state = carry.state
@@ -186,7 +102,7 @@ def _choose_slots(call: Call, carry: Carry, segments: Segments) -> Carry:
         index = (choices < needed).sum()
         after = lax.switch(index, branches, inside, first, last, offset)
         after = after._replace(cache=carry.cache.paste(offset, after.cache))
-        return _end_segment(call, after, first, last, None), None
+        return end_segment(call, after, first, last, None), None
 
     rest = jax.tree.map(lambda leaf: leaf[1:], segments)
     return lax.scan(segment, carry, rest)[0]
@@ -341,11 +257,6 @@ def _last_layer(call: Call, carry: Carry, read_BQ: Array) -> tuple[Array, KVCach
 # --- decisions ----------------------------------------------------------------------------------
 
 
-def eligible(rows: Rows, state: TokenState) -> Bool[Array, "B T"]:
-    """Tokens that halting and fusion may touch."""
-    return rows.subject_BT & ~rows.full_BT & (state.fused_BT == NEVER)
-
-
 def _decide(
     call: Call, carry: Carry, chosen: Slots, whole: TokenState, before_BCD: Any, layer: Array
 ) -> Carry:
@@ -412,84 +323,3 @@ def _fuse(call: Call, state: TokenState, rows: Rows, layer: Array) -> TokenState
     pairs_BTW = lax.cond(rule.may_fuse_L[layer - 1], find, lambda: nobody_BTW)
     merging = (rows.pos_BT, pairs_BTW, (state.size_BT, None), layer, call.model.dtype)
     return rule.absorb(state, *merging, stops=True)[0]
-
-
-# --- the end of a segment -----------------------------------------------------------------------
-
-
-def _end_segment(call: Call, carry: Carry, first: Array, last: Array, fill: int | None) -> Carry:
-    """Assign bits, at the layer that does; fill in deeper keys of tokens that stopped."""
-    amq, state = call.mech.amq, carry.state
-    if amq is not None:
-        with jax.named_scope("amq"):
-            entropy_of = signals.entropies(state, call.params, call.model)
-            state = amq.assign_at(last, state, call.rows, entropy_of)
-        carry = carry._replace(state=state)
-    if call.plan.keeps_keys and fill != 0:
-        carry = carry._replace(cache=_fill(call, carry, first, last, fill))
-    return carry
-
-
-def _fill(call: Call, carry: Carry, first: Array, last: Array, fill: int | None) -> KVCache:
-    """The cache with the deeper keys of stopped tokens, up to where bits change them again."""
-    mech, model, state, rows = call.mech, call.model, carry.state, call.rows
-    since, until = first, jnp.int32(model.num_layers)
-    if mech.amq is not None:
-        since = jnp.where(last == mech.amq.layer, 1, first)
-        until = jnp.where(last < mech.amq.layer, mech.amq.layer, until)
-    stopped_BT = rows.real_BT & (state.depth_BT >= since) & (state.depth_BT <= last)
-    stopped_BT &= state.fused_BT == NEVER
-    order_BT = true_first(stopped_BT)
-    count_B1 = stopped_BT.sum(1, dtype=jnp.int32)[:, None]
-    at_once = min(FILL, order_BT.shape[1]) if fill is None else fill
-    widened_BT = jnp.pad(order_BT, ((0, 0), (0, at_once)))
-
-    def some(part: Array, cache: KVCache) -> KVCache:
-        index_BP = lax.dynamic_slice_in_dim(widened_BT, part * at_once, at_once, axis=1)
-        held_BP = part * at_once + jnp.arange(at_once, dtype=jnp.int32)[None] < count_B1
-        slots_BP = jnp.where(held_BP, index_BP, NEVER)
-        keys_values = _frozen_keys_values(call, state, index_BP, last)
-
-        def layer(index: Array, cache: KVCache) -> KVCache:
-            return cache.write(index, slots_BP, *keys_values(index))
-
-        return lax.fori_loop(last, until, layer, cache)
-
-    parts = 1 if fill is not None else -(-count_B1.max() // at_once)
-    return lax.fori_loop(0, parts, some, carry.cache)
-
-
-def _frozen_keys_values(call: Call, state: TokenState, index_BP: Array, last: Array):
-    """A function from a layer's index to keys and values of some tokens that stopped."""
-    mech, model = call.mech, call.model
-    h_BPD, bits_BP = take(state.h_BTD, index_BP), take(state.bits_BT, index_BP)
-
-    def propagated(index: Array) -> tuple[Array, Array]:
-        weights = layer_at(call.weights, index)
-        given = (h_BPD, index_BP, mech.multiply(bits_BP, weights.int8, index + 1))
-        k, v = apply_block(model, weights.params, *given, method="keys_values")
-        return mech.stored(k, v, bits_BP)
-
-    if mech.kv_skip.policy != "extrapolate":
-        return propagated
-
-    maps = call.params["kv_maps"]
-
-    def compute(at: int) -> Array:
-        if "light" in call.params:
-            return apply_block(model, call.params["light"].neurons[at], h_BPD, method="mlp_neurons")
-        following = layer_at(call.weights.params, last + at)
-        return apply_block(model, following, h_BPD, method="mlp_neurons")[..., maps.neurons[at]]
-
-    neurons = lambda: kv_maps.following_neurons(maps.neurons, compute)  # noqa: E731
-    x = jnp.argmax(jnp.asarray(maps.layers) == last)
-    before = take(fusion.back(state.h_BTD, 1), index_BP)
-    sources = kv_maps.sources(h_BPD, take(call.embedded_BTD, index_BP), before, neurons)
-    depth_BP = take(state.depth_BT, index_BP)
-    code_BPR = kv_maps.encode(maps, sources, depth_BP, model.dtype, x)
-
-    def mapped(index: Array) -> tuple[Array, Array]:
-        mapped_BPO = kv_maps.mapped(code_BPR, layer_at(call.weights.maps, index)[x])
-        return mech.stored(*kv_maps.keys_values(mapped_BPO, index_BP, model), bits_BP)
-
-    return mapped

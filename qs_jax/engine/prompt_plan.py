@@ -9,7 +9,7 @@ import numpy as np
 
 from qs_jax.config import Config, QuickSilverConfig
 from qs_jax.engine.inputs import Batch
-from qs_jax.engine.prompt import Plan, Segments
+from qs_jax.engine.prompt_call import Plan, Segments
 from qs_jax.errors import ConfigError
 from qs_jax.mechanisms import Mechanisms, Overrides
 from qs_jax.state import NEVER

@@ -16,6 +16,7 @@ from qs_jax.config import Config, ModelConfig
 from qs_jax.engine import dense, inputs, masked, prompt
 from qs_jax.engine import devices as on_devices
 from qs_jax.engine.inputs import TokenOverrides
+from qs_jax.engine.prompt_call import Plan, Segments
 from qs_jax.engine.prompt_plan import arrange, runs_fast
 from qs_jax.engine.weights import check_finite, prepare_params
 from qs_jax.jax_settings import default_settings
@@ -146,9 +147,9 @@ def score_prompt(
     first_B: Int[Array, "B"],
     overrides: Overrides | None,
     mech: Mechanisms,
-    segments: prompt.Segments,
+    segments: Segments,
     model: ModelConfig,
-    plan: prompt.Plan,
+    plan: Plan,
     count: int,
     returns: tuple[str, ...] = (),
 ) -> dict[str, Any]:
