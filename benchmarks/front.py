@@ -29,14 +29,13 @@ from qs_jax.calibration.scores import score_tokens
 from qs_jax.config import Config, HaltingConfig, KVSkipConfig, ModelConfig, QuickSilverConfig
 from qs_jax.errors import exit_code
 from qs_jax.files import read_json, write_json, write_whole
-from qs_jax.mechanisms.kv_maps import FEATURES, KVMaps, select
+from qs_jax.mechanisms.kv_maps import FEATURES, KVMaps, feature_count, select
 from qs_jax.models import Params
 
-# Shares of a prompt that have stopped after some layers; maps are fitted for these layers.
-SCHEDULES = ({24: 1.0}, {20: 0.5, 24: 0.75, 26: 1.0}, {21: 1.0}, {15: 0.5, 21: 1.0})
-PAGE = Path("docs/calibration.md")
+# Shares of a prompt that have stopped, by shares of the depth; maps are fitted for these layers.
+SCHEDULES = ({0.8: 1.0}, {2 / 3: 0.5, 0.8: 0.75, 0.87: 1.0}, {0.7: 1.0}, {0.5: 0.5, 0.7: 1.0})
 CLAIM = (0.396, 0.2)  # the paper: exact FLOPs saved, perplexity lost
-RUNS = 5
+RANK, RUNS = 512, 5
 STYLES = {
     "light": "o-",
     "maps": "s-",
@@ -54,6 +53,8 @@ class Arguments(Inputs):
     """JSON file, and the cache."""
     picture: Path = Path("docs/images/front.png")
     """PNG file."""
+    page: Path = Path("docs/calibration.md")
+    """Page with the table."""
     tables_only: bool = False
     """Rewrite the picture and the table from the JSON file, measure nothing."""
 
@@ -78,12 +79,21 @@ class Way(NamedTuple):
         return kept if self.maps is None else {**kept, "kv_maps": self.maps}
 
 
+def stages(model: ModelConfig) -> list[dict[int, float]]:
+    """The schedules, by layers."""
+    depth = model.num_layers
+    return [
+        {min(round(at * depth), depth - 1): share for at, share in each.items()}
+        for each in SCHEDULES
+    ]
+
+
 def ways(model: ModelConfig, fitted: KVMaps) -> Iterator[Way]:
     """Every preset that is scored."""
-    for name, path in presets.SHIPPED.items():
-        maps = KVMaps.load(presets.maps_path(path))
-        yield Way("light", name, presets.by_name(name, model), maps)
-    for schedule in SCHEDULES:
+    for name in presets.SHIPPED:
+        if path := presets.shipped_maps(model, name):
+            yield Way("light", name, presets.by_name(name, model), KVMaps.load(path))
+    for schedule in stages(model):
         quota = {"layers": tuple(schedule), "quota": tuple(schedule.values())}
         name = ", ".join(f"{share:.0%} at {layer}" for layer, share in schedule.items())
         halting = HaltingConfig(rule="quota", entropy=None, **quota)
@@ -104,10 +114,12 @@ def measure(args: Arguments) -> dict[str, Any]:
     content: dict[str, Any] = read_json(args.out) if args.out.exists() else {"rows": {}}
     content |= {"about": about, "environment": environment.describe()}
     scored_WT, fit_WT = tokens_WT[: args.windows], tokens_WT[args.windows :]
-    layers = sorted({layer for schedule in SCHEDULES for layer in schedule})
-    given: dict[str, Any] = {"features": FEATURES, "rank": 512, "data": about["text"]}
+    layers = sorted({layer for schedule in stages(model) for layer in schedule})
+    rank = min(RANK, feature_count(FEATURES, model) - 1)
+    given: dict[str, Any] = {"features": FEATURES, "rank": rank, "data": about["text"]}
     fitted = fit_kv_maps(params, fit_WT, layers, model, progress=True, **given)
-    cfg = Config(model, protocol="continuation")
+    scored = args.seq_len // 4
+    cfg = Config(model, protocol="continuation", continuation_tokens=scored)
     dense = score_tokens(params, scored_WT, cfg, args.batch_size)
     settings: tuple[Any, ...] = (1.0, "exact_flops", args.batch_size, (about["text"],))
     task = climb.Task(params, cfg, scored_WT, dense, *settings)
@@ -161,8 +173,8 @@ def draw(content: dict[str, Any], path: Path) -> None:
         figure.savefig(staged, format="png")
 
 
-def table(content: dict[str, Any]) -> str:
-    """The rows as a table, by family and saving."""
+def tables(content: dict[str, Any]) -> dict[str, str]:
+    """The rows as a table, by family and saving, and where they come from."""
     order = list(STYLES)
     rows = sorted(content["rows"].values(), key=lambda r: (order.index(r["family"]), r["saved"]))
     rows = [row for row in rows if row["family"] in ("light", "maps", "skip")]
@@ -176,14 +188,14 @@ def table(content: dict[str, Any]) -> str:
             "by KL": [f"{row['lost_by_kl']:+.2f}" for row in rows],
         }
     )
-    return markdown(frame)
+    return {"front": markdown(frame), "front origin": origin(content)}
 
 
 def run(args: Arguments) -> None:
     """Measure, draw, and rewrite the table."""
     content = read_json(args.out) if args.tables_only else measure(args)
     draw(content, args.picture)
-    replace_tables(PAGE, {"front": table(content), "front origin": origin(content)})
+    replace_tables(args.page, tables(content))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -104,7 +104,8 @@ def all_rows(model: ModelConfig, fitted: dict[str, Any]) -> Iterator[Row]:
     """Every row, the tables in the order of the page."""
     for protocol in (TEACHER, CONTINUATION):
         yield Row("presets", "off", protocol, presets.off(model))
-    for name in ("balanced", "aggressive"):
+    shipped = [name for name in presets.SHIPPED if presets.shipped_maps(model, name)]
+    for name in [*(shipped or ["balanced"]), "aggressive"]:
         yield Row("presets", name, CONTINUATION, presets.NAMES[name](model))
     yield from _policy_rows()
     yield from _bit_rows(model)

@@ -144,9 +144,11 @@ def measure(args: Arguments) -> None:
 
     def params_for(row: Row) -> Params:
         skip, halting = row.quicksilver.kv_skip, row.quicksilver.halting
-        # Presets read the maps that come with the checkpoint.
-        if skip is None or skip.policy != "extrapolate" or row.section == "presets":
+        if skip is None or skip.policy != "extrapolate":
             return params
+        if row.section == "presets":
+            cfg = Config(model, row.quicksilver, protocol=row.protocol)
+            return environment.attach_maps(params, cfg, args.ckpt, row.name)
         maps = moments.solve(row.features, rank=row.rank)
         assert halting is not None
         return {**params, "kv_maps": select(maps, halting.layers or ())}

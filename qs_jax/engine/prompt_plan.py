@@ -18,6 +18,8 @@ from qs_jax.state import NEVER
 SEGMENTS = 4
 # A row's slots are a multiple of this (or of a 64th of the width), so that few programs are made.
 GRANULE = 8
+# Tokens that are exempt from light layers are few, and nearly always as many.
+EXEMPT_GRANULE = 4
 # Even steps among which slots are chosen where tokens stop by signals; each compiles one body.
 STEPS = 6
 SMALLEST_STEP = 16
@@ -84,7 +86,7 @@ def arrange(
     stopped = _stopped_by(qs, layers, eligible_B)
     granule = max(GRANULE, width // 64)
 
-    def slots(count: int) -> int:
+    def slots(count: int, granule: int = granule) -> int:
         return min(-(-count // granule) * granule, width)
 
     def left(layer: int) -> int:
@@ -101,7 +103,7 @@ def arrange(
             fills.append(slots(int(np.max(gone_B))))
         light = qs.halting is not None and qs.halting.light_from is not None
         if light:  # the second segment's whole tokens are those that never stop
-            begins[1] = slots(left(ends[1]))
+            begins[1:] = [slots(left(ends[1]), EXEMPT_GRANULE)] * (len(ends) - 1)
         stopping = fills[1] if light else 0
         plan = Plan(tuple(begins), True, tuple(fills), keeps_keys=keeps, light=stopping)
     else:

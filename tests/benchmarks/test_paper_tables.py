@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from benchmarks import carbon, environment, int8, mechanisms, paper_tables, retrieval, tasks
+from benchmarks import carbon, environment, front, int8, mechanisms, paper_tables, retrieval, tasks
 from benchmarks.linguistics import tables as linguistics
 from benchmarks.tables import markdown, percent, replace_tables
 
@@ -31,7 +31,10 @@ MADE = {
         mechanisms.tables(result("mechanisms"), result("calibration"))
         | {"int8": int8.table(result("int8"))}
     ),
-    "docs/calibration.md": lambda: mechanisms.tables(result("mechanisms"), result("calibration")),
+    "docs/calibration.md": lambda: (
+        mechanisms.tables(result("mechanisms"), result("calibration"))
+        | front.tables(result("prompt_front"))
+    ),
     "docs/profiling.md": lambda: {"carbon": carbon.table(result("carbon"))},
     "docs/tasks.md": lambda: (
         {name: markdown(tasks.table(result("tasks")[name])) for name in tasks.HEADS.values()}

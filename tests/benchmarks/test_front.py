@@ -1,0 +1,28 @@
+"""The picture of the front, in miniature."""
+
+import pytest
+
+from benchmarks import front
+from qs_jax.files import read_json
+
+
+@pytest.mark.slow
+def test_it_scores_every_way_once_and_draws_them(tiny_checkpoint, tmp_path, monkeypatch):
+    text, page, picture = (tmp_path / name for name in ("text.txt", "page.md", "front.png"))
+    text.write_text("the quick brown fox jumps over the dog; " * 800)
+    page.write_text("<!-- table: front -->\n<!-- end -->\n")
+    command = ["--ckpt", str(tiny_checkpoint), "--data", str(text), "--windows", "2"]
+    command += ["--fit-windows", "6", "--seq-len", "96", "--batch-size", "2"]
+    command += ["--out", str(tmp_path / "out.json"), "--picture", str(picture), "--page", str(page)]
+    front.main(command)
+    content = read_json(tmp_path / "out.json")
+    families = [row["family"] for row in content["rows"].values()]
+    assert set(families) == {"maps", "skip", "propagate", "random, skip"}
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    table = page.read_text().splitlines()
+    shown = sum(family in ("light", "maps", "skip") for family in families)
+    assert sum(line.startswith("| ") for line in table) == shown + 1
+
+    monkeypatch.setattr(front.climb, "point", None)  # nothing is scored again
+    front.main(command)
+    assert read_json(tmp_path / "out.json")["rows"] == content["rows"]
