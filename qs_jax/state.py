@@ -37,6 +37,7 @@ class TokenState(flax.struct.PyTreeNode):
       received_BTS: Most attention each key received from later queries up to each query; or None.
       shortlist_BTX: Ids of the shortlist entropy; or None.
       code_BTR: What extrapolation maps read of a token, from when it halted; or None.
+      whole_BT: It runs every layer whole, because later tokens will attend it; or None.
     """
 
     h_BTD: Float[Array, "B T D"]
@@ -50,6 +51,7 @@ class TokenState(flax.struct.PyTreeNode):
     received_BTS: Any = None
     shortlist_BTX: Any = None
     code_BTR: Any = None
+    whole_BT: Any = None
 
 
 @no_type_check

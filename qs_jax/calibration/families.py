@@ -113,28 +113,33 @@ class Space(NamedTuple):
 
 
 class LightSpace(NamedTuple):
-    """Fitted streams of light layers; levels are the first light layer, the stop, and the price.
+    """Fitted streams of light layers.
+
+    Levels are the first light layer, the stop, the number of the price and that of the share.
 
     Attributes:
-      maps: Light layers and maps of each candidate.
+      maps: Light layers and maps by the first three levels.
+      shares: Shares of a prompt that may run light.
       policy: Name of the family.
     """
 
     maps: dict[Levels, KVMaps]
+    shares: tuple[float, ...]
     policy: str = "light"
 
     def preset(self, levels: Levels, *, lean: bool = False) -> QuickSilverConfig:
-        """All of a prompt runs light from the first layer to the stop."""
+        """A share of a prompt runs light from the first layer to the stop."""
         del lean
-        first, stop, *_ = levels
+        first, stop, _, share = levels
         quota: dict[str, Any] = {"rule": "quota", "layers": (stop,), "quota": (1.0,)}
-        halting = HaltingConfig(**quota, entropy=None, light_from=first)
+        quota |= {"light_from": first, "light_share": self.shares[share]}
+        halting = HaltingConfig(**quota, entropy=None)
         return QuickSilverConfig(halting=halting, kv_skip=KVSkipConfig("extrapolate"))
 
     def params(self, params: Params, levels: Levels, qs: QuickSilverConfig) -> Params:
         """The parameters with the candidate's maps."""
         del qs
-        return {**params, "kv_maps": self.maps[levels]}
+        return {**params, "kv_maps": self.maps[levels[:3]]}
 
 
 def check_layers(layers: Iterable[int], model: ModelConfig) -> tuple[int, ...]:

@@ -114,6 +114,7 @@ class FittingText:
     Attributes:
       metric: What later queries feel of each layer's keys and values.
       weight_WT: Weight of each token: the root of the attention that later queries paid it.
+      asked_WT: Attention that the window's last queries paid it, squared and summed over layers.
 
     Args:
       params: From `qs_jax.load`; products run in their dtype.
@@ -192,9 +193,10 @@ class FittingText:
         model, skip, width = self.model, self.skip_first, self.tokens_WT.shape[1]
         layers = [layer_params(self.params, index) for index in range(model.num_layers)]
         felt: list[Any] = [None] * model.num_layers
-        weight, batches = np.empty(self.tokens_WT.shape), 0
+        weight, self.asked_WT = (np.zeros(self.tokens_WT.shape) for _ in range(2))
+        batches = 0
         for rows in self.batches("dense pass"):
-            h_BTD, received = self.embedded(rows), np.zeros(self.tokens_WT[rows].shape)
+            h_BTD = self.embedded(rows)
             for number, params_l in enumerate(layers, start=1):
                 given = (params_l, h_BTD, positions(h_BTD), model)
                 if number in self.states:
@@ -202,11 +204,12 @@ class FittingText:
                 if number < first:
                     h_BTD = dense_layer(*given)
                     continue
-                h_BTD, more, part = watched_layer(*given, skip)
-                received += np.asarray(more)
+                h_BTD, (received, asked), part = watched_layer(*given, skip)
+                weight[rows] += np.asarray(received)
+                self.asked_WT[rows] += np.asarray(asked)
                 at, part = number - 1, as_float64(part)
                 felt[at] = part if felt[at] is None else jax.tree.map(np.add, felt[at], part)
-            weight[rows], batches = received, batches + 1
+            batches += 1
         unread = jax.tree.map(np.zeros_like, felt[-1])
         felt = [unread if part is None else part for part in felt]
         asked = len(self.tokens_WT) * min(sensitivity.ASKING, width // 4)
@@ -238,6 +241,23 @@ class Stream:
         self._dense, self._own = (text.file(f"{name}.now") for name in ("dense", "own"))
         for rows in text.batches(f"from layer {first}"):
             self._dense[rows] = self._own[rows] = text.states[first][rows]
+
+    @functools.cached_property
+    def _attended(self) -> Array:
+        """Linear in the state before the first light layer: log of what will be paid to a token."""
+        text, skip, width = self.text, self.text.skip_first, self.text.tokens_WT.shape[1]
+        read = slice(skip, width - min(sensitivity.ASKING, width // 4) - sensitivity.FAR // 2)
+        paid_WT = np.log(text.asked_WT[:, read] + 1e-9)
+        gram, cross = np.zeros(()), np.zeros(())
+        for rows in text.batches("attention to come"):
+            h_BTD = jnp.asarray(text.states[self.first][rows][:, read])
+            paid_BT1 = jnp.asarray(paid_WT[rows] - paid_WT.mean(), jnp.float32)[..., None]
+            sums = _sums(_linear(h_BTD), paid_BT1, jnp.ones(paid_BT1.shape[:2]), "float32")
+            gram, cross = gram + as_float64(sums[0]), cross + as_float64(sums[1])
+        scale = np.ones(len(gram))
+        scale[-1] = 0
+        solved, _ = choose.ridge(gram, cross, gram[-1, -1], RIDGE_CHOICE, scale)
+        return jnp.asarray(solved[:, 0], jnp.float32)
 
     # --- the stream -----------------------------------------------------------------------------
 
@@ -401,4 +421,5 @@ class Stream:
             neurons=tuple(jnp.asarray(ids) for ids in chosen),
             light=tuple(self.light),
             light_from=self.first if self.light else None,
+            attended_F=self._attended if self.light else None,
         )

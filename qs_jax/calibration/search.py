@@ -42,6 +42,7 @@ from qs_jax.state import NEVER
 
 # First light layers and stops that are tried, as shares of the depth.
 _LIGHT_FROM, _STOPS = (0.4, 0.53), (0.66, 0.85)
+LIGHT_SHARES = (0.8,)
 # Exempt tokens at the end of a longer prompt that are tried, the safest first.
 _RECENT = (512, 256, 192, 128, 64, 32)
 
@@ -114,6 +115,7 @@ def search(
     fit_tokens: inputs.TokensLike | None = None,
     light_from: Sequence[int] | None = None,
     prices: Sequence[float] = PRICES,
+    light_shares: Sequence[float] = LIGHT_SHARES,
     longer: Sequence[inputs.TokensLike] = (),
     probe: Probe | None = None,
     progress: bool = False,
@@ -151,6 +153,8 @@ def search(
       light_from: First light layers to try; by default at 0.4 and 0.53 of the depth.
       prices: Least gains worth the work of a layer (`qs_jax.calibration.sensitivity`): each gives
         other sizes.
+      light_shares: Shares of a prompt's tokens that run light; the others, which later ones are
+        expected to attend most, run whole.
       longer: Windows of other lengths, the shorter first, at which the preset is verified, too. It
         is dense at lengths where nothing keeps the budget.
       probe: Retrieval under a preset: a function of parameters, configuration and task.
@@ -201,7 +205,7 @@ def search(
         spaces[policy] = Space(policy, "quota" if continues else "dual", at, *rest)
         points += climb.climb(task, spaces[policy], max_evaluations, progress=progress)
     if "light" in policies:
-        spaces["light"] = LightSpace({})
+        spaces["light"] = LightSpace({}, tuple(light_shares))
         text = (fit_tokens, light_from, prices, layers, name)
         points += _explore_light(task, spaces["light"], *text, progress=progress)
     front = climb.pareto(points)
@@ -264,9 +268,9 @@ def _explore_light(
             for stop in stops[first]:
                 while stream.layer < stop:
                     stream.step()
-                levels = (first, stop, number)
-                space.maps[levels] = stream.stop()
-                yield climb.point(task, space, levels)
+                space.maps[first, stop, number] = stream.stop()
+                for share in range(len(space.shares)):
+                    yield climb.point(task, space, (first, stop, number, share))
 
 
 def _at_length(

@@ -54,7 +54,11 @@ def unrotated(params_l: Any, h_BTD: Array, model: ModelConfig) -> Float[Array, "
 
 @functools.partial(jax.jit, static_argnames=("model", "skip_first"))
 def watched_layer(params_l: Any, h_BTD: Array, pos_BT: Array, model: ModelConfig, skip_first: int):
-    """A whole layer: states after it, attention received from afar `[B, T]`, and what is felt."""
+    """A whole layer: states after it, attention received, and what is felt.
+
+    Attention is squared and summed over heads, `[B, T]` twice: the mean of queries from afar, and
+    the sum of the window's last queries.
+    """
     width = h_BTD.shape[1]
     seen: dict[str, Any] = {}
 
@@ -70,9 +74,10 @@ def watched_layer(params_l: Any, h_BTD: Array, pos_BT: Array, model: ModelConfig
     queries_S = jnp.maximum(width - FAR - pos_T, 16)
     received_BS = (jnp.where(far_TS, weights_BNTS, 0.0) ** 2).sum((1, 2)) / queries_S[None]
     first = width - min(ASKING, width // 4)
+    asked_BS = (weights_BNTS[:, :, first:] ** 2).sum((1, 2))
     keys_S = (pos_T >= skip_first) & (pos_T < first - FAR // 2)
     felt = _felt(params_l["out"], h_BTD, seen, first, keys_S, model)
-    return after_BTD, received_BS, felt
+    return after_BTD, (received_BS, asked_BS), felt
 
 
 def _felt(out, h_BTD, seen, first, keys_S, model: ModelConfig) -> Felt:

@@ -17,11 +17,11 @@ from qs_jax.calibration.climb import Probe, Task
 from qs_jax.calibration.families import halting_layers
 from qs_jax.calibration.fit_light import PRICES
 from qs_jax.calibration.fit_maps import check_fit, fit_kv_maps
-from qs_jax.calibration.search import result_files
+from qs_jax.calibration.search import LIGHT_SHARES, result_files
 from qs_jax.checkpoint import load_tokenizer
 from qs_jax.commands.options import FileOptions, print_table
 from qs_jax.config import Config, ModelConfig
-from qs_jax.config.fields import Above0, Count, Positive, Several, Share
+from qs_jax.config.fields import Above0, Count, Positive, Probability, Several, Share
 from qs_jax.errors import InputError
 from qs_jax.evaluation.passkey import compare_passkeys, make_passkeys
 from qs_jax.evaluation.perplexity import check_width, read_windows
@@ -84,6 +84,9 @@ class Calibrate(FileOptions):
     prices: Annotated[tuple[Above0, ...], Field(min_length=1)] = PRICES
     """Least gains worth the work of a layer: each gives light layers of other sizes, the higher the
     smaller."""
+    light_shares: Annotated[tuple[Probability, ...], Field(min_length=1)] = LIGHT_SHARES
+    """Shares of a prompt's tokens that run light: the others, which later ones are expected to
+    attend most, run whole."""
     max_evaluations: Positive = 60
     """Candidates measured for each KV policy."""
     candidates: Positive = 4
@@ -122,7 +125,7 @@ class Calibrate(FileOptions):
             maps = fit_kv_maps(params, np.concatenate([*fitting.values()]), **fit)
             params = {**params, "kv_maps": maps}
         given = "max_ppl_increase objective confidence layers max_evaluations candidates"
-        given += " batch_size timed_runs light_from prices"
+        given += " batch_size timed_runs light_from prices light_shares"
         settings = {name: getattr(self, name) for name in given.split()}
         settings |= {"also": also, "data": names, "progress": True, "policies": families}
         settings |= {"verify_share": self.verify_windows / needed, "longer": rest}

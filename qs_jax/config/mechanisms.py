@@ -22,6 +22,7 @@ from qs_jax.config.fields import (
     Number,
     Numbers,
     Positive,
+    Probability,
     Settings,
     Threshold,
 )
@@ -53,6 +54,8 @@ class HaltingConfig(Settings, path="halting"):
       seed: Quota: of the "random" score.
       light_from: Quota: first layer that tokens run light (`qs_jax.mechanisms.light`), until all of
         them stop at the one layer of `layers`; None runs layers whole. It needs fitted maps.
+      light_share: Quota: share of the prompt's eligible tokens that run light. The others, which
+        the maps expect to be attended most, run every layer whole.
       forced_ids: Token ids that halt at `forced_layer` at the latest, whatever their signals.
       forced_layer: Layer of the forced halt; it may lie outside the window.
       freeze: False lets halted tokens keep computing: only their keys are skipped, which isolates
@@ -72,6 +75,7 @@ class HaltingConfig(Settings, path="halting"):
     score_queries: Positive = 32
     seed: Count = 0
     light_from: Integer | None = None
+    light_share: Probability = 1.0
     forced_ids: Integers = ()
     forced_layer: Integer | None = None
     freeze: Flag = True
@@ -93,6 +97,8 @@ class HaltingConfig(Settings, path="halting"):
                 "halting.light_from needs rule 'quota' with one layer and the quota (1.0,): light "
                 "tokens all stop there."
             )
+        if self.light_from is None and self.light_share < 1:
+            raise ConfigError("halting.light_share is of light layers: give halting.light_from.")
         if self.rule != "quota" and self.quota:
             raise ConfigError("halting.quota is for rule 'quota'; this is 'dual'.")
         if bool(self.forced_ids) != (self.forced_layer is not None):

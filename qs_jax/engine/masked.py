@@ -147,6 +147,8 @@ def run_layer(
             state = _quantize(call, state, before.active_BT, layer)
     if mech.kv_skip.policy == "extrapolate":
         state = _encode(call, state, layer)
+    if mech.halting is not None and mech.halting.leaves_whole:
+        state = _leave_whole(call, state, layer)
     record = LayerRecord(
         active_BT=before.active_BT,
         written_BT=_written(call, before, mask_BTS, layer),
@@ -294,7 +296,18 @@ def _written(call: Call, state: TokenState, mask_BTS: Array, layer: Array) -> Ar
 
 def eligible(call: Call, state: TokenState) -> Bool[Array, "B T"]:
     """Tokens that halting and fusion may touch."""
-    return call.rows.subject_BT & ~call.rows.full_BT & ~_stopped(call, state)
+    may_BT = call.rows.subject_BT & ~call.rows.full_BT & ~_stopped(call, state)
+    return may_BT if state.whole_BT is None else may_BT & ~state.whole_BT
+
+
+def _leave_whole(call: Call, state: TokenState, layer: Array) -> TokenState:
+    """Before the first light layer, choose the tokens that run whole."""
+    rule, attended_F = call.mech.halting, call.params["kv_maps"].attended_F
+    assert rule is not None
+    assert rule.light_from is not None
+    chosen = rule.leave_whole(state, call.rows, eligible(call, state), attended_F)
+    now = layer == rule.light_from - 1
+    return state.replace(whole_BT=jnp.where(now, chosen.whole_BT, state.whole_BT))
 
 
 def _halt(

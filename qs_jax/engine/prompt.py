@@ -59,8 +59,7 @@ def run(
             first, last = segments.first_S[s], segments.last_S[s]
             fill = plan.fills[s]
             if plan.light and s == 1:
-                light_BT = eligible(rows, carry.state)
-                carry = prompt_light.run(call, carry, light_BT, slots)
+                carry = prompt_light.run(call, carry, slots)
                 carry = end_segment(call, carry, first, last, fill)
                 continue
             own = call.own_weights() if plan.light and s == 2 else None

@@ -100,4 +100,5 @@ class Slots(NamedTuple):
 
 def eligible(rows: Rows, state: TokenState) -> Bool[Array, "B T"]:
     """Tokens that halting and fusion may touch."""
-    return rows.subject_BT & ~rows.full_BT & (state.fused_BT == NEVER)
+    may_BT = rows.subject_BT & ~rows.full_BT & (state.fused_BT == NEVER)
+    return may_BT if state.whole_BT is None else may_BT & ~state.whole_BT

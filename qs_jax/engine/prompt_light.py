@@ -10,26 +10,30 @@ from jaxtyping import Array, Bool, Int
 from qs_jax.engine.attention import blocked_attention
 from qs_jax.engine.cache import KVCache
 from qs_jax.engine.gather import layer_at, put, take, true_first
+from qs_jax.engine.prompt_call import Call, Carry, eligible
 from qs_jax.mechanisms import Rows
 from qs_jax.mechanisms.light import shared_keys
 from qs_jax.models import apply_block
 from qs_jax.state import NEVER
 
 
-def run(call: Any, carry: Any, light_BT: Bool[Array, "B T"], slots: int) -> Any:
+def run(call: Call, carry: Carry, slots: int) -> Carry:
     """State and cache after the light layers, whole for tokens that are exempt.
 
     Two groups of each row are gathered, each with its own block. All light tokens stop at the end.
 
     Args:
-      call: What all layers share (`prompt.Call`); its parameters hold the reduced layers.
-      carry: After the last whole layer (`prompt.Carry`).
-      light_BT: Tokens that run light.
+      call: What all layers share; its parameters hold the reduced layers.
+      carry: After the last whole layer.
       slots: Most tokens of a row that do not.
     """
     rule, rows, whole = call.mech.halting, call.rows, carry.state
     assert rule is not None
     assert rule.light_from is not None
+    light_BT = eligible(rows, whole)
+    if rule.leaves_whole:
+        whole = rule.leave_whole(whole, rows, light_BT, call.params["kv_maps"].attended_F)
+        light_BT = eligible(rows, whole)
     exact = _group(rows, rows.real_BT & ~light_BT, slots)
     light = _group(rows, light_BT, call.plan.light)
     first_BS, cache = jnp.where(rows.real_BT, rows.pos_BT, NEVER), carry.cache
@@ -71,7 +75,7 @@ def _rank(real_BT: Array) -> Array:
 
 
 def _light_layer(
-    call: Any,
+    call: Call,
     bound: dict[str, Any],
     index: Array,
     exact: _Group,

@@ -84,6 +84,8 @@ def arrange(
     width = padded.tokens_BT.shape[1]
     eligible_B = _eligible(padded, prompt_lengths_B, overrides, qs, mech)
     stopped = _stopped_by(qs, layers, eligible_B)
+    forces = qs.halting is not None and bool(qs.halting.forced_ids)
+    forces |= overrides is not None and bool(np.any(overrides.forced_layer_BT < NEVER))
     granule = max(GRANULE, width // 64)
 
     def slots(count: int, granule: int = granule) -> int:
@@ -104,6 +106,8 @@ def arrange(
         light = qs.halting is not None and qs.halting.light_from is not None
         if light:  # the second segment's whole tokens are those that never stop
             begins[1:] = [slots(left(ends[1]), EXEMPT_GRANULE)] * (len(ends) - 1)
+            if forces:  # such tokens run light even where they would have been left whole
+                fills[1] = slots(int(eligible_B.max()))
         stopping = fills[1] if light else 0
         plan = Plan(tuple(begins), True, tuple(fills), keeps_keys=keeps, light=stopping)
     else:
@@ -192,7 +196,7 @@ def _stopped_by(
         return {}
     allowed = halting.may_halt(layers)
     return {
-        layer: np.floor(share * eligible_B + 1e-3).astype(int)
+        layer: np.floor(share * halting.light_share * eligible_B + 1e-3).astype(int)
         for layer, share in zip(halting.layers or (), halting.quota, strict=True)
         if allowed[layer - 1]
     }

@@ -44,8 +44,8 @@ def prepare_params(params: Params, model: ModelConfig, mech: Mechanisms) -> Para
     if mech.kv_skip.policy == "extrapolate":
         assert mech.halting is not None
         layers = mech.halting.layers or ()
-        needed = {"light_from": mech.halting.light_from, "prompts_only": mech.continuation}
-        require_maps(params, layers, model, **needed)
+        needed = {"light_from": mech.halting.light_from, "ranks": mech.halting.leaves_whole}
+        require_maps(params, layers, model, **needed, prompts_only=mech.continuation)
         maps = params["kv_maps"]
         prepared["kv_maps"] = maps if maps.layers == layers else select(maps, layers)
         if mech.halting.light_from is not None:

@@ -12,7 +12,8 @@ from flax.struct import field
 from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.mechanisms.signals import EntropyOf
-from qs_jax.state import TokenState
+from qs_jax.models.layers import rms_normalised
+from qs_jax.state import NEVER, TokenState
 
 
 @no_type_check
@@ -22,12 +23,14 @@ class Halting(flax.struct.PyTreeNode):
     Attributes:
       entropy: The estimator that decisions read, or None.
       layers: The halting layers, where extrapolation maps belong to them; else None.
+      leaves_whole: `light_share` is below 1.
     """
 
     may_halt_L: Bool[Array, "L"]
     tau_drift_L: Float[Array, "L"]
     tau_halt_L: Float[Array, "L"]
     quota_L: Float[Array, "L"]
+    light_share: Float[Array, ""]
     forced_layer: Int[Array, ""]
     forced_ids: Int[Array, "m"]
     rule: str = field(pytree_node=False)
@@ -39,6 +42,7 @@ class Halting(flax.struct.PyTreeNode):
     freeze: bool = field(pytree_node=False)
     layers: tuple[int, ...] | None = field(pytree_node=False)
     light_from: int | None = field(pytree_node=False)
+    leaves_whole: bool = field(pytree_node=False)
 
     @property
     def ranks(self) -> bool:
@@ -54,6 +58,25 @@ class Halting(flax.struct.PyTreeNode):
     def reads_drift(self) -> bool:
         """Whether decisions read how far a layer moved a token."""
         return self.rule == "dual" or (self.ranks and self.score == "drift")
+
+    def leave_whole(
+        self,
+        state: TokenState,
+        rows: Any,
+        eligible_BT: Bool[Array, "B T"],
+        attended_F: Float[Array, "F"],
+    ) -> TokenState:
+        """Choose, before the first light layer, the tokens that run every layer whole.
+
+        All but `light_share` of the eligible ones: those with the highest expected attention, which
+        `attended_F` reads from a state over its RMS, and 1. Forced halts come first.
+        """
+        x_BTD = rms_normalised(state.h_BTD.astype(attended_F.dtype))
+        score_BT = x_BTD @ attended_F[:-1] + attended_F[-1]
+        nobody_BT = jnp.zeros_like(eligible_BT)
+        light_BT = lowest(score_BT, eligible_BT, nobody_BT, self.light_share)
+        whole_BT = eligible_BT & ~light_BT & (rows.forced_layer_BT == NEVER)
+        return state.replace(whole_BT=whole_BT)
 
     def after_layer(
         self,

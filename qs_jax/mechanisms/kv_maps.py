@@ -56,6 +56,8 @@ class KVMaps(flax.struct.PyTreeNode):
       light: Layers that tokens run light before they stop at `layers[0]`, the only one then; they
         and the maps were fitted on one another's states. Empty where they run whole.
       light_from: Number of the first of them.
+      attended_F: Of light layers: how much later tokens will attend one, in logs, from its state
+        over the RMS before the first light layer, and 1. None where nothing ranks by it.
     """
 
     maps_LXFO: Float[Array, "L X F O"]
@@ -66,6 +68,7 @@ class KVMaps(flax.struct.PyTreeNode):
     neurons: tuple[Int[Array, "m"], ...] = ()
     light: tuple[LightLayer, ...] = ()
     light_from: int | None = flax.struct.field(pytree_node=False, default=None)
+    attended_F: Float[Array, "F"] | None = None
 
     @property
     def code_size(self) -> int:
@@ -97,6 +100,8 @@ class KVMaps(flax.struct.PyTreeNode):
         arrays = {f"maps.{layer}": maps[layer:, x] for x, layer in enumerate(self.layers)}
         if self.encode_XFR is not None:
             arrays["encode"] = np.asarray(self.encode_XFR)
+        if self.attended_F is not None:
+            arrays["attended"] = np.asarray(self.attended_F)
         for at, light in enumerate(self.light, start=self.light_from or 0):
             arrays |= {f"light.{at}.encode": light.encode_FR, f"light.{at}.decode": light.decode_RD}
         stored = {name: np.ascontiguousarray(array, dtype) for name, array in arrays.items()}
@@ -180,6 +185,7 @@ def _from_arrays(arrays: dict[str, np.ndarray], metadata: Mapping[str, str]) -> 
             for at in light
         ),
         light[0] if light else None,
+        numbers("attended") if "attended" in arrays else None,
     )
 
 
@@ -202,6 +208,8 @@ def _check_light(maps: KVMaps, model: ModelConfig) -> None:
         wrong = [at for at in np.asarray(ids).tolist() if not 0 <= at < count]
         if wrong:
             raise ConfigError(f"these KV maps name {name} {wrong[0]}; this model has {count}.")
+    if maps.attended_F is not None and maps.attended_F.shape != (model.hidden_size + 1,):
+        raise ConfigError("these KV maps rank tokens of another model: other sizes.")
     if maps.layers[-1] + len(maps.neurons) > model.num_layers:
         raise ConfigError("these KV maps read neurons of layers that this model does not have.")
     if maps.light and len(maps.light) != maps.layers[0] - (maps.light_from or 0) + 1:
@@ -223,6 +231,7 @@ def require_maps(
     model: ModelConfig,
     *,
     light_from: int | None = None,
+    ranks: bool = False,
     prompts_only: bool,
 ) -> None:
     """Refuse to extrapolate without maps of these halting layers, or with prompts' features."""
@@ -241,6 +250,8 @@ def require_maps(
             f"the KV maps were fitted behind {made}, the configuration runs {asked} "
             "(halting.light_from): give the maps that were saved with the preset."
         )
+    if ranks and maps.attended_F is None:
+        raise ConfigError("halting.light_share below 1 needs maps that rank tokens: fit them anew.")
     missing = sorted(set(layers) - set(maps.layers))
     if missing:
         raise ConfigError(

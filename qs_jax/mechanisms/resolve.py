@@ -161,6 +161,7 @@ class Mechanisms(flax.struct.PyTreeNode):
             return jnp.zeros((*shape, size), dtype) if size else None
 
         window = self.fusion.window if self.fusion is not None else 0
+        leaves_whole = self.halting is not None and self.halting.leaves_whole
         return TokenState(
             h_BTD=embedded_BTD,
             active_BT=rows.real_BT,
@@ -173,6 +174,7 @@ class Mechanisms(flax.struct.PyTreeNode):
             received_BTS=zeros(shape[1] if receives else 0, exact),
             shortlist_BTX=zeros(self.shortlist_size, jnp.int32),
             code_BTR=zeros(code_size, model.dtype),
+            whole_BT=jnp.zeros(shape, bool) if leaves_whole else None,
         )
 
 
@@ -230,6 +232,8 @@ def _halting(qs: QuickSilverConfig, model: ModelConfig) -> Halting | None:
         tau_drift_L=_by_layer(config.tau_drift, model),
         tau_halt_L=_by_layer(config.tau_halt, model),
         quota_L=_by_layer(quota, model),
+        light_share=_number(config.light_share, model),
+        leaves_whole=config.light_share < 1,
         forced_layer=jnp.int32(NEVER if forced is None else forced),
         forced_ids=_ids(config.forced_ids),
         entropy=config.entropy_used,

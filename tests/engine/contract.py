@@ -188,7 +188,9 @@ FAST = {
     ),
     "fusion": settings(fusion=ADJACENT),
     "int8": settings(amq=INT8),
-    "light": LIGHT,
+    "light": dataclasses.replace(
+        LIGHT, halting=dataclasses.replace(LIGHT.halting, light_share=0.7)
+    ),
     "light-gpt2": LIGHT,
 }
 

@@ -159,14 +159,22 @@ def test_overrides_are_the_definitions(name):
             qs_jax.score(params, rows, cfg.replace(engine=engine), **options)
             for engine in ("compact", "masked")
         )
-        plain = qs_jax.score(params, rows, cfg, prompt_lengths=(22, 15)).record
+        halting = dataclasses.replace(cfg.quicksilver.halting, light_share=1.0)
+        every = dataclasses.replace(cfg.quicksilver, halting=halting)
+        plain = cfg.replace(quicksilver=every)
+        plain = qs_jax.score(params, rows, plain, prompt_lengths=(22, 15)).record
         options["overrides"] = qs_jax.TokenOverrides(forced_halt=np.where(forced, 3, 0))
         with pytest.raises(qs_jax.InputError, match="there are maps for"):
             qs_jax.score(params, rows, cfg, **options)
     np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-6)
     assert_same_record(found.record, expected.record, expected.record.real)
-    np.testing.assert_array_equal(found.record.depth == 4, (plain.depth == 4) & ~full)
     assert (plain.depth == 4)[full].any()
+    may, light = (plain.depth == 4) & ~full, found.record.depth == 4
+    assert (light <= may).all()
+    assert light[may & forced].all()
+    shares = light.sum(1) / may.sum(1)
+    ranked = cfg.quicksilver.halting.light_share < 1
+    assert (shares < 1).all() if ranked else (shares == 1).all()
 
 
 STAGED = settings(

@@ -90,6 +90,7 @@ def with_maps(
         neurons=neurons,
         light=tuple(map(light_layer, light)),
         light_from=first,
+        attended_F=numbers(model.hidden_size + 1) if halting.light_share < 1 else None,
     )
     return params | {"kv_maps": maps}
 

@@ -302,6 +302,20 @@ class Row:
                 self.judge.note(gap)
         return order[: max(missing, 0)]
 
+    def leave_whole(self) -> None:
+        """Who will be attended most runs all layers whole, by the maps; forced halts come first."""
+        halting, attended = self.qs.halting, np.asarray(self.maps.attended_F).astype(np.float64)
+        layer = halting.light_from - 1
+        everyone = [t for t in range(self.count) if self.eligible(t, layer)]
+        states = {t: self.state[layer, t] for t in everyone}
+        score = {t: h / max(rms(h), 1e-6) @ attended[:-1] + attended[-1] for t, h in states.items()}
+        order = sorted(everyone, key=lambda t: (score[t], t))
+        count = math.floor(halting.light_share * len(everyone) + 1e-3)
+        if 0 < count < len(order):
+            self.judge.note(score[order[count]] - score[order[count - 1]])
+        for t in order[count:]:
+            self.full[t] = self.full[t] or self.forced[t] == NEVER
+
     def score(self, t: int, layer: int) -> float:
         halting = self.qs.halting
         assert halting is not None

@@ -151,6 +151,10 @@ def _run_layer(spots: list[tuple[Row, int]], layer: int) -> None:
         row.close(t, layer)
         if layer == row.depth:
             row.logits[t] = row.net.logits(row.state[layer, t])
+    halting = spots[0][0].qs.halting
+    if halting is not None and halting.light_from == layer + 1 and halting.light_share < 1:
+        for row in {id(row): row for row, _ in spots}.values():
+            row.leave_whole()
 
 
 def _output(rows: list[Row], margin: float) -> OracleOutput:

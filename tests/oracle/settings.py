@@ -139,6 +139,22 @@ ONE: dict[str, tuple[str, QuickSilverConfig]] = {
             recent_tokens_over=((7, 3),),  # one of the two prompts is longer
         ),
     ),
+    "light-share": (
+        "continuation",
+        settings_of(
+            halting=quota(
+                layers=(3,),
+                quota=(1.0,),
+                light_from=2,
+                light_share=0.6,
+                forced_ids=(3, 4, 5, 6),
+                forced_layer=3,
+            ),
+            kv_skip=KVSkipConfig(policy="extrapolate"),
+            sink_tokens=0,
+            recent_tokens=2,
+        ),
+    ),
     "light-once": (
         "continuation",
         settings_of(
