@@ -1,5 +1,6 @@
 """Light layers as they are fitted, against NumPy's least squares and derivatives of attention."""
 
+import dataclasses
 import functools
 
 import jax
@@ -14,7 +15,7 @@ from qs_jax.calibration.fit_light import FittingText, Stream
 from qs_jax.config import Config, HaltingConfig, KVSkipConfig, QuickSilverConfig
 from qs_jax.mechanisms.kv_maps import KVMaps
 from tests.oracle.comparison import a_model
-from tests.oracle.model import OracleModel
+from tests.oracle.model import OracleModel, softmax
 from tests.support import random_tokens
 
 WIDTH, SKIP = 64, 4
@@ -201,6 +202,40 @@ def test_what_is_felt_is_the_derivative_of_attention(kind):
     assert heads[0] == len(by_key[0, 0, 0])
 
 
+def paid(net, layer, h, first):
+    """Attention of queries from `first` on to each token of a row: squared, summed over heads."""
+    m, total = net.model, np.zeros(len(h))
+    q, kv = zip(*[net.qkv(layer, net.norm("attn_norm", layer, x)) for x in h], strict=True)
+    shape, share = (m.num_kv_heads, m.head_dim), m.num_heads // m.num_kv_heads
+    keys = np.stack([net.rotate(x[: m.kv_size].reshape(shape), i) for i, x in enumerate(kv)])
+    for i in range(first, len(h)):
+        for n, query in enumerate(net.rotate(q[i], i)):
+            scores = keys[: i + 1, n // share] @ query / np.sqrt(m.head_dim)
+            total[: i + 1] += softmax(scores) ** 2
+    return total
+
+
+def test_tokens_are_ranked_by_what_the_last_queries_will_pay():
+    """Ridge least squares of its log, from the state before the first light layer."""
+    params, model, tokens_WT, text = fitting_text("llama")
+    stream = Stream(text, 2, 0.003)
+    stream.step()
+    found = np.asarray(stream.stop().attended_F)
+    streams, first = Streams(params, model, tokens_WT), WIDTH * 3 // 4
+    streams.run(1)
+    far, total = slice(SKIP, first - sensitivity.FAR // 2), np.zeros(tokens_WT.shape)
+    x = streams.dense[:, far]
+    x = (x / np.sqrt((x**2).mean(-1, keepdims=True))).reshape(-1, model.hidden_size)
+    for layer in range(2, model.num_layers + 1):
+        total += np.stack([paid(streams.net, layer, row, first) for row in streams.dense])
+        streams.run(layer)
+    y = np.log(total[:, far] + 1e-9).reshape(-1, 1)
+    read = np.concatenate([x, np.ones((len(x), 1))], axis=1)
+    penalties = np.r_[np.full(model.hidden_size, 1e-2), 0.0] + 1e-9
+    expected = ridge(read, y - y.mean(), np.ones(len(x)), penalties)
+    np.testing.assert_allclose(read @ found, (read @ expected)[:, 0], atol=2e-3 * y.std())
+
+
 # --- streams ------------------------------------------------------------------------------------
 
 
@@ -233,11 +268,15 @@ def test_maps_of_light_layers_come_back_and_serve(tmp_path):
         np.testing.assert_array_equal(ours, theirs)
     assert (again.sizes, again.layers, again.light_from) == (maps.sizes, (2,), 2)
 
-    def score(light_from, maps, model=model):
+    def score(light_from, maps, model=model, share=1.0):
         halting = HaltingConfig(rule="quota", layers=(2,), quota=(1.0,), light_from=light_from)
+        halting = dataclasses.replace(halting, light_share=share)
         qs = QuickSilverConfig(halting, KVSkipConfig("extrapolate"), recent_tokens=4)
         cfg = Config(model, qs, continuation_tokens=8)
         return qs_jax.score({**params, "kv_maps": maps}, tokens_WT[:2], cfg)
+
+    assert score(2, maps).record.active[-1].sum() == 2 * 16
+    assert score(2, maps, share=0.75).record.active[-1].sum() == 2 * (16 + 12)
 
     np.testing.assert_array_equal(score(2, maps).logprobs, score(2, again).logprobs)
     with pytest.raises(
@@ -248,6 +287,8 @@ def test_maps_of_light_layers_come_back_and_serve(tmp_path):
         score(2, maps.replace(light=(), light_from=None))
     with pytest.raises(ConfigError, match="were fitted on other weights"):
         score(2, maps.replace(provenance='{"weights": "other"}'), model.replace(weights="ours"))
+    with pytest.raises(ConfigError, match="needs maps that rank tokens"):
+        score(2, maps.replace(attended_F=None), share=0.5)
     (light,) = maps.light
     for told, wrong in (
         ("other sizes", {"light": (light.replace(decode_RD=light.decode_RD[:, 1:]),)}),
@@ -256,6 +297,7 @@ def test_maps_of_light_layers_come_back_and_serve(tmp_path):
         ("name neuron -1", {"neurons": (maps.neurons[0].at[0].set(-1), *maps.neurons[1:])}),
         ("layers that this model does not", {"neurons": (*maps.neurons, maps.neurons[0][:0])}),
         ("do not reach", {"light": (light, light)}),
+        ("rank tokens of another model", {"attended_F": maps.attended_F[1:]}),
         ("not of this model", {"maps_LXFO": maps.maps_LXFO[:, :, 1:]}),
     ):
         with pytest.raises(ConfigError, match=told):
