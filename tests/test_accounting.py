@@ -172,6 +172,10 @@ def test_a_light_prompt_agrees_with_xla(kind):
     counted = accounting.tally(record, model, qs, maps.sizes)["prefill"]
     assert counted["exact_flops"] == pytest.approx(theirs, rel=0.01)
     assert counted["exact_flops"] < 0.75 * counted["exact_flops_dense"]
+    halting = dataclasses.replace(qs.halting, light_share=0.5)  # tokens are ranked: D + 1 products
+    ranked = dataclasses.replace(qs, halting=halting)
+    more = accounting.tally(record, model, ranked, maps.sizes)["prefill"]["exact_flops"]
+    assert more - counted["exact_flops"] == record.subject.sum() * 2 * (model.hidden_size + 1)
 
 
 def light_record(model, stops, width):

@@ -205,6 +205,7 @@ def halting(**fields):
 QUOTA = {"rule": "quota", "layers": (2,), "quota": (0.5,), "entropy": None}
 MINMAX = AMQConfig(2, normalization="minmax", tau_low=0.3, tau_high=0.6, group=8)
 REFUSED = {
+    "light_share is of light layers": lambda: HaltingConfig(light_share=0.5),
     "tau_low.*above": lambda: AMQConfig(2, tau_low=3.0, tau_high=1.0),
     "halting.tau_drift must be a number, got nan": lambda: HaltingConfig(tau_drift=float("nan")),
     "halting.drift must be 'raw', 'relative' or 'cosine'": lambda: HaltingConfig(drift="L2"),
