@@ -110,7 +110,7 @@ def ways(model: ModelConfig, fitted: KVMaps) -> Iterator[Way]:
 
 def measure(args: Arguments) -> dict[str, Any]:
     """Score what is not in the file yet, and write it after each row."""
-    params, model, tokens_WT, about = args.read()
+    params, model, tokens_WT, about = args.read("auto")
     content: dict[str, Any] = read_json(args.out) if args.out.exists() else {"rows": {}}
     content |= {"about": about, "environment": environment.describe()}
     scored_WT, fit_WT = tokens_WT[: args.windows], tokens_WT[args.windows :]

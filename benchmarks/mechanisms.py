@@ -60,13 +60,15 @@ class Inputs:
     batch_size: int = 4
     """Windows at a time."""
 
-    def read(self) -> tuple[Params, ModelConfig, np.ndarray, dict[str, Any]]:
+    def read(
+        self, dtype: str = "float32"
+    ) -> tuple[Params, ModelConfig, np.ndarray, dict[str, Any]]:
         """Parameters, model, all windows, and what the inputs are.
 
         Raises:
           InputError: The text is too short.
         """
-        params, model = qs_jax.load(self.ckpt, dtype="float32")
+        params, model = qs_jax.load(self.ckpt, dtype=dtype)
         needed, tokenizer = self.windows + self.fit_windows, qs_jax.load_tokenizer(self.ckpt)
         text, windows = perplexity.read_windows(self.data, tokenizer, self.seq_len, needed)
         if windows.tokens_WT.shape != (needed, self.seq_len):
@@ -74,7 +76,11 @@ class Inputs:
                 f"{text.name} has {windows.tokens_in_text:,} tokens; {needed} windows of "
                 f"{self.seq_len} are needed: lower --windows or --fit-windows, or give more text."
             )
-        about = {"model": read_manifest(self.ckpt)["source"], "text": text.name, "dtype": "float32"}
+        about = {
+            "model": read_manifest(self.ckpt)["source"],
+            "text": text.name,
+            "dtype": model.dtype,
+        }
         names = ("windows", "seq_len", "fit_windows", "batch_size")
         about |= {name: getattr(self, name) for name in names} | {"sha256": text.sha256}
         return params, model, windows.tokens_WT, about

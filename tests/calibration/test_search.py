@@ -143,15 +143,15 @@ def test_the_walk_ends_at_the_first_candidate_out_of_budget(model, monkeypatch):
 @pytest.fixture(
     scope="module",
     params=[
-        {"fusion": False, "timed_runs": 0},
-        pytest.param({"timed_runs": 1}, marks=pytest.mark.slow),
+        {"fusion": False, "timed_runs": 0, "max_evaluations": 12},
+        pytest.param({"timed_runs": 1, "max_evaluations": 25}, marks=pytest.mark.slow),
     ],
 )
 def generous(request, params, text, cfg):
     """A search with a budget of a tenth of the perplexity; programs compiled; its options."""
     dense = qs_jax.score(params, text, cfg.replace(protocol="continuation")).perplexity
     before = scoring._jit_masked._cache_size()
-    options = {"max_evaluations": 25, "data": ("first", "second")} | request.param
+    options = {"data": ("first", "second")} | request.param
     found = search(params, text, cfg, max_ppl_increase=dense / 10, **options)
     return found, dense, scoring._jit_masked._cache_size() - before, options
 
