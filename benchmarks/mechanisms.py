@@ -224,7 +224,9 @@ def _walk(entry: Mapping[str, Any], calibrated: Mapping[str, Any]) -> dict[str, 
     """One verified candidate of light layers as a line of a table."""
     bound, retrieval = entry["upper_bound"], entry.get("retrieval")
     line = {"tokens": f"{entry.get('seq_len', calibrated['seq_len']):,}"}
-    line["price"] = f"{calibrated['prices'][entry['levels'][2]]:g}"
+    *_, price, share = entry["levels"]
+    line["price"] = f"{calibrated['prices'][price]:g}"
+    line["light"] = percent(calibrated["shares"][share])
     line["exempt at the end"] = str(entry.get("recent_tokens", 32))
     line["perplexity"] = f"{entry['ppl_increase']:+.2f}"
     line["upper bound"] = "none" if bound is None else f"{bound:+.2f}"
