@@ -155,7 +155,7 @@ def draw(content: dict[str, Any], path: Path) -> None:
     for axes, field, title in zip(panels, ("saved", "time_saved"), titles, strict=True):
         for family, style in STYLES.items():
             rows = [row for row in content["rows"].values() if row["family"] == family]
-            rows = sorted((r for r in rows if r[field] is not None), key=lambda row: row[field])
+            rows = sorted((r for r in rows if r[field] is not None), key=lambda row: row["saved"])
             x, y = [100 * r[field] for r in rows], [r["lost_by_kl"] for r in rows]
             axes.plot(x, y, style, label=family, markersize=5, linewidth=1)
         if field == "saved":
@@ -163,12 +163,13 @@ def draw(content: dict[str, Any], path: Path) -> None:
             x, y = [100 * p["saved"] for p in found], [p["lost_by_kl"] for p in found]
             axes.scatter(x, y, s=12, color="0.6", label="light, searched", zorder=1)
             axes.plot(100 * CLAIM[0], CLAIM[1], "*", color="black", markersize=11)
-            axes.annotate("the paper's claim", (100 * CLAIM[0], CLAIM[1]), fontsize=8)
+            place = {"xytext": (0, -12), "textcoords": "offset points", "ha": "center"}
+            axes.annotate("the paper's claim", (100 * CLAIM[0], CLAIM[1]), fontsize=8, **place)
         axes.axhline(0.2, color="0.7", linewidth=0.8, linestyle=":")
         axes.set(xlabel=title, yscale="log")
         axes.grid(alpha=0.2)
     panels[0].set_ylabel("perplexity lost, by KL divergence")
-    panels[0].legend(fontsize=7)
+    panels[0].legend(fontsize=7, loc="center right", bbox_to_anchor=(1.0, 0.5))
     with write_whole(path) as (staged,):
         figure.savefig(staged, format="png")
 
