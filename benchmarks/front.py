@@ -169,7 +169,8 @@ def draw(content: dict[str, Any], path: Path) -> None:
         axes.set(xlabel=title, yscale="log")
         axes.grid(alpha=0.2)
     panels[0].set_ylabel("perplexity lost, by KL divergence")
-    panels[0].legend(fontsize=7, loc="center right", bbox_to_anchor=(1.0, 0.5))
+    shown = panels[0].get_legend_handles_labels()
+    figure.legend(*shown, fontsize=8, loc="outside lower center", ncols=6)
     with write_whole(path) as (staged,):
         figure.savefig(staged, format="png")
 
