@@ -140,6 +140,17 @@ def test_the_walk_ends_at_the_first_candidate_out_of_budget(model, monkeypatch):
     assert entries[1]["upper_bound"] <= 0.1
 
 
+@pytest.mark.parametrize(("measured", "saving"), [(0.3, 0.3), (None, 0.0)])
+def test_time_is_an_objective(model, monkeypatch, measured, saving):
+    """What was measured is maximised; where no fast engine runs a preset, it saves nothing."""
+    flops = dict.fromkeys(climb.SAVED, 0.1) | {"prefill": {"exact_flops_saved": 0.13}}
+    found = dataclasses.replace(scores([1.1]), saved=flops)
+    monkeypatch.setattr(climb, "measure", lambda *_: found)
+    monkeypatch.setattr(climb, "time_saved", lambda *_: measured)
+    task = task_of(1.0)._replace(dense=scores([1.0]), objective="time")
+    assert climb.point(task, space_of(model), (1, 1, 1, 0, 0)).saving == saving
+
+
 @pytest.fixture(
     scope="module",
     params=[
