@@ -18,8 +18,6 @@ from qs_jax.state import NEVER
 SEGMENTS = 4
 # A row's slots are a multiple of this (or of a 64th of the width), so that few programs are made.
 GRANULE = 8
-# Tokens that are exempt from light layers are few, and nearly always as many.
-EXEMPT_GRANULE = 4
 # Even steps among which slots are chosen where tokens stop by signals; each compiles one body.
 STEPS = 6
 SMALLEST_STEP = 16
@@ -88,7 +86,7 @@ def arrange(
     forces |= overrides is not None and bool(np.any(overrides.forced_layer_BT < NEVER))
     granule = max(GRANULE, width // 64)
 
-    def slots(count: int, granule: int = granule) -> int:
+    def slots(count: int) -> int:
         return min(-(-count // granule) * granule, width)
 
     def left(layer: int) -> int:
@@ -105,7 +103,7 @@ def arrange(
             fills.append(slots(int(np.max(gone_B))))
         light = qs.halting is not None and qs.halting.light_from is not None
         if light:  # the second segment's whole tokens are those that never stop
-            begins[1:] = [slots(left(ends[1]), EXEMPT_GRANULE)] * (len(ends) - 1)
+            begins[1] = slots(left(ends[1]))
             if forces:  # such tokens run light even where they would have been left whole
                 fills[1] = slots(int(eligible_B.max()))
         stopping = fills[1] if light else 0
