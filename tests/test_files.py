@@ -300,7 +300,7 @@ def test_outputs_are_checked_before_the_work(command, changes, message, tmp_path
     given = {"ckpt": "nowhere", "out": "a.json"}
     given |= {
         Evaluate: {"data": "data.json"},
-        Calibrate: {"data": "data.json", "max_ppl_increase": 1.0},
+        Calibrate: {"data": ("data.json",), "max_ppl_increase": 1.0},
         Tasks: {"data": "data.json", "tasks": ("sst2",)},
         Diagnose: {"text": "a text", "preset": "off"},
         Report: {"text": "a text", "preset": ("off",)},
