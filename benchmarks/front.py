@@ -79,13 +79,9 @@ class Way(NamedTuple):
         return kept if self.maps is None else {**kept, "kv_maps": self.maps}
 
 
-def stages(model: ModelConfig) -> list[dict[int, float]]:
+def schedules(model: ModelConfig) -> list[HaltingConfig]:
     """The schedules, by layers."""
-    depth = model.num_layers
-    return [
-        {min(round(at * depth), depth - 1): share for at, share in each.items()}
-        for each in SCHEDULES
-    ]
+    return [presets.quota(model, shares) for shares in SCHEDULES]
 
 
 def ways(model: ModelConfig, fitted: KVMaps) -> Iterator[Way]:
@@ -93,16 +89,15 @@ def ways(model: ModelConfig, fitted: KVMaps) -> Iterator[Way]:
     for name in presets.SHIPPED:
         if path := presets.shipped_maps(model, name):
             yield Way("light", name, presets.by_name(name, model), KVMaps.load(path))
-    for schedule in stages(model):
-        quota = {"layers": tuple(schedule), "quota": tuple(schedule.values())}
-        name = ", ".join(f"{share:.0%} at {layer}" for layer, share in schedule.items())
-        halting = HaltingConfig(rule="quota", entropy=None, **quota)
+    for halting in schedules(model):
+        layers, shares = halting.layers or (), halting.quota
+        name = ", ".join(f"{share:.0%} at {at}" for at, share in zip(layers, shares, strict=True))
         for policy in ("extrapolate", "skip", "propagate"):
-            maps = select(fitted, tuple(schedule)) if policy == "extrapolate" else None
+            maps = select(fitted, layers) if policy == "extrapolate" else None
             family = "maps" if maps is not None else policy
             qs = QuickSilverConfig(halting, KVSkipConfig(policy))
             yield Way(family, name, qs, maps)
-        if min(schedule.values()) < 1:  # who stops first is chosen by chance
+        if min(shares) < 1:  # who stops first is chosen by chance
             chance = dataclasses.replace(halting, score="random")
             qs = QuickSilverConfig(chance, KVSkipConfig("skip"))
             yield Way("random, skip", name, qs, None)
@@ -114,15 +109,15 @@ def measure(args: Arguments) -> dict[str, Any]:
     content: dict[str, Any] = read_json(args.out) if args.out.exists() else {"rows": {}}
     content |= {"about": about, "environment": environment.describe()}
     scored_WT, fit_WT = tokens_WT[: args.windows], tokens_WT[args.windows :]
-    layers = sorted({layer for schedule in stages(model) for layer in schedule})
+    layers = sorted({layer for each in schedules(model) for layer in each.layers or ()})
     rank = min(RANK, feature_count(FEATURES, model) - 1)
     given: dict[str, Any] = {"features": FEATURES, "rank": rank, "data": about["text"]}
     fitted = fit_kv_maps(params, fit_WT, layers, model, progress=True, **given)
     scored = args.seq_len // 4
     cfg = Config(model, protocol="continuation", continuation_tokens=scored)
     dense = score_tokens(params, scored_WT, cfg, args.batch_size)
-    settings: tuple[Any, ...] = (1.0, "exact_flops", args.batch_size, (about["text"],))
-    task = climb.Task(params, cfg, scored_WT, dense, *settings)
+    asked: tuple[Any, ...] = (1.0, "exact_flops", args.batch_size, (about["text"],))
+    task = climb.Task(params, cfg, scored_WT, dense, *asked)
     for way in tqdm(list(ways(model, fitted)), "rows"):
         key, settings = f"{way.policy}: {way.name}", way.quicksilver.to_dict() | about
         settings.pop("provenance")

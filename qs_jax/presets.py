@@ -86,7 +86,7 @@ def balanced(model: ModelConfig) -> QuickSilverConfig:
     """
     if _has_shipped_sizes(model):
         return load(SHIPPED["balanced"], model)
-    return QuickSilverConfig(_quota(model, {0.8: 0.5}), KVSkipConfig(), provenance=_SHIPPED)
+    return QuickSilverConfig(quota(model, {0.8: 0.5}), KVSkipConfig(), provenance=_SHIPPED)
 
 
 def prompt_40(model: ModelConfig) -> QuickSilverConfig:
@@ -109,7 +109,7 @@ def aggressive(model: ModelConfig) -> QuickSilverConfig:
     tokens are skipped, near-identical neighbours fuse, and products are in int8 from the middle on.
     The measured cost is in docs/mechanisms.md.
     """
-    middle, halting = max(model.num_layers // 2, 1), _quota(model, {2 / 3: 0.5, 0.9: 0.9})
+    middle, halting = max(model.num_layers // 2, 1), quota(model, {2 / 3: 0.5, 0.9: 0.9})
     fusion = FusionConfig(tau_fuse=0.35, distance="relative", first_layer=middle)
     bits = AMQConfig.uniform(8, layer=middle, group=_group(model), execution="int8")
     return QuickSilverConfig(halting, KVSkipConfig(), fusion, bits, provenance=_SHIPPED)
@@ -155,7 +155,7 @@ def _layer(model: ModelConfig, fraction: float) -> int:
     return min(max(round(fraction * model.num_layers), 1), max(model.num_layers - 1, 1))
 
 
-def _quota(model: ModelConfig, shares: Mapping[float, float]) -> HaltingConfig:
+def quota(model: ModelConfig, shares: Mapping[float, float]) -> HaltingConfig:
     """Shares of a prompt that have stopped, by fraction of the depth; the least attended first."""
     stops: dict[int, float] = {}
     for fraction, share in shares.items():  # in a shallow model two can be one layer
