@@ -114,7 +114,6 @@ class FittingText:
     Attributes:
       metric: What later queries feel of each layer's keys and values.
       weight_WT: Weight of each token: the root of the attention that later queries paid it.
-      asked_WT: Attention that the window's last queries paid it, squared and summed over layers.
 
     Args:
       params: From `qs_jax.load`; products run in their dtype.
@@ -170,6 +169,7 @@ class FittingText:
         self._folder = tempfile.mkdtemp()
         weakref.finalize(self, shutil.rmtree, self._folder)
         self.states = {first: self.file(f"dense.{first}") for first in firsts}
+        self._attended: dict[int, Array] = {}
         self._read_dense(min(firsts))
 
     def file(self, name: str) -> np.memmap:
@@ -193,7 +193,7 @@ class FittingText:
         model, skip, width = self.model, self.skip_first, self.tokens_WT.shape[1]
         layers = [layer_params(self.params, index) for index in range(model.num_layers)]
         felt: list[Any] = [None] * model.num_layers
-        weight, self.asked_WT = (np.zeros(self.tokens_WT.shape) for _ in range(2))
+        weight, self._asked_WT = (np.zeros(self.tokens_WT.shape) for _ in range(2))
         batches = 0
         for rows in self.batches("dense pass"):
             h_BTD = self.embedded(rows)
@@ -206,7 +206,7 @@ class FittingText:
                     continue
                 h_BTD, (received, asked), part = watched_layer(*given, skip)
                 weight[rows] += np.asarray(received)
-                self.asked_WT[rows] += np.asarray(asked)
+                self._asked_WT[rows] += np.asarray(asked)
                 at, part = number - 1, as_float64(part)
                 felt[at] = part if felt[at] is None else jax.tree.map(np.add, felt[at], part)
             batches += 1
@@ -219,6 +219,47 @@ class FittingText:
         weight = np.nan_to_num(weight, nan=1.0)
         weight[:, :skip] = 0
         self.weight_WT = (weight / weight[:, skip:].mean()).astype(np.float32)
+
+    def add_up(
+        self,
+        title: str,
+        read: Callable[[slice], Any],
+        weight_WT: np.ndarray | None = None,
+        dtype: str | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """X'X and X'Y over all tokens, in float64; `read` gives X and Y of some windows."""
+        gram, cross = np.zeros(()), np.zeros(())
+        weights = self.weight_WT if weight_WT is None else weight_WT
+        for rows in self.batches(title):
+            sums = _sums(*read(rows), jnp.asarray(weights[rows]), dtype or self.dtype)
+            gram, cross = gram + as_float64(sums[0]), cross + as_float64(sums[1])
+        return gram, cross
+
+    def attended(self, first: int) -> Array:
+        """Log of the attention that the last queries pay a token, linear in its state.
+
+        That is the state before layer `first`; attention is squared and summed over heads and
+        layers.
+        """
+        if first in self._attended:
+            return self._attended[first]
+        width = self.tokens_WT.shape[1]
+        last = width - min(sensitivity.ASKING, width // 4) - sensitivity.FAR // 2
+        counted_WT = np.zeros(self.tokens_WT.shape, np.float32)
+        counted_WT[:, self.skip_first : last] = 1
+        paid_WT = np.log(self._asked_WT + 1e-9)
+        paid_WT -= paid_WT[:, self.skip_first : last].mean()
+
+        def read(rows: slice) -> tuple[Array, Array]:
+            paid_BT1 = jnp.asarray(paid_WT[rows, :, None], jnp.float32)
+            return _linear(jnp.asarray(self.states[first][rows])), paid_BT1
+
+        gram, cross = self.add_up("attention to come", read, counted_WT, "float32")
+        scale = np.ones(len(gram))
+        scale[-1] = 0
+        solved, _ = choose.ridge(gram, cross, gram[-1, -1], RIDGE_CHOICE, scale)
+        self._attended[first] = jnp.asarray(solved[:, 0], jnp.float32)
+        return self._attended[first]
 
 
 class Stream:
@@ -241,23 +282,6 @@ class Stream:
         self._dense, self._own = (text.file(f"{name}.now") for name in ("dense", "own"))
         for rows in text.batches(f"from layer {first}"):
             self._dense[rows] = self._own[rows] = text.states[first][rows]
-
-    @functools.cached_property
-    def _attended(self) -> Array:
-        """Linear in the state before the first light layer: log of what will be paid to a token."""
-        text, skip, width = self.text, self.text.skip_first, self.text.tokens_WT.shape[1]
-        read = slice(skip, width - min(sensitivity.ASKING, width // 4) - sensitivity.FAR // 2)
-        paid_WT = np.log(text.asked_WT[:, read] + 1e-9)
-        gram, cross = np.zeros(()), np.zeros(())
-        for rows in text.batches("attention to come"):
-            h_BTD = jnp.asarray(text.states[self.first][rows][:, read])
-            paid_BT1 = jnp.asarray(paid_WT[rows] - paid_WT.mean(), jnp.float32)[..., None]
-            sums = _sums(_linear(h_BTD), paid_BT1, jnp.ones(paid_BT1.shape[:2]), "float32")
-            gram, cross = gram + as_float64(sums[0]), cross + as_float64(sums[1])
-        scale = np.ones(len(gram))
-        scale[-1] = 0
-        solved, _ = choose.ridge(gram, cross, gram[-1, -1], RIDGE_CHOICE, scale)
-        return jnp.asarray(solved[:, 0], jnp.float32)
 
     # --- the stream -----------------------------------------------------------------------------
 
@@ -347,22 +371,13 @@ class Stream:
             self._own[rows], self._dense[rows] = np.asarray(a_BTD), np.asarray(dense_BTD)
             return _features(small, a_BTD, model), dense_BTD - a_BTD
 
-        gram, cross = self._add_up(f"layer {number}, map", run)
+        gram, cross = self.text.add_up(f"layer {number}, map", run)
         encode, decode = self._solve(
             gram, cross, model.hidden_size, lambda m: m @ metric, model.hidden_size
         )
         self.light.append(LightLayer(jnp.asarray(kept), jnp.asarray(neurons_M), encode, decode))
         self.layer, self._reduced = number, small
         return self.light[-1]
-
-    def _add_up(self, title: str, read: Callable[[slice], Any]) -> tuple[np.ndarray, np.ndarray]:
-        """X'X and X'Y over all tokens, in float64; `read` gives X and Y of some windows."""
-        gram, cross = np.zeros(()), np.zeros(())
-        for rows in self.text.batches(title):
-            weight_BT = jnp.asarray(self.text.weight_WT[rows])
-            sums = _sums(*read(rows), weight_BT, self.text.dtype)
-            gram, cross = gram + as_float64(sums[0]), cross + as_float64(sums[1])
-        return gram, cross
 
     def _solve(self, gram, cross, plain: int, weigh: Any, outputs: int) -> tuple[Array, Array]:
         """The map through a code; the first `plain` features have a mean square of 1."""
@@ -407,7 +422,7 @@ class Stream:
             pairs = zip(parts, deeper, strict=True)
             return np.concatenate([felt.weigh(*pair) for pair in pairs], axis=-1)
 
-        gram, cross = self._add_up(f"stop {at}, maps", run)
+        gram, cross = self.text.add_up(f"stop {at}, maps", run)
         outputs = 2 * model.kv_size * len(deeper)
         encode, decode = self._solve(gram, cross, 3 * model.hidden_size, weigh, outputs)
         by_layer = jnp.split(decode, len(deeper), axis=1)
@@ -421,5 +436,5 @@ class Stream:
             neurons=tuple(jnp.asarray(ids) for ids in chosen),
             light=tuple(self.light),
             light_from=self.first if self.light else None,
-            attended_F=self._attended if self.light else None,
+            attended_F=self.text.attended(self.first) if self.light else None,
         )
