@@ -144,7 +144,7 @@ def _halting_flops(record: Record, model: ModelConfig, qs: QuickSilverConfig) ->
     added = here * (4 * model.hidden_size if halting.drift_used else 0)
     read = ~np.isnan(record.entropy)
     added += read * entropy_flops(halting.entropy_used, model, qs.shortlist_size)
-    if halting.light_from is not None and halting.light_share < 1:  # one product for each token
+    if halting.light_from is not None and halting.leaves_whole:  # one product for each token
         added[halting.light_from - 2] += record.subject * 2 * (model.hidden_size + 1)
     if halting.ranks and halting.score == "attention":
         pos, ends = np.arange(record.depth.shape[1])[None], record.prompt_lengths[:, None]

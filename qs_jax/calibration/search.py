@@ -194,9 +194,8 @@ def search(
     observed = observe(params, calibrating_WT, cfg.model, **options) if climbing else None
     plain = {name: part for name, part in params.items() if name != "kv_maps"}
     dense = score_tokens(plain, calibrating_WT, cfg, batch_size)
-    told: dict[str, Any] = {"max_ppl_increase": float(max_ppl_increase), "objective": objective}
-    told |= {"batch_size": batch_size, "texts": texts}
-    task = Task(params, cfg, calibrating_WT, dense, **told)
+    asked = (float(max_ppl_increase), objective, batch_size, texts)
+    task = Task(params, cfg, calibrating_WT, dense, *asked)
     spaces: dict[str, Any] = {}
     points: list[Point] = []
     for policy, at in places.items():
@@ -213,7 +212,7 @@ def search(
     # All windows of the other texts verify.
     more = {each: task._replace(texts=(each,)).on(others[each]) for each in others}
     walk = climb.spread(front, task, candidates)
-    told = {"probe": probe, "progress": progress}
+    told: dict[str, Any] = {"probe": probe, "progress": progress}
     best, entries = climb.verify(verifier, walk, spaces, confidence, also=more, **told)
     if best is None:
         reason = f"no candidate keeps the budget of {max_ppl_increase:g} on other windows: off."

@@ -117,6 +117,11 @@ class HaltingConfig(Settings, path="halting"):
         return self.rule == "quota" and self.light_from is None
 
     @property
+    def leaves_whole(self) -> bool:
+        """Whether tokens that are not exempt may run light layers whole."""
+        return self.light_share < 1
+
+    @property
     def drift_used(self) -> bool:
         """Whether decisions read how far a layer moved a token."""
         return self.rule == "dual" or (self.ranks and self.score == "drift")

@@ -296,8 +296,7 @@ def _written(call: Call, state: TokenState, mask_BTS: Array, layer: Array) -> Ar
 
 def eligible(call: Call, state: TokenState) -> Bool[Array, "B T"]:
     """Tokens that halting and fusion may touch."""
-    may_BT = call.rows.subject_BT & ~call.rows.full_BT & ~_stopped(call, state)
-    return may_BT if state.whole_BT is None else may_BT & ~state.whole_BT
+    return call.rows.touched(state) & ~_stopped(call, state)
 
 
 def _leave_whole(call: Call, state: TokenState, layer: Array) -> TokenState:
@@ -305,9 +304,8 @@ def _leave_whole(call: Call, state: TokenState, layer: Array) -> TokenState:
     rule, attended_F = call.mech.halting, call.params["kv_maps"].attended_F
     assert rule is not None
     assert rule.light_from is not None
-    chosen = rule.leave_whole(state, call.rows, eligible(call, state), attended_F)
-    now = layer == rule.light_from - 1
-    return state.replace(whole_BT=jnp.where(now, chosen.whole_BT, state.whole_BT))
+    leave = lambda: rule.leave_whole(state, call.rows, eligible(call, state), attended_F)  # noqa: E731
+    return lax.cond(layer == rule.light_from - 1, leave, lambda: state)
 
 
 def _halt(

@@ -62,7 +62,7 @@ def run(
                 carry = prompt_light.run(call, carry, slots)
                 carry = end_segment(call, carry, first, last, fill)
                 continue
-            own = call.own_weights() if plan.light and s == 2 else None
+            own = params["light"].deeper if plan.light and s == 2 else None
             given = {"leading": s == 0, "stops": fill > 0, "own": own}
             carry = _segment(call, carry, first, last, slots, **given)
             carry = end_segment(call, carry, first, last, fill)
@@ -117,11 +117,12 @@ def _segment(
     leading: bool = False,
     offset: Any = 0,
     stops: bool = True,
-    own: Mapping[int, Weights] | None = None,
+    own: Mapping[int, Any] | None = None,
 ) -> Carry:
     """Layers `first` to `last` on so many tokens of each row; the cache begins with `offset`.
 
-    Weights that the segment's layers have of their `own` are read in place of the stacked ones.
+    Blocks that the segment's layers have of their `own`, by index, are read in place of the stacked
+    ones.
     """
     whole = carry.state
     chosen, state = _gather(call, whole, slots, first)
@@ -140,8 +141,8 @@ def _segment(
     remembers = rule is not None and at_end and (rule.reads_drift or rule.reads_attention)
     loop = (carry._replace(state=state), state.h_BTD if remembers else None)
     if own:
-        for index, weights in own.items():
-            loop = body(jnp.int32(index), loop, weights)
+        for index, block in own.items():
+            loop = body(jnp.int32(index), loop, Weights(block, None, None))
     else:
         loop = lax.fori_loop(first - 1, last, body, loop)
     carry, before_BCD = loop

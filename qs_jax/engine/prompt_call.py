@@ -61,13 +61,6 @@ class Call(NamedTuple):
         rule = self.mech.halting
         return self.mech.fusion is not None or (rule is not None and rule.rule == "dual")
 
-    def own_weights(self) -> dict[int, Weights]:
-        """By index, layers after light ones that have arrays of their own; without the last."""
-        rest = self.params["light"].deeper[:-1]
-        indices = range(self.model.num_layers - 1 - len(rest), self.model.num_layers - 1)
-        pairs = zip(indices, rest, strict=True)
-        return {index: Weights(own, None, None) for index, own in pairs if own}
-
 
 class Carry(NamedTuple):
     """What segments hand on; drifts and entropies are None where no decision reads them."""
@@ -100,5 +93,4 @@ class Slots(NamedTuple):
 
 def eligible(rows: Rows, state: TokenState) -> Bool[Array, "B T"]:
     """Tokens that halting and fusion may touch."""
-    may_BT = rows.subject_BT & ~rows.full_BT & (state.fused_BT == NEVER)
-    return may_BT if state.whole_BT is None else may_BT & ~state.whole_BT
+    return rows.touched(state) & (state.fused_BT == NEVER)

@@ -82,8 +82,6 @@ def arrange(
     width = padded.tokens_BT.shape[1]
     eligible_B = _eligible(padded, prompt_lengths_B, overrides, qs, mech)
     stopped = _stopped_by(qs, layers, eligible_B)
-    forces = qs.halting is not None and bool(qs.halting.forced_ids)
-    forces |= overrides is not None and bool(np.any(overrides.forced_layer_BT < NEVER))
     granule = max(GRANULE, width // 64)
 
     def slots(count: int) -> int:
@@ -104,7 +102,7 @@ def arrange(
         light = qs.halting is not None and qs.halting.light_from is not None
         if light:  # the second segment's whole tokens are those that never stop
             begins[1] = slots(left(ends[1]))
-            if forces:  # such tokens run light even where they would have been left whole
+            if _forces(qs, overrides):  # such tokens are never left whole
                 fills[1] = slots(int(eligible_B.max()))
         stopping = fills[1] if light else 0
         plan = Plan(tuple(begins), True, tuple(fills), keeps_keys=keeps, light=stopping)
@@ -124,9 +122,14 @@ def _counted(qs: QuickSilverConfig, overrides: Overrides | None) -> bool:
     """How many tokens compute is known beforehand: only quotas stop them."""
     if qs.halting is not None and qs.halting.light_from is not None:
         return True  # a forced halt can only be where all of them stop
-    forced = overrides is not None and bool(np.any(overrides.forced_layer_BT < NEVER))
-    quotas = qs.halting is None or (qs.halting.rule == "quota" and not qs.halting.forced_ids)
-    return qs.fusion is None and quotas and not forced
+    quotas = qs.halting is None or qs.halting.rule == "quota"
+    return qs.fusion is None and quotas and not _forces(qs, overrides)
+
+
+def _forces(qs: QuickSilverConfig, overrides: Overrides | None) -> bool:
+    """Whether a token may be made to halt."""
+    asked = overrides is not None and bool(np.any(overrides.forced_layer_BT < NEVER))
+    return asked or (qs.halting is not None and bool(qs.halting.forced_ids))
 
 
 def _ends(qs: QuickSilverConfig, layers: int, overrides: Overrides | None) -> list[int]:

@@ -23,7 +23,7 @@ class Halting(flax.struct.PyTreeNode):
     Attributes:
       entropy: The estimator that decisions read, or None.
       layers: The halting layers, where extrapolation maps belong to them; else None.
-      leaves_whole: `light_share` is below 1.
+      leaves_whole: As `HaltingConfig.leaves_whole`.
     """
 
     may_halt_L: Bool[Array, "L"]

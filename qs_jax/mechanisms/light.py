@@ -109,12 +109,13 @@ class Bound(flax.struct.PyTreeNode):
       layers: Of each light layer: the reduced block, its code in the model's dtype, and the whole
         block, where a program would copy it out of stacked weights.
       neurons: MLP inputs of the layers after the stop, with the neurons that the maps read.
-      deeper: Whole blocks of the layers after the stop, or None each, as for the light layers.
+      deeper: Whole blocks of the layers after the stop, by index and without the last, where a
+        program would copy them.
     """
 
     layers: tuple[dict[str, Any], ...]
     neurons: tuple[dict[str, Any], ...]
-    deeper: tuple[Any, ...]
+    deeper: dict[int, Any]
 
 
 class Stacked(NamedTuple):
@@ -142,8 +143,9 @@ def bind(params: dict[str, Any], kv_maps: Any, model: ModelConfig) -> Bound:
     for at, ids in enumerate(kv_maps.neurons, start=kv_maps.layers[0]):
         neurons.append(kept_mlp(params_of(at), ids, model.mlp_size))
     stop = kv_maps.layers[0]
-    deeper = [own_layer(params["layers"], index) for index in range(stop, model.num_layers)]
-    return Bound(tuple(layers), tuple(neurons), tuple(deeper))
+    after = {i: own_layer(params["layers"], i) for i in range(stop, model.num_layers - 1)}
+    deeper = {index: own for index, own in after.items() if own is not None}
+    return Bound(tuple(layers), tuple(neurons), deeper)
 
 
 def stack(lights: Sequence[LightLayer], model: ModelConfig) -> Stacked:

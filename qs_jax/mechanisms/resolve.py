@@ -53,6 +53,11 @@ class Rows(NamedTuple):
     retain_BT: Bool[Array, "B T"]
     scoring_BT: Bool[Array, "B T"]
 
+    def touched(self, state: TokenState) -> Bool[Array, "B T"]:
+        """Tokens that halting and fusion may touch, absorbed ones included."""
+        may_BT = self.subject_BT & ~self.full_BT
+        return may_BT if state.whole_BT is None else may_BT & ~state.whole_BT
+
 
 @no_type_check
 class Mechanisms(flax.struct.PyTreeNode):
@@ -233,12 +238,11 @@ def _halting(qs: QuickSilverConfig, model: ModelConfig) -> Halting | None:
         tau_halt_L=_by_layer(config.tau_halt, model),
         quota_L=_by_layer(quota, model),
         light_share=_number(config.light_share, model),
-        leaves_whole=config.light_share < 1,
         forced_layer=jnp.int32(NEVER if forced is None else forced),
         forced_ids=_ids(config.forced_ids),
         entropy=config.entropy_used,
         layers=config.layers if mapped else None,
-        **_fields(config, "rule drift score score_queries seed freeze light_from"),
+        **_fields(config, "rule drift score score_queries seed freeze light_from leaves_whole"),
     )
 
 
