@@ -82,7 +82,7 @@ def arrange(
     width = padded.tokens_BT.shape[1]
     eligible_B = _eligible(padded, prompt_lengths_B, overrides, qs, mech)
     stopped = _stopped_by(qs, layers, eligible_B)
-    granule = max(GRANULE, width // 64)
+    granule = max(GRANULE, width // 128)
 
     def slots(count: int) -> int:
         return min(-(-count // granule) * granule, width)

@@ -110,13 +110,26 @@ def own_layer(layers: Any, index: int) -> Any:
     """
 
     def view(leaf: Any) -> Any:
-        return jax.device_put(np.asarray(leaf)[index], *leaf.devices() if leaf.committed else ())
+        own = np.asarray(leaf)[index]
+        own = own.view(jnp.bfloat16) if own.dtype == np.uint16 else own
+        return jax.device_put(own, *leaf.devices() if leaf.committed else ())
 
     leaves = jax.tree.leaves(layers)
     traced = any(isinstance(leaf, Tracer) for leaf in leaves)
     if traced or not on_cpu() or not all(isinstance(leaf, jax.Array) for leaf in leaves):
         return None
     return jax.tree.map(view, layers) if all(len(x.devices()) == 1 for x in leaves) else None
+
+
+def unfused(x: Float[Array, "... F"]) -> Float[Array, "... F"]:
+    """An array as a step of its own, which later steps read.
+
+    XLA on CPU computes cosines anew for each head and each layer that multiplies with them, and
+    takes barriers away before it fuses; a product, here with the identity, it leaves alone.
+    """
+    if not on_cpu():
+        return x
+    return jnp.matmul(x, jnp.eye(x.shape[-1], dtype=x.dtype), precision=lax.Precision.HIGHEST)
 
 
 # --- products of a single vector ----------------------------------------------------------------

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from qs_jax.config import ModelConfig, RopeScaling
+from qs_jax.models import cpu
 
 
 def inverse_frequencies(model: ModelConfig) -> tuple[np.ndarray, float]:
@@ -82,6 +83,6 @@ def rotate(x_BTXH: Float[Array, "B T X H"], pos_BT: Int[Array, "B T"], model: Mo
     freqs, factor = inverse_frequencies(model)
     exact = jnp.promote_types(x_BTXH.dtype, jnp.float32)
     angle_BT1F = pos_BT[:, :, None, None].astype(exact) * freqs.astype(exact)[None, None, None, :]
-    cos, sin = jnp.cos(angle_BT1F) * factor, jnp.sin(angle_BT1F) * factor
+    cos, sin = (cpu.unfused(turn(angle_BT1F) * factor) for turn in (jnp.cos, jnp.sin))
     x1, x2 = jnp.split(x_BTXH.astype(exact), 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).astype(x_BTXH.dtype)
