@@ -1,8 +1,8 @@
 """Named mechanism settings, and presets as JSON files.
 
 `off` is the dense model. `paper` holds the paper's own numbers, scaled to the model's depth; where
-the paper gives several, the others are named variants (`NAMES`). `balanced`, `prompt-40` and
-`aggressive` are ours and act on prompts only, which forgive more.
+the paper gives several, the others are named variants (`NAMES`). `balanced`, `prompt-40`,
+`fast-answers` and `aggressive` are ours and act on prompts only, which forgive more.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from typing import Any
 
 from qs_jax.config import (
     AMQConfig,
+    Config,
     FusionConfig,
     HaltingConfig,
     KVSkipConfig,
     ModelConfig,
     QuickSilverConfig,
+    Speculation,
 )
 from qs_jax.errors import ConfigError
 from qs_jax.files import read_json, write_json
@@ -35,6 +37,8 @@ _SHIPPED: Mapping[str, Any] = {
     "source": "shipped with qs-jax",
     "chosen_on": "SmolLM2-135M-Instruct, WikiText-103 validation, 16 windows of 512, continuation",
 }
+# The one name that also says how new tokens are generated: see `config`.
+FAST_ANSWERS = "fast-answers"
 _FORMAT = "qs-jax preset"
 # A preset made for a model fits neither one in which any of these differs, nor other weights.
 _MADE_FOR = ("model_type", "num_layers", "hidden_size", "vocab_size")
@@ -102,6 +106,14 @@ def prompt_40(model: ModelConfig) -> QuickSilverConfig:
     return load(SHIPPED["prompt-40"], model)
 
 
+def fast_answers(model: ModelConfig) -> QuickSilverConfig:
+    """The prompt as under `balanced`; with `config`, answers are drafted and verified.
+
+    A draft changes no token, so the price is that of `balanced`.
+    """
+    return balanced(model)
+
+
 def aggressive(model: ModelConfig) -> QuickSilverConfig:
     """Prompts only: all four mechanisms, for savings whose price shows in the perplexity.
 
@@ -131,9 +143,9 @@ def unverified(quicksilver: QuickSilverConfig, tokens: int) -> str | None:
 
 def shipped_maps(model: ModelConfig, preset: str = "balanced") -> Path | None:
     """The file of the maps of a shipped preset; None for others, other sizes, other weights."""
-    shipped = preset in SHIPPED and _has_shipped_sizes(model)
-    shipped = shipped and model.has_weights(_made_for()["weights"])
-    return maps_path(SHIPPED[preset]) if shipped else None
+    path = SHIPPED.get("balanced" if preset == FAST_ANSWERS else preset)
+    fits = _has_shipped_sizes(model) and model.has_weights(_made_for()["weights"])
+    return maps_path(path) if path is not None and fits else None
 
 
 def _has_shipped_sizes(model: ModelConfig) -> bool:
@@ -181,6 +193,7 @@ NAMES: dict[str, Callable[[ModelConfig], QuickSilverConfig]] = {
     "paper": paper,
     "balanced": balanced,
     "prompt-40": prompt_40,
+    FAST_ANSWERS: fast_answers,
     "aggressive": aggressive,
     "paper-drift-0.045": functools.partial(paper, tau_drift=0.045, **_LENS),  # B.2
     "paper-drift-0.001": functools.partial(paper, tau_drift=1e-3, **_LENS),  # G.2
@@ -200,6 +213,13 @@ def by_name(name: str | os.PathLike[str], model: ModelConfig) -> QuickSilverConf
     if name.endswith(".json") or os.sep in name:
         return load(name, model)
     raise ConfigError(f"unknown preset {name!r}; known: {', '.join(NAMES)}, or a FILE.json.")
+
+
+def config(name: str | os.PathLike[str], model: ModelConfig, **settings: Any) -> Config:
+    """A call under a preset: its mechanisms, and what else it says; `settings` come first."""
+    if os.fspath(name) == FAST_ANSWERS:
+        settings = {"speculate": Speculation()} | settings
+    return Config(model, by_name(name, model), **settings)
 
 
 def save(

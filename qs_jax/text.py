@@ -58,6 +58,7 @@ class TextStream:
         self, params: Params, tokenizer: PreTrainedTokenizerFast, ids: list[int], cfg: Config
     ) -> None:
         self.prompt_tokens, self.new_tokens = len(ids), 0
+        self.passes = self.drafted = self.accepted = 0
         self.prefill, self.decode = Stopwatch(), Stopwatch()
         self._steps = stream(params, [ids], cfg)  # checks the input at once
         self.texts = text_pieces(tokenizer, ids, self._tokens())
@@ -69,16 +70,24 @@ class TextStream:
             if step is None:
                 return
             self.new_tokens += 1
+            for name in ("passes", "drafted", "accepted"):
+                setattr(self, name, int(getattr(step, name)[0]))
             yield int(step.tokens[0])
 
-    def summary(self) -> str:
-        """One line: tokens per second of prefill and decode, and the programs compiled."""
+    def summary(self, *, stats: bool = False) -> str:
+        """One line: tokens per second of prefill and decode, and the programs compiled.
+
+        `stats` adds the steps that new tokens took, and the drafted ones.
+        """
         prefill, decode = self.prefill, self.decode
         line = f"[prefill {self.prompt_tokens} tokens in {prefill.run:.2f} s "
         line += f"({self.prefill_rate:.0f} tokens/s) · "
         if self.new_tokens > 1:
             line += f"decode {self.new_tokens - 1} tokens in {decode.run:.2f} s "
             line += f"({self.decode_rate:.1f} tokens/s) · "
+        if stats:
+            line += f"{self.new_tokens} tokens in {self.passes + 1} passes, "
+            line += f"{self.accepted} of {self.drafted} drafted ones kept · "
         line += f"compiling {prefill.compiled + decode.compiled} programs, "
         line += f"{prefill.cached + decode.cached} from the cache: "
         return f"{line}{prefill.compile + decode.compile:.1f} s]"

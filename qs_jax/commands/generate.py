@@ -7,6 +7,7 @@ import sys
 
 from qs_jax.checkpoint import load_tokenizer
 from qs_jax.commands.options import RunOptions
+from qs_jax.config import Speculation
 from qs_jax.config.fields import Above0, NonNegative, Positive, Probability, Seed
 from qs_jax.engine.inputs import check_positions
 from qs_jax.evaluation.datasets import read_stdin
@@ -31,17 +32,24 @@ class Generate(RunOptions):
     """Above 1 discourages tokens already present."""
     seed: Seed = 0
     """Of the sampler."""
+    speculate: bool = False
+    """Draft new tokens by prompt lookup and verify them; fast-answers does so by itself."""
     chat: bool = False
     """Put the prompt into the model's chat template, as the user's message."""
     system: str | None = None
     """System message of the chat template."""
     quiet: bool = False
     """Print the continuation only: no prompt, no timings."""
+    stats: bool = False
+    """Also print how many steps the new tokens took, and how many drafted ones were kept."""
 
     def run(self) -> None:
         """Load, generate, report."""
         names = "max_new_tokens temperature top_k top_p repetition_penalty seed".split()
-        cfg = self.config(**{name: getattr(self, name) for name in names})
+        settings = {name: getattr(self, name) for name in names}
+        if self.speculate:
+            settings["speculate"] = Speculation()
+        cfg = self.config(**settings)
         maps, _ = self.find_maps(cfg)
         prompt = read_stdin() if self.prompt == "-" else self.prompt
         tokenizer = load_tokenizer(self.ckpt)
@@ -55,4 +63,4 @@ class Generate(RunOptions):
             print(text, end="", flush=True)
         print()
         if not self.quiet:
-            print(stream.summary(), file=sys.stderr)
+            print(stream.summary(stats=self.stats), file=sys.stderr)

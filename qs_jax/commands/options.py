@@ -35,7 +35,7 @@ class RunOptions:
     ckpt: Path
     """Folder written by convert.hf_to_flax."""
     preset: str = "off"
-    """Mechanisms to run: off (dense), paper, balanced, aggressive, another name, or FILE.json."""
+    """Mechanisms to run: off (dense), balanced, fast-answers, paper, another name, or FILE.json."""
     protocol: Literal["teacher-forced", "continuation"] | None = None
     """Mechanisms act on every token, or on a prompt only; where a text is scored, every position
     is, or what follows the prompt. By default every token, unless the preset needs a prompt."""
@@ -60,8 +60,7 @@ class RunOptions:
         model = ModelConfig.from_dict(read_manifest(self.ckpt)["model"])
         model = model.replace(dtype=choose_dtype(self.dtype, model))
         model = model.replace(weights=None) if self.allow_other_weights else model
-        quicksilver = presets.by_name(preset or self.preset, model)
-        return Config(model, quicksilver, protocol=self.protocol, **settings)
+        return presets.config(preset or self.preset, model, protocol=self.protocol, **settings)
 
     def find_maps(self, cfg: Config, preset: str | None = None) -> tuple[KVMaps | None, str | None]:
         """Maps of a preset and their file's SHA-256; None twice where it reads none."""

@@ -2,7 +2,7 @@
 
 from qs_jax.config.mechanisms import AMQConfig, FusionConfig, HaltingConfig, KVSkipConfig
 from qs_jax.config.model import ROPE_SCALINGS, ModelConfig, RopeScaling
-from qs_jax.config.quicksilver import PROTOCOLS, Config, QuickSilverConfig
+from qs_jax.config.quicksilver import PROTOCOLS, Config, QuickSilverConfig, Speculation
 
 __all__ = [
     "AMQConfig",
@@ -15,4 +15,5 @@ __all__ = [
     "QuickSilverConfig",
     "ROPE_SCALINGS",
     "RopeScaling",
+    "Speculation",
 ]

@@ -105,9 +105,15 @@ class QuickSilverConfig(Settings):
         return tuple(name for name in used if name is not None)
 
     @property
+    def mechanisms(self) -> tuple[str, ...]:
+        """Names of the mechanisms that run."""
+        names = ("halting", "kv_skip", "fusion", "amq")
+        return tuple(name for name in names if getattr(self, name) is not None)
+
+    @property
     def is_off(self) -> bool:
         """No mechanism runs: the dense model."""
-        return (self.halting, self.kv_skip, self.fusion, self.amq) == (None,) * 4
+        return not self.mechanisms
 
     @property
     def prompts_only(self) -> str | None:
@@ -204,6 +210,31 @@ def _check_group(amq: AMQConfig, model: ModelConfig) -> None:
             raise ConfigError(f"amq.group {amq.group} does not divide the model's {name}, {width}.")
 
 
+class Speculation(Settings):
+    """Draft several tokens and verify them in one step, which changes no token.
+
+    A draft is what followed the latest earlier occurrence of the last tokens, in the prompt or in
+    the continuation ("prompt lookup", Saxena 2023). A drafted token is kept where the model, run
+    on all of them at once, chooses the same one: greedy, or with the noise of its position.
+
+    Attributes:
+      draft: Where drafts come from.
+      length: K, drafted tokens a step; the step runs 1 + K.
+      ngram: Lengths of the last tokens that are looked up, in the order they are tried.
+      gate: Drafted tokens a live row that must be expected to be kept, by what was kept lately; a
+        step that expects fewer runs one token a row. 0 verifies every draft. None: what pays on
+        this device.
+      exact: Run every step on 1 + K tokens, attended to in the same order: what was drafted then
+        cannot change how a number is rounded. Without it, bfloat16 texts may differ at near-ties.
+    """
+
+    draft: Literal["lookup"] = "lookup"
+    length: Annotated[Positive, Field(le=7)] = 7
+    ngram: Annotated[tuple[Positive, ...], ONE_OR_MORE, Field(min_length=1)] = (3, 2)
+    gate: NonNegative | None = None
+    exact: Flag = False
+
+
 class Config(Settings):
     """What one call of `generate`, `stream` or `score` does.
 
@@ -227,6 +258,8 @@ class Config(Settings):
         are simulated. "compact": the fast engines, prompt and decode, which make the same decisions
         on active tokens only; what they cannot run is refused. "auto": the fast engines wherever
         they can run, else the masked one.
+      speculate: Draft and verify new tokens, on the fast engines; None runs them one by one. The
+        mechanisms can then act on prompts only.
     """
 
     model: ModelConfig
@@ -241,10 +274,19 @@ class Config(Settings):
     seed: Seed = 0
     eos_token_ids: Annotated[Integers, ONE_OR_MORE] | None = None
     engine: Literal["auto", "masked", "compact"] = "auto"
+    speculate: Speculation | None = None
 
     def __post_init__(self) -> None:
         if self.quicksilver is not None:
             self.quicksilver.check(self.model, self.effective_protocol)
+            acting = ", ".join(self.quicksilver.mechanisms)
+            if self.speculate is not None and acting and self.effective_protocol != "continuation":
+                raise ConfigError(
+                    f"speculate verifies new tokens at full depth, but {acting} would act on "
+                    "them: use protocol='continuation', or no mechanisms."
+                )
+        if self.speculate is not None and self.engine == "masked":
+            raise ConfigError("speculate needs the fast engines: engine 'masked' keeps no cache.")
         self.model.check_ids("eos_token_ids: id", self.eos_token_ids or ())
 
     @property

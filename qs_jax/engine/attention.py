@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -118,20 +119,20 @@ def _attend_block(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask: Array) -> A
 
 
 def step_attention(
-    q_BTNH: Array, cached: tuple[Array, Array], new: tuple[Array, Array], mask_BTX: Array
+    q_BTNH: Array, cached: tuple[Array, Array], new: tuple[Array, Array] | None, mask_BTX: Array
 ) -> Array:
     """Attention of a few new tokens over a cache's slots `[B, C, K * H]` and over themselves.
 
-    `mask_BTX` says which of the X = C + T keys each query sees, the new tokens' last.
+    `mask_BTX` says which of the X = C + T keys each query sees, the new tokens' last. Without `new`
+    the slots hold them, and X = C.
     """
     batch, width, heads, dim = q_BTNH.shape
-    (k_BCO, v_BCO), (k_BTKH, v_BTKH) = cached, new
-    kv_heads, slots, exact = k_BTKH.shape[2], k_BCO.shape[1], exact_dtype(q_BTNH.dtype)
+    (k_BCO, v_BCO), exact = cached, exact_dtype(q_BTNH.dtype)
+    kv_heads, slots = k_BCO.shape[2] // dim, k_BCO.shape[1]
     if not cpu.block_diagonal(heads):
-        k, v = (
-            jnp.concatenate([old.reshape(batch, slots, kv_heads, dim), own], axis=1)
-            for old, own in ((k_BCO, k_BTKH), (v_BCO, v_BTKH))
-        )
+        k, v = (old.reshape(batch, slots, kv_heads, dim) for old in cached)
+        if new is not None:
+            k, v = (jnp.concatenate(pair, axis=1) for pair in zip((k, v), new, strict=True))
         return jax.nn.dot_product_attention(q_BTNH, k, v, mask=mask_BTX[:, None])
     # Keys and values are read once, as they lie: a product over heads would transpose the cache.
     groups = heads // kv_heads
@@ -142,8 +143,11 @@ def step_attention(
     def logits_of(k_BXO: Array) -> Array:
         return jnp.einsum("bro,bxo->brx", q_BRO, k_BXO, preferred_element_type=exact)
 
-    k_BTO, v_BTO = (x.reshape(batch, width, -1) for x in (k_BTKH, v_BTKH))
-    logits_BRX = jnp.concatenate([logits_of(k_BCO), logits_of(k_BTO)], axis=2) / math.sqrt(dim)
+    keys, values = [k_BCO], [v_BCO]
+    if new is not None:
+        keys.append(new[0].reshape(batch, width, -1))
+        values.append(new[1].reshape(batch, width, -1))
+    logits_BRX = jnp.concatenate([logits_of(k) for k in keys], axis=2) / math.sqrt(dim)
     mask_BRX = jnp.repeat(mask_BTX, heads, axis=1)
     logits_BRX = jnp.where(mask_BRX, logits_BRX, -jnp.inf)
     weights_BRX = jax.nn.softmax(logits_BRX, axis=-1).astype(v_BCO.dtype)
@@ -151,6 +155,8 @@ def step_attention(
     def mix(weights_BRX: Array, v_BXO: Array) -> Array:
         return jnp.einsum("brx,bxo->bro", weights_BRX, v_BXO, preferred_element_type=exact)
 
-    mixed_BRO = mix(weights_BRX[..., :slots], v_BCO) + mix(weights_BRX[..., slots:], v_BTO)
-    mixed = mixed_BRO.astype(v_BCO.dtype).reshape(batch, width, kv_heads, groups, kv_heads, dim)
-    return (mixed * own_KJ).sum(4).reshape(q_BTNH.shape)
+    parts = (weights_BRX[..., :slots], weights_BRX[..., slots:])
+    mixed_BRO = functools.reduce(jnp.add, map(mix, parts, values)).astype(v_BCO.dtype)
+    mixed = mixed_BRO.reshape(batch, width, kv_heads, groups, kv_heads, dim)
+    own = [mixed[:, :, head, :, head] for head in range(kv_heads)]
+    return jnp.stack(own, axis=2).reshape(q_BTNH.shape)

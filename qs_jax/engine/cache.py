@@ -225,6 +225,23 @@ class SlotCache(flax.struct.PyTreeNode):
 
         return read(self.k_CO, self.k_scale_CK), read(self.v_CO, self.v_scale_CK)
 
+    def with_new(
+        self, index: Any, k_BTKH: Array, v_BTKH: Array
+    ) -> tuple[tuple[Array, Array], Bool[Array, "B T C"]]:
+        """A layer's keys and values with those of tokens to append; which each of them sees."""
+        batch, width = k_BTKH.shape[:2]
+        rows_B1, new_1T = jnp.arange(batch)[:, None], jnp.arange(width, dtype=jnp.int32)[None]
+        slots_BT = self.fill_lB[index][:, None] + new_1T
+
+        def put(old_BCO: Array, new_BTKH: Array) -> Array:
+            new_BTO = to_storage(new_BTKH.reshape(batch, width, -1))
+            put_BCO = to_storage(old_BCO).at[rows_B1, slots_BT].set(new_BTO, mode="drop")
+            return from_storage(put_BCO)
+
+        k_BCO, v_BCO = self.layer(index)
+        seen_BTC = jnp.arange(self.capacity, dtype=jnp.int32)[None, None] <= slots_BT[..., None]
+        return (put(k_BCO, k_BTKH), put(v_BCO, v_BTKH)), seen_BTC
+
     def held(self, index: Any) -> Bool[Array, "B C"]:
         """Slots of a layer that are in use."""
         slots_1C = jnp.arange(self.capacity, dtype=jnp.int32)[None]

@@ -9,6 +9,7 @@ needs them, and nothing else runs. `take_back` undoes the last appends.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, no_type_check
 
 import flax.struct
@@ -18,9 +19,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.config import ModelConfig
-from qs_jax.engine import sampling
+from qs_jax.engine import sampling, speculate
 from qs_jax.engine.attention import step_attention
 from qs_jax.engine.cache import SlotCache
+from qs_jax.engine.speculate import Drafts
 from qs_jax.mechanisms import Mechanisms, Rows, kv_maps, signals
 from qs_jax.models import Params, apply_block, embed, head
 from qs_jax.models.cpu import InPlace, layer_weights
@@ -40,6 +42,7 @@ class Call(NamedTuple):
     mech: Mechanisms
     rows: Rows
     embedded_BTD: Float[Array, "B T D"]
+    exact: bool
 
     @property
     def halts(self) -> bool:
@@ -77,16 +80,20 @@ def step(
     caches: tuple[SlotCache, ...],
     model: ModelConfig,
     mech: Mechanisms,
+    *,
+    exact: bool = False,
 ) -> Step:
     """Run T tokens of each row, the first at `pos_B`, and append to the caches of each segment.
 
-    Rows that are not live append nothing.
+    Rows that are not live append nothing. `exact` steps of one width round a token's numbers alike
+    wherever in a step it stands; every layer must keep it.
     """
     pos_BT = pos_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
     real_BT = jnp.broadcast_to(live_B[:, None], tokens_BT.shape)
     nobody_B = jnp.zeros_like(pos_B)  # under "continuation" no new token is a subject
     rows = mech.rows(tokens_BT, pos_BT, real_BT, nobody_B)
-    call = Call(params, layers, model, mech, rows, embed(params, tokens_BT, pos_BT, model))
+    embedded_BTD = embed(params, tokens_BT, pos_BT, model)
+    call = Call(params, layers, model, mech, rows, embedded_BTD, exact)
     size = params["kv_maps"].code_size if call.extrapolates else 0
     state = mech.start(call.embedded_BTD, rows, model, code_size=size)
     outs, appended, keeps, first = [], [], [], 0
@@ -179,6 +186,9 @@ def _run_layer(call: Call, state: TokenState, cache: SlotCache, offset: Any, ind
 
     def attend(q: Array, k: Array, v: Array):
         k, v = _stored(call, state, k, v, layer)
+        if call.exact:
+            held, mask_BTC = cache.with_new(offset, k, v)
+            return step_attention(q, held, None, mask_BTC), (k, v)
         return step_attention(q, cache.layer(offset), (k, v), mask_BTX), (k, v)
 
     multiply = mech.multiply(state.bits_BT, _codes(call, index), layer)
@@ -257,46 +267,122 @@ class DecodeState(flax.struct.PyTreeNode):
       text: What was produced so far.
       caches: Of each segment.
       decisions: Of every token that ran, over S positions; None without mechanisms.
-      full: Some cache has no slot left for a live row's next token.
+      full: Some cache has no slot left for a live row's next step.
+      drafts: What is verified next; None where tokens run one by one.
     """
 
     text: sampling.Text
     caches: tuple[SlotCache, ...]
     decisions: Decisions | None
     full: Bool[Array, ""]
+    drafts: Drafts | None
+
+    @property
+    def width(self) -> int:
+        """Most tokens of a row in a step."""
+        return 1 if self.drafts is None else 1 + self.drafts.length
 
 
 def advance(
     params: Params,
     layers: Any,
     state: DecodeState,
+    limit: Int[Array, ""],
     mech: Mechanisms,
     numbers: sampling.Numbers,
     model: ModelConfig,
     plan: sampling.Plan,
 ) -> DecodeState:
-    """Run each row's last token through the model and choose the next one."""
-    text = state.text
-    live_B = ~text.done_B
-    ran = step(params, layers, text.last_B[:, None], text.pos_B, live_B, state.caches, model, mech)
-    decisions = state.decisions
+    """One step: each row's last token, and where it pays a draft, through the model.
+
+    Rows with `limit` tokens wait.
+    """
+
+    def of(width: int) -> Callable[[DecodeState], DecodeState]:
+        given = (limit, mech, numbers, model, plan, width)
+        return lambda state: _advance(params, layers, state, *given)
+
+    if state.drafts is None or state.drafts.exact:
+        return of(state.width)(state)
+    # Loops of one step or none: a branch would copy the caches that it writes.
+    wide = state.drafts.wide.astype(jnp.int32)
+    for times, width in ((wide, state.width), (1 - wide, 1)):
+        step = of(width)
+        state = lax.fori_loop(0, times, lambda _, state, step=step: step(state), state)
+    return state
+
+
+def _advance(
+    params: Params,
+    layers: Any,
+    state: DecodeState,
+    limit: Array,
+    mech: Mechanisms,
+    numbers: sampling.Numbers,
+    model: ModelConfig,
+    plan: sampling.Plan,
+    width: int,
+) -> DecodeState:
+    """A step of `width` tokens: each row keeps the first and what it would have chosen itself."""
+    text, decisions, drafts = state.text, state.decisions, state.drafts
+    live_B = ~text.done_B & (text.lengths_B < limit)
+    tokens_BT = text.last_B[:, None]
+    if width > 1:
+        assert drafts is not None
+        tokens_BT = jnp.concatenate([tokens_BT, drafts.draft_BK], axis=1)
+    given = (tokens_BT, text.pos_B, live_B, state.caches, model, mech)
+    ran = step(params, layers, *given, exact=drafts is not None and drafts.exact)
+    after = _choose(text, ran.logits_BTV, tokens_BT, live_B, limit, numbers, plan)
+    kept_B, caches = after.lengths_B - text.lengths_B, ran.caches
+    after = after.replace(pos_B=text.pos_B + kept_B)
+    if width > 1:
+        caches = take_back(caches, ran.keeps, kept_B)
     if decisions is not None:
-        decisions = _note(decisions, ran, text.pos_B, live_B)
-    text = sampling.emit(
-        text.replace(pos_B=text.pos_B + live_B), ran.logits_BTV[:, 0], numbers, plan
-    )
-    live_B = ~text.done_B
-    full = functools.reduce(jnp.logical_or, [cache.is_full(live_B, 1) for cache in ran.caches])
-    return DecodeState(text, ran.caches, decisions, full)
+        decisions = _note(decisions, ran, kept_B)
+    if drafts is not None:
+        drafts = speculate.learn(drafts, text, after, live_B, width)
+    live_B = ~after.done_B
+    full = [cache.is_full(live_B, state.width) for cache in caches]
+    full = functools.reduce(jnp.logical_or, full)
+    return DecodeState(after, caches, decisions, full, drafts)
 
 
-def _note(decisions: Decisions, ran: Step, pos_B: Array, live_B: Array) -> Decisions:
-    """Store the decisions about the one token of each live row."""
-    at_B = jnp.where(live_B, pos_B, NEVER)
-    rows_B = jnp.arange(len(pos_B))
+def _choose(
+    text: sampling.Text,
+    logits_BTV: Array,
+    tokens_BT: Array,
+    live_B: Array,
+    limit: Array,
+    numbers: sampling.Numbers,
+    plan: sampling.Plan,
+) -> sampling.Text:
+    """Each row's next tokens: up to the first that is not the draft's, the row's end or `limit`."""
+    width = tokens_BT.shape[1]
+    if width == 1:
+        return sampling.emit(text, logits_BTV[:, 0], live_B, numbers, plan)
+
+    def goes_on(loop: tuple[Array, sampling.Text, Array]) -> Array:
+        return (loop[0] < width) & loop[2].any()
+
+    def choose(loop: tuple[Array, sampling.Text, Array]):
+        at, text, live_B = loop
+        logits_BV = lax.dynamic_index_in_dim(logits_BTV, at, axis=1, keepdims=False)
+        text = sampling.emit(text, logits_BV, live_B, numbers, plan)
+        drafted_B = tokens_BT[:, jnp.minimum(at + 1, width - 1)]
+        live_B &= (text.last_B == drafted_B) & ~text.done_B & (text.lengths_B < limit)
+        return at + 1, text, live_B
+
+    return lax.while_loop(goes_on, choose, (jnp.int32(0), text, live_B))[1]
+
+
+def _note(decisions: Decisions, ran: Step, kept_B: Array) -> Decisions:
+    """Store the decisions about the tokens of a step that each row keeps."""
+    kept_BT = jnp.arange(ran.rows.pos_BT.shape[1])[None] < kept_B[:, None]
+    at_BT = jnp.where(kept_BT, ran.rows.pos_BT, NEVER)
+    rows_B1 = jnp.arange(len(kept_B))[:, None]
 
     def put(old_BS: Array, new_BT: Array) -> Array:
-        return old_BS.at[rows_B, at_B].set(new_BT[:, 0], mode="drop")
+        return old_BS.at[rows_B1, at_BT].set(new_BT, mode="drop")
 
     def put_layers(old_LBS: Array | None, new_LBT: Array | None) -> Array | None:
         if old_LBS is None or new_LBT is None:
@@ -322,13 +408,14 @@ def run_until(
     model: ModelConfig,
     plan: sampling.Plan,
 ) -> DecodeState:
-    """Steps until `limit` tokens are produced, every row has ended, or a cache is full."""
+    """Steps until every row has ended or has `limit` tokens, or a cache is full."""
 
     def unfinished(state: DecodeState) -> Array:
-        return (state.text.step < limit) & ~state.text.done_B.all() & ~state.full
+        text = state.text
+        return (~text.done_B & (text.lengths_B < limit)).any() & ~state.full
 
     def body(state: DecodeState) -> DecodeState:
-        return advance(params, layers, state, mech, numbers, model, plan)
+        return advance(params, layers, state, limit, mech, numbers, model, plan)
 
     return lax.while_loop(unfinished, body, state)
 

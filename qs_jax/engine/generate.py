@@ -9,31 +9,27 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
-import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.config import Config, ModelConfig
-from qs_jax.engine import decode, inputs, prompt, sampling
-from qs_jax.engine.cache import KVCache, SlotCache, bucket, cache_bytes
-from qs_jax.engine.decode import DecodeState
+from qs_jax.engine import inputs, sampling, speculate
+from qs_jax.engine.fast import Fast, Request
 from qs_jax.engine.inputs import TokenOverrides
-from qs_jax.engine.prompt_call import Plan, Segments
-from qs_jax.engine.prompt_plan import arrange, runs_fast
+from qs_jax.engine.prompt_plan import refusal, runs_fast
 from qs_jax.engine.score import run_masked
 from qs_jax.engine.weights import check_finite, prepare_params
+from qs_jax.errors import ConfigError
 from qs_jax.jax_settings import default_settings
 from qs_jax.mechanisms import Mechanisms, Overrides, resolve
-from qs_jax.models import Params, cpu, head
-from qs_jax.record import Record, decided, written_keys
-from qs_jax.state import FULL_BITS, NEVER, Decisions, evidence
+from qs_jax.models import Params, head
+from qs_jax.record import Record, decided
+from qs_jax.state import NEVER, Decisions, evidence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +45,10 @@ class GenerateOutput:
       prompt_lengths: int32 `[B]`.
       record: What the mechanisms did to every token that was run: the prompt and all new tokens but
         the last of each row. None for the dense model.
+      passes: int32 `[B]`, steps in which the row ran after its prompt; one a token, unless drafts
+        were kept.
+      drafted: int32 `[B]`, drafted tokens that were verified (`Config.speculate`).
+      accepted: int32 `[B]`, those that were kept.
       kv_bytes: Bytes the KV cache took at the end of the call, which is its largest size. The
         prompt's own full cache, which the decode engine packs and frees after prefill, is not in
         it.
@@ -59,6 +59,9 @@ class GenerateOutput:
     logprobs: Float[np.ndarray, "B M"]
     prompt_tokens: Int[np.ndarray, "B T"]
     prompt_lengths: Int[np.ndarray, "B"]
+    passes: Int[np.ndarray, "B"]
+    drafted: Int[np.ndarray, "B"]
+    accepted: Int[np.ndarray, "B"]
     record: Record | None = None
     kv_bytes: int = 0
 
@@ -81,25 +84,16 @@ class StreamStep:
       logprobs: float32 `[B]`, as in `GenerateOutput`.
       is_new: bool `[B]`, the row produced a token in this step.
       done: bool `[B]`, the row has ended.
+      passes, drafted, accepted: int32 `[B]`, as in `GenerateOutput`, so far.
     """
 
     tokens: Int[np.ndarray, "B"]
     logprobs: Float[np.ndarray, "B"]
     is_new: Bool[np.ndarray, "B"]
     done: Bool[np.ndarray, "B"]
-
-
-class _Call(NamedTuple):
-    """A call, ready to run; `padded` holds the prompts padded to their bucket."""
-
-    params: Params
-    batch: inputs.Batch
-    padded: inputs.Batch
-    overrides: Overrides | None
-    mech: Mechanisms
-    numbers: sampling.Numbers
-    plan: sampling.Plan
-    cfg: Config
+    passes: Int[np.ndarray, "B"]
+    drafted: Int[np.ndarray, "B"]
+    accepted: Int[np.ndarray, "B"]
 
 
 def _prepare(
@@ -109,7 +103,7 @@ def _prepare(
     lengths: Any,
     attention_mask: Any,
     overrides: TokenOverrides | None,
-) -> _Masked | _Fast:
+) -> _Masked | Fast:
     model, mech = cfg.model, resolve(cfg.quicksilver, cfg.model, cfg.effective_protocol)
     params = prepare_params(params, model, mech)
     given = {"lengths": lengths, "attention_mask": attention_mask}
@@ -117,8 +111,12 @@ def _prepare(
     shape, width = padded.tokens_BT.shape, batch.tokens_BT.shape[1]
     chosen = inputs.override_arrays(overrides, shape, width, cfg)
     plan, numbers = sampling.plan_of(cfg, inputs.bucket_size(cfg.max_new_tokens))
-    call = _Call(params, batch, padded, chosen, mech, numbers, plan, cfg)
-    return _Fast(call) if runs_fast(cfg, generates=True) else _Masked(call)
+    request = Request(params, batch, padded, chosen, mech, numbers, plan, cfg)
+    if runs_fast(cfg, generates=True):
+        return Fast(request)
+    if cfg.speculate is not None:
+        raise ConfigError(f"speculate needs the fast engines: {refusal(cfg, generates=True)}.")
+    return _Masked(request)
 
 
 @default_settings()
@@ -169,6 +167,7 @@ def generate(
         logprobs=text.logprobs_BM[:, : cfg.max_new_tokens],
         prompt_tokens=call.batch.tokens_BT,
         prompt_lengths=call.batch.lengths_B,
+        **jax.device_get(engine.counts(text.lengths_B)),
         record=record,
         kv_bytes=engine.kv_bytes,
     )
@@ -198,24 +197,31 @@ def stream(
     return _steps(_prepare(params, tokens, cfg, lengths, attention_mask, overrides))
 
 
-def _steps(engine: _Masked | _Fast) -> Iterator[StreamStep]:
-    ended = np.zeros(len(engine.call.batch.lengths_B), bool)
-    for step in range(engine.call.cfg.max_new_tokens):
+def _steps(engine: _Masked | Fast) -> Iterator[StreamStep]:
+    told_B = np.zeros(len(engine.call.batch.lengths_B), np.int32)
+    budget, ended_B = engine.call.cfg.max_new_tokens, told_B > 0
+    while not (ended_B | (told_B >= budget)).all():
         with default_settings():  # not around the yield, where the caller's code runs
             text = engine.advance()
-            token, logprob, done, finite = jax.device_get(
-                (text.last_B, _column(text.logprobs_BM, step), text.done_B, text.finite_B)
-            )
-        check_finite(finite)
-        yield StreamStep(tokens=token, logprobs=logprob, is_new=~ended, done=done)
-        ended = done
-        if done.all():
-            return
+            new = _columns(text.tokens_BM, text.logprobs_BM, told_B, engine.width)
+            facts = (text.lengths_B, text.done_B, text.finite_B)
+            tokens_BT, logprobs_BT, lengths_B, done_B, finite_B = jax.device_get((*new, *facts))
+            counts = jax.device_get(engine.counts(lengths_B))
+        check_finite(finite_B)
+        for at in range(int((lengths_B - told_B).max())):
+            is_new_B = told_B < lengths_B
+            told_B = told_B + is_new_B
+            ended_B = done_B & (told_B == lengths_B)
+            token_B = np.where(is_new_B, tokens_BT[:, at], engine.call.plan.pad_id)
+            logprob_B = np.where(is_new_B, logprobs_BT[:, at], 0)
+            yield StreamStep(token_B, logprob_B, is_new_B, ended_B, **counts)
 
 
-@jax.jit
-def _column(array_BM: Array, step: Array) -> Array:
-    return lax.dynamic_index_in_dim(array_BM, step, axis=1, keepdims=False)
+@functools.partial(jax.jit, static_argnames="width")
+def _columns(tokens_BM: Array, logprobs_BM: Array, first_B: Array, width: int):
+    """What each row produced from its `first_B` on."""
+    at_BT = jnp.minimum(first_B[:, None] + jnp.arange(width)[None], tokens_BM.shape[1] - 1)
+    return tuple(jnp.take_along_axis(each, at_BT, axis=1) for each in (tokens_BM, logprobs_BM))
 
 
 # --- by the definition --------------------------------------------------------------------------
@@ -225,8 +231,9 @@ class _Masked:
     """Generation by scoring the rows so far."""
 
     kv_bytes = 0  # it keeps no cache
+    width = 1
 
-    def __init__(self, call: _Call) -> None:
+    def __init__(self, call: Request) -> None:
         self.call, more = call, call.plan.capacity
 
         def widen(array: Any, value: Any) -> Any:
@@ -253,6 +260,10 @@ class _Masked:
             if np.asarray(self.advance().done_B).all():
                 break
         return self.text, self.evidence
+
+    def counts(self, lengths_B: np.ndarray) -> dict[str, Any]:
+        """Steps of each row, and its drafts."""
+        return speculate.counts(None, lengths_B)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "plan"))
@@ -282,209 +293,5 @@ def _rescore(
     if text is None:
         text = sampling.begin(tokens_BS, lengths_B, logits_BV, numbers, plan)
     else:
-        text = sampling.emit(text, logits_BV, numbers, plan)
+        text = sampling.emit(text, logits_BV, ~text.done_B, numbers, plan)
     return tokens_BS, text, evidence(state, record)
-
-
-# --- on the fast engines ------------------------------------------------------------------------
-
-# Most new tokens a cache has room for before it grows.
-GROWTH = 256
-# Segments into which stacked layers are cut where tokens may leave at any of them.
-STACKED_SEGMENTS = 6
-# Room for new tokens, over the share that the prompt has.
-MARGIN = 1.25
-
-
-def start(
-    params: Params,
-    batch: inputs.Batch,
-    overrides: Overrides | None,
-    mech: Mechanisms,
-    segments: Segments,
-    numbers: sampling.Numbers,
-    model: ModelConfig,
-    plan: sampling.Plan,
-    prompt_plan: Plan,
-) -> tuple[sampling.Text, KVCache, Decisions]:
-    """Run the prompts and choose the first token of each row."""
-    rows = inputs.whole_rows(batch, batch.lengths_B, overrides, mech)
-    last_B1 = batch.lengths_B[:, None] - 1
-    cut = (prompt_plan, segments)
-    h_BQD, cache, decisions = prompt.run(params, rows, last_B1, model, mech, *cut)
-    logits_BV = head.logits(params, h_BQD[:, 0])
-    text = sampling.begin(batch.tokens_BT, batch.lengths_B, logits_BV, numbers, plan)
-    return text, cache, decisions
-
-
-jit_start = jax.jit(start, static_argnames=("model", "plan", "prompt_plan"))
-
-
-class _Fast:
-    """Prefill and decode, with room made in caches before the steps that need it."""
-
-    def __init__(self, call: _Call) -> None:
-        self.call, self.cfg = call, call.cfg
-        self.edges = _edges(self.cfg)
-        self.produced = self.limit = 0
-        self.state: Any = None  # (Text, KVCache, Decisions) after the prompt, then a DecodeState
-        self.static = {"model": self.cfg.model, "plan": call.plan}
-
-    @functools.cached_property
-    def weights(self) -> tuple[Params, Any]:
-        """Parameters and layers as a step takes them, once a second token is asked for."""
-        rest = {name: part for name, part in self.call.params.items() if name != "layers"}
-        return rest, cpu.decode_layers(self.call.params, len(self.call.batch.lengths_B))
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of the caches; of the prompt's cache where only one token was generated."""
-        state = self.state
-        return cache_bytes(state.caches if isinstance(state, DecodeState) else state[1])
-
-    def begin(self) -> sampling.Text:
-        """Run the prompts."""
-        call = self.call
-        prompts = (call.padded, call.padded.lengths_B, call.overrides)
-        cut, segments = arrange(self.cfg, *prompts, call.mech)
-        given = (call.padded, call.overrides, call.mech, segments, call.numbers)
-        self.state = jit_start(self.call.params, *given, **self.static, prompt_plan=cut)
-        self.produced = self.limit = 1
-        return self.state[0]
-
-    def advance(self) -> sampling.Text:
-        """One more token a row."""
-        if self.produced == 0:
-            return self.begin()
-        if self.produced == self.limit or bool(self.state.full):
-            self.make_room()
-        given = (*self.weights, self.state, self.call.mech, self.call.numbers)
-        self.state = decode.jit_advance(*given, **self.static)
-        self.produced += 1
-        return self.state.text
-
-    def finish(self) -> tuple[sampling.Text, Decisions | None]:
-        """All tokens, and the decisions."""
-        text, budget = self.begin(), self.cfg.max_new_tokens
-        while self.produced < budget and not np.asarray(text.done_B).all():
-            self.make_room()
-            limit = jnp.int32(min(self.limit, budget))
-            given = (*self.weights, self.state, limit, self.call.mech, self.call.numbers)
-            self.state = decode.jit_run_until(*given, **self.static)
-            text = self.state.text
-            self.produced = int(text.step)
-        if self.call.mech.is_off:
-            return text, None
-        state = self.state
-        return text, state.decisions if isinstance(state, DecodeState) else state[2]
-
-    def make_room(self) -> None:
-        """Make room in the caches for the next steps; `limit` is where it ends."""
-        call, state = self.call, self.state
-        # A cache was full before its limit: this time, room for every token.
-        surprised = 1 < self.produced < self.limit
-        room = min(call.plan.capacity - self.produced, GROWTH)
-        text = state.text if isinstance(state, DecodeState) else state[0]
-        longest = int(np.asarray(text.pos_B).max())
-        if isinstance(state, DecodeState):
-            old: Any = state.caches
-            fills = jax.device_get([cache.fill_lB for cache in old])
-            sizes = [_capacity(self.cfg, int(f.max()), longest, room, surprised) for f in fills]
-            sizes = [max(cache.capacity, size) for cache, size in zip(old, sizes, strict=True)]
-            self.state = _grow(state, tuple(sizes))
-        else:
-            text, old, decisions = state
-            qs, layers = self.cfg.quicksilver, self.cfg.model.num_layers
-            held_LBS = written_keys(decisions, qs, layers, np.asarray(text.pos_B))
-            most_L = held_LBS.sum(2).max(1)
-            layout, coded, keeps_all = [], _coded_after(self.cfg), _keeps_all(self.cfg)
-            for start, end in itertools.pairwise(self.edges):
-                most = int(most_L[start:end].max())
-                size = _capacity(self.cfg, most, longest, room, surprised)
-                layout.append((start, end, size, start >= coded, keeps_all))
-            width = old.k_LBSKH.shape[2] + call.plan.capacity
-            noted = None if call.mech.is_off else decisions
-            self.state = _pack(text, old, noted, held_LBS, decisions.bits_BT, tuple(layout), width)
-        used = {id(leaf) for leaf in jax.tree.leaves(self.state)}  # some may be handed through
-        for leaf in jax.tree.leaves(old):
-            if id(leaf) not in used:
-                leaf.delete()
-        self.limit = self.produced + room
-
-
-def _edges(cfg: Config) -> list[int]:
-    """Layers before which segments begin, from 0, and their number."""
-    count, qs = cfg.model.num_layers, cfg.quicksilver
-    edges = {0, _coded_after(cfg), count}
-    if qs is not None and (qs.halting is not None or qs.fusion is not None):
-        layers = (qs.halting.layers if qs.halting is not None else None) or ()
-        few = 0 < len(layers) <= STACKED_SEGMENTS
-        edges |= set(layers) if few else set(range(0, count, -(-count // STACKED_SEGMENTS)))
-    return sorted(edges)
-
-
-def _coded_after(cfg: Config) -> int:
-    """Layers before the first whose cache holds int8 codes; all layers if there is no such."""
-    amq = cfg.quicksilver.amq if cfg.quicksilver is not None else None
-    if amq is not None and amq.execution == "int8" and "kv" in amq.targets:
-        return amq.layer
-    return cfg.model.num_layers
-
-
-def _keeps_all(cfg: Config) -> bool:
-    """Whether every layer keeps every token: only "skip" and fusion leave keys out."""
-    qs = cfg.quicksilver
-    if qs is None or qs.is_off:
-        return True
-    return qs.fusion is None and (qs.kv_skip is None or qs.kv_skip.policy != "skip")
-
-
-def _capacity(cfg: Config, held: int, longest: int, room: int, for_all: bool) -> int:
-    """Slots of a cache: what it holds, and room for a like share of new tokens, or for all."""
-    share = min(MARGIN * held / longest, 1.0)
-    if for_all or _keeps_all(cfg) or cfg.effective_protocol == "continuation":
-        share = 1.0
-    return bucket(held + max(math.ceil(share * room), 1))
-
-
-@functools.partial(jax.jit, static_argnames=("layout", "width"))
-def _pack(
-    text: sampling.Text,
-    cache: KVCache,
-    decisions: Decisions | None,
-    held_LBS: Array,
-    bits_BS: Array,
-    layout: tuple[tuple[int, int, int, bool, bool], ...],
-    width: int,
-) -> DecodeState:
-    """Caches of decoding from a prompt's, and decisions over `width` positions.
-
-    `layout` is, for each segment: its first layer, the one after its last, slots, whether it holds
-    int8 codes, and whether it keeps every token.
-    """
-    caches = []
-    for first, end, capacity, coded, keeps_all in layout:
-        span = slice(first, end)
-        bits = jnp.broadcast_to(bits_BS, held_LBS[span].shape) if coded else None
-        packed = (cache, span, held_LBS[span], capacity, bits, keeps_all)
-        caches.append(SlotCache.pack(*packed))
-
-    def widen(array: Any, empty: Any) -> Any:
-        if array is None:
-            return None
-        widths = [(0, 0)] * (array.ndim - 1) + [(0, width - array.shape[-1])]
-        return jnp.pad(array, widths, constant_values=empty)
-
-    if decisions is not None:
-        layers = cache.k_LBSKH.shape[0]
-        empty = (layers, NEVER, NEVER, FULL_BITS, False, jnp.nan, jnp.nan)
-        given = (getattr(decisions, field.name) for field in dataclasses.fields(decisions))
-        decisions = Decisions(*map(widen, given, empty))
-    return DecodeState(text, tuple(caches), decisions, jnp.zeros((), bool))
-
-
-@functools.partial(jax.jit, static_argnames=("capacities",))
-def _grow(state: DecodeState, capacities: tuple[int, ...]) -> DecodeState:
-    pairs = zip(state.caches, capacities, strict=True)
-    caches = tuple(cache.grow(size) for cache, size in pairs)
-    return state.replace(caches=caches, full=jnp.zeros((), bool))

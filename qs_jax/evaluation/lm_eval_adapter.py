@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from qs_jax import accounting, presets
 from qs_jax.checkpoint import load_tokenizer
-from qs_jax.config import Config
+from qs_jax.config import Config, Speculation
 from qs_jax.engine.devices import local_devices
 from qs_jax.engine.generate import stream
 from qs_jax.engine.inputs import bucket_size
@@ -60,6 +60,7 @@ class QSJaxLM(TemplateLM):
       seed: Of the sampler.
       device: Ignored: the harness always gives one, and JAX_PLATFORMS decides.
       max_batch_size: Refused: there are no automatic batch sizes.
+      speculate: Draft and verify new tokens; the preset fast-answers does so by itself.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class QSJaxLM(TemplateLM):
         seed: int = 0,
         device: str | None = None,
         max_batch_size: int | None = None,
+        speculate: bool = False,
     ) -> None:
         super().__init__()
         del device
@@ -88,7 +90,9 @@ class QSJaxLM(TemplateLM):
         params, model = load(self.folder, dtype=dtype)
         model = model.replace(weights=None) if allow_other_weights else model
         settings: dict[str, Any] = {"protocol": protocol, "engine": engine}
-        self.cfg = Config(model, presets.by_name(preset, model), **settings)
+        if speculate:
+            settings["speculate"] = Speculation()
+        self.cfg = presets.config(preset, model, **settings)
         file = Path(kv_maps) if kv_maps else None
         maps, _ = find_maps(self.cfg, self.folder, file, preset)
         self.params: Params = params if maps is None else {**params, "kv_maps": maps}

@@ -36,7 +36,7 @@ def logits(params: Params, h: Float[Array, "*batch D"]) -> Float[Array, "*batch 
     with jax.named_scope("head"):
         if stored_VD is not None and h.size == h.shape[-1]:
             return cpu.table_product(h.reshape(-1), stored_VD).reshape(*h.shape[:-1], -1)
-        return layers.unembed(h, head_table(params))
+        return layers.unembed(*cpu.as_they_lie(h, head_table(params)))
 
 
 def lens(params: Params, h: Array, model: ModelConfig) -> Array:

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import qs_jax
-from qs_jax.config import AMQConfig, Config, HaltingConfig, KVSkipConfig
-from qs_jax.engine import decode, generate, prompt_plan
+from qs_jax.config import AMQConfig, Config, HaltingConfig, KVSkipConfig, Speculation
+from qs_jax.engine import decode, fast, prompt_plan
 from tests.engine.contract import FAST, HALT, LAYERS, fast_case, few, model_of, params_of, settings
 from tests.engine.programs import arguments_of
 from tests.oracle.comparison import assert_same_record
@@ -119,7 +119,7 @@ def test_a_sweep_of_thresholds_compiles_nothing_anew_and_leaves_no_arrays():
         halting = dataclasses.replace(HALT, tau_drift=tau, tau_halt=4 * tau)
         cfg = Config(model, settings(halting=halting), **given)
         qs_jax.generate(params_of(model), random_tokens(model, 2, 14), cfg)
-        sizes.append([each._cache_size() for each in (generate.jit_start, decode.jit_run_until)])
+        sizes.append([each._cache_size() for each in (fast.jit_start, decode.jit_run_until)])
         gc.collect()
         arrays.append(len(jax.live_arrays()))
     assert sizes[0] == sizes[-1]
@@ -300,11 +300,14 @@ def test_caches_that_are_full_grow_and_lose_nothing():
         assert held[:, :, 40:].all()
 
 
-@pytest.mark.parametrize("name", ["dense", "dual-skip"])
-def test_no_step_copies_a_cache(name):
+COPYING = [("dense", None), ("dual-skip", None), ("dense", Speculation(length=3))]
+
+
+@pytest.mark.parametrize(("name", "speculate"), COPYING, ids=["dense", "dual-skip", "drafts"])
+def test_no_step_copies_a_cache(name, speculate):
     """Read off the compiled program: no copy as large as a segment's keys outside the entry."""
     model = model_of("llama")
-    cfg = Config(model, FAST[name], max_new_tokens=64, eos_token_ids=())
+    cfg = Config(model, FAST[name], max_new_tokens=64, eos_token_ids=(), speculate=speculate)
     call = lambda: qs_jax.generate(params_of(model), [[1, 2, 3] * 10], cfg)  # noqa: E731
     program, arrays, static = arguments_of(call, "decode", "jit_run_until")
     text = program.lower(*arrays, **static).compile(compiler_options=OPTIMISED).as_text()

@@ -10,8 +10,7 @@ import pytest
 
 import qs_jax
 from qs_jax.config import Config
-from qs_jax.engine import attention, dense
-from qs_jax.engine import generate as engine
+from qs_jax.engine import attention, dense, fast
 from qs_jax.engine import score as scoring
 from qs_jax.engine.inputs import bucket_size
 from qs_jax.errors import ConfigError, InputError, NonFiniteError
@@ -217,7 +216,7 @@ def test_prompts_of_one_bucket_share_one_program():
             top_k=17 + width % 9,
         )
         next(qs_jax.stream(params, random_tokens(model, width=width), varied))
-        sizes.append(engine.jit_start._cache_size())
+        sizes.append(fast.jit_start._cache_size())
     assert np.diff(sizes).tolist() == [0, 0, 1]
 
 

@@ -123,7 +123,7 @@ def test_extreme_sampling_is_greedy_over_penalised_logits(settings):
     expected_B = np.where(seen_BV, changed_BV, exact_BV).argmax(1)
     plan, numbers = sampling.plan_of(Config(model, **settings), 16)
     keys_B = sampling.row_keys(numbers.seed, len(logits_BV))
-    given = (jnp.asarray(logits_BV), jnp.asarray(seen_BV), keys_B, jnp.int32(0))
+    given = (jnp.asarray(logits_BV), jnp.asarray(seen_BV), keys_B, jnp.zeros(6, jnp.int32))
     np.testing.assert_array_equal(sampling.choose(*given, plan, numbers), expected_B)
 
 

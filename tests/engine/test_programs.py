@@ -10,7 +10,7 @@ import qs_jax
 from qs_jax.calibration.fit_maps import _moments
 from qs_jax.calibration.observe import _signals
 from qs_jax.calibration.sensitivity import layer_params, watched_layer
-from qs_jax.config import Config
+from qs_jax.config import Config, Speculation
 from qs_jax.models import cpu
 from tests.engine.contract import FAST, MATRIX, model_of, params_of, params_under
 from tests.engine.programs import arguments_of
@@ -51,13 +51,14 @@ PROGRAMS = {
     "prompt-dual": (score(FAST["dual-skip"], "continuation"), "score", "_jit_prompt"),
     "prompt-int8": (score(FAST["quota-fusion-int8"], "continuation"), "score", "_jit_prompt"),
     "prompt-light": (score(FAST["light"], "continuation"), "score", "_jit_prompt"),
-    "start": (generate(None), "generate", "jit_start"),
-    "start-sampled": (generate(None, **SAMPLED), "generate", "jit_start"),
-    "start-dual": (generate(FAST["dual-skip"]), "generate", "jit_start"),
+    "start": (generate(None), "fast", "jit_start"),
+    "start-sampled": (generate(None, **SAMPLED), "fast", "jit_start"),
+    "start-dual": (generate(FAST["dual-skip"]), "fast", "jit_start"),
     "rescore": (generate(MATRIX["HKFQ"]), "generate", "_rescore"),
     "loop": (generate(None, **SAMPLED), "decode", "jit_run_until"),
     "loop-dual": (generate(FAST["dual-skip"]), "decode", "jit_run_until"),
     "loop-int8": (generate(FAST["dual-int8"]), "decode", "jit_run_until"),
+    "loop-drafts": (generate(None, speculate=Speculation()), "decode", "jit_run_until"),
     "step": (stream(FAST["dual-skip"]), "decode", "jit_advance"),
     "step-quota": (stream(FAST["quota-fusion-int8"], "continuation"), "decode", "jit_advance"),
 }

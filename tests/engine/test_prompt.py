@@ -271,7 +271,7 @@ def test_no_layer_copies_the_states_or_the_cache(name):
     cfg = Config(model, qs, max_new_tokens=1)
     rows = random_tokens(model, batch=3, width=40)
     start = lambda: qs_jax.generate(params_under(cfg), rows, cfg)  # noqa: E731
-    program, arrays, static = arguments_of(start, "generate", "jit_start")
+    program, arrays, static = arguments_of(start, "fast", "jit_start")
     text = program.lower(*arrays, **static).compile(compiler_options=OPTIMISED).as_text()
     heads = (model.num_kv_heads, model.head_dim)
     for sizes in ((*rows.shape, model.hidden_size), (model.num_layers, *rows.shape, *heads)):

@@ -64,7 +64,7 @@ def test_draws_follow_the_filtered_distribution():
     seen = jnp.zeros((draws, 1), bool)
     keys = sampling.row_keys(jnp.uint32(3), draws)
     repeated = jnp.broadcast_to(jnp.asarray(logits), (draws, MODEL.vocab_size))
-    picks = sampling.choose(repeated, seen, keys, jnp.int32(0), plan, numbers)
+    picks = sampling.choose(repeated, seen, keys, jnp.zeros(draws, jnp.int32), plan, numbers)
     frequency = np.bincount(np.asarray(picks), minlength=MODEL.vocab_size) / draws
     error = np.sqrt(exact * (1 - exact) / draws)
     assert (np.abs(frequency - exact) <= 5 * error).all()

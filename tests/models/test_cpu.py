@@ -110,7 +110,7 @@ def test_no_program_converts_stacked_weights_or_caches():
     rows = random_tokens(model, batch=5, width=40)
     cfg = Config(model, max_new_tokens=1)
     start = lambda: qs_jax.generate(params, rows, cfg)  # noqa: E731
-    program, (stored, *others), static = arguments_of(start, "generate", "jit_start")
+    program, (stored, *others), static = arguments_of(start, "fast", "jit_start")
 
     def list_conversions(given) -> set[str]:
         compiled = program.lower(given, *others, **static).compile(compiler_options=OPTIMISED)
