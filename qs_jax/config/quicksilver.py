@@ -221,9 +221,9 @@ class Speculation(Settings):
       draft: Where drafts come from.
       length: K, drafted tokens a step; the step runs 1 + K.
       ngram: Lengths of the last tokens that are looked up, in the order they are tried.
-      gate: Drafted tokens a live row that must be expected to be kept, by what was kept lately; a
-        step that expects fewer runs one token a row. 0 verifies every draft. None: what pays on
-        this device.
+      gate: Drafted tokens a row that must be expected to be kept, by what was kept lately; a step
+        that expects fewer runs one token a row. In a batch the rows that are behind decide. 0
+        verifies every draft. None: what pays on this device.
       exact: Run every step on 1 + K tokens, attended to in the same order: what was drafted then
         cannot change how a number is rounded. Without it, bfloat16 texts may differ at near-ties.
     """

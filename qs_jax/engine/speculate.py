@@ -46,7 +46,7 @@ class Drafts(flax.struct.PyTreeNode):
       passes_B: Steps in which the row ran.
       drafted_B: Tokens that were verified.
       accepted_B: Those that were kept.
-      gate: Tokens that a live row must expect.
+      gate: Tokens that a row must expect.
     """
 
     history_BS: Int[Array, "B S"]
@@ -108,7 +108,7 @@ def begin(settings: Speculation, gate: Array, prompts_BT: Array, text: Text) -> 
         ngram=settings.ngram,
         exact=settings.exact,
     )
-    return propose(drafts, text.pos_B, ~text.done_B)
+    return propose(drafts, text)
 
 
 def learn(drafts: Drafts, before: Text, after: Text, live_B: Array, width: int) -> Drafts:
@@ -138,22 +138,27 @@ def learn(drafts: Drafts, before: Text, after: Text, live_B: Array, width: int) 
         drafted_B=drafts.drafted_B + drafts.length * verified_B,
         accepted_B=drafts.accepted_B + jnp.where(verified_B, new_B - 1, 0),
     )
-    return propose(drafts, after.pos_B, ~after.done_B)
+    return propose(drafts, after)
 
 
-def propose(drafts: Drafts, last_B: Array, live_B: Array) -> Drafts:
-    """Look up what may follow the token at `last_B`, and decide whether to verify it."""
+def propose(drafts: Drafts, text: Text) -> Drafts:
+    """Look up what may follow each row's last token, and decide whether to verify it.
+
+    The rows that are behind decide: a batch ends with its last row.
+    """
     of_row = functools.partial(look_up, ngram=drafts.ngram, length=drafts.length)
-    draft_BK, by_B = jax.vmap(of_row)(drafts.history_BS, last_B)
+    draft_BK, by_B = jax.vmap(of_row)(drafts.history_BS, text.pos_B)
     found_B1 = (by_B < len(drafts.ngram))[:, None]
     drafts = drafts.replace(draft_BK=jnp.where(found_B1, draft_BK, NOTHING), by_B=by_B)
     # A draft is kept up to its first wrong token.
     share_BG = drafts.right_BG / drafts.tried_BG
     share_B1 = jnp.take_along_axis(share_BG, by_B[:, None], axis=1, mode="clip")
     kept_B = (share_B1 ** (1 + jnp.arange(drafts.length))[None]).sum(1)
-    expected = jnp.where(live_B & drafts.found_B, kept_B, 0).sum()
-    wide = (expected >= drafts.gate * live_B.sum()) & (live_B & drafts.found_B).any()
-    return drafts.replace(wide=wide)
+    least = jnp.where(text.done_B, NEVER, text.lengths_B).min()
+    behind_B = ~text.done_B & (text.lengths_B == least)
+    found_B = drafts.found_B & behind_B
+    enough = jnp.where(found_B, kept_B, 0).sum() >= drafts.gate * behind_B.sum()
+    return drafts.replace(wide=enough & found_B.any())
 
 
 def look_up(

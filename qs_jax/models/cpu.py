@@ -246,7 +246,7 @@ def least_kept(rows: int) -> float:
     """
     if not on_cpu():
         return 0.1
-    return 1.1 if rows == 1 else 1.5
+    return 1.1 if rows == 1 else 3.0
 
 
 def block_diagonal(heads: int) -> bool:
