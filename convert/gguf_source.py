@@ -20,7 +20,7 @@ import numpy as np
 from convert.errors import ConversionError
 from convert.gguf_tokenizer import SENTENCEPIECE_IDS, build_tokenizer
 from convert.hf_config import single
-from convert.sources import Source, StoredTensor
+from convert.sources import Codes, Source, StoredTensor
 from qs_jax.config import RopeScaling
 from qs_jax.models.rope import stretch_llama3
 
@@ -72,6 +72,8 @@ _NEUTRAL: dict[str, Any] = {
     "tensor_data_layout": "Meta AI original pth",  # the order of rows that is undone here
     "use_parallel_residual": False,
 }
+# Bytes of a block of 32 weights: the types whose codes are kept.
+_BLOCKS = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
 # Divisors of the rotary frequencies, which are no weights.
 _FREQUENCIES = "rope_freqs.weight"
 
@@ -106,6 +108,21 @@ class _File:
         if self._mapped is not None:  # pages read so far need not stay in memory
             self._mapped.madvise(mmap.MADV_DONTNEED)
         return whole
+
+    def codes(self, name: str) -> Codes:
+        """What a matrix of blocks of 32 is stored as."""
+        tensor = self.tensors[name]
+        kind = tensor.tensor_type.name
+        rows = np.asarray(tensor.data).reshape(int(tensor.shape[1]), -1, _BLOCKS[kind])
+        scale = rows[..., :2].copy().view(np.float16)[..., 0]
+        offset = None
+        if kind == "Q4_1":
+            offset = rows[..., 2:4].copy().view(np.float16)[..., 0]
+        elif kind == "Q4_0":
+            offset = -8 * scale
+        codes = rows[..., _BLOCKS[kind] - (32 if kind == "Q8_0" else 16) :]
+        codes = codes.view(np.int8) if kind == "Q8_0" else codes
+        return Codes(codes.reshape(len(rows), -1), scale, offset)
 
 
 def open_gguf(path: Path, description: str | None = None) -> Source:
@@ -158,8 +175,16 @@ def _tensor(file: _File, name: str, stored: str, config: dict[str, Any]) -> Stor
             return unpermute(tensor, q_heads if ".q_proj." in name else kv_heads)
         return tensor
 
+    def read_codes() -> Codes:
+        codes = file.codes(stored)
+        if ".q_proj." in name or ".k_proj." in name:
+            heads = q_heads if ".q_proj." in name else kv_heads
+            return codes.each(lambda rows: unpermute(rows, heads))
+        return codes
+
     shape = tuple(int(size) for size in reversed(file.tensors[stored].shape))
-    return StoredTensor(shape, "float32", read)
+    coded = file.tensors[stored].tensor_type.name in _BLOCKS and len(shape) == 2
+    return StoredTensor(shape, "float32", read, read_codes if coded else None)
 
 
 def _config(file: _File, names: dict[str, str], notes: list[str]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors.numpy import save
 from tqdm import tqdm
 from tyro.conf import UseAppendAction
 
@@ -31,10 +32,10 @@ from convert.errors import ConversionError, Problems
 from convert.gguf_source import embedded_path, open_gguf
 from convert.hf_config import model_config
 from convert.mapping import CLASSIFIER, Rule, is_tied_head, match, rules_of
-from convert.sources import Source, download, open_folder
+from convert.sources import Codes, Source, download, open_folder
 from convert.tokenizer import check_tokenizer
 from convert.writer import LazyArray, check_folder, write_tree
-from qs_jax.checkpoint import FORMAT_VERSION, MANIFEST, PARAMS, checksum
+from qs_jax.checkpoint import CODES, FORMAT_VERSION, MANIFEST, PARAMS, checksum, checksum_codes
 from qs_jax.config import ModelConfig
 from qs_jax.errors import exit_code
 from qs_jax.files import write_json, write_whole
@@ -105,6 +106,7 @@ def convert(
             digests: Digests = {}
             tree = _lazy_tree(opened, rules, names, model, digests, bar.update)
             write_tree(staged / PARAMS, tree)
+        _write_codes(opened, rules, names, model, staged)
         model = model.replace(weights=_combine(digests))
         write_json(staged / MANIFEST, _manifest(staged, model, opened, notes))
         if head_CD is not None:
@@ -166,6 +168,33 @@ def _lazy_tree(
     return unflatten_dict(leaves)
 
 
+def _write_codes(
+    source: Source, rules: list[Rule], names: dict[str, str], model: ModelConfig, folder: Path
+) -> None:
+    """Write the codes of projections of which every tensor is stored in one and the same form."""
+    arrays: dict[str, np.ndarray] = {}
+    targets = dict.fromkeys(rule.target for rule in rules if rule.target[-1] == "kernel")
+    for target in targets:
+        parts = [rule for rule in rules if rule.target == target]
+        by_layer = [
+            [source.tensors[names[name]].codes for name in layer_names]
+            for layer_names in zip(*(rule.names(model.num_layers) for rule in parts), strict=True)
+        ]
+        if any(codes is None for layer in by_layer for codes in layer):
+            continue
+        read = [[codes() for codes in layer if codes is not None] for layer in by_layer]
+        forms = {(c.codes.dtype, c.offset is None) for layer in read for c in layer}
+        if len(forms) > 1:
+            continue
+        for part in Codes._fields:
+            layers = [[getattr(codes, part) for codes in layer] for layer in read]
+            if layers[0][0] is not None:
+                stacked = np.stack([np.concatenate(layer).T for layer in layers])
+                arrays[f"{target[1]}.{part}"] = np.ascontiguousarray(stacked)
+    if arrays:
+        (folder / CODES).write_bytes(save(arrays))
+
+
 def _combine(digests: Digests) -> str:
     """The fingerprint of all weights, rounded to bfloat16: the same in whatever dtype they are."""
     lines = [f"{'.'.join(path)} {digests[path].hexdigest()}" for path in sorted(digests)]
@@ -209,6 +238,7 @@ def _manifest(folder: Path, model: ModelConfig, source: Source, notes: list[str]
     for package in _VERSIONED:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
+    codes = {"codes": checksum_codes(folder)} if (folder / CODES).is_file() else {}
     return {
         "format_version": FORMAT_VERSION,
         "model": model.to_dict(),
@@ -217,7 +247,7 @@ def _manifest(folder: Path, model: ModelConfig, source: Source, notes: list[str]
         "source": source.description,
         "notes": notes,
         "versions": versions,
-    }
+    } | codes
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -138,7 +138,7 @@ def match(
             if len(present) > 1:
                 problems.add("ambiguous tensors", " and ".join(present))
             matched[name] = first = present[0]
-            shape, dtype, _ = tensors[first]
+            shape, dtype, *_ = tensors[first]
             if shape != rule.shape:
                 expected = f"{list(shape)}, expected {list(rule.shape)}"
                 problems.add("misshapen tensors", f"{first}: {expected}")

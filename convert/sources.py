@@ -39,12 +39,36 @@ _ADAPTER = "adapter_config.json"
 _SAFETENSORS_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
+class Codes(NamedTuple):
+    """A matrix `[O, C]` in groups of 32 input channels: scale * code + offset.
+
+    Attributes:
+      codes: int8 `[O, C]`, or uint8 `[O, C / 2]`: two 4-bit codes in a byte, the first half of a
+        group in the low bits.
+      scale: float16 `[O, C / 32]`.
+      offset: The same, or None where it is 0.
+    """
+
+    codes: np.ndarray
+    scale: np.ndarray
+    offset: np.ndarray | None
+
+    def each(self, function: Callable[[np.ndarray], np.ndarray]) -> Codes:
+        """With a function of rows applied to each array."""
+        offset = None if self.offset is None else function(self.offset)
+        return Codes(function(self.codes), function(self.scale), offset)
+
+
 class StoredTensor(NamedTuple):
-    """A tensor that has not been read yet; the dtype is NumPy's name, else the format's."""
+    """A tensor that has not been read yet; the dtype is NumPy's name, else the format's.
+
+    `codes` reads what a quantised one is stored as; None where it is not, or in another form.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     read: Callable[[], np.ndarray]
+    codes: Callable[[], Codes] | None = None
 
 
 class Source(NamedTuple):

@@ -30,6 +30,13 @@ PROMPTS = (
 )
 
 
+# Answered twice: what is copied can be drafted.
+COPY = (
+    "Repeat the following text word for word: The old mill stands at the bend of the river, where "
+    "the water slows before it falls over the weir. In spring the miller opens the three gates one "
+    "after another, and the great wheel begins to turn."
+)
+
 PROTOCOLS = {"teacher-forced": "every token", "continuation": "the prompt"}
 CONTINUATION, STEPS, ROUNDS = 128, 16, 3
 
@@ -66,28 +73,36 @@ def main(argv: list[str] | None = None) -> None:
     table.add_column("prompt")
     for column in ("prefill\ntokens", "prefill\ntokens/s", "decode\ntokens", "decode\ntokens/s"):
         table.add_column(column, justify="right")
-    table.add_column("compiling\nseconds", justify="right")
-    for prompt in PROMPTS:
+    for column in ("decode\npasses", "drafted,\nkept", "compiling\nseconds"):
+        table.add_column(column, justify="right")
+    drafting = cfg.replace(speculate=qs_jax.Speculation())
+    for prompt, way in (*((each, cfg) for each in (*PROMPTS, COPY)), (COPY, drafting)):
+        who = "model" if way.speculate is None else "model, with drafts"
         console.print(
-            f"\n[bold cyan]user[/bold cyan]  {prompt}\n[bold green]model[/bold green] ", end=""
+            f"\n[bold cyan]user[/bold cyan]  {prompt}\n[bold green]{who}[/bold green] ",
+            end="",
+            soft_wrap=True,
         )
-        stream = TextStream(params, tokenizer, encode_prompt(tokenizer, prompt, chat=True), cfg)
+        stream = TextStream(params, tokenizer, encode_prompt(tokenizer, prompt, chat=True), way)
         for text in stream.texts:
             console.print(text, end="", markup=False, soft_wrap=True)
         console.print()
         table.add_row(
-            prompt,
+            prompt if len(prompt) < 80 else f"{prompt[:40]} ...",
             str(stream.prompt_tokens),
             f"{stream.prefill_rate:.0f}",
             str(stream.new_tokens - 1),
             f"{stream.decode_rate:.1f}",
+            str(stream.passes),
+            f"{stream.drafted}, {stream.accepted}",
             f"{stream.prefill.compile + stream.decode.compile:.1f}",
         )
     console.print()
     console.print(table)
     console.print(
         "Prefill reads the prompt in one pass and gives the first new token; decode gives the "
-        "others one at a time.\nThe second prompt reuses the compiled programs.\n",
+        "others one at a time.\nThe second prompt reuses the compiled programs. Drafts are looked "
+        "up in what was said and verified several at a time: the same text in fewer passes.\n",
         soft_wrap=True,
     )
     ids = list(tokenizer(LIGHTHOUSE, verbose=False).input_ids)

@@ -11,6 +11,7 @@ from qs_jax.config import (
     KVSkipConfig,
     ModelConfig,
     QuickSilverConfig,
+    Speculation,
 )
 from qs_jax.engine.devices import replicate
 from qs_jax.engine.generate import GenerateOutput, StreamStep, generate, stream
@@ -52,6 +53,7 @@ __all__ = [
     "KVSkipConfig",
     "FusionConfig",
     "AMQConfig",
+    "Speculation",
     "presets",
     # Counting what was saved
     "accounting",

@@ -2,7 +2,7 @@
 
 qs_jax.json is the manifest (format version, ModelConfig with the fingerprint of the weights,
 provenance) and comes last; params/ is an Orbax checkpoint of the stacked tree; config.json and the
-tokenizer's files are as they came.
+tokenizer's files are as they came. Of a GGUF file, gguf_codes.safetensors holds the codes.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "qs_jax.json"
 PARAMS = "params"
+CODES = "gguf_codes.safetensors"  # those of a GGUF file, where the checkpoint was made from one
 FORMAT_VERSION = 2
 
 
@@ -67,6 +68,23 @@ def check_params_files(folder: Path, manifest: dict[str, Any]) -> None:
     if lost or known != {"files": known["files"]} | _checksum_files(folder, known["files"]):
         example = f", such as {lost[0]}" if lost else ""
         raise CheckpointError(f"{folder}: files were lost or changed{example}. Convert again.")
+
+
+def checksum_codes(folder: Path) -> dict[str, int]:
+    """Bytes and CRC-32 of the codes of a GGUF file."""
+    return _checksum_files(folder, [CODES])
+
+
+def check_codes(folder: Path, manifest: dict[str, Any]) -> Path:
+    """The file of the codes of a GGUF file; CheckpointError where there is none, or another."""
+    if "codes" not in manifest:
+        raise CheckpointError(
+            f"{folder} has no codes of a GGUF file: convert a .gguf file whose projections are of "
+            "type Q4_0, Q4_1 or Q8_0 with this version."
+        )
+    if not (folder / CODES).is_file() or checksum_codes(folder) != manifest["codes"]:
+        raise CheckpointError(f"{folder / CODES} was lost or changed. Convert again.")
+    return folder / CODES
 
 
 def _checksum_files(folder: Path, names: Iterable[str]) -> dict[str, int]:

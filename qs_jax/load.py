@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from qs_jax.checkpoint import PARAMS, check_params_files, read_manifest
+from qs_jax.checkpoint import PARAMS, check_codes, check_params_files, read_manifest
 from qs_jax.config import Config, ModelConfig
+from qs_jax.config.fields import parse
 from qs_jax.errors import CheckpointError, ConfigError, InputError, NonFiniteError
 from qs_jax.jax_settings import default_settings, explain
 from qs_jax.mechanisms.kv_maps import FILE_NAME, KVMaps, select
 from qs_jax.models import Params, abstract_params
 from qs_jax.models.cpu import processor_multiplies
+from qs_jax.models.quantized import QKernel, in_int8
 from qs_jax.presets import NAMES, maps_path, shipped_maps
 
+WeightsOption: TypeAlias = Literal["int8", "gguf"] | None
 _finite = jax.jit(lambda leaf: jnp.isfinite(leaf).all())
 
 
 @default_settings()
 def load(
-    path: str | Path, *, dtype: str | None = "auto", devices: Sequence[jax.Device] | None = None
+    path: str | Path,
+    *,
+    dtype: str | None = "auto",
+    devices: Sequence[jax.Device] | None = None,
+    weights: str | None = None,
 ) -> tuple[Params, ModelConfig]:
     """Read a converted checkpoint, and check it against its checksum.
 
@@ -35,6 +43,10 @@ def load(
       dtype: "float32" or "bfloat16" to convert while reading; "auto" is the faster of the two on
         the device; None keeps the stored dtype.
       devices: Shard the parameters over these, tensor-parallel; None is the default device.
+      weights: How the projections of all layers are held. None: in `dtype`. "int8": a code of 8
+        bits each and a scale for each output channel. "gguf": the 4- or 8-bit codes of the GGUF
+        file that the checkpoint was converted from, which stand for the very weights. Embeddings,
+        norms, head and activations stay in `dtype`.
 
     Returns:
       The stacked parameter tree, and the configuration with the dtype it has now. The tree holds
@@ -42,8 +54,9 @@ def load(
       with the library.
 
     Raises:
-      CheckpointError: The folder is missing, incomplete, damaged or of another format.
-      ConfigError: `dtype` is none of these, or `devices` is empty.
+      CheckpointError: The folder is missing, incomplete, damaged or of another format, or has no
+        codes of a GGUF file.
+      ConfigError: `dtype` or `weights` is none of these, or `devices` is empty.
       NonFiniteError: A weight is NaN or infinite.
     """
     path, manifest = Path(path), read_manifest(path)
@@ -51,14 +64,48 @@ def load(
     if devices is not None and len(devices) == 0:
         raise ConfigError("devices is empty; None takes the default device.")
     model = model.replace(dtype=choose_dtype(dtype, model, devices[0] if devices else None))
+    parse("weights", weights, WeightsOption)
+    if weights == "gguf" and devices is not None:
+        raise ConfigError("weights='gguf' is for one device: leave out devices.")
     # TensorStore reads a missing chunk as zeros, and Orbax leaves reads pending when one fails.
     check_params_files(path, manifest)
     params = _restore(path, model, devices)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if bad := [jax.tree_util.keystr(key) for key, leaf in leaves if not _finite(leaf)]:
         raise NonFiniteError(f"{path}: NaN or infinite weights in {', '.join(bad)}.")
+    if weights == "int8":
+        params = in_int8(params)
+    if weights == "gguf":
+        params = {**params, "layers": _with_codes(params["layers"], check_codes(path, manifest))}
     maps = path / FILE_NAME if (path / FILE_NAME).is_file() else shipped_maps(model)
     return params if maps is None else {**params, "kv_maps": KVMaps.load(maps)}, model
+
+
+def _with_codes(layers: Params, file: Path) -> Params:
+    """Layers with the codes of a GGUF file in place of the projections that it has."""
+    from safetensors.numpy import load_file
+
+    parts: dict[str, dict[str, jax.Array]] = {}
+    for name, array in load_file(file).items():
+        projection, _, part = name.partition(".")
+        parts.setdefault(projection, {})[part] = jnp.asarray(array)
+    layers = dict(layers)
+    for name, codes in parts.items():
+        # Two 4-bit codes are in an unsigned byte.
+        bits = 4 if codes["codes"].dtype == jnp.uint8 else 8
+        layers[name] = layers[name] | {"kernel": QKernel(**codes, bits=bits)}
+    return layers
+
+
+def memory_of(model: ModelConfig, weights: Any = None) -> int:
+    """Bytes of the parameters as `load` gives them: floats, "int8", or a file of GGUF codes."""
+    shapes = abstract_params(model)
+    if weights == "int8":
+        shapes = jax.eval_shape(in_int8, shapes)
+    elif weights is not None:
+        codes = jax.eval_shape(lambda: _with_codes(shapes["layers"], weights))
+        shapes = {**shapes, "layers": codes}
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
 def choose_dtype(dtype: str | None, model: ModelConfig, device: Any = None) -> str:

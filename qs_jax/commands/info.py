@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
-from qs_jax.checkpoint import read_manifest
+from qs_jax.checkpoint import check_codes, read_manifest
 from qs_jax.commands.options import print_table
+from qs_jax.config import ModelConfig
+from qs_jax.load import memory_of
 
 
 @dataclasses.dataclass
@@ -24,4 +27,12 @@ class Info:
             "parameters": f"{manifest['num_params']:,}",
             "bytes on disk": f"{manifest['params']['bytes']:,}",
         }
+        model = ModelConfig.from_dict(manifest["model"])
+        kinds: dict[str, Any] = {"float32": None, "bfloat16": None, "int8": "int8"}
+        if "codes" in manifest:
+            kinds["gguf"] = check_codes(self.ckpt, manifest)
+        for name, codes in kinds.items():
+            dtype = name if codes is None else "bfloat16"
+            size = memory_of(model.replace(dtype=dtype), codes)
+            rows[f"bytes in memory, {name}"] = f"{size:,}"
         print_table(str(self.ckpt), (), (rows | manifest["model"]).items())

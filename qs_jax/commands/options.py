@@ -46,6 +46,8 @@ class RunOptions:
     """Take presets and maps that were made for other weights of the same sizes."""
     dtype: Literal["auto", "float32", "bfloat16"] | None = "auto"
     """Convert parameters while loading; auto takes the faster on this device, None keeps them."""
+    weights: Literal["int8", "gguf"] | None = None
+    """Hold projections as 8-bit codes, or as those of the GGUF file that was converted."""
     compilation_cache: str | None = None
     """Folder that keeps compiled programs for the next start, or off; by default $QS_JAX_CACHE, or
     qs-jax/xla in the user's cache folder."""
@@ -75,7 +77,7 @@ class RunOptions:
 
     def load(self, maps: KVMaps | None = None) -> Params:
         """The parameters, with the maps that a call reads."""
-        params, _ = load(self.ckpt, dtype=self.dtype)
+        params, _ = load(self.ckpt, dtype=self.dtype, weights=self.weights)
         return params if maps is None else {**params, "kv_maps": maps}
 
     def settings(self, cfg: Config, **others: Any) -> dict[str, Any]:
@@ -88,6 +90,7 @@ class RunOptions:
             "preset": Path(self.preset).name,
             "protocol": cfg.effective_protocol,
             "quicksilver": cfg.quicksilver.to_dict(),
+            "weights": self.weights,
         }
 
     def origin(self, cfg: Config) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from qs_jax.mechanisms.last import LastMade
 from qs_jax.mechanisms.light import bind
 from qs_jax.models import Params, abstract_params
 from qs_jax.models.cpu import stored_params
+from qs_jax.models.quantized import is_quantized
 
 _EXTRAS = ("kv_maps", "int8")  # they travel with the parameters; their readers check them
 
@@ -70,9 +72,19 @@ def _signature(params: Params) -> dict[str, tuple[tuple[int, ...], str]]:
     }
 
 
+def _as_float(model: ModelConfig) -> Callable[[Any], Any]:
+    """Codes count as the kernels that they stand for."""
+
+    def of(leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, model.dtype) if is_quantized(leaf) else leaf
+
+    return of
+
+
 def check_params(params: Params, model: ModelConfig) -> None:
     """Raise `ConfigError` unless parameters have the model's names, shapes and dtypes."""
-    given = _signature({name: part for name, part in params.items() if name not in _EXTRAS})
+    own = {name: part for name, part in params.items() if name not in _EXTRAS}
+    given = _signature(jax.tree.map(_as_float(model), own, is_leaf=is_quantized))
     expected = _expected(model)
     if given == expected:
         return

@@ -61,6 +61,7 @@ class QSJaxLM(TemplateLM):
       device: Ignored: the harness always gives one, and JAX_PLATFORMS decides.
       max_batch_size: Refused: there are no automatic batch sizes.
       speculate: Draft and verify new tokens; the preset fast-answers does so by itself.
+      weights: As `qs_jax.load` takes it.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class QSJaxLM(TemplateLM):
         device: str | None = None,
         max_batch_size: int | None = None,
         speculate: bool = False,
+        weights: str | None = None,
     ) -> None:
         super().__init__()
         del device
@@ -87,7 +89,7 @@ class QSJaxLM(TemplateLM):
             raise InputError(f"--batch_size must be a number for qs-jax, got {batch_size!r}.")
         self.folder = Path(ckpt)
         self.tokenizer: Any = load_tokenizer(self.folder)
-        params, model = load(self.folder, dtype=dtype)
+        params, model = load(self.folder, dtype=dtype, weights=weights)
         model = model.replace(weights=None) if allow_other_weights else model
         settings: dict[str, Any] = {"protocol": protocol, "engine": engine}
         if speculate:

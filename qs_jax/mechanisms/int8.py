@@ -37,6 +37,7 @@ from jaxtyping import Array, Float, Int, Int8
 
 from qs_jax.errors import ConfigError
 from qs_jax.mechanisms.last import LastMade
+from qs_jax.models.quantized import with_floats
 from qs_jax.state import FULL_BITS, exact_dtype
 
 MOST_CHANNELS = (2**31 - 1) // 127**2  # with more, the int32 could overflow
@@ -182,14 +183,15 @@ def quantize_weights(params: dict[str, Any]) -> dict[str, Any]:
         if given != {name: kernel.shape for name, kernel in kernels.items()}:
             raise ConfigError("params['int8'] is of another model: leave it out, it is made anew.")
         return params
-    return {**params, "int8": _quantized(kernels)}
+    return {**params, "int8": _quantized(kernels, params["embed"]["tokens"].dtype)}
 
 
 _last = LastMade()
 
 
-def _quantized(kernels: Mapping[str, Any]) -> dict[str, QTensor]:
+def _quantized(kernels: Mapping[str, Any], dtype: Any) -> dict[str, QTensor]:
     def quantize() -> dict[str, QTensor]:
-        return {name: quantize_kernel(kernel) for name, kernel in kernels.items()}
+        floats = with_floats(dict(kernels), dtype)
+        return {name: quantize_kernel(kernel) for name, kernel in floats.items()}
 
-    return _last.get([kernels[name] for name in sorted(kernels)], quantize)
+    return _last.get(jax.tree.leaves(dict(kernels)), quantize)

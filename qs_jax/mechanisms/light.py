@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.config import ModelConfig
 from qs_jax.models.cpu import from_storage, own_layer
+from qs_jax.models.quantized import with_floats
 
 
 class LightSizes(NamedTuple):
@@ -130,7 +131,8 @@ def bind(params: dict[str, Any], kv_maps: Any, model: ModelConfig) -> Bound:
     """Gather the weights that light layers, and maps that read neurons, leave to be computed."""
 
     def params_of(index: int) -> dict[str, Any]:
-        return from_storage(jax.tree.map(lambda leaf: leaf[index], params["layers"]))
+        layer = jax.tree.map(lambda leaf: leaf[index], params["layers"])
+        return with_floats(from_storage(layer), model.dtype)
 
     layers = []
     for at, light in enumerate(kv_maps.light, start=(kv_maps.light_from or 1) - 1):

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from qs_jax.config import ModelConfig
 from qs_jax.models import cpu
+from qs_jax.models.quantized import QKernel
 from qs_jax.state import exact_dtype
 
 # Given this layer's queries [B, T, N, H] and keys and values [B, T, K, H] of the same tokens,
@@ -46,15 +47,18 @@ def product(x: Float[Array, "*batch C"], kernel: Array, transposed: bool = False
 def dense_product(dense: nn.Dense, x: Array, start: int = 0) -> Array:
     """The product as the module defines it, from output column `start` on, at least float32.
 
-    The kernel may be a `cpu.KernelInPlace`, which a single vector is multiplied with in place.
+    The kernel may be a `QKernel`, or lie in place, where a single vector is multiplied with it.
     """
     weights = dense.variables.get("params")
     if weights is None:  # parameters are being made
         return dense(x)
     kernel: Any = weights["kernel"]
-    if isinstance(kernel, cpu.KernelInPlace) and x.size > x.shape[-1]:
-        kernel = kernel.values
-    if isinstance(kernel, cpu.KernelInPlace):
+    in_place = isinstance(kernel, cpu.KernelInPlace | cpu.QKernelInPlace)
+    if in_place and x.size > x.shape[-1]:
+        kernel, in_place = kernel.values, False
+    if isinstance(kernel, QKernel):
+        y = kernel.times(x, product, start)
+    elif in_place:
         y = kernel.times(x.reshape(-1), start).reshape(*x.shape[:-1], -1)
     else:
         y = product(x.astype(kernel.dtype), kernel[:, start:])

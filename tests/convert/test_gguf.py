@@ -3,15 +3,21 @@
 import json
 import os
 
+import jax
 import numpy as np
 import pytest
 
 import qs_jax
 from convert import hf_to_flax
 from convert.errors import ConversionError
+from convert.flax_to_hf import hf_tensors
 from convert.gguf_source import open_gguf
 from convert.hf_to_flax import convert
+from qs_jax.checkpoint import CODES
+from qs_jax.errors import CheckpointError, ConfigError
+from qs_jax.load import memory_of
 from qs_jax.models.rope import inverse_frequencies
+from qs_jax.testing import tiny_model, tiny_params
 from tests.convert.folders import LLAMA_CONFIG, assert_converts, llama_tensors
 from tests.convert.gguf_files import byte_level_tokenizer, sentencepiece_tokenizer, write_gguf
 
@@ -46,6 +52,46 @@ def test_quantised_tensors_are_dequantised(tmp_path, tensors, kind, tolerance):
         read = source.tensors[name].read()
         assert read.dtype == np.float32
         np.testing.assert_allclose(read, tensor, atol=tolerance * np.abs(tensor).max())
+
+
+BLOCKS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_codes_stand_for_the_very_weights(tmp_path, kind):
+    """The codes of a checkpoint against its weights, which the `gguf` package dequantised."""
+    model = tiny_model("llama", mlp_size=64, bos_token_id=0, eos_token_ids=(1,))
+    tensors = hf_tensors(jax.tree.map(np.asarray, tiny_params(model)), model)
+    config = LLAMA_CONFIG | {"intermediate_size": 64}
+    path = write_gguf(tmp_path / "m.gguf", tensors, config, quantization=kind)
+    convert(str(path), tmp_path / "out", tokenizer=False)
+    floats, model = qs_jax.load(tmp_path / "out", dtype="float32")
+    coded, _ = qs_jax.load(tmp_path / "out", dtype="float32", weights="gguf")
+    for name in ("qkv", "out", "gate_up", "down"):
+        kernel = coded["layers"][name]["kernel"]
+        assert kernel.bits == BLOCKS[kind]
+        expected = np.asarray(floats["layers"][name]["kernel"])
+        np.testing.assert_allclose(kernel.values(np.float32), expected, rtol=1e-6, atol=1e-7)
+    cfg, tokens = qs_jax.Config(model), np.arange(24).reshape(2, 12)
+    ours, theirs = (
+        qs_jax.score(params, tokens, cfg, return_logits=True) for params in (coded, floats)
+    )
+    np.testing.assert_allclose(ours.logits, theirs.logits, atol=2e-4)
+    sizes = [memory_of(model), memory_of(model, tmp_path / "out" / CODES)]
+    held = [sum(leaf.nbytes for leaf in jax.tree.leaves(params)) for params in (floats, coded)]
+    assert sizes == held
+    (tmp_path / "out" / CODES).write_bytes(b"other")
+    with pytest.raises(CheckpointError, match="lost or changed"):
+        qs_jax.load(tmp_path / "out", weights="gguf")
+
+
+def test_a_checkpoint_without_codes_says_so(tmp_path, tensors):
+    path = write_gguf(tmp_path / "m.gguf", tensors, LLAMA_CONFIG)
+    convert(str(path), tmp_path / "out", tokenizer=False)
+    with pytest.raises(CheckpointError, match="has no codes of a GGUF file"):
+        qs_jax.load(tmp_path / "out", weights="gguf")
+    with pytest.raises(ConfigError, match="weights must be 'int8' or 'gguf'"):
+        qs_jax.load(tmp_path / "out", weights="int4")
 
 
 def test_byte_level_tokenizer(tmp_path, tensors):

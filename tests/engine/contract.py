@@ -203,5 +203,14 @@ def fast_case(name: str, protocol: str | None, **fields):
 
 
 def few(names, *by_default):
-    """Parameters of a test of all these names, others than those few in the slow suite."""
-    return [pytest.param(n, marks=[pytest.mark.slow] * (n not in by_default)) for n in names]
+    """Parameters of a test of all these names, others than those few in the slow suite.
+
+    A name may be a tuple, of several parameters.
+    """
+    return [
+        pytest.param(
+            *(name if isinstance(name, tuple) else (name,)),
+            marks=[pytest.mark.slow] * (name not in by_default),
+        )
+        for name in names
+    ]

@@ -74,15 +74,14 @@ SAMPLING = {
 
 
 @pytest.mark.parametrize(
-    "case", few(itertools.product(SAMPLING, ("llama", "gpt2")), *BY_DEFAULT), ids="-".join
+    ("name", "model_type"), few(itertools.product(SAMPLING, ("llama", "gpt2")), *BY_DEFAULT)
 )
-def test_drafts_change_no_token(case):
-    name, model_type = case
+def test_drafts_change_no_token(name, model_type):
     cfg = Config(model_of(model_type), max_new_tokens=29, eos_token_ids=(), **SAMPLING[name])
     out = both(cfg, ALWAYS, REPETITIVE)
     assert out.drafted.any()
     if name == "greedy":
-        assert out.accepted.sum() > out.lengths.sum() / 4
+        assert (out.accepted > 0).all()
 
 
 @pytest.mark.parametrize(
