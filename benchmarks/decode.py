@@ -197,13 +197,17 @@ def table(content: dict[str, Any]) -> pd.DataFrame:
     return pd.DataFrame([line(row) for row in content["rows"]])
 
 
+def tables(content: dict[str, Any]) -> dict[str, str]:
+    """The table, and what it was made with."""
+    return {"decode": markdown(table(content)), "decode origin": origin(content)}
+
+
 def main(argv: list[str] | None = None) -> None:
     args = tyro.cli(Arguments, prog="python -m benchmarks.decode", args=argv)
     enable_compilation_cache()
     if not args.tables_only:
         run(args)
-    content = json.loads(args.out.read_bytes())
-    shown = {"decode": markdown(table(content)), "decode origin": origin(content)}
+    shown = tables(json.loads(args.out.read_bytes()))
     if args.quick:
         print(shown["decode"])
         return

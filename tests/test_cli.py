@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
 
@@ -111,6 +112,19 @@ def test_generate_prints_prompt_text_and_timings(ckpt, capsys):
         assert word in captured.err
 
 
+@pytest.mark.parametrize("more", [("--speculate",), ("--preset", "fast-answers")], ids=str)
+def test_drafts_print_the_same_text_and_their_counts(ckpt, capsys, more):
+    prompt = "abcabcabc" * 4
+    command = ["generate", "--ckpt", ckpt, "--prompt", prompt, "--max-new-tokens", "12", "--quiet"]
+    plain = ["--preset", "balanced"] if "--preset" in more else []
+    assert cli.main([*command, *plain]) == 0
+    expected = capsys.readouterr().out
+    assert cli.main([*command[:-1], *more, "--stats"]) == 0
+    found = capsys.readouterr()
+    assert found.out == prompt + expected
+    assert re.search(r"12 tokens in \d+ passes, \d+ of \d+ drafted ones kept", found.err)
+
+
 def test_generate_takes_a_preset_by_name_or_file(ckpt, capsys, tmp_path):
     command = ["generate", "--ckpt", ckpt, "--prompt", "ab" * 20, "--max-new-tokens", "4"]
     assert cli.main([*command, "--preset", "balanced"]) == 0
@@ -137,6 +151,7 @@ def test_info_and_a_choice_that_is_none(ckpt, capsys):
     text = capsys.readouterr().out
     assert "llama" in text
     assert "max_positions" in text
+    assert "bytes in memory, int8" in text
     with pytest.raises(SystemExit):
         cli.main(["evaluate", "--engine", "steam"])
     assert "steam" in capsys.readouterr().err

@@ -7,7 +7,17 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from benchmarks import carbon, environment, front, int8, mechanisms, paper_tables, retrieval, tasks
+from benchmarks import (
+    carbon,
+    decode,
+    environment,
+    front,
+    int8,
+    mechanisms,
+    paper_tables,
+    retrieval,
+    tasks,
+)
 from benchmarks.linguistics import tables as linguistics
 from benchmarks.tables import markdown, percent, replace_tables
 
@@ -35,6 +45,7 @@ MADE = {
         mechanisms.tables(result("mechanisms"), result("calibration"))
         | front.tables(result("prompt_front"))
     ),
+    "benchmarks/README.md": lambda: decode.tables(result("decode")),
     "docs/profiling.md": lambda: {"carbon": carbon.table(result("carbon"))},
     "docs/tasks.md": lambda: (
         {name: markdown(tasks.table(result("tasks")[name])) for name in tasks.HEADS.values()}

@@ -327,6 +327,20 @@ def test_generation_from_contexts_of_any_length(model_of, hf_of):
         assert ours == theirs
 
 
+def test_drafts_and_codes_are_options_of_the_model(model_of):
+    """Drafts change no text, stop strings included; codes are what `load` gives."""
+    asked = [request(text, {"max_gen_toks": 12, "until": []}) for text in ("abab" * 5, "b" * 9)]
+    options = {"batch_size": 2, "dtype": "float32", "engine": "auto"}
+    plain, drafted = model_of("off", **options), model_of("off", **options, speculate=True)
+    whole = plain.generate_until(asked, disable_tqdm=True)
+    assert drafted.generate_until(asked, disable_tqdm=True) == whole
+    until = [request("abab" * 5, {"max_gen_toks": 12, "until": whole[0][4]})]
+    found = drafted.generate_until(until, disable_tqdm=True)
+    assert found == [whole[0].partition(whole[0][4])[0]]
+    coded = model_of("off", weights="int8")
+    assert coded.params["layers"]["qkv"]["kernel"].codes.dtype == np.int8
+
+
 def test_requests_fit_the_model(model_of):
     lm = model_of("half", max_length=32)
     before = lm.truncated
