@@ -285,8 +285,6 @@ class Config(Settings):
                     f"speculate verifies new tokens at full depth, but {acting} would act on "
                     "them: use protocol='continuation', or no mechanisms."
                 )
-        if self.speculate is not None and self.engine == "masked":
-            raise ConfigError("speculate needs the fast engines: engine 'masked' keeps no cache.")
         self.model.check_ids("eos_token_ids: id", self.eos_token_ids or ())
 
     @property

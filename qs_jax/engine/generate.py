@@ -115,7 +115,8 @@ def _prepare(
     if runs_fast(cfg, generates=True):
         return Fast(request)
     if cfg.speculate is not None:
-        raise ConfigError(f"speculate needs the fast engines: {refusal(cfg, generates=True)}.")
+        reason = refusal(cfg, generates=True) or "engine 'masked' keeps no cache"
+        raise ConfigError(f"speculate needs the fast engines: {reason}.")
     return _Masked(request)
 
 

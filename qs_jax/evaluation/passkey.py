@@ -162,7 +162,8 @@ def find_passkeys(
     title: str | None = None,
 ) -> Bool[np.ndarray, "P"]:
     """Whether the greedy continuation of each prompt holds its key; a title shows a bar."""
-    cfg = cfg.replace(max_new_tokens=ANSWER_TOKENS, temperature=0.0, repetition_penalty=1.0)
+    plain = {"temperature": 0.0, "repetition_penalty": 1.0, "speculate": None}
+    cfg = cfg.replace(max_new_tokens=ANSWER_TOKENS, **plain)
     found_P, lengths_P = np.zeros(len(prompts), bool), _lengths(prompts)
     with tqdm(total=len(prompts), unit="prompt", desc=title, disable=title is None) as bar:
         for length in np.unique(lengths_P):  # rows of one length run without padding

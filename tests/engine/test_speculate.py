@@ -199,8 +199,10 @@ def test_what_cannot_be_drafted_is_refused_by_name():
     model = model_of("llama")
     with pytest.raises(ConfigError, match="halting, kv_skip would act on them"):
         Config(model, FAST["dual-skip"], speculate=Speculation())
+    params, cfg = params_of(model), presets.config("fast-answers", model, engine="masked")
     with pytest.raises(ConfigError, match="'masked' keeps no cache"):
-        Config(model, engine="masked", speculate=Speculation())
+        qs_jax.generate(params, [[1, 2, 3]], cfg)
+    assert qs_jax.score(params, [[1, 2, 3]], cfg, prompt_lengths=[2]).perplexity > 0
     cfg = Config(model, MATRIX["F"], protocol="continuation", speculate=Speculation())
     with pytest.raises(ConfigError, match="needs the fast engines: fusion"):
         qs_jax.generate(params_of(model), [[1, 2, 3]], cfg)
