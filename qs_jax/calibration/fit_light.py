@@ -143,7 +143,7 @@ class FittingText:
         data: str = "",
         progress: bool = False,
     ) -> None:
-        check_params(params, model)
+        check_params(params, model, floats=True)
         for first in firsts:
             if not 2 <= first < model.num_layers:
                 last = model.num_layers - 1

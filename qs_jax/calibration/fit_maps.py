@@ -156,7 +156,7 @@ def accumulate(
     progress: bool = False,
 ) -> Moments:
     """The dense pass of `fit_kv_maps`, whose arguments these are."""
-    check_params(params, model)
+    check_params(params, model, floats=True)
     chosen = check_fit(layers, features, None, model)
     skip_first = parse("skip_first", skip_first, Count)
     batch_size = parse("batch_size", batch_size, Positive)

@@ -172,7 +172,7 @@ def search(
     parse("max_evaluations", max_evaluations, Positive)
     parse("candidates", candidates, Positive)
     parse("timed_runs", timed_runs, Count)
-    check_params(params, cfg.model)
+    check_params(params, cfg.model, floats=True)
     cfg = cfg if cfg.protocol is not None else cfg.replace(protocol="continuation")
     cfg = cfg.replace(quicksilver=None)
     calibrating_WT, verifying_WT = split(tokens, cfg, verify_share)

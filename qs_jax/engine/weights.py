@@ -81,8 +81,14 @@ def _as_float(model: ModelConfig) -> Callable[[Any], Any]:
     return of
 
 
-def check_params(params: Params, model: ModelConfig) -> None:
-    """Raise `ConfigError` unless parameters have the model's names, shapes and dtypes."""
+def check_params(params: Params, model: ModelConfig, *, floats: bool = False) -> None:
+    """Raise `ConfigError` unless parameters have the model's names, shapes and dtypes.
+
+    Codes count as the kernels that they stand for, unless `floats` are asked for.
+    """
+    leaves = jax.tree.leaves(params.get("layers"), is_leaf=is_quantized)
+    if floats and any(map(is_quantized, leaves)):
+        raise ConfigError("maps are fitted on floats: load the checkpoint without `weights`.")
     own = {name: part for name, part in params.items() if name not in _EXTRAS}
     given = _signature(jax.tree.map(_as_float(model), own, is_leaf=is_quantized))
     expected = _expected(model)

@@ -101,3 +101,9 @@ def test_codes_of_another_model_are_refused():
     coded, other = in_int8(params_of(model_of("llama"))), model_of("llama", mlp_size=56)
     with pytest.raises(ConfigError, match=r"not those of cfg\.model"):
         qs_jax.generate(coded, [[1, 2]], Config(other, max_new_tokens=2))
+
+
+def test_maps_are_not_fitted_on_codes():
+    model = model_of("llama")
+    with pytest.raises(ConfigError, match="fitted on floats"):
+        qs_jax.fit_kv_maps(in_int8(params_of(model)), random_tokens(model, 4, 16), (3,), model)
