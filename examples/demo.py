@@ -70,10 +70,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     cfg = qs_jax.Config(model=model, max_new_tokens=args.max_new_tokens)
     table = Table(title=f"dense model, batch 1, greedy, {model.dtype}, {device.platform}")
-    table.add_column("prompt")
-    for column in ("prefill\ntokens", "prefill\ntokens/s", "decode\ntokens", "decode\ntokens/s"):
-        table.add_column(column, justify="right")
-    for column in ("decode\npasses", "drafted,\nkept", "compiling\nseconds"):
+    table.add_column("prompt", no_wrap=True)
+    columns = "prompt\ntok/s,new\ntokens,new\ntok/s,passes,drafts\nkept,compile\ns"
+    for column in columns.split(","):
         table.add_column(column, justify="right")
     drafting = cfg.replace(speculate=qs_jax.Speculation())
     for prompt, way in (*((each, cfg) for each in (*PROMPTS, COPY)), (COPY, drafting)):
@@ -88,13 +87,12 @@ def main(argv: list[str] | None = None) -> None:
             console.print(text, end="", markup=False, soft_wrap=True)
         console.print()
         table.add_row(
-            prompt if len(prompt) < 80 else f"{prompt[:40]} ...",
-            str(stream.prompt_tokens),
+            f"{prompt[:10]} ...",
             f"{stream.prefill_rate:.0f}",
             str(stream.new_tokens - 1),
             f"{stream.decode_rate:.1f}",
             str(stream.passes),
-            f"{stream.drafted}, {stream.accepted}",
+            f"{stream.drafted}\n{stream.accepted}",
             f"{stream.prefill.compile + stream.decode.compile:.1f}",
         )
     console.print()

@@ -204,10 +204,10 @@ def _steps(engine: _Masked | Fast) -> Iterator[StreamStep]:
     while not (ended_B | (told_B >= budget)).all():
         with default_settings():  # not around the yield, where the caller's code runs
             text = engine.advance()
-            new = _columns(text.tokens_BM, text.logprobs_BM, told_B, engine.width)
             facts = (text.lengths_B, text.done_B, text.finite_B)
-            tokens_BT, logprobs_BT, lengths_B, done_B, finite_B = jax.device_get((*new, *facts))
-            counts = jax.device_get(engine.counts(lengths_B))
+            lengths_B, done_B, finite_B = jax.device_get(facts)
+            new = _columns(text.tokens_BM, text.logprobs_BM, told_B, engine.width)
+            (tokens_BT, logprobs_BT), counts = jax.device_get((new, engine.counts(lengths_B)))
         check_finite(finite_B)
         for at in range(int((lengths_B - told_B).max())):
             is_new_B = told_B < lengths_B
