@@ -41,6 +41,39 @@ def test_it_answers_in_its_chat_template(loaded):
 
 
 @pytest.mark.slow
+def test_drafts_change_no_token_in_float32(embedded_checkpoint):
+    """One row, and rows that keep different counts."""
+    params, model = qs_jax.load(embedded_checkpoint, dtype="float32")
+    tokenizer = qs_jax.load_tokenizer(embedded_checkpoint)
+    asked = (
+        "Repeat this word for word: The miller opens three gates, and the wheel begins to turn.",
+        "Why is the sky blue?",
+    )
+    rows = [encode_prompt(tokenizer, text, chat=True) for text in asked]
+    for sampling in ({}, {"temperature": 0.7, "top_p": 0.9, "seed": 1}):
+        cfg = qs_jax.Config(model, max_new_tokens=40, **sampling)
+        for prompts in (rows[:1], rows):
+            plain = qs_jax.generate(params, prompts, cfg)
+            cfg_drafts = cfg.replace(speculate=qs_jax.Speculation(gate=0))
+            drafted = qs_jax.generate(params, prompts, cfg_drafts)
+            np.testing.assert_array_equal(drafted.tokens, plain.tokens)
+            np.testing.assert_allclose(drafted.logprobs, plain.logprobs, atol=1e-3)
+        assert drafted.accepted.any()
+
+
+@pytest.mark.slow
+def test_codes_of_the_file_are_its_weights(embedded_checkpoint):
+    floats, model = qs_jax.load(embedded_checkpoint, dtype="float32")
+    coded, _ = qs_jax.load(embedded_checkpoint, dtype="float32", weights="gguf")
+    tokens = np.random.default_rng(0).integers(5, 40000, (1, 64))
+    ours, theirs = (
+        qs_jax.score(params, tokens, qs_jax.Config(model), return_logits=True).logits
+        for params in (coded, floats)
+    )
+    np.testing.assert_allclose(ours, theirs, atol=2e-3)
+
+
+@pytest.mark.slow
 @pytest.mark.hf
 def test_perplexity_equals_hugging_face_on_the_same_weights(
     embedded_checkpoint, research_data, tmp_path
