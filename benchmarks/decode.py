@@ -76,8 +76,7 @@ def run(args: Arguments) -> None:
     if args.quick:
         args = dataclasses.replace(args, new_tokens=48, rounds=2)
     kinds = prompts_of(args)
-    everything = list(itertools.chain(*kinds.values()))
-    same = np.mean([_same(*pair) for pair in _outputs(args, "float32", everything)])
+    same = _same_share(args, list(itertools.chain(*kinds.values())))
     groups = {(kind, 1): [[row] for row in rows] for kind, rows in kinds.items()}
     mixed = [row for kind, rows in kinds.items() if kind != TEXT for row in rows]
     count = len(mixed) // BATCH
@@ -93,7 +92,7 @@ def run(args: Arguments) -> None:
         "lookup_over_plain": by_kind["all"],
         "lookup_over_plain_copy_code": _row("copy and code", 1, copying)["ratio"],
         "worst_kind": min(by_kind.values()),
-        "same_tokens_float32": float(same),
+        "same_tokens_float32": same,
         "rows": rows,
         "about": {
             "model": args.ckpt.name,
@@ -111,16 +110,14 @@ def _configs(args: Arguments, model: qs_jax.ModelConfig) -> dict[str, Config]:
     return {name: plain.replace(speculate=way) for name, way in WAYS.items()}
 
 
-def _outputs(args: Arguments, dtype: str, prompts: Sequence[list[int]]) -> Any:
-    """Each prompt continued in all ways."""
-    params, model = qs_jax.load(args.ckpt, dtype=dtype)
-    cfgs = _configs(args, model)
-    for prompt in tqdm(prompts, dtype):
-        yield [qs_jax.generate(params, [prompt], cfg) for cfg in cfgs.values()]
-
-
-def _same(plain: qs_jax.GenerateOutput, other: qs_jax.GenerateOutput) -> bool:
-    return np.array_equal(plain.tokens, other.tokens)
+def _same_share(args: Arguments, prompts: Sequence[list[int]]) -> float:
+    """Share of prompts that are continued by the same tokens in float32."""
+    params, model = qs_jax.load(args.ckpt, dtype="float32")
+    cfgs, same = _configs(args, model), []
+    for prompt in tqdm(prompts, "float32"):
+        plain, drafted = (qs_jax.generate(params, [prompt], cfg).tokens for cfg in cfgs.values())
+        same.append(np.array_equal(plain, drafted))
+    return float(np.mean(same))
 
 
 def measure(args: Arguments, groups: dict[tuple[str, int], list[Any]]) -> dict[Any, list[Any]]:

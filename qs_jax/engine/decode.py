@@ -325,7 +325,7 @@ def _advance(
 ) -> DecodeState:
     """A step of `width` tokens: each row keeps the first and what it would have chosen itself."""
     text, decisions, drafts = state.text, state.decisions, state.drafts
-    live_B = ~text.done_B & (text.lengths_B < limit)
+    live_B = text.going(limit)
     tokens_BT = text.last_B[:, None]
     if width > 1:
         assert drafts is not None
@@ -369,7 +369,7 @@ def _choose(
         logits_BV = lax.dynamic_index_in_dim(logits_BTV, at, axis=1, keepdims=False)
         text = sampling.emit(text, logits_BV, live_B, numbers, plan)
         drafted_B = tokens_BT[:, jnp.minimum(at + 1, width - 1)]
-        live_B &= (text.last_B == drafted_B) & ~text.done_B & (text.lengths_B < limit)
+        live_B &= (text.last_B == drafted_B) & text.going(limit)
         return at + 1, text, live_B
 
     return lax.while_loop(goes_on, choose, (jnp.int32(0), text, live_B))[1]
@@ -411,8 +411,7 @@ def run_until(
     """Steps until every row has ended or has `limit` tokens, or a cache is full."""
 
     def unfinished(state: DecodeState) -> Array:
-        text = state.text
-        return (~text.done_B & (text.lengths_B < limit)).any() & ~state.full
+        return state.text.going(limit).any() & ~state.full
 
     def body(state: DecodeState) -> DecodeState:
         return advance(params, layers, state, limit, mech, numbers, model, plan)

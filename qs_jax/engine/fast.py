@@ -121,7 +121,7 @@ class Fast:
     def finish(self) -> tuple[sampling.Text, Decisions | None]:
         """All tokens, and the decisions."""
         text, budget = self.begin(), self.cfg.max_new_tokens
-        while (~np.asarray(text.done_B) & (np.asarray(text.lengths_B) < budget)).any():
+        while _goes_on(text, budget):
             text = self.run(decode.jit_run_until)
         if self.call.mech.is_off:
             return text, None
@@ -141,9 +141,7 @@ class Fast:
     @property
     def is_short(self) -> bool:
         """A cache is full, or every live row has as many tokens as there is room for."""
-        text = self.state.text
-        live_B = ~np.asarray(text.done_B) & (np.asarray(text.lengths_B) < self.limit)
-        return bool(self.state.full) or not live_B.any()
+        return bool(self.state.full) or not _goes_on(self.state.text, self.limit)
 
     def make_room(self) -> None:
         """Make room in the caches for the next steps; `limit` is where it ends."""
@@ -184,6 +182,11 @@ class Fast:
             if id(leaf) not in used:
                 leaf.delete()
         self.limit = self.produced + room
+
+
+def _goes_on(text: sampling.Text, limit: int) -> bool:
+    """`Text.going` of any row, on the host: a stream asks before every step."""
+    return bool((~np.asarray(text.done_B) & (np.asarray(text.lengths_B) < limit)).any())
 
 
 def _edges(cfg: Config) -> list[int]:

@@ -6,7 +6,7 @@ The order is the one Hugging Face uses: repetition penalty, temperature, top-k, 
 
 from __future__ import annotations
 
-from typing import NamedTuple, no_type_check
+from typing import Any, NamedTuple, no_type_check
 
 import flax.struct
 import jax
@@ -67,6 +67,10 @@ class Text(flax.struct.PyTreeNode):
     tokens_BM: Int[Array, "B M"]
     logprobs_BM: Float[Array, "B M"]
     lengths_B: Int[Array, "B"]
+
+    def going(self, limit: Any) -> Bool[Array, "B"]:
+        """Rows that have not ended and have fewer than `limit` tokens."""
+        return ~self.done_B & (self.lengths_B < limit)
 
 
 def plan_of(cfg: Config, capacity: int) -> tuple[Plan, Numbers]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -72,25 +71,21 @@ def _signature(params: Params) -> dict[str, tuple[tuple[int, ...], str]]:
     }
 
 
-def _as_float(model: ModelConfig) -> Callable[[Any], Any]:
-    """Codes count as the kernels that they stand for."""
-
-    def of(leaf: Any) -> Any:
-        return jax.ShapeDtypeStruct(leaf.shape, model.dtype) if is_quantized(leaf) else leaf
-
-    return of
-
-
 def check_params(params: Params, model: ModelConfig, *, floats: bool = False) -> None:
     """Raise `ConfigError` unless parameters have the model's names, shapes and dtypes.
 
     Codes count as the kernels that they stand for, unless `floats` are asked for.
     """
-    leaves = jax.tree.leaves(params.get("layers"), is_leaf=is_quantized)
-    if floats and any(map(is_quantized, leaves)):
-        raise ConfigError("maps are fitted on floats: load the checkpoint without `weights`.")
+
+    def as_float(leaf: Any) -> Any:
+        if not is_quantized(leaf):
+            return leaf
+        if floats:
+            raise ConfigError("maps are fitted on floats: load the checkpoint without `weights`.")
+        return jax.ShapeDtypeStruct(leaf.shape, model.dtype)
+
     own = {name: part for name, part in params.items() if name not in _EXTRAS}
-    given = _signature(jax.tree.map(_as_float(model), own, is_leaf=is_quantized))
+    given = _signature(jax.tree.map(as_float, own, is_leaf=is_quantized))
     expected = _expected(model)
     if given == expected:
         return

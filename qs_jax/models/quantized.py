@@ -20,8 +20,6 @@ from jaxtyping import Array, Float, Int8, UInt8
 
 from qs_jax.state import exact_dtype
 
-GROUP = 32  # input channels of a GGUF block
-
 
 @no_type_check  # JAX rebuilds it with placeholders, see qs_jax/state.py
 class QKernel(flax.struct.PyTreeNode):
