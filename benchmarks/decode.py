@@ -96,11 +96,11 @@ def run(args: Arguments) -> None:
         "rows": rows,
         "about": {
             "model": args.ckpt.name,
-            "text": args.data and args.data.name,
             "dtype": "bfloat16",
             "new_tokens": args.new_tokens,
             "rounds": args.rounds,
-        },
+        }
+        | ({} if args.data is None else {"text": args.data.name}),
     }
     environment.write("decode", content, args.out)
 
