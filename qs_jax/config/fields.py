@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Self, dataclass_transform, no_type_check
 
 import numpy as np
@@ -40,6 +41,26 @@ def _threshold(value: Any) -> Any:
     return TypeAdapter(Number if np.ndim(value) == 0 else Numbers).validate_python(value)
 
 
+def _function(value: Any) -> Any:
+    """A hashable object of the caller's own, or the one that "module:name" stands for."""
+    if not isinstance(value, str):
+        if not isinstance(value, Hashable):
+            raise ConfigError(f"{value!r} must be hashable: a function, or a frozen dataclass.")
+        return value
+    module, _, name = value.partition(":")
+    try:
+        found = functools.reduce(getattr, name.split("."), importlib.import_module(module))
+        return found() if isinstance(found, type) else found
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(f"{value!r} cannot be imported as module:name: {error}.") from error
+
+
+def name_of(value: Any) -> str:
+    """The "module:name" of a function, or of an object that its class makes without arguments."""
+    kind = value if hasattr(value, "__qualname__") else type(value)
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
 _NumPy = BeforeValidator(_from_numpy)
 ONE_OR_MORE = BeforeValidator(lambda v: (v,) if isinstance(v, str | int | np.integer) else v)
 Flag = Annotated[bool, _NumPy, Strict()]
@@ -56,6 +77,8 @@ Probability = Annotated[Number, Field(gt=0, le=1)]
 Percentile = Annotated[Number, Field(ge=0, le=100)]
 Share = Annotated[Number, Field(gt=0, lt=1)]
 Numbers = Annotated[tuple[Number, ...], _NumPy]
+# A function or an object with methods, which a user writes; JSON has its "module:name".
+Function = Annotated[Any, PlainValidator(_function)]
 # One number, or one for each layer.
 Threshold = Annotated[float | tuple[float, ...], PlainValidator(_threshold)]
 
@@ -119,7 +142,8 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, infinite numbers as "inf" and "-inf"; `from_dict` is the inverse."""
-        return _to_json(dataclasses.asdict(self))
+        names = (field.name for field in dataclasses.fields(self))
+        return {name: _to_json(getattr(self, name)) for name in names}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
@@ -131,8 +155,14 @@ class Settings:
 
 def _to_json(value: Any) -> Any:
     value = _from_numpy(value)
+    if isinstance(value, Settings):
+        return value.to_dict()
     if isinstance(value, Mapping):
         return {key: _to_json(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [_to_json(entry) for entry in value]
-    return str(value) if isinstance(value, float) and math.isinf(value) else value
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return str(value) if math.isinf(value) else value
+    return name_of(value)
