@@ -1,8 +1,9 @@
-"""GGUF files of the Llama architecture, read as if they were a Hugging Face folder.
+"""GGUF files of the supported families, read as if they were a Hugging Face folder.
 
 Metadata becomes a Hugging Face config and goes through the same guards. Quantised tensors are
-dequantised one at a time. llama.cpp interleaves the rotary pairs of q and k rows; that permutation
-is undone here. Source: the GGUF specification (ggml) and the `gguf` package.
+dequantised one at a time. In files of architecture `llama`, Mistral's among them, the rotary pairs
+of q and k rows are interleaved; that permutation is undone here.
+Source: the GGUF specification (ggml) and the `gguf` package.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from qs_jax.models.rope import stretch_llama3
 # The embedded model, and the requirements file that installs it.
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 REQUIREMENTS = Path(__file__).with_name("embedded.txt")
-_TENSORS = {
+_ROTARY_TENSORS = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
@@ -40,8 +41,31 @@ _TENSORS = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
 }
-_CONFIG = {
+_GPT2_TENSORS = {
+    "token_embd": "transformer.wte",
+    "position_embd": "transformer.wpe",
+    "output_norm": "transformer.ln_f",
+    "output": "lm_head",
+    "attn_norm": "ln_1",
+    "attn_qkv": "attn.c_attn",
+    "attn_output": "attn.c_proj",
+    "ffn_norm": "ln_2",
+    "ffn_up": "mlp.c_fc",
+    "ffn_down": "mlp.c_proj",
+}
+_GPT2_CONFIG = {
+    "block_count": "n_layer",
+    "context_length": "n_positions",
+    "embedding_length": "n_embd",
+    "feed_forward_length": "n_inner",
+    "attention.head_count": "n_head",
+    "attention.layer_norm_epsilon": "layer_norm_epsilon",
+    "vocab_size": "vocab_size",
+}
+_ROTARY_CONFIG = {
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
@@ -58,11 +82,16 @@ _ROPE = {
     "rope.scaling.factor": "factor",
     "rope.scaling.original_context_length": "original_max_position_embeddings",
 }
-# Metadata that llama.cpp demands.
+# Metadata that llama.cpp demands, beside the epsilon of norms.
 _NEEDED = """
     context_length embedding_length block_count feed_forward_length attention.head_count
-    attention.layer_norm_rms_epsilon
     """.split()
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+}
 _HARMLESS = ("rope.scaling.finetuned",)
 # Values at which other metadata changes nothing, besides 0, which llama.cpp takes for "not set".
 _NEUTRAL: dict[str, Any] = {
@@ -126,22 +155,27 @@ class _File:
 
 
 def open_gguf(path: Path, description: str | None = None) -> Source:
-    """Open a `.gguf` file of architecture `llama`."""
+    """Open a `.gguf` file of one of the architectures."""
     file, description = _File(path), description or str(path)
     architecture, kind = file.value("general.architecture"), file.value("general.type", "model")
-    if architecture != "llama":
-        raise ConversionError(f"{path}: GGUF architecture {architecture!r} is not supported.")
+    if architecture not in _ARCHITECTURES:
+        known = ", ".join(_ARCHITECTURES)
+        what = f"{path}: GGUF architecture {architecture!r} is not supported"
+        raise ConversionError(f"{what} (known: {known}; llama is Mistral's, too).")
     if kind != "model":
         raise ConversionError(f"{path} is not a model but of GGUF type {kind!r}.")
     if (parts := file.value("split.count", 0)) not in (0, 1):
         merge = "join them with `llama-gguf-split --merge`"
         raise ConversionError(f"{path} is one of {parts} parts of a model: {merge}.")
-    if missing := [name for name in _NEEDED if f"llama.{name}" not in file.metadata]:
-        raise ConversionError(f"{path}: llama.{', llama.'.join(missing)} is missing.")
-    names = {_hf_name(name): name for name in file.tensors if name != _FREQUENCIES}
+    epsilon = f"attention.layer_norm_{'' if architecture == 'gpt2' else 'rms_'}epsilon"
+    needed = [f"{architecture}.{name}" for name in (*_NEEDED, epsilon)]
+    if missing := [name for name in needed if name not in file.metadata]:
+        raise ConversionError(f"{path}: {', '.join(missing)} is missing.")
+    hf_name = functools.partial(_hf_name, gpt2=architecture == "gpt2")
+    names = {hf_name(name): name for name in file.tensors if name != _FREQUENCIES}
     notes: list[str] = []
     try:
-        config = _config(file, names, notes)
+        config = _config(file, architecture, names, notes)
         tensors = {name: _tensor(file, name, stored, config) for name, stored in names.items()}
         # llama.cpp ends on any of these.
         ends = [file.value(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
@@ -155,78 +189,96 @@ def open_gguf(path: Path, description: str | None = None) -> Source:
     return Source(description, config, generation, tensors, write_tokenizer, notes)
 
 
-def _hf_name(name: str) -> str:
+def _hf_name(name: str, gpt2: bool) -> str:
     """The Hugging Face name of a GGUF tensor; an unknown one stays as it is and is reported."""
+    table = _GPT2_TENSORS if gpt2 else _ROTARY_TENSORS
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
-    if not match or match[2] not in _TENSORS:
+    if not match or match[2] not in table:
         return name
-    layer = f"model.layers.{match[1]}." if match[1] else ""
-    return f"{layer}{_TENSORS[match[2]]}.{match[3]}"
+    layer = f"{'transformer.h' if gpt2 else 'model.layers'}.{match[1]}." if match[1] else ""
+    return f"{layer}{table[match[2]]}.{match[3]}"
 
 
 def _tensor(file: _File, name: str, stored: str, config: dict[str, Any]) -> StoredTensor:
-    """A tensor under its Hugging Face name, with rotary pairs in Hugging Face order."""
-    q_heads = config["num_attention_heads"]
+    """A tensor as Hugging Face has it under its name: rotary pairs, and GPT-2's axes, in order."""
+    gpt2 = config["model_type"] == "gpt2"
+    q_heads = config["n_head" if gpt2 else "num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or q_heads
+    heads = 0
+    if config["model_type"] == "llama":
+        heads = q_heads * (".q_proj." in name) + kv_heads * (".k_proj." in name)
+    transposed = gpt2 and re.search(r"\.c_\w+\.weight$", name) is not None
 
     def read() -> np.ndarray:
         tensor = file.dequantize(stored)
-        if ".q_proj." in name or ".k_proj." in name:
-            return unpermute(tensor, q_heads if ".q_proj." in name else kv_heads)
-        return tensor
+        return unpermute(tensor, heads) if heads else tensor.T if transposed else tensor
 
     def read_codes() -> Codes:
         codes = file.codes(stored)
-        if ".q_proj." in name or ".k_proj." in name:
-            heads = q_heads if ".q_proj." in name else kv_heads
-            return codes.each(lambda rows: unpermute(rows, heads))
-        return codes
+        return codes.each(lambda rows: unpermute(rows, heads)) if heads else codes
 
     shape = tuple(int(size) for size in reversed(file.tensors[stored].shape))
-    coded = file.tensors[stored].tensor_type.name in _BLOCKS and len(shape) == 2
+    coded = file.tensors[stored].tensor_type.name in _BLOCKS and len(shape) == 2 and not gpt2
+    shape = shape[::-1] if transposed else shape
     return StoredTensor(shape, "float32", read, read_codes if coded else None)
 
 
-def _config(file: _File, names: dict[str, str], notes: list[str]) -> dict[str, Any]:
+def _config(
+    file: _File, architecture: str, names: dict[str, str], notes: list[str]
+) -> dict[str, Any]:
     """The metadata as a Hugging Face config; an unknown key keeps its GGUF name.
 
-    Only names below "llama." concern the model.
+    Only names below that of the architecture concern the model.
     """
-    config: dict[str, Any] = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    config: dict[str, Any] = {"model_type": architecture}
+    config["architectures"] = [_ARCHITECTURES[architecture]]
     rope: dict[str, Any] = {}
-    for name in [name for name in file.metadata if name.startswith("llama.")]:
-        key, value = name.removeprefix("llama."), file.value(name)
-        if isinstance(value, list) and len(value) == file.value("llama.block_count"):
+    known = _GPT2_CONFIG if architecture == "gpt2" else _ROTARY_CONFIG
+    for name in [name for name in file.metadata if name.startswith(f"{architecture}.")]:
+        key, value = name.removeprefix(f"{architecture}."), file.value(name)
+        if isinstance(value, list) and len(value) == file.value(f"{architecture}.block_count"):
             value = single(value)  # one for each layer
-        if isinstance(value, list) and key in _CONFIG:
+        if isinstance(value, list) and key in known:
             raise ConversionError(f"{name} = {value} is not one value for all layers.")
-        if key in _CONFIG:
-            config[_CONFIG[key]] = value
+        if key in known:
+            config[known[key]] = value
         elif key in _ROPE:
             rope[_ROPE[key]] = value
         elif key in _HARMLESS or value == _NEUTRAL.get(key, 0):
             continue
         elif value != 0 or isinstance(value, bool):
             config[name] = value
-    config["rms_norm_eps"] = float(f"{config['rms_norm_eps']:.6g}")  # stored as float32
-    embedding = names.get("model.embed_tokens.weight")
+    epsilon = "layer_norm_epsilon" if architecture == "gpt2" else "rms_norm_eps"
+    config[epsilon] = float(f"{config[epsilon]:.6g}")  # stored as float32
+    embedding = names.get("model.embed_tokens.weight", names.get("transformer.wte.weight"))
     config.setdefault("vocab_size", int(file.tensors[embedding].shape[-1]) if embedding else 0)
     config["tie_word_embeddings"] = "lm_head.weight" not in names
-    config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in names
-    config["mlp_bias"] = "model.layers.0.mlp.gate_proj.bias" in names
+    if architecture == "llama":
+        config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in names
+        config["mlp_bias"] = "model.layers.0.mlp.gate_proj.bias" in names
     ids = SENTENCEPIECE_IDS if file.value("tokenizer.ggml.model") == "llama" else {}
     for key in ("bos_token_id", "eos_token_id", "padding_token_id"):
         name = key.replace("padding", "pad")
         config[name] = file.value(f"tokenizer.ggml.{key}", ids.get(key))
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    for key in ("llama.rope.dimension_count", "llama.attention.value_length"):
+    return config if architecture == "gpt2" else config | _rope(file, config, rope, notes)
+
+
+def _rope(
+    file: _File, config: dict[str, Any], rope: dict[str, Any], notes: list[str]
+) -> dict[str, Any]:
+    """The head width and the RoPE scaling; what repeats the width leaves the config."""
+    head_dim, at = config.get("head_dim"), config["model_type"]
+    head_dim = head_dim or config["hidden_size"] // config["num_attention_heads"]
+    for key in (f"{at}.rope.dimension_count", f"{at}.attention.value_length"):
         if config.get(key) == head_dim:
             del config[key]
-    defaults = {"llama.rope.freq_base": 10000, "llama.rope.dimension_count": head_dim}
+    defaults = {f"{at}.rope.freq_base": 10000, f"{at}.rope.dimension_count": head_dim}
+    if at != "llama":  # written for this architecture only
+        del defaults[f"{at}.rope.dimension_count"]
     for name in [name for name in defaults if name not in file.metadata]:
         notes.append(f"{name} is missing; {defaults[name]} is taken, llama.cpp's default")
-    config["rope_scaling"] = _rope_scaling(file, rope, config.get("rope_theta", 1e4), head_dim)
-    return config
+    scaling = _rope_scaling(file, rope, config.get("rope_theta", 1e4), head_dim)
+    return {"head_dim": head_dim, "rope_scaling": scaling}
 
 
 def _rope_scaling(
@@ -237,7 +289,7 @@ def _rope_scaling(
     if rope.get("rope_type") == "none" or rope.get("factor") == 0:
         rope = {}  # where llama.cpp takes 0 for 1
     if rope.get("rope_type") == "yarn" and "factor" not in rope:
-        rope["rope_type"] = "yarn without llama.rope.scaling.factor"
+        rope["rope_type"] = "yarn without rope.scaling.factor"
     if _FREQUENCIES not in file.tensors:
         return rope or None
     if rope:

@@ -32,6 +32,8 @@ _DEFAULT_SPLITS = (
     r"\p{N}+",
     r"[0-9][0-9][0-9]",
 )
+# How Qwen2 and Qwen3 cut it: as Llama 3, but each digit alone (their published tokenizer.json).
+_QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 _SPECIAL = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
@@ -47,9 +49,9 @@ def build_tokenizer(
 ) -> tuple[PreTrainedTokenizerFast, list[str]]:
     """Rebuild the tokenizer of a GGUF file, from `value(name, default)` of its metadata.
 
-    Llama-architecture files have two kinds: `gpt2` (byte-level BPE with a named pre-tokenizer) and
-    `llama` (SentencePiece BPE with scores and byte fallback). `rows` is the size of the model's
-    vocabulary. Also returns notes for the user.
+    There are two kinds: `gpt2` (byte-level BPE with a named pre-tokenizer) and `llama`
+    (SentencePiece BPE with scores and byte fallback). `rows` is the size of the model's vocabulary.
+    Also returns notes for the user.
     """
     from tokenizers import AddedToken
 
@@ -80,7 +82,7 @@ def build_tokenizer(
         tokenizer_object=tokenizer,
         chat_template=value("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
-        model_max_length=value("llama.context_length"),
+        model_max_length=value(f"{value('general.architecture')}.context_length"),
         **named,
     )
     return fast, notes
@@ -117,7 +119,7 @@ def _special_ids(value: Callable[..., Any], kind: str, notes: list[str]) -> dict
 def _byte_level(
     value: Callable[..., Any], tokens: list[str], ids: dict[str, int], notes: list[str]
 ) -> Tokenizer:
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     name = value("tokenizer.ggml.pre")
     if not name:
@@ -137,6 +139,7 @@ def _byte_level(
         "gpt-2": [byte_level],
         "smollm": [pre_tokenizers.Digits(individual_digits=True), byte_level],
         "llama-bpe": splits(_LLAMA3_SPLIT),
+        "qwen2": splits(_QWEN2_SPLIT),
     }
     if name not in known:
         names = ", ".join(known)
@@ -147,6 +150,8 @@ def _byte_level(
     pairs: list[Any] = [tuple(merge.split(" ", 1)) for merge in merges]
     tokenizer = Tokenizer(models.BPE(vocab, pairs, ignore_merges=name == "llama-bpe"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(known[name])
+    if name == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 

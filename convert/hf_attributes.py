@@ -1,7 +1,7 @@
 """Tables of the attributes of Hugging Face configs: read, harmless, or harmless at some values.
 
-They are collected from published GPT-2 and Llama checkpoints and from what transformers has written
-since version 2. An attribute that is in no table is refused, unless the user says to ignore it.
+They are collected from published checkpoints and from what transformers has written since version
+2. An attribute that is in no table is refused, unless the user says to ignore it.
 """
 
 from __future__ import annotations
@@ -131,6 +131,15 @@ _GGUF = """
     rope.scaling.yarn_ext_factor rope.scaling.yarn_log_multiplier tensor_data_layout
     use_parallel_residual
     """.split()
+_ROTARY = _HARMLESS_AT | {
+    "position_embedding_type": ("rope", "rotary"),
+    "rms_norm": (True,),
+    "use_rotary": (True,),
+}
+_NO_BIASES: dict[str, tuple[Any, ...]] = {"attention_bias": (False,), "mlp_bias": (False,)}
+_QKV_BIASES: dict[str, tuple[Any, ...]] = dict.fromkeys(
+    ("attention_bias", "qkv_bias", "use_qkv_bias"), (True,)
+)
 HARMLESS_AT = {
     "gpt2": _HARMLESS_AT
     | {
@@ -146,17 +155,47 @@ HARMLESS_AT = {
         "use_bias": (True,),
         "use_rotary": (False,),
     },
-    "llama": _HARMLESS_AT
-    | {f"llama.{name}": () for name in _GGUF}
-    | {
-        "position_embedding_type": ("rope", "rotary"),
-        "rms_norm": (True,),
-        "use_rotary": (True,),
-    },
+    "llama": _ROTARY | {f"llama.{name}": () for name in _GGUF},
+    "mistral": _ROTARY | _NO_BIASES,
+    "qwen2": _ROTARY | _NO_BIASES | _QKV_BIASES | {f"qwen2.{name}": () for name in _GGUF},
+    "qwen3": _ROTARY
+    | {f"qwen3.{name}": () for name in _GGUF}
+    | {"mlp_bias": (False,), "qk_layernorm": (True,), "qk_norm": (True,), "use_qk_norm": (True,)},
+}
+HARMLESS_AT["gpt2"] |= {f"gpt2.{name}": () for name in _GGUF}
+# Settings of a sliding window: which names a family reads, and their types.
+_QWEN_WINDOW: dict[str, tuple[type, ...]] = {
+    "sliding_window": (int, type(None)),
+    "use_sliding_window": (bool,),
+    "max_window_layers": (int,),
+    "layer_types": (list,),
+}
+WINDOW = {
+    "mistral": {"sliding_window": (int, type(None))},
+    "qwen2": _QWEN_WINDOW,
+    "qwen3": _QWEN_WINDOW,
 }
 # Attributes that become a field: its name, its types, and the default of the Hugging Face class
 # (... where there is none, None where the sizes decide). null stands for the default.
 INT, NUMBER, BOOL, STR = (int,), (int, float), (bool,), (str,)
+_NULL = (int, type(None))  # where null is not the default, but what the sizes say
+_LLAMA: dict[str, tuple[str, tuple[type, ...], Any]] = {
+    "vocab_size": ("vocab_size", INT, ...),
+    "num_hidden_layers": ("num_layers", INT, ...),
+    "hidden_size": ("hidden_size", INT, ...),
+    "num_attention_heads": ("num_heads", INT, ...),
+    "intermediate_size": ("mlp_size", INT, ...),
+    "num_key_value_heads": ("num_kv_heads", _NULL, None),
+    "head_dim": ("head_dim", INT, None),
+    "max_position_embeddings": ("max_positions", INT, 2048),
+    "rms_norm_eps": ("norm_eps", NUMBER, 1e-6),
+    "hidden_act": ("activation", STR, "silu"),
+    "tie_word_embeddings": ("tie_embeddings", BOOL, False),
+}
+_QWEN = _LLAMA | {
+    "num_key_value_heads": ("num_kv_heads", _NULL, 32),
+    "max_position_embeddings": ("max_positions", INT, 32768),
+}
 READ: dict[str, dict[str, tuple[str, tuple[type, ...], Any]]] = {
     "gpt2": {
         "vocab_size": ("vocab_size", INT, ...),
@@ -169,21 +208,58 @@ READ: dict[str, dict[str, tuple[str, tuple[type, ...], Any]]] = {
         "activation_function": ("activation", STR, "gelu_new"),
         "tie_word_embeddings": ("tie_embeddings", BOOL, True),
     },
-    "llama": {
-        "vocab_size": ("vocab_size", INT, ...),
-        "num_hidden_layers": ("num_layers", INT, ...),
-        "hidden_size": ("hidden_size", INT, ...),
-        "num_attention_heads": ("num_heads", INT, ...),
-        "intermediate_size": ("mlp_size", INT, ...),
-        "num_key_value_heads": ("num_kv_heads", INT, None),
-        "head_dim": ("head_dim", INT, None),
-        "max_position_embeddings": ("max_positions", INT, 2048),
-        "rms_norm_eps": ("norm_eps", NUMBER, 1e-6),
-        "hidden_act": ("activation", STR, "silu"),
-        "tie_word_embeddings": ("tie_embeddings", BOOL, False),
+    "llama": _LLAMA
+    | {
         "attention_bias": ("attention_bias", BOOL, False),
         "mlp_bias": ("mlp_bias", BOOL, False),
     },
+    "mistral": _LLAMA
+    | {
+        "num_key_value_heads": ("num_kv_heads", _NULL, 8),
+        "max_position_embeddings": ("max_positions", INT, 4096 * 32),
+    },
+    "qwen2": _QWEN,
+    "qwen3": _QWEN
+    | {
+        "head_dim": ("head_dim", INT, 128),
+        "attention_bias": ("attention_bias", BOOL, False),
+    },
+}
+# Fields that no attribute says.
+FIXED: dict[str, dict[str, bool]] = {
+    "gpt2": {"attention_bias": True, "mlp_bias": True},
+    "llama": {},
+    "mistral": {"attention_bias": False, "mlp_bias": False},
+    "qwen2": {"attention_bias": False, "mlp_bias": False, "qkv_bias": True},
+    "qwen3": {"mlp_bias": False, "qk_norm": True},
+}
+# Families that people ask for, and what ours lack for them.
+REFUSED: dict[str, str] = {
+    **dict.fromkeys(
+        ("gemma2", "gemma3", "gemma3_text"),
+        "it caps logits or norms twice around a sublayer, and its layers take turns between two "
+        "windows and two RoPE bases",
+    ),
+    "gemma": "it scales embeddings, and adds 1 to the weights of norms",
+    **dict.fromkeys(
+        ("mixtral", "qwen2_moe", "qwen3_moe", "llama4", "gpt_oss", "deepseek_v2", "deepseek_v3"),
+        "its MLPs are experts among which a router chooses",
+    ),
+    "phi3": "it rotates a part of each head, and stores projections fused",
+    "phi": "attention and MLP run side by side",
+    "gpt_neox": "attention and MLP run side by side",
+    "gptj": "attention and MLP run side by side",
+    "falcon": "attention and MLP run side by side",
+    "bloom": "its positions are ALiBi's",
+    "mpt": "its positions are ALiBi's",
+    "opt": "its positions are offset, and some sizes norm after each sublayer",
+    "gpt_neo": "its layers take turns between global and local attention",
+    "gpt_bigcode": "it has one key/value head in GPT-2's layout",
+    "cohere": "attention and MLP run side by side",
+    "olmo2": "it norms after each sublayer",
+    "smollm3": "some layers have no RoPE",
+    "qwen2_vl": "it reads pictures",
+    "mamba": "it has no attention",
 }
 # Second names that the Hugging Face classes read.
 ALIASES: dict[str, dict[str, str]] = {
@@ -193,7 +269,6 @@ ALIASES: dict[str, dict[str, str]] = {
         "num_attention_heads": "n_head",
         "num_hidden_layers": "n_layer",
     },
-    "llama": {},
 }
 # Attributes with a rule of their own, and their types.
 ROPE = {"rope_theta": NUMBER, "rope_scaling": (dict,), "rope_parameters": (dict,)}

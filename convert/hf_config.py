@@ -17,15 +17,17 @@ from convert.errors import Problems
 from convert.hf_attributes import (
     ALIASES,
     BOOL,
+    FIXED,
     HARMLESS,
     HARMLESS_AT,
-    INT,
     NUMBER,
     READ,
+    REFUSED,
     ROPE,
     ROPE_HARMLESS_AT,
     SCALING,
     TOKENS,
+    WINDOW,
 )
 from qs_jax.config import ROPE_SCALINGS, ModelConfig, RopeScaling
 from qs_jax.errors import ConfigError
@@ -57,12 +59,14 @@ def model_config(
     kind, known = raw.get("model_type"), ", ".join(sorted(FAMILIES))
     try:
         if not isinstance(kind, str) or kind not in FAMILIES:
-            raise ConfigError(f"model_type {short(kind)} is not supported (known: {known})")
+            why = f": {REFUSED[str(kind)]}" if kind in REFUSED else ""
+            raise ConfigError(f"model_type {short(kind)} is not supported{why} (known: {known})")
         raw = _without_aliases(raw, kind, problems)
         notes = _check_attributes(raw, kind, ignored, problems)
         if not (fields := _read_fields(raw, kind, generation, problems)):
             return None, []
-        if kind == "llama":
+        fields["sliding_window"] = _window(raw, kind, fields["num_layers"], problems)
+        if kind != "gpt2":
             try:
                 fields |= _rope(raw, fields["max_positions"], problems)
             except ConfigError as error:  # which leaves the sizes to compare the tensors with
@@ -84,6 +88,7 @@ def _read_fields(
 ) -> dict[str, Any]:
     """Everything in `READ`; nothing if something is missing or of a wrong type."""
     rules = {name: types for name, (_, types, _) in READ[kind].items()} | ROPE | TOKENS
+    rules |= WINDOW.get(kind, {})
     given = {name: (raw[name], types) for name, types in rules.items() if name in raw}
     for name, types in TOKENS.items():
         if generation.get(name) is not None:
@@ -103,21 +108,22 @@ def _read_fields(
     if heads < 1 or (hidden % heads and fields.get("head_dim") is None):
         raise ConfigError(f"width {hidden} is not a multiple of the number of heads, {heads}")
     derived = {"num_kv_heads": heads, "head_dim": hidden // heads, "mlp_size": 4 * hidden}
-    if kind == "gpt2":
-        derived |= {"attention_bias": True, "mlp_bias": True}
+    derived |= FIXED[kind]
     return derived | {field: value for field, value in fields.items() if value is not None}
 
 
 def _has_type(value: Any, types: tuple[type, ...]) -> bool:
     if isinstance(value, list) and list in types:
-        return all(_has_type(item, INT) for item in value)
+        return all(_has_type(item, (int, str)) for item in value)
     return isinstance(value, types) and (types == BOOL or not isinstance(value, bool))
 
 
 def _without_aliases(raw: dict[str, Any], kind: str, problems: Problems) -> dict[str, Any]:
-    """The attributes that are set, each under its first name."""
-    raw = {name: value for name, value in raw.items() if value is not None}
-    for alias, name in ALIASES[kind].items():
+    """The attributes that are set, each under its first name; null sets some."""
+    rules = {name: types for name, (_, types, _) in READ[kind].items()} | WINDOW.get(kind, {})
+    nulls = [name for name, types in rules.items() if type(None) in types]
+    raw = {name: value for name, value in raw.items() if value is not None or name in nulls}
+    for alias, name in ALIASES.get(kind, {}).items():
         if alias in raw and raw.setdefault(name, raw[alias]) != raw.pop(alias):
             problems.add(HEADING, f"{alias} and {name} disagree")
     return raw
@@ -127,7 +133,8 @@ def _check_attributes(
     raw: dict[str, Any], kind: str, ignored: Sequence[str], problems: Problems
 ) -> list[str]:
     """Note every attribute that is unknown or not implemented; returns notes on ignored ones."""
-    known, unknown = HARMLESS | set(READ[kind]) | set(ROPE if kind == "llama" else ()), []
+    known, unknown = HARMLESS | set(READ[kind]) | set(ROPE if kind != "gpt2" else ()), []
+    known |= set(WINDOW.get(kind, ()))
     for name in [name for name in raw if name not in known]:
         if name not in HARMLESS_AT[kind]:
             unknown.append(name)
@@ -141,6 +148,25 @@ def _check_attributes(
     for name in [name for name in ignored if name not in unknown]:
         problems.add(HEADING, f"--ignore-config {name}: only an unknown attribute can be ignored")
     return [f"{name} = {short(raw[name])} is ignored, as asked" for name in ignored if name in raw]
+
+
+def _window(raw: dict[str, Any], kind: str, layers: int, problems: Problems) -> int | None:
+    """The sliding window of all layers; layers that differ are refused."""
+    if kind not in WINDOW:
+        return None
+    window, slides = raw.get("sliding_window", 4096), True
+    if kind != "mistral":
+        slides = raw.get("use_sliding_window", False)
+        full = min(raw.get("max_window_layers", 28), layers) if slides and window else layers
+        names = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
+        names = raw.get("layer_types", names)
+        if names != [names[0]] * layers or names[0] not in ("full_attention", "sliding_attention"):
+            what = f"layer_types = {short(names)}: layers of different kinds"
+            problems.add(HEADING, f"{what} are not implemented")
+        elif names[0] == "sliding_attention" and not (slides and window):
+            problems.add(HEADING, "layer_types name sliding_attention, but no window is in use")
+        slides = names[0] == "sliding_attention"
+    return window if slides else None
 
 
 def single(value: Any) -> Any:

@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict
 from convert.errors import Problems
 from convert.sources import StoredTensor
 from qs_jax.config import ModelConfig
-from qs_jax.models import abstract_params
+from qs_jax.models import abstract_params, family_of
 
 # Our module -> Hugging Face modules, with {} where the layer index stands.
 _MODULES: dict[str, dict[str, list[str]]] = {
@@ -42,6 +42,8 @@ _MODULES: dict[str, dict[str, list[str]]] = {
         "layers.mlp_norm": ["layers.{}.post_attention_layernorm"],
         "layers.gate_up": ["layers.{}.mlp.gate_proj", "layers.{}.mlp.up_proj"],
         "layers.down": ["layers.{}.mlp.down_proj"],
+        "layers.q_norm": ["layers.{}.self_attn.q_norm"],
+        "layers.k_norm": ["layers.{}.self_attn.k_norm"],
         "final_norm.norm": ["norm"],
         "head.tokens": ["lm_head"],
     },
@@ -94,7 +96,7 @@ class Rule(NamedTuple):
 
 def rules_of(model: ModelConfig, classes: int = 0) -> list[Rule]:
     """One rule for each tensor, in the order of their columns; a classifier has one more."""
-    table, up = _MODULES[model.model_type], model.mlp_size
+    table, up = _MODULES[names_of(model)], model.mlp_size
     widths = {"qkv": (model.q_size, model.kv_size, model.kv_size), "gate_up": (up, up)}
     rules = [Rule(CLASSIFIER, ("classifier",), (classes, model.hidden_size))] if classes else []
     leaves: dict[Any, Any] = flatten_dict(abstract_params(model))
@@ -102,7 +104,7 @@ def rules_of(model: ModelConfig, classes: int = 0) -> list[Rule]:
         modules = table.get(".".join(target)) or table[".".join(target[:-1])]
         *rows, columns = leaf.shape[1:] if target[0] == "layers" else leaf.shape
         ends = list(itertools.accumulate(widths[target[1]])) if len(modules) > 1 else [columns]
-        transpose = model.model_type == "llama" and target[-1] == "kernel"
+        transpose = names_of(model) == "llama" and target[-1] == "kernel"
         kind = "bias" if target[-1] == "bias" else "weight"
         for module, start, end in zip(modules, [0, *ends], ends, strict=False):
             shape = (end - start, *rows) if transpose else (*rows, end - start)
@@ -110,10 +112,15 @@ def rules_of(model: ModelConfig, classes: int = 0) -> list[Rule]:
     return rules
 
 
+def names_of(model: ModelConfig) -> str:
+    """The family whose names a model's tensors have: "gpt2", or "llama" for all that rotate."""
+    return "llama" if family_of(model).rotates else "gpt2"
+
+
 def full_name(name: str, model: ModelConfig) -> str:
     """The name that Hugging Face itself writes."""
     is_head = name == CLASSIFIER or name.startswith("lm_head.")
-    return name if is_head else _PREFIX[model.model_type] + name
+    return name if is_head else _PREFIX[names_of(model)] + name
 
 
 def match(
@@ -144,7 +151,7 @@ def match(
                 problems.add("misshapen tensors", f"{first}: {expected}")
             if dtype not in _DTYPES:
                 problems.add("tensor dtypes", f"{first}: {dtype} is not implemented")
-    prefix, ignored = re.escape(_PREFIX[model.model_type]), _IGNORED[model.model_type]
+    prefix, ignored = re.escape(_PREFIX[names_of(model)]), _IGNORED[names_of(model)]
     for name in sorted(unmapped):
         if not re.fullmatch(f"({prefix})?{ignored}", name) and not is_tied_head(name, model):
             hint = ": a classifier's head, which --classifier converts" * (name == CLASSIFIER)

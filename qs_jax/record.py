@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from qs_jax.config import QuickSilverConfig
+from qs_jax.config import ModelConfig, QuickSilverConfig
 from qs_jax.state import FULL_BITS, NEVER, Decisions, Evidence, LayerRecord
 
 
@@ -151,7 +151,7 @@ def written_keys(
 
 
 def decided(
-    decisions: Decisions, qs: QuickSilverConfig, num_layers: int, lengths: np.ndarray
+    decisions: Decisions, qs: QuickSilverConfig, model: ModelConfig, lengths: np.ndarray
 ) -> Evidence:
     """Evidence of what a fast engine decided: the definition's arithmetic, after the fact.
 
@@ -159,11 +159,14 @@ def decided(
     """
     depth, absorbed_after = np.asarray(decisions.depth_BT), np.asarray(decisions.fused_after_BT)
     signals = [decisions.drift_LBT, decisions.entropy_LBT]
-    layer = np.arange(1, num_layers + 1)[:, None, None]
+    layer = np.arange(1, model.num_layers + 1)[:, None, None]
     real = np.arange(depth.shape[1])[None] < lengths[:, None]
     active = real & (layer <= absorbed_after) & (layer <= depth)
-    written = written_keys(decisions, qs, num_layers, lengths)
-    before = np.cumsum(written, axis=2) - written
+    written = written_keys(decisions, qs, model.num_layers, lengths)
+    total = np.cumsum(written, axis=2)
+    before = total - written
+    if (window := model.sliding_window) is not None:
+        before[:, :, window:] -= total[:, :, :-window]
     since = qs.amq.layer if qs.amq is not None else NEVER
     now = (layer == absorbed_after) & real
     rows, columns = np.nonzero(absorbed_after < NEVER)

@@ -52,6 +52,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-head-dim": ("llama", {"head_dim": 16}),
     "llama-theta": ("llama", {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "mistral-window": ("mistral", {"sliding_window": 9}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-window": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0},
+    ),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "qwen3-biases": ("qwen3", {"head_dim": 16, "attention_bias": True}),
     "rope-linear": ("llama", rope("linear", factor=4.0)),
     "rope-dynamic": ("llama", rope("dynamic", factor=4.0)),
     "rope-llama3": (
@@ -84,13 +93,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def hf_model(kind: str, seed: int = 0, **changes: Any) -> Any:
     """A random float32 Hugging Face model whose logits are of order 10."""
     import torch
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    if kind == "gpt2":
-        model = GPT2LMHeadModel(GPT2Config(**(GPT2 | changes)))
-    else:
-        model = LlamaForCausalLM(LlamaConfig(**(LLAMA | changes)))
+    sizes = GPT2 if kind == "gpt2" else LLAMA
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(sizes | changes)))
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             if "norm" in name or "ln_" in name:

@@ -97,7 +97,7 @@ def dense_record(lengths: np.ndarray, prompt_lengths: np.ndarray, model: ModelCo
         active=real,
         kv_written=real,
         kv_held=real,
-        visible_keys=np.where(real, pos + 1, 0),
+        visible_keys=np.where(real, np.minimum(pos + 1, model.sliding_window or width), 0),
         bits=np.full(real.shape, 16),
         fused=pos,
         drift=nan,

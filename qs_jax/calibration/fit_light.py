@@ -61,7 +61,8 @@ def _contexts(params_l: Any, h_BTD: Array, pos_BT: Array, model: ModelConfig) ->
 
     def read(block: PreNormBlock) -> Array:
         q, k, v = block.project(normed(block.attn_norm, h_BTD, model), pos_BT)
-        return blocked_attention(q, k, v).reshape(*h_BTD.shape[:2], -1)
+        context_BTNH = blocked_attention(q, k, v, window=model.sliding_window)
+        return context_BTNH.reshape(*h_BTD.shape[:2], -1)
 
     return apply_block(model, params_l, method=read)
 

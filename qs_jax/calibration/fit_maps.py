@@ -243,7 +243,7 @@ def _moments(params: Params, tokens_BT, counted_BT, model: ModelConfig, chosen, 
                 return summed("btf,bto->fo", read_XBTF[index], target)
 
             cross.append(lax.cond(number > boundary, product, lambda zeros=zeros: zeros))
-        out: Any = block.apply({"params": params_l}, h_BTD, pos_BT, dense.attend_causal)
+        out: Any = block.apply({"params": params_l}, h_BTD, pos_BT, dense.attend_causal(model))
         return (out[0], read_XBTF), jnp.stack(cross)
 
     size = feature_count(features, model)

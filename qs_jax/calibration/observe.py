@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from qs_jax.config import ModelConfig
 from qs_jax.engine import dense
-from qs_jax.engine.attention import attention
+from qs_jax.engine.attention import attention, in_window
 from qs_jax.engine.weights import check_params
 from qs_jax.errors import InputError
 from qs_jax.jax_settings import default_settings
@@ -132,7 +132,9 @@ def summarize(signals_LWP: dict[str, np.ndarray]) -> Observed:
 def _signals(params: Params, tokens_BT, sample_BP, model: ModelConfig) -> dict[str, Any]:
     """Each signal `[L, B, P]` at the sampled positions, none the first or the last of its row."""
     batch, width = tokens_BT.shape
-    mask_BTT = jnp.broadcast_to(jnp.tri(width, dtype=bool), (batch, width, width))
+    pos_1T = jnp.arange(width)[None]
+    mask_1TT = jnp.tri(width, dtype=bool)[None] & in_window(pos_1T, pos_1T, model.sliding_window)
+    mask_BTT = jnp.broadcast_to(mask_1TT, (batch, width, width))
 
     def attend(q, k, v):
         context, weights_BNTS = attention(q, k, v, mask_BTT, None)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from qs_jax.config import ModelConfig
 from qs_jax.engine import dense
-from qs_jax.engine.attention import attention
+from qs_jax.engine.attention import attention, in_window
 from qs_jax.models import apply_block, family_of
 from qs_jax.models.cpu import from_storage
 
@@ -43,7 +43,7 @@ def layer_params(params: Any, index: int) -> Any:
 @functools.partial(jax.jit, static_argnames="model")
 def dense_layer(params_l: Any, h_BTD: Array, pos_BT: Array, model: ModelConfig) -> Array:
     """States after a whole layer."""
-    return apply_block(model, params_l, h_BTD, pos_BT, dense.attend_causal)[0]
+    return apply_block(model, params_l, h_BTD, pos_BT, dense.attend_causal(model))[0]
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -64,6 +64,7 @@ def watched_layer(params_l: Any, h_BTD: Array, pos_BT: Array, model: ModelConfig
 
     def attend(q: Array, k: Array, v: Array):
         mask_BTS = pos_BT[:, None, :] <= pos_BT[:, :, None]
+        mask_BTS &= in_window(pos_BT, pos_BT, model.sliding_window)
         context, weights = attention(q, k, v, mask_BTS)
         seen.update(q=q, v=v, context=context, weights=weights)
         return context, None
@@ -146,11 +147,18 @@ class Metric:
         total = np.zeros((size, size))
         for deeper in range(layer + 1, self.model.num_layers + 1):
             part = layer_params(self.params, deeper - 1)
-            part = {name: as_float64(part[name]) for name in ("attn_norm", "qkv")}
+            names = ("attn_norm", "qkv", "k_norm")
+            part = {name: as_float64(part[name]) for name in names if name in part}
             norm, kernel = part["attn_norm"], part["qkv"]["kernel"]
             reads = kernel[:, self.model.q_size :] * norm["scale"][:, None]
             if "bias" in norm:  # a layer norm takes the mean away
                 reads = reads - reads.mean(0)
+            if "k_norm" in part:  # over the root mean square that keys of white states have
+                keys, values = np.split(reads, 2, axis=1)
+                by_head = keys.reshape(size, self.model.num_kv_heads, -1)
+                by_head = by_head / np.sqrt((by_head**2).sum(0).mean(-1))[None, :, None]
+                keys = (by_head * part["k_norm"]["scale"]).reshape(keys.shape)
+                reads = np.concatenate([keys, values], axis=1)
             felt = self.weigh(reads / self.rms[deeper - 1], deeper)
             total += felt @ felt.T
         return np.linalg.cholesky(total + (0.1 * np.trace(total) / size + 1e-30) * np.eye(size))

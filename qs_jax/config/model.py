@@ -71,7 +71,7 @@ class ModelConfig(Settings):
     """The architecture of a frozen checkpoint; every size comes from the checkpoint itself.
 
     Attributes:
-      model_type: As in Hugging Face configs: "gpt2" or "llama".
+      model_type: As in Hugging Face configs: "gpt2", "llama", "mistral", "qwen2" or "qwen3".
       vocab_size: V.
       num_layers: L.
       hidden_size: D, width of the residual stream.
@@ -83,6 +83,12 @@ class ModelConfig(Settings):
       norm_eps: Added to the variance in every norm.
       activation: MLP nonlinearity.
       tie_embeddings: The head reuses the token embedding.
+      attention_bias: All four projections of attention have biases.
+      mlp_bias: Those of the MLP have.
+      qkv_bias: Queries, keys and values have biases, whatever the projection back has.
+      qk_norm: Each head's queries and keys are RMS-normalised, before RoPE.
+      sliding_window: A query sees itself and the keys of the positions before it, so many in all;
+        None for all of them.
       rope_theta: RoPE base; None for learned positions.
       rope_scaling: None for plain RoPE.
       dtype: Of the parameters and of the residual stream. Norms, softmax and logits are float32,
@@ -108,6 +114,9 @@ class ModelConfig(Settings):
     tie_embeddings: Flag
     attention_bias: Flag
     mlp_bias: Flag
+    qkv_bias: Flag = False
+    qk_norm: Flag = False
+    sliding_window: Length | None = None
     rope_theta: Annotated[Number, Field(gt=1, le=1e15)] | None = None
     rope_scaling: RopeScaling | None = None
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
@@ -120,9 +129,9 @@ class ModelConfig(Settings):
         heads, kv_heads = self.num_heads, self.num_kv_heads
         if heads % kv_heads:
             raise ConfigError(f"num_heads {heads} must be a multiple of num_kv_heads {kv_heads}.")
-        if self.model_type == "llama" and self.rope_theta is None:
-            raise ConfigError("a llama model needs rope_theta.")
-        if self.model_type == "llama" and self.head_dim % 2:
+        if self.model_type != "gpt2" and self.rope_theta is None:
+            raise ConfigError(f"a {self.model_type} model needs rope_theta.")
+        if self.rope_theta is not None and self.head_dim % 2:
             raise ConfigError(f"RoPE needs an even head_dim, got {self.head_dim}.")
         self.check_ids("eos_token_ids", self.eos_token_ids)
         for name in ("bos_token_id", "pad_token_id"):

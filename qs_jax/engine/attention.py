@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,16 @@ from qs_jax.state import exact_dtype
 # what causality leaves and whose logits leave the processor's cache between the passes over them.
 QUERY_BLOCK = 128
 MOST_BLOCKS = 16
+
+
+def in_window(query_pos_BT: Array, key_pos_BS: Array, window: int | None) -> Any:
+    """Keys that a sliding window leaves to each query, `[B, T, S]`; True where there is none.
+
+    A query at position i sees those after i - window (Jiang et al. 2023).
+    """
+    if window is None:
+        return True
+    return key_pos_BS[:, None, :] > query_pos_BT[:, :, None] - window
 
 
 def attention_weights(
@@ -57,6 +68,7 @@ def blocked_attention(
     query_pos_BT: Int[Array, "B T"] | None = None,
     first_BS: Int[Array, "B S"] | None = None,
     *,
+    window: int | None = None,
     rising: bool = True,
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention, block of queries by block, softmax in at least float32.
@@ -69,9 +81,11 @@ def blocked_attention(
       k_BSKH: Keys, in the order of their positions.
       v_BSKH: Values.
       query_pos_BT: Positions of the queries; None where queries and keys are whole rows.
-      first_BS: Position of the first query that sees each key; None with `query_pos_BT`.
+      first_BS: Position of the first query that sees each key, which is its own, or never; None
+        with `query_pos_BT`.
+      window: Of sliding attention: see `in_window`.
       rising: Query positions rise strictly: slot i is at most at position S - T + i, and a block
-        reads the keys up to its last query's only.
+        reads the keys from its first query's window up to its last query only.
     """
     width, slots = q_BTNH.shape[1], k_BSKH.shape[1]
     attend = _attend_block if cpu.on_cpu() else jax.nn.dot_product_attention
@@ -82,12 +96,16 @@ def blocked_attention(
 
     out = []
     for start, end in spans:
-        keys = slots - width + end if rising else slots
+        first, last = (0, slots - width + end) if rising else (0, slots)
+        if rising and window is not None:  # a key's slot is at most as far back as its position
+            first = max(start - window + 1, 0)
         if query_pos_BT is None or first_BS is None:
-            mask_BTS = (jnp.arange(keys)[None] <= jnp.arange(start, end)[:, None])[None]
+            pos_BT, pos_BS = jnp.arange(start, end)[None], jnp.arange(first, last)[None]
         else:
-            mask_BTS = first_BS[:, None, :keys] <= query_pos_BT[:, start:end, None]
-        block = (q_BTNH[:, start:end], k_BSKH[:, :keys], v_BSKH[:, :keys])
+            pos_BT, pos_BS = query_pos_BT[:, start:end], first_BS[:, first:last]
+        mask_BTS = pos_BS[:, None, :] <= pos_BT[:, :, None]
+        mask_BTS &= in_window(pos_BT, pos_BS, window)
+        block = (q_BTNH[:, start:end], k_BSKH[:, first:last], v_BSKH[:, first:last])
         out.append(attend(*block, mask=mask_BTS[:, None]))
     return jnp.concatenate(out, axis=1)
 

@@ -101,6 +101,7 @@ class SlotCache(flax.struct.PyTreeNode):
       k_scale_CK: Steps of the keys' codes, one a head (`int8.QTensor`); None where they are floats.
       v_scale_CK: Of the values.
       fill_lB: Slots in use; the next token goes to the slot after them.
+      pos_lBC: Position of each slot's token; None where it is the slot's own, or nothing reads it.
       layers: l.
       head_dim: H.
       keeps_all: Every layer keeps every token: fills of a row are equal.
@@ -111,6 +112,7 @@ class SlotCache(flax.struct.PyTreeNode):
     k_scale_CK: Any
     v_scale_CK: Any
     fill_lB: Int[Array, "l B"]
+    pos_lBC: Any
     layers: int = field(pytree_node=False)
     head_dim: int = field(pytree_node=False)
     keeps_all: bool = field(pytree_node=False)
@@ -124,8 +126,12 @@ class SlotCache(flax.struct.PyTreeNode):
         capacity: int,
         bits_lBS: Int[Array, "l B S"] | None,
         keeps_all: bool,
+        slides: bool = False,
     ) -> SlotCache:
-        """A segment's entries that a later query can see, then room; int8 codes with bits."""
+        """A segment's entries that a later query can see, then room; int8 codes with bits.
+
+        Where attention `slides` over a window, it reads positions.
+        """
         fill_lB = held_lBS.sum(2, dtype=jnp.int32)
         order_lBC = _widen(jnp.argsort(~held_lBS, axis=2, stable=True), capacity, 2)
 
@@ -148,7 +154,9 @@ class SlotCache(flax.struct.PyTreeNode):
             codes = [int8.recode_kv(from_storage(x), bits_lBC) for x in (k, v)]
             k, v = (each.codes for each in codes)
             k_scale, v_scale = (flat(each.scale) for each in codes)
-        return cls(flat(k), flat(v), k_scale, v_scale, fill_lB, layers, dim, keeps_all)
+        pos_lBC = order_lBC.astype(jnp.int32) if slides and not keeps_all else None
+        arrays = (flat(k), flat(v), k_scale, v_scale, fill_lB, pos_lBC)
+        return cls(*arrays, layers, dim, keeps_all)
 
     @property
     def capacity(self) -> int:
@@ -161,9 +169,13 @@ class SlotCache(flax.struct.PyTreeNode):
         names = ("k_CO", "v_CO", "k_scale_CK", "v_scale_CK")
         arrays = {name: getattr(self, name) for name in names}
         wider = {n: _widen(x, capacity, axis) for n, x in arrays.items() if x is not None}
+        if self.pos_lBC is not None:
+            wider["pos_lBC"] = _widen(self.pos_lBC, capacity, 2)
         return self.replace(**wider)
 
-    def append(self, k_lBTKH: Array, v_lBTKH: Array, keep_lBT: Array, bits_BT: Array) -> SlotCache:
+    def append(
+        self, k_lBTKH: Array, v_lBTKH: Array, keep_lBT: Array, bits_BT: Array, pos_BT: Array
+    ) -> SlotCache:
         """Append the tokens that are kept, in place; a cache of codes needs their bits."""
         slots_lBT = self.fill_lB[..., None] + jnp.cumsum(keep_lBT, axis=2, dtype=jnp.int32) - 1
         # Other tokens go to the slot that the next token will overwrite.
@@ -178,6 +190,11 @@ class SlotCache(flax.struct.PyTreeNode):
                 fields["v_scale_CK"] = self._put(self.v_scale_CK, v_scale, slots_lBT, keep_lBT)
             fields["k_CO"] = self._put(self.k_CO, k_lBTKH, slots_lBT, keep_lBT)
             fields["v_CO"] = self._put(self.v_CO, v_lBTKH, slots_lBT, keep_lBT)
+        if self.pos_lBC is not None:
+            at_lBT = jnp.where(keep_lBT, slots_lBT, self.capacity)
+            layer, row, _ = jnp.ogrid[: self.layers, : len(pos_BT), :1]
+            put = self.pos_lBC.at[layer, row, at_lBT]
+            fields["pos_lBC"] = put.set(pos_BT[None], mode="drop")
         return self.replace(**fields)
 
     def _put(self, array_CO: Array, value_lBT: Array, slots_lBT: Array, keep_lBT: Array) -> Array:
@@ -241,6 +258,12 @@ class SlotCache(flax.struct.PyTreeNode):
         k_BCO, v_BCO = self.layer(index)
         seen_BTC = jnp.arange(self.capacity, dtype=jnp.int32)[None, None] <= slots_BT[..., None]
         return (put(k_BCO, k_BTKH), put(v_BCO, v_BTKH)), seen_BTC
+
+    def positions(self, index: Any) -> Int[Array, "#B C"]:
+        """Position of each slot's token in a layer, where it is in use and attention slides."""
+        if self.pos_lBC is None:
+            return jnp.arange(self.capacity, dtype=jnp.int32)[None]
+        return self.pos_lBC[index]
 
     def held(self, index: Any) -> Bool[Array, "B C"]:
         """Slots of a layer that are in use."""

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.config import ModelConfig
 from qs_jax.engine import sampling, speculate
-from qs_jax.engine.attention import step_attention
+from qs_jax.engine.attention import in_window, step_attention
 from qs_jax.engine.cache import SlotCache
 from qs_jax.engine.speculate import Drafts
 from qs_jax.mechanisms import Mechanisms, Rows, kv_maps, signals
@@ -101,7 +101,7 @@ def step(
         state, (out, (k, v), keep_lBT) = _segment(call, state, cache, first)
         outs.append(out)
         keeps.append(keep_lBT)
-        appended.append(cache.append(k, v, keep_lBT, state.bits_BT))
+        appended.append(cache.append(k, v, keep_lBT, state.bits_BT, pos_BT))
         first += cache.layers
     drift_LBT, entropy_LBT = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outs)
     logits_BTV = head.logits(params, head.normed(params, state.h_BTD, model))
@@ -180,14 +180,17 @@ def _run_layer(call: Call, state: TokenState, cache: SlotCache, offset: Any, ind
     keep_BT = mech.kv_skip.written(state.depth_BT, rows.retain_BT, layer) & rows.real_BT
     earlier_TT = jnp.tri(width, k=-1, dtype=bool)
     own_BTT = (earlier_TT[None] & keep_BT[:, None, :]) | jnp.eye(width, dtype=bool)[None]
-    held_BC = cache.held(offset)
+    held_BC, window = cache.held(offset), model.sliding_window
     held_BTC = jnp.broadcast_to(held_BC[:, None], (len(held_BC), width, held_BC.shape[1]))
+    held_BTC &= in_window(rows.pos_BT, cache.positions(offset), window)
+    own_BTT &= in_window(rows.pos_BT, rows.pos_BT, window)
     mask_BTX = jnp.concatenate([held_BTC, own_BTT], axis=2)
 
     def attend(q: Array, k: Array, v: Array):
         k, v = _stored(call, state, k, v, layer)
         if call.exact:
             held, mask_BTC = cache.with_new(offset, k, v)
+            mask_BTC &= in_window(rows.pos_BT, cache.positions(offset), window)
             return step_attention(q, held, None, mask_BTC), (k, v)
         return step_attention(q, cache.layer(offset), (k, v), mask_BTX), (k, v)
 

@@ -17,9 +17,9 @@ from qs_jax.models import Params, apply_block, embed, head
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 
-def attend_causal(q: Array, k: Array, v: Array) -> tuple[Array, None]:
+def attend_causal(model: ModelConfig) -> Attend:
     """Attention of whole rows over themselves; right padding needs no mask."""
-    return blocked_attention(q, k, v), None
+    return lambda q, k, v: (blocked_attention(q, k, v, window=model.sliding_window), None)
 
 
 def look_at_layers(
@@ -27,13 +27,14 @@ def look_at_layers(
     tokens_BT: Int[Array, "B T"],
     model: ModelConfig,
     look: Callable[[Array, Array, Any], Any] = lambda before, after, kept: None,
-    attend: Attend = attend_causal,
+    attend: Attend | None = None,
 ) -> tuple[Float[Array, "B T D"], Any]:
     """States of the last layer of the dense model, and what `look` returned of every layer.
 
     `look` gets the states before and after a layer, `[B, T, D]`, and what `attend` kept there.
     """
     pos_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
+    attend = attend or attend_causal(model)
 
     def layer(h_BTD, params_l):
         after_BTD, kept = apply_block(model, params_l, h_BTD, pos_BT, attend)

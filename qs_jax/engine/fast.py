@@ -176,7 +176,8 @@ class Fast:
             arrays = (text, old, noted, held_LBS, decisions.bits_BT)
             prompts = None if drafting is None else call.padded.tokens_BT
             drafts = (prompts, *speculate.split(drafting, len(text.pos_B)))
-            self.state = _pack(*arrays, *drafts, tuple(layout), width)
+            slides = self.cfg.model.sliding_window is not None
+            self.state = _pack(*arrays, *drafts, tuple(layout), width, slides)
         used = {id(leaf) for leaf in jax.tree.leaves(self.state)}  # some may be handed through
         for leaf in jax.tree.leaves(old):
             if id(leaf) not in used:
@@ -224,7 +225,7 @@ def _capacity(cfg: Config, held: int, longest: int, room: int, for_all: bool) ->
     return bucket(held + max(math.ceil(share * room), 1))
 
 
-@functools.partial(jax.jit, static_argnames=("drafting", "layout", "width"))
+@functools.partial(jax.jit, static_argnames=("drafting", "layout", "width", "slides"))
 def _pack(
     text: sampling.Text,
     cache: KVCache,
@@ -236,6 +237,7 @@ def _pack(
     drafting: Speculation | None,
     layout: tuple[tuple[int, int, int, bool, bool], ...],
     width: int,
+    slides: bool,
 ) -> DecodeState:
     """Caches of decoding from a prompt's, and decisions over `width` positions.
 
@@ -246,7 +248,7 @@ def _pack(
     for first, end, capacity, coded, keeps_all in layout:
         span = slice(first, end)
         bits = jnp.broadcast_to(bits_BS, held_LBS[span].shape) if coded else None
-        packed = (cache, span, held_LBS[span], capacity, bits, keeps_all)
+        packed = (cache, span, held_LBS[span], capacity, bits, keeps_all, slides)
         caches.append(SlotCache.pack(*packed))
 
     def widen(array: Any, empty: Any) -> Any:

@@ -158,7 +158,7 @@ def generate(
         ran_B = call.batch.lengths_B + np.maximum(text.lengths_B - 1, 0)
         if isinstance(found, Decisions):
             assert cfg.quicksilver is not None
-            found = decided(found, cfg.quicksilver, cfg.model.num_layers, ran_B)
+            found = decided(found, cfg.quicksilver, cfg.model, ran_B)
         counted = (int(ran_B.max()), ran_B, call.batch.lengths_B, cfg.effective_protocol)
         told = {"simulated": isinstance(engine, _Masked), "quicksilver": cfg.quicksilver}
         record = Record.of(found, *counted, **told)

@@ -25,7 +25,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.config import ModelConfig
-from qs_jax.engine.attention import attention
+from qs_jax.engine.attention import attention, in_window
 from qs_jax.engine.weights import Weights, layer_weights
 from qs_jax.mechanisms import Mechanisms, Rows, fusion, halting, kv_maps, kv_skip, light, signals
 from qs_jax.models import Params, apply_block, embed, head
@@ -177,8 +177,9 @@ def _hidden_from(call: Call, state: TokenState) -> Int[Array, "B T"]:
 
 
 def attention_mask(call: Call, state: TokenState, layer: Array) -> Bool[Array, "B T S"]:
-    """Causal, and of the earlier keys only those that this layer still has."""
-    return call.mech.kv_skip.visible(call.rows, state, _hidden_from(call, state), layer)
+    """Causal, and of the earlier keys only those that this layer still has, within the window."""
+    mask_BTS = call.mech.kv_skip.visible(call.rows, state, _hidden_from(call, state), layer)
+    return mask_BTS & in_window(call.rows.pos_BT, call.rows.pos_BT, call.model.sliding_window)
 
 
 def _block(

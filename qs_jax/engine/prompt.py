@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from qs_jax.config import ModelConfig
 from qs_jax.engine import prompt_light
-from qs_jax.engine.attention import attention_weights, blocked_attention
+from qs_jax.engine.attention import attention_weights, blocked_attention, in_window
 from qs_jax.engine.cache import KVCache
 from qs_jax.engine.gather import layer_at, put, take, true_first
 from qs_jax.engine.prompt_call import Call, Carry, Plan, Segments, Slots, eligible
@@ -195,7 +195,8 @@ def _run_layer(
         if among_all or (slots_BC is not None and not gathered):
             k, v = cache.layer(index - chosen.offset)
         first_BS = _first_queries(call, chosen, whole, state, layer, among_all)
-        return blocked_attention(q, k, v, rows.pos_BT, first_BS), cache
+        window = model.sliding_window
+        return blocked_attention(q, k, v, rows.pos_BT, first_BS, window=window), cache
 
     multiply = mech.multiply(state.bits_BT, weights.int8, layer)
     given = (state.h_BTD, rows.pos_BT, attend, multiply)
@@ -244,7 +245,8 @@ def _last_layer(call: Call, carry: Carry, read_BQ: Array) -> tuple[Array, KVCach
     first_BS = _first_queries(call, everyone, state, state, layer, among_all=True)
 
     def attend(q: Array, *_: Array):
-        return blocked_attention(q, k, v, read_BQ, first_BS, rising=False), None
+        options = {"window": model.sliding_window, "rising": False}
+        return blocked_attention(q, k, v, read_BQ, first_BS, **options), None
 
     rows_B1 = jnp.arange(len(read_BQ))[:, None]
     own = (state.h_BTD, state.bits_BT, state.active_BT)
@@ -307,6 +309,7 @@ def _received(call, carry, chosen, whole, before_BCD, layer) -> Float[Array, "B 
     k_BSKH, _ = carry.cache.layer(layer - 1 - chosen.offset)
     first_BS = _first_queries(call, chosen, whole, state, layer, among_all=True)
     mask_BQS = first_BS[:, None, :] <= pos_BQ[..., None]
+    mask_BQS &= in_window(pos_BQ, first_BS, call.model.sliding_window)
     weights_BQS = attention_weights(q_BQNH, k_BSKH, mask_BQS).max(1)
     received_BS = halting.attention_received(weights_BQS, counted_BQ, pos_BQ)
     return received_BS if chosen.index_BC is None else take(received_BS, chosen.index_BC)

@@ -277,7 +277,7 @@ def score(
         if "evidence" in out:
             record = Record.of(out["evidence"], *about, quicksilver=cfg.quicksilver)
         else:
-            given = (cfg.quicksilver, model.num_layers, batch.lengths_B)
+            given = (cfg.quicksilver, model, batch.lengths_B)
             told = {"simulated": False, "quicksilver": cfg.quicksilver}
             record = Record.of(decided(out["decisions"], *given), *about, **told)
     logprobs_BT = np.where(mask_BT, out["logprobs"][:, :width], out["logprobs"].dtype.type(0))

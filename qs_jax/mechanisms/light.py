@@ -79,7 +79,8 @@ def reduced_layer(
         for name, leaf in params_l["qkv"].items()
     }
     kept = {"qkv": qkv, "out": out | {"kernel": out["kernel"][rows]}}
-    kept["attn_norm"] = params_l["attn_norm"]
+    norms = ("attn_norm", "q_norm", "k_norm")
+    kept |= {name: params_l[name] for name in norms if name in params_l}
     return kept | kept_mlp(params_l, light.neurons_M, mlp_size)
 
 

@@ -1,6 +1,9 @@
-"""Llama-2-family modules: RMSNorm, RoPE, grouped-query attention, SwiGLU.
+"""The modules of Llama and its relatives: RMSNorm, RoPE, grouped-query attention, SwiGLU.
 
-Sources: Touvron et al. 2023 (Llama 2); Ainslie et al. 2023 (GQA); Shazeer 2020 (SwiGLU).
+Mistral adds a sliding window, which is the engines' part; Qwen2 biases on queries, keys and values;
+Qwen3 norms of each head's queries and keys.
+Sources: Touvron et al. 2023 (Llama 2); Ainslie et al. 2023 (GQA); Shazeer 2020 (SwiGLU); Jiang et
+al. 2023 (Mistral 7B); Yang et al. 2024 and 2025 (Qwen2, Qwen3).
 """
 
 from __future__ import annotations
@@ -32,7 +35,10 @@ class Block(layers.PreNormBlock):
     def setup(self) -> None:
         m = self.model
         self.attn_norm = layers.rms_norm(m)
-        self.qkv = nn.Dense(m.q_size + 2 * m.kv_size, use_bias=m.attention_bias)
+        bias = m.attention_bias or m.qkv_bias
+        self.qkv = nn.Dense(m.q_size + 2 * m.kv_size, use_bias=bias)
+        if m.qk_norm:
+            self.q_norm, self.k_norm = layers.rms_norm(m), layers.rms_norm(m)
         self.out = nn.Dense(m.hidden_size, use_bias=m.attention_bias)
         self.mlp_norm = layers.rms_norm(m)
         self.gate_up = nn.Dense(2 * m.mlp_size, use_bias=m.mlp_bias)
@@ -43,7 +49,19 @@ class Block(layers.PreNormBlock):
     ) -> tuple[Array, Array, Array]:
         qkv_BTO = multiply(self.qkv, x_BTD).astype(x_BTD.dtype)
         q, k, v = layers.split_heads(qkv_BTO, self.model)
+        if self.model.qk_norm:
+            q = layers.normed(self.q_norm, q, self.model)
+            k = layers.normed(self.k_norm, k, self.model)
         return self.place(q, pos_BT), self.place(k, pos_BT), v
+
+    def unrotated(self, h_BTD: Array, multiply: layers.Multiply = layers.dense_product) -> Array:
+        kv_BTO = super().unrotated(h_BTD, multiply)
+        if not self.model.qk_norm:
+            return kv_BTO
+        k_BTO, v_BTO = jnp.split(kv_BTO, 2, axis=-1)
+        k_BTKH = k_BTO.reshape(*k_BTO.shape[:2], -1, self.model.head_dim)
+        k_BTKH = layers.normed(self.k_norm, k_BTKH, self.model)
+        return jnp.concatenate([k_BTKH.reshape(k_BTO.shape), v_BTO], axis=-1)
 
     def place(self, x_BTXH: Array, pos_BT: Array) -> Array:
         return rope.rotate(x_BTXH, pos_BT, self.model)

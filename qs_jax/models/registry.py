@@ -37,7 +37,10 @@ _rms_norm = functools.partial(layers.FinalNorm, make_norm=layers.rms_norm)
 
 FAMILIES: dict[str, Family] = {
     "gpt2": Family(gpt2.Embed, gpt2.Block, _layer_norm, rotates=False, mlp_products=2),
-    "llama": Family(llama.Embed, llama.Block, _rms_norm, rotates=True, mlp_products=3),
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3"),
+        Family(llama.Embed, llama.Block, _rms_norm, rotates=True, mlp_products=3),
+    ),
 }
 
 

@@ -16,8 +16,8 @@ pytestmark = pytest.mark.hf
 RUNG_NAMES = ("embed", "norm", "attention", "block")
 # Hugging Face submodules of the first layer, in ladder order.
 RUNGS = {
-    "gpt2": ("transformer.drop", "transformer.h.0.ln_1", "transformer.h.0.attn", "transformer.h.0"),
-    "llama": (
+    False: ("transformer.drop", "transformer.h.0.ln_1", "transformer.h.0.attn", "transformer.h.0"),
+    True: (
         "model.embed_tokens",
         "model.layers.0.input_layernorm",
         "model.layers.0.self_attn",
@@ -27,6 +27,7 @@ RUNGS = {
 
 
 FEW = ("gpt2", "gpt2-untied", "llama-gqa", "llama-biases", "rope-llama3", "rope-yarn")
+FEW += ("mistral-window", "qwen2", "qwen3-biases")
 
 
 @pytest.fixture(
@@ -53,7 +54,7 @@ def theirs(pair, tokens_BT):
 
         return hook
 
-    for rung, path in zip(RUNG_NAMES, RUNGS[pair.model.model_type], strict=True):
+    for rung, path in zip(RUNG_NAMES, RUNGS[family_of(pair.model).rotates], strict=True):
         pair.hf.get_submodule(path).register_forward_hook(keep(rung))
     with torch.no_grad():
         seen["logits"] = pair.hf(torch.tensor(tokens_BT, dtype=torch.long)).logits.numpy()
@@ -93,7 +94,7 @@ def test_norm(pair, theirs):
 def test_attention(pair, tokens_BT, theirs):
     def attention(block, x_BTD):
         q, k, v = block.project(x_BTD, positions(tokens_BT))
-        context_BTNH, _ = dense.attend_causal(q, k, v)
+        context_BTNH, _ = dense.attend_causal(pair.model)(q, k, v)
         return block.out(context_BTNH.reshape(*x_BTD.shape[:2], -1))
 
     ours = first_block(pair, attention, jnp.asarray(theirs["norm"]))
@@ -102,7 +103,7 @@ def test_attention(pair, tokens_BT, theirs):
 
 def test_block(pair, tokens_BT, theirs):
     def block(block, h_BTD):
-        return block(h_BTD, positions(tokens_BT), dense.attend_causal)[0]
+        return block(h_BTD, positions(tokens_BT), dense.attend_causal(pair.model))[0]
 
     ours = first_block(pair, block, jnp.asarray(theirs["embed"]))
     np.testing.assert_allclose(ours, theirs["block"], atol=2e-5)
