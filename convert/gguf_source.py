@@ -253,8 +253,9 @@ def _config(
     embedding = names.get("model.embed_tokens.weight", names.get("transformer.wte.weight"))
     config.setdefault("vocab_size", int(file.tensors[embedding].shape[-1]) if embedding else 0)
     config["tie_word_embeddings"] = "lm_head.weight" not in names
-    if architecture == "llama":
+    if architecture in ("llama", "qwen3"):
         config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in names
+    if architecture == "llama":
         config["mlp_bias"] = "model.layers.0.mlp.gate_proj.bias" in names
     ids = SENTENCEPIECE_IDS if file.value("tokenizer.ggml.model") == "llama" else {}
     for key in ("bos_token_id", "eos_token_id", "padding_token_id"):

@@ -175,6 +175,9 @@ WINDOW = {
     "qwen2": _QWEN_WINDOW,
     "qwen3": _QWEN_WINDOW,
 }
+for _kind, _read in WINDOW.items():
+    for _name in _read:
+        HARMLESS_AT[_kind].pop(_name, None)
 # Attributes that become a field: its name, its types, and the default of the Hugging Face class
 # (... where there is none, None where the sizes decide). null stands for the default.
 INT, NUMBER, BOOL, STR = (int,), (int, float), (bool,), (str,)

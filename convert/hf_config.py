@@ -59,7 +59,8 @@ def model_config(
     kind, known = raw.get("model_type"), ", ".join(sorted(FAMILIES))
     try:
         if not isinstance(kind, str) or kind not in FAMILIES:
-            why = f": {REFUSED[str(kind)]}" if kind in REFUSED else ""
+            reason = REFUSED.get(str(kind))
+            why = f": {reason}" if reason else ""
             raise ConfigError(f"model_type {short(kind)} is not supported{why} (known: {known})")
         raw = _without_aliases(raw, kind, problems)
         notes = _check_attributes(raw, kind, ignored, problems)

@@ -18,13 +18,19 @@ __all__ = ["tiny_model", "tiny_params", "toy_tokenizer"]
 
 
 def tiny_model(model_type: str = "llama", **changes: Any) -> ModelConfig:
-    """A "gpt2" or "llama" of about 50,000 parameters, with `changes` to the fields."""
+    """A model of about 50,000 parameters of any family, with `changes` to the fields."""
     gpt2 = model_type == "gpt2"
     fields: dict[str, Any] = {"attention_bias": gpt2, "mlp_bias": gpt2, "tie_embeddings": gpt2}
     fields |= {"vocab_size": 97, "num_layers": 3, "hidden_size": 32, "num_heads": 4, "head_dim": 8}
     fields |= {"num_kv_heads": 4 if gpt2 else 2, "mlp_size": 48, "max_positions": 128}
     fields |= {"norm_eps": 1e-5, "activation": "gelu_new" if gpt2 else "silu"}
     fields["rope_theta"] = None if gpt2 else 1e4
+    families: dict[str, dict[str, Any]] = {
+        "mistral": {"sliding_window": 7},
+        "qwen2": {"qkv_bias": True},
+        "qwen3": {"qk_norm": True, "head_dim": 16},
+    }
+    fields |= families.get(model_type, {})
     return ModelConfig(model_type, **(fields | changes))
 
 

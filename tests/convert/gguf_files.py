@@ -34,34 +34,49 @@ def write_gguf(
     """
     import gguf
 
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config.get("rope_theta", 10000.0))
-    writer.add_rope_dimension_count(config["hidden_size"] // config["num_attention_heads"])
+    kind = config["model_type"]
+    writer = gguf.GGUFWriter(path, kind)
+    layers = config["n_layer" if kind == "gpt2" else "num_hidden_layers"]
+    writer.add_block_count(layers)
+    if kind == "gpt2":
+        writer.add_context_length(config["n_positions"])
+        writer.add_embedding_length(config["n_embd"])
+        writer.add_feed_forward_length(4 * config["n_embd"])
+        writer.add_head_count(config["n_head"])
+        writer.add_layer_norm_eps(1e-5)
+    else:
+        writer.add_context_length(config["max_position_embeddings"])
+        writer.add_embedding_length(config["hidden_size"])
+        writer.add_feed_forward_length(config["intermediate_size"])
+        writer.add_head_count(config["num_attention_heads"])
+        writer.add_head_count_kv(config["num_key_value_heads"])
+        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+        writer.add_rope_freq_base(config.get("rope_theta", 10000.0))
+    if kind == "llama":
+        writer.add_rope_dimension_count(config["hidden_size"] // config["num_attention_heads"])
+    if "head_dim" in config:
+        writer.add_key_length(config["head_dim"])
+        writer.add_value_length(config["head_dim"])
     for name in leave_out:
         writer.kv_data[0].pop(name, None)
     prefixed = {f"tokenizer.ggml.{key}": value for key, value in (tokenizer or {}).items()}
     for key, value in (prefixed | (extra or {})).items():
         writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
-    kind = gguf.GGMLQuantizationType[quantization]
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    dtype = gguf.GGMLQuantizationType[quantization]
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[kind.upper()], layers)
     for name, tensor in tensors.items():
-        if "q_proj" in name:
+        if kind == "llama" and "q_proj" in name:
             tensor = interleave(tensor, config["num_attention_heads"])
-        elif "k_proj" in name:
+        elif kind == "llama" and "k_proj" in name:
             tensor = interleave(tensor, config["num_key_value_heads"])
-        gguf_name = names.get_name(name, try_suffixes=(".weight",)) or name
+        elif kind == "gpt2" and ".c_" in name:
+            tensor = tensor.T
+        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias")) or name
         if tensor.ndim == 1 or quantization == "F32":
             writer.add_tensor(gguf_name, np.ascontiguousarray(tensor, np.float32))
         else:
-            data = gguf.quants.quantize(np.ascontiguousarray(tensor, np.float32), kind)
-            writer.add_tensor(gguf_name, data, raw_dtype=kind)
+            data = gguf.quants.quantize(np.ascontiguousarray(tensor, np.float32), dtype)
+            writer.add_tensor(gguf_name, data, raw_dtype=dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

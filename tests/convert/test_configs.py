@@ -7,7 +7,7 @@ import pytest
 
 from convert import hf_to_flax
 from convert.errors import Problems
-from convert.hf_attributes import ALIASES, HARMLESS, HARMLESS_AT, READ, ROPE
+from convert.hf_attributes import ALIASES, HARMLESS, HARMLESS_AT, READ, REFUSED, ROPE, WINDOW
 from convert.hf_config import model_config
 from qs_jax.config import Config, ModelConfig, RopeScaling
 from qs_jax.errors import ConfigError
@@ -17,6 +17,7 @@ from tests.convert.folders import LLAMA_CONFIG, refused, write_folder
 from tests.support import GPT2
 
 BASES = {"llama": LLAMA_CONFIG, "gpt2": GPT2 | {"model_type": "gpt2"}}
+BASES |= {kind: LLAMA_CONFIG | {"model_type": kind} for kind in ("mistral", "qwen2", "qwen3")}
 
 
 def read(kind, more, generation=None, ignored=()):
@@ -98,6 +99,59 @@ def test_attributes_that_matter_cannot_be_ignored(kind, more):
     assert f"--ignore-config {name}: only an unknown" in read(kind, more, ignored=[name])[1]
 
 
+QWEN_SLIDES = {"use_sliding_window": True, "sliding_window": 9}
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "window"),
+    [
+        ("mistral", {}, 4096),
+        ("mistral", {"sliding_window": None}, None),
+        ("mistral", {"sliding_window": 9}, 9),
+        ("qwen2", {"sliding_window": 9}, None),
+        ("qwen2", QWEN_SLIDES | {"max_window_layers": 3}, None),
+        ("qwen2", QWEN_SLIDES | {"max_window_layers": 0}, 9),
+        ("qwen3", QWEN_SLIDES | {"layer_types": ["sliding_attention"] * 3}, 9),
+        ("qwen3", QWEN_SLIDES | {"sliding_window": None}, None),
+    ],
+)
+def test_sliding_windows(kind, more, window):
+    model, problems, _ = read(kind, more)
+    assert not problems
+    assert model is not None
+    assert model.sliding_window == window
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "message"),
+    [
+        ("qwen2", QWEN_SLIDES | {"max_window_layers": 2}, "layers of different kinds"),
+        ("qwen3", {"layer_types": ["sliding_attention"] * 3}, "no window is in use"),
+        ("qwen3", {"layer_types": ["full_attention"]}, "layers of different kinds"),
+        ("qwen3", {"layer_types": ["chunked_attention"] * 3}, "are not implemented"),
+        ("mistral", {"sliding_window": 0}, "at least 1"),
+        ("mistral", {"sliding_window": "9"}, "must be int"),
+        ("mistral", {"layer_types": ["full_attention", "sliding_attention"] * 2}, "layer_types"),
+        ("mistral", {"attention_bias": True}, "attention_bias = True is not implemented"),
+        ("qwen2", {"attention_bias": False}, "attention_bias = False is not implemented"),
+        ("qwen3", {"qk_norm": False}, "qk_norm = False is not implemented"),
+    ],
+)
+def test_relatives_of_llama_that_differ_more(kind, more, message):
+    assert message in read(kind, more)[1]
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text", "mixtral", "phi3", "opt", "t5"])
+def test_other_families_are_refused_with_the_reason_and_the_list(kind):
+    problems = Problems()
+    assert model_config({"model_type": kind}, "float32", problems, {})[0] is None
+    (message,) = problems["config attributes"]
+    reason = f": {REFUSED[kind]}" if kind != "t5" else ""
+    assert message == (
+        f"model_type {kind!r} is not supported{reason} (known: gpt2, llama, mistral, qwen2, qwen3)"
+    )
+
+
 def test_aliases_that_disagree():
     assert "hidden_size and n_embd disagree" in read("gpt2", {"hidden_size": 64})[1]
 
@@ -121,8 +175,9 @@ def test_an_unknown_attribute_can_be_ignored_by_name(tmp_path, tensors, capsys):
 
 def test_no_attribute_is_in_two_tables():
     for kind, read_here in READ.items():
-        tables = [set(HARMLESS), set(HARMLESS_AT[kind]), set(ALIASES[kind])]
-        tables += [set(read_here) - HARMLESS, set(ROPE) if kind == "llama" else set()]
+        tables = [set(HARMLESS), set(HARMLESS_AT[kind]), set(ALIASES.get(kind, ()))]
+        tables += [set(read_here) - HARMLESS, set(ROPE) if kind != "gpt2" else set()]
+        tables += [set(WINDOW.get(kind, ())) - HARMLESS]
         assert len(set().union(*tables)) == sum(map(len, tables))
 
 
@@ -138,7 +193,7 @@ FINE = {
     "beta_slow": (0, 1.5),
     "original_max_position_embeddings": (),
 }
-SIZES = [name for name, (_, types, _) in READ["llama"].items() if types == (int,)]
+SIZES = [name for name, (_, types, _) in READ["llama"].items() if types[0] is int]
 
 
 @pytest.mark.parametrize("name", [*SIZES, "rms_norm_eps", "rope_theta", "head_dim"])

@@ -12,6 +12,7 @@ from convert import hf_to_flax
 from convert.errors import ConversionError
 from convert.flax_to_hf import hf_tensors
 from convert.gguf_source import open_gguf
+from convert.gguf_tokenizer import build_tokenizer
 from convert.hf_to_flax import convert
 from qs_jax.checkpoint import CODES
 from qs_jax.errors import CheckpointError, ConfigError
@@ -20,6 +21,7 @@ from qs_jax.models.rope import inverse_frequencies
 from qs_jax.testing import tiny_model, tiny_params
 from tests.convert.folders import LLAMA_CONFIG, assert_converts, llama_tensors
 from tests.convert.gguf_files import byte_level_tokenizer, sentencepiece_tokenizer, write_gguf
+from tests.support import CASES, hf_model, random_tokens
 
 pytest.importorskip("gguf")
 
@@ -41,6 +43,44 @@ def test_a_float_file_gives_back_every_tensor(tmp_path, tensors):
     tied = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
     path = write_gguf(tmp_path / "tied.gguf", tied, LLAMA_CONFIG)
     assert convert(str(path), tmp_path / "tied", tokenizer=False)[0].tie_embeddings
+
+
+@pytest.mark.parametrize("case", ["gpt2", "gpt2-untied", "qwen2", "qwen3-biases"])
+def test_files_of_every_architecture_are_the_model(tmp_path, case):
+    """What Hugging Face's model computes, from a GGUF file of its tensors."""
+    torch = pytest.importorskip("torch")
+    kind, changes = CASES[case]
+    theirs = hf_model(kind, **changes)
+    config = theirs.config.to_dict() | {"rope_theta": 10000.0}
+    tensors = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
+    if config["tie_word_embeddings"]:
+        del tensors["lm_head.weight"]
+    path = write_gguf(tmp_path / "m.gguf", tensors, config)
+    convert(str(path), tmp_path / "out", tokenizer=False)
+    params, model = qs_jax.load(tmp_path / "out", dtype="float32")
+    assert model.model_type == kind
+    tokens = random_tokens(model, width=16)
+    ours = qs_jax.score(params, tokens, qs_jax.Config(model), return_logits=True).logits
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+    np.testing.assert_allclose(ours, expected, atol=1e-4)
+
+
+def test_qwen2_text_is_cut_as_in_its_published_tokenizer(tmp_path):
+    """As Qwen2TokenizerFast of transformers does with the same vocabulary."""
+    from transformers import Qwen2TokenizerFast
+
+    made = byte_level_tokenizer(pre="qwen2")
+
+    def value(name, default=None):
+        return made.get(name.removeprefix("tokenizer.ggml."), default)
+
+    ours, _ = build_tokenizer(value, 300)
+    vocab = {token: index for index, token in enumerate(made["tokens"])}
+    merges = [tuple(merge.split(" ")) for merge in made["merges"]]
+    theirs = Qwen2TokenizerFast(vocab=vocab, merges=merges)
+    for text in ("It's 12345 the  in\n\n the123 e\u0301!?\r\n", "Don'T  123 the\tin 中文 12"):
+        assert ours(text).input_ids == theirs(text).input_ids
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [("F16", 1e-3), ("BF16", 8e-3), ("Q8_0", 8e-3)])
@@ -175,7 +215,7 @@ def test_rope_scaling_metadata(tmp_path, tensors):
             "attn_factor = 0.5 is not implemented",
         ),
         ({"extra": {"llama.attention.value_length": 4}}, "llama.attention.value_length = 4"),
-        ({"tokenizer": byte_level_tokenizer(pre="qwen2")}, "pre-tokenizer 'qwen2'"),
+        ({"tokenizer": byte_level_tokenizer(pre="tekken")}, "pre-tokenizer 'tekken'"),
         ({"tokenizer": byte_level_tokenizer(model="bert")}, "tokenizer 'bert' is not implemented"),
         ({"tokenizer": byte_level_tokenizer(model="llama")}, "tokenizer.ggml.scores is missing"),
         ({}, "has no tokenizer"),
@@ -328,7 +368,7 @@ def test_metadata_that_changes_nothing(tmp_path, tensors):
         ({"llama.vocab_size": 98}, "expected \\[98, 32\\]"),
         ({"split.count": 3}, "one of 3 parts"),
         ({"general.type": "adapter"}, "type 'adapter'"),
-        ({"llama.rope.scaling.type": "yarn"}, "yarn without llama.rope.scaling.factor"),
+        ({"llama.rope.scaling.type": "yarn"}, "yarn without rope.scaling.factor"),
     ],
 )
 def test_metadata_that_matters_is_refused_by_name(tmp_path, tensors, extra, message):

@@ -118,6 +118,8 @@ def _cases():
         yield f"{name}-llama", "llama", qs
     for name in ("H", "HKFQ", "light"):
         yield f"{name}-gpt2", "gpt2", MATRIX[name]
+    for name in ("HKFQ", "quota"):
+        yield f"{name}-mistral", "mistral", MATRIX[name]
     for name, qs in preset_settings().items():
         yield f"preset-{name}", "llama", qs
 
@@ -193,11 +195,17 @@ FAST = {
     ),
     "light-gpt2": LIGHT,
 }
+# A relative of Llama with all that sets relatives apart; halted keys leave its window, too.
+RELATIVE = {"sliding_window": 7, "qkv_bias": True}
+FAST |= {f"{name}-qwen3": FAST[name] for name in ("dense", "dual-skip", "quota-extrapolate")}
+FAST |= {f"{name}-qwen3": FAST[name] for name in ("quota-fusion-int8", "light")}
 
 
 def fast_case(name: str, protocol: str | None, **fields):
     """Parameters, with random maps where they are read, and a configuration, in float64."""
-    model = model_of("gpt2" if name.endswith("gpt2") else "llama", dtype="float64")
+    kind = name.rpartition("-")[2]
+    more = {"gpt2": {}, "qwen3": RELATIVE}
+    model = model_of(kind if kind in more else "llama", dtype="float64", **more.get(kind, {}))
     cfg = Config(model, FAST[name], protocol=protocol, **{"eos_token_ids": ()} | fields)
     return params_under(cfg), cfg
 

@@ -85,6 +85,8 @@ FIXED = {
     "propagate": ("gpt2", "teacher-forced", BOTH["propagate"]),
     "bits": ("llama", "continuation", BOTH["bits-hidden"]),
     "light": ("llama", "continuation", ONE["light"][1]),
+    "window": ("qwen3", "teacher-forced", BOTH["attended"]),
+    "window-light": ("qwen3", "continuation", ONE["light"][1]),
 }
 
 RUN: set[str] = set()  # names whose program exists

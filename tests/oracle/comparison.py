@@ -27,13 +27,15 @@ def architecture(kind: str, dtype: str) -> ModelConfig:
         num_layers=DEPTH,
         hidden_size=16,
         num_heads=4,
-        num_kv_heads=2 if kind == "llama" else 4,
+        num_kv_heads=4 if kind == "gpt2" else 2,
         head_dim=4,
         mlp_size=24,
         vocab_size=VOCAB,
         bos_token_id=0,
         eos_token_ids=(1,),
         dtype=dtype,
+        # One relative with all that sets relatives apart.
+        **({"sliding_window": 5, "qkv_bias": True} if kind == "qwen3" else {}),
     )
 
 

@@ -1,4 +1,4 @@
-"""The two model families in NumPy float64, one token at a time, for the oracle.
+"""The model families in NumPy float64, one token at a time, for the oracle.
 
 Written from the definitions, for clarity alone: it shares no line with `qs_jax.models`.
 """
@@ -154,7 +154,12 @@ class OracleModel:
     def qkv(self, layer: int, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Query `[N, H]`, and key and value in one row `[2 K H]`, none of them rotated."""
         m, qkv = self.model, self.linear("qkv", layer, x)
-        return qkv[: m.q_size].reshape(m.num_heads, m.head_dim), qkv[m.q_size :]
+        heads = qkv.reshape(-1, m.head_dim).copy()
+        if m.qk_norm:
+            for n in range(m.num_heads + m.num_kv_heads):
+                name = "q_norm" if n < m.num_heads else "k_norm"
+                heads[n] = self.norm(name, layer, heads[n])
+        return heads[: m.num_heads], heads[m.num_heads :].reshape(-1)
 
     def rotate(self, x: np.ndarray, position: int) -> np.ndarray:
         """RoPE of heads `[X, H]`; nothing in a model with learned positions."""
@@ -190,8 +195,9 @@ class OracleModel:
         for i, query in enumerate(queries):
             context = np.zeros((m.num_heads, width))
             for n in range(m.num_heads) if heads is None else heads:
-                scores = keys[: i + 1, n // share] @ self.rotate(query, i)[n] / math.sqrt(width)
-                context[n] = softmax(scores) @ values[: i + 1, n // share]
+                seen = slice(max(i + 1 - (m.sliding_window or i + 1), 0), i + 1)
+                scores = keys[seen, n // share] @ self.rotate(query, i)[n] / math.sqrt(width)
+                context[n] = softmax(scores) @ values[seen, n // share]
             out[i] = h[i] + self.linear("out", layer, context.reshape(-1))
         return out, np.stack(kv)
 

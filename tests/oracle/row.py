@@ -123,6 +123,8 @@ class Row:
     def sees(self, i: int, t: int, layer: int) -> bool:
         if i == t:
             return True
+        if self.model.sliding_window is not None and i - t >= self.model.sliding_window:
+            return False
         if self.absorbed(t, layer, by=i):
             return False
         if self.kept(t, layer):

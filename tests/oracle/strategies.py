@@ -112,7 +112,7 @@ def any_case(draw: st.DrawFn) -> dict[str, Any]:
             chosen = rng.choice(halting.layers or tuple(range(1, DEPTH)), shape)
             overrides["forced_halt"] = np.where(rng.random(shape) < 0.15, chosen, 0)
     return {
-        "kind": draw(st.sampled_from(["gpt2", "llama"])),
+        "kind": draw(st.sampled_from(["gpt2", "llama", "qwen3"])),
         "quicksilver": quicksilver,
         "protocol": protocol,
         "seed": draw(st.integers(0, 999)),
