@@ -14,8 +14,16 @@ from qs_jax.config import (
     Speculation,
 )
 from qs_jax.engine.devices import replicate
-from qs_jax.engine.generate import GenerateOutput, StreamStep, generate, stream
+from qs_jax.engine.generate import (
+    GenerateOutput,
+    StreamStep,
+    TokenStream,
+    generate,
+    prefill,
+    stream,
+)
 from qs_jax.engine.inputs import TokenOverrides
+from qs_jax.engine.prompt_cache import PromptCache
 from qs_jax.engine.score import ScoreOutput, score
 from qs_jax.errors import (
     CheckpointError,
@@ -36,11 +44,14 @@ __all__ = [
     "replicate",
     # Running a model
     "generate",
+    "prefill",
     "score",
     "stream",
     "GenerateOutput",
+    "PromptCache",
     "ScoreOutput",
     "StreamStep",
+    "TokenStream",
     "Record",
     "TokenOverrides",
     # Fitting a preset to a quality budget

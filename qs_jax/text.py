@@ -9,6 +9,8 @@ from tokenizers.decoders import DecodeStream
 
 from qs_jax.config import Config
 from qs_jax.engine.generate import stream
+from qs_jax.engine.prompt_cache import PromptCache
+from qs_jax.engine.stops import cut, held_back
 from qs_jax.errors import InputError
 from qs_jax.models import Params
 from qs_jax.timing import Stopwatch
@@ -52,16 +54,31 @@ def encode_prompt(
 
 
 class TextStream:
-    """Pieces of one row's text as it is generated (`texts`), and how long they took so far."""
+    """Pieces of one row's text as it is generated (`texts`), and how long they took so far.
+
+    The text ends before a stop string. With a cache, `ids` are the tokens after those it holds.
+    """
 
     def __init__(
-        self, params: Params, tokenizer: PreTrainedTokenizerFast, ids: list[int], cfg: Config
+        self,
+        params: Params,
+        tokenizer: PreTrainedTokenizerFast,
+        ids: list[int],
+        cfg: Config,
+        cache: PromptCache | None = None,
     ) -> None:
         self.prompt_tokens, self.new_tokens = len(ids), 0
+        self.last_token: int | None = None
         self.passes = self.drafted = self.accepted = 0
         self.prefill, self.decode = Stopwatch(), Stopwatch()
-        self._steps = stream(params, [ids], cfg)  # checks the input at once
-        self.texts = text_pieces(tokenizer, ids, self._tokens())
+        # It checks the input at once.
+        self._steps = stream(params, [ids], cfg, cache=cache, tokenizer=tokenizer)
+        pieces = text_pieces(tokenizer, ids, self._tokens())
+        self.texts = before_stop(pieces, cfg.stop)
+
+    def cache(self) -> PromptCache:
+        """Everything but `last_token`, for a call that continues it; it ends the stream."""
+        return self._steps.cache()
 
     def _tokens(self) -> Iterator[int]:
         while True:
@@ -72,7 +89,8 @@ class TextStream:
             self.new_tokens += 1
             for name in ("passes", "drafted", "accepted"):
                 setattr(self, name, int(getattr(step, name)[0]))
-            yield int(step.tokens[0])
+            self.last_token = int(step.tokens[0])
+            yield self.last_token
 
     def summary(self, *, stats: bool = False) -> str:
         """One line: tokens per second of prefill and decode, and the programs compiled.
@@ -120,3 +138,22 @@ def text_pieces(
             yield text
     if text := backend.decode(pending, skip_special_tokens=True):  # a character cut by the end
         yield text
+
+
+def before_stop(pieces: Iterator[str], stop: tuple[str, ...]) -> Iterator[str]:
+    """A text in pieces up to the first stop string; what may begin one waits for the next piece."""
+    waiting = ""
+    for piece in pieces:
+        waiting += piece
+        text = cut(waiting, stop)
+        if len(text) < len(waiting):
+            waiting = text
+            break
+        safe = len(waiting) - held_back(waiting, stop)
+        if safe:
+            yield waiting[:safe]
+        waiting = waiting[safe:]
+    for _ in pieces:  # the tokens that complete a stop string are the last
+        pass
+    if waiting:
+        yield waiting

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from typing import Annotated
+
+from tyro.conf import UseAppendAction
 
 from qs_jax.checkpoint import load_tokenizer
 from qs_jax.commands.options import RunOptions
@@ -32,6 +35,8 @@ class Generate(RunOptions):
     """Above 1 discourages tokens already present."""
     seed: Seed = 0
     """Of the sampler."""
+    stop: Annotated[tuple[str, ...], UseAppendAction] = ()
+    """End before this string; repeatable."""
     speculate: bool = False
     """Draft new tokens by prompt lookup and verify them; fast-answers does so by itself."""
     chat: bool = False
@@ -45,7 +50,7 @@ class Generate(RunOptions):
 
     def run(self) -> None:
         """Load, generate, report."""
-        names = "max_new_tokens temperature top_k top_p repetition_penalty seed".split()
+        names = "max_new_tokens temperature top_k top_p repetition_penalty seed stop".split()
         settings = {name: getattr(self, name) for name in names}
         if self.speculate:
             settings["speculate"] = Speculation()

@@ -14,6 +14,7 @@ from qs_jax.config.fields import (
     Above0,
     Count,
     Flag,
+    Function,
     Integer,
     Integers,
     NonNegative,
@@ -254,6 +255,11 @@ class Config(Settings):
         (Keskar et al. 2019, the rule Hugging Face uses); 1 is off.
       seed: Row b of a batch draws from `fold_in(key(seed), b)`.
       eos_token_ids: Tokens that end a row; None takes the model's, () never stops.
+      stop: Strings that end a row where its new text comes to hold one, however tokens cut it. The
+        tokens that complete it are among the row's; the call needs the tokenizer.
+      num_return_sequences: Continuations of each prompt, in consecutive rows, which need sampling.
+      logits_processors: Pure JAX functions of the logits `[B, V]` and the `sampling.SoFar` of each
+        row, that return logits. They run after the repetition penalty.
       engine: "masked": the definition, which computes every token and selects by masks; savings
         are simulated. "compact": the fast engines, prompt and decode, which make the same decisions
         on active tokens only; what they cannot run is refused. "auto": the fast engines wherever
@@ -273,6 +279,9 @@ class Config(Settings):
     repetition_penalty: Above0 = 1.0
     seed: Seed = 0
     eos_token_ids: Annotated[Integers, ONE_OR_MORE] | None = None
+    stop: Annotated[tuple[str, ...], ONE_OR_MORE] = ()
+    num_return_sequences: Positive = 1
+    logits_processors: tuple[Function, ...] = ()
     engine: Literal["auto", "masked", "compact"] = "auto"
     speculate: Speculation | None = None
 
@@ -286,6 +295,12 @@ class Config(Settings):
                     "them: use protocol='continuation', or no mechanisms."
                 )
         self.model.check_ids("eos_token_ids: id", self.eos_token_ids or ())
+        if "" in self.stop:
+            raise ConfigError("stop holds an empty string, which every text does.")
+        if self.num_return_sequences > 1 and self.temperature == 0:
+            raise ConfigError(
+                "num_return_sequences above 1 would repeat one greedy text: give a temperature."
+            )
 
     @property
     def effective_protocol(self) -> Protocol:

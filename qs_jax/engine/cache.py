@@ -259,6 +259,20 @@ class SlotCache(flax.struct.PyTreeNode):
         seen_BTC = jnp.arange(self.capacity, dtype=jnp.int32)[None, None] <= slots_BT[..., None]
         return (put(k_BCO, k_BTKH), put(v_BCO, v_BTKH)), seen_BTC
 
+    def rows(self, index_R: Any) -> SlotCache:
+        """Some rows, any number of times."""
+        batch, many = self.fill_lB.shape[1], [n for n in (self.layers, len(index_R)) if n > 1]
+
+        def chosen(array_CO: Any) -> Any:
+            if array_CO is None:
+                return None
+            end = array_CO.shape[-2:]
+            return array_CO.reshape(self.layers, batch, *end)[:, index_R].reshape(*many, *end)
+
+        arrays = {n: chosen(getattr(self, n)) for n in ("k_CO", "v_CO", "k_scale_CK", "v_scale_CK")}
+        pos_lBC = None if self.pos_lBC is None else self.pos_lBC[:, index_R]
+        return self.replace(**arrays, fill_lB=self.fill_lB[:, index_R], pos_lBC=pos_lBC)
+
     def positions(self, index: Any) -> Int[Array, "#B C"]:
         """Position of each slot's token in a layer, where it is in use and attention slides."""
         if self.pos_lBC is None:

@@ -56,13 +56,13 @@ class Call(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a step gives: logits after each token, caches, and what was decided.
+    """What a step gives: normed states after each token, caches, and what was decided.
 
     `keeps` are, for each segment, which tokens were appended in which layers. Drifts and entropies
     are None where no decision reads them.
     """
 
-    logits_BTV: Float[Array, "B T V"]
+    h_BTD: Float[Array, "B T D"]
     caches: tuple[SlotCache, ...]
     keeps: tuple[Bool[Array, "l B T"], ...]
     rows: Rows
@@ -76,7 +76,7 @@ def step(
     layers: Any,
     tokens_BT: Int[Array, "B T"],
     pos_B: Int[Array, "B"],
-    live_B: Bool[Array, "B"],
+    held_B: Int[Array, "B"],
     caches: tuple[SlotCache, ...],
     model: ModelConfig,
     mech: Mechanisms,
@@ -85,11 +85,11 @@ def step(
 ) -> Step:
     """Run T tokens of each row, the first at `pos_B`, and append to the caches of each segment.
 
-    Rows that are not live append nothing. `exact` steps of one width round a token's numbers alike
-    wherever in a step it stands; every layer must keep it.
+    Only the first `held_B` of a row are its tokens: the others append nothing. `exact` steps of one
+    width round a token's numbers alike wherever in a step it stands; every layer must keep it.
     """
     pos_BT = pos_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
-    real_BT = jnp.broadcast_to(live_B[:, None], tokens_BT.shape)
+    real_BT = jnp.arange(tokens_BT.shape[1])[None] < held_B[:, None]
     nobody_B = jnp.zeros_like(pos_B)  # under "continuation" no new token is a subject
     rows = mech.rows(tokens_BT, pos_BT, real_BT, nobody_B)
     embedded_BTD = embed(params, tokens_BT, pos_BT, model)
@@ -104,8 +104,8 @@ def step(
         appended.append(cache.append(k, v, keep_lBT, state.bits_BT, pos_BT))
         first += cache.layers
     drift_LBT, entropy_LBT = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outs)
-    logits_BTV = head.logits(params, head.normed(params, state.h_BTD, model))
-    return Step(logits_BTV, tuple(appended), tuple(keeps), rows, state, drift_LBT, entropy_LBT)
+    h_BTD = head.normed(params, state.h_BTD, model)
+    return Step(h_BTD, tuple(appended), tuple(keeps), rows, state, drift_LBT, entropy_LBT)
 
 
 def take_back(
@@ -333,15 +333,15 @@ def _advance(
     if width > 1:
         assert drafts is not None
         tokens_BT = jnp.concatenate([tokens_BT, drafts.draft_BK], axis=1)
-    given = (tokens_BT, text.pos_B, live_B, state.caches, model, mech)
+    given = (tokens_BT, text.pos_B, jnp.where(live_B, width, 0), state.caches, model, mech)
     ran = step(params, layers, *given, exact=drafts is not None and drafts.exact)
-    after = _choose(text, ran.logits_BTV, tokens_BT, live_B, limit, numbers, plan)
+    logits_BTV = head.logits(params, ran.h_BTD)
+    after = _choose(text, logits_BTV, tokens_BT, live_B, limit, numbers, plan)
     kept_B, caches = after.lengths_B - text.lengths_B, ran.caches
-    after = after.replace(pos_B=text.pos_B + kept_B)
     if width > 1:
         caches = take_back(caches, ran.keeps, kept_B)
     if decisions is not None:
-        decisions = _note(decisions, ran, kept_B)
+        decisions = note(decisions, ran, kept_B)
     if drafts is not None:
         drafts = speculate.learn(drafts, text, after, live_B, width)
     live_B = ~after.done_B
@@ -378,8 +378,8 @@ def _choose(
     return lax.while_loop(goes_on, choose, (jnp.int32(0), text, live_B))[1]
 
 
-def _note(decisions: Decisions, ran: Step, kept_B: Array) -> Decisions:
-    """Store the decisions about the tokens of a step that each row keeps."""
+def note(decisions: Decisions, ran: Step, kept_B: Array) -> Decisions:
+    """Store the decisions about the tokens of a step that each row keeps, the first so many."""
     kept_BT = jnp.arange(ran.rows.pos_BT.shape[1])[None] < kept_B[:, None]
     at_BT = jnp.where(kept_BT, ran.rows.pos_BT, NEVER)
     rows_B1 = jnp.arange(len(kept_B))[:, None]

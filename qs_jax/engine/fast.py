@@ -1,11 +1,8 @@
-"""Generation on the fast engines: prefill, packing and the loop over tokens, as three programs."""
+"""Generation on the fast engines: prefill, or more tokens after a cache, and the loop."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import itertools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,35 +12,57 @@ import numpy as np
 from jaxtyping import Array
 
 from qs_jax.config import Config, ModelConfig, Speculation
-from qs_jax.engine import decode, inputs, prompt, sampling, speculate
-from qs_jax.engine.cache import KVCache, SlotCache, bucket, cache_bytes
+from qs_jax.engine import decode, inputs, prompt, prompt_cache, sampling, speculate
+from qs_jax.engine.cache import KVCache, SlotCache, cache_bytes
 from qs_jax.engine.decode import DecodeState
+from qs_jax.engine.prompt_cache import PromptCache
 from qs_jax.engine.prompt_call import Plan, Segments
 from qs_jax.engine.prompt_plan import arrange
 from qs_jax.mechanisms import Mechanisms, Overrides
 from qs_jax.models import Params, cpu, head
-from qs_jax.record import written_keys
-from qs_jax.state import FULL_BITS, NEVER, Decisions
+from qs_jax.state import Decisions
 
 # Most new tokens a cache has room for before it grows.
 GROWTH = 256
-# Segments into which stacked layers are cut where tokens may leave at any of them.
-STACKED_SEGMENTS = 6
-# Room for new tokens, over the share that the prompt has.
-MARGIN = 1.25
 
 
 class Request(NamedTuple):
-    """A call, ready to run; `padded` holds the prompts padded to their bucket."""
+    """A call, ready to run.
+
+    Attributes:
+      batch: Whole prompts, what a cache holds of them included.
+      padded: The same, padded to their bucket.
+      prompts_B: Tokens of each row that the mechanisms act on under "continuation".
+      cache: Of the first tokens of each row; None where there is none.
+    """
 
     params: Params
     batch: inputs.Batch
     padded: inputs.Batch
+    prompts_B: np.ndarray
     overrides: Overrides | None
     mech: Mechanisms
     numbers: sampling.Numbers
     plan: sampling.Plan
     cfg: Config
+    cache: PromptCache | None
+
+
+def fill(
+    params: Params,
+    batch: inputs.Batch,
+    overrides: Overrides | None,
+    mech: Mechanisms,
+    segments: Segments,
+    model: ModelConfig,
+    prompt_plan: Plan,
+) -> tuple[Array, KVCache, Decisions]:
+    """Run whole prompts: the normed states of their last tokens, keys and values, decisions."""
+    rows = inputs.whole_rows(batch, batch.lengths_B, overrides, mech)
+    last_B1 = batch.lengths_B[:, None] - 1
+    given = (params, rows, last_B1, model, mech, prompt_plan, segments)
+    h_BQD, cache, decisions = prompt.run(*given)
+    return h_BQD[:, 0], cache, decisions
 
 
 def start(
@@ -58,16 +77,79 @@ def start(
     prompt_plan: Plan,
 ) -> tuple[sampling.Text, KVCache, Decisions]:
     """Run the prompts and choose the first token of each row."""
-    rows = inputs.whole_rows(batch, batch.lengths_B, overrides, mech)
-    last_B1 = batch.lengths_B[:, None] - 1
-    cut = (prompt_plan, segments)
-    h_BQD, cache, decisions = prompt.run(params, rows, last_B1, model, mech, *cut)
-    logits_BV = head.logits(params, h_BQD[:, 0])
+    given = (batch, overrides, mech, segments, model, prompt_plan)
+    h_BD, cache, decisions = fill(params, *given)
+    logits_BV = head.logits(params, h_BD)
     text = sampling.begin(batch.tokens_BT, batch.lengths_B, logits_BV, numbers, plan)
     return text, cache, decisions
 
 
+def resume(
+    params: Params,
+    layers: Any,
+    caches: tuple[SlotCache, ...],
+    decisions: Decisions | None,
+    batch: inputs.Batch,
+    more: inputs.Batch,
+    mech: Mechanisms,
+    numbers: sampling.Numbers,
+    gate: Array | None,
+    model: ModelConfig,
+    plan: sampling.Plan,
+    drafting: Speculation | None,
+    width: int,
+) -> DecodeState:
+    """Run the tokens that caches do not hold yet, and choose the next token of each row.
+
+    `batch` are the whole rows, `more` the tokens at their ends, run `width` at a time.
+    """
+    where = (more.tokens_BT, more.lengths_B, batch.lengths_B - more.lengths_B)
+    given = (params, layers, caches, decisions, *where, model, mech, width)
+    h_BD, caches, decisions = prompt_cache.extend(*given)
+    logits_BV = head.logits(params, h_BD)
+    text = sampling.begin(batch.tokens_BT, batch.lengths_B, logits_BV, numbers, plan)
+    return _opened(text, caches, decisions, gate, drafting)
+
+
+def _opened(
+    text: sampling.Text,
+    caches: tuple[SlotCache, ...],
+    decisions: Decisions | None,
+    gate: Array | None,
+    drafting: Speculation | None,
+) -> DecodeState:
+    drafts = None
+    if drafting is not None:
+        assert gate is not None
+        drafts = speculate.begin(drafting, gate, text)
+    return DecodeState(text, caches, decisions, jnp.zeros((), bool), drafts)
+
+
+_STATIC = ("model", "plan", "drafting", "width")
+jit_fill = jax.jit(fill, static_argnames=("model", "prompt_plan"))
 jit_start = jax.jit(start, static_argnames=("model", "plan", "prompt_plan"))
+jit_resume = jax.jit(resume, static_argnames=_STATIC, donate_argnames=("caches", "decisions"))
+_jit_opened = jax.jit(_opened, static_argnames="drafting")
+
+
+def prefill(
+    params: Params,
+    batch: inputs.Batch,
+    padded: inputs.Batch,
+    overrides: Overrides | None,
+    mech: Mechanisms,
+    cfg: Config,
+) -> PromptCache:
+    """Run whole prompts, and keep what later tokens read of them."""
+    cut, segments = arrange(cfg, padded, padded.lengths_B, overrides, mech)
+    given = (params, padded, overrides, mech, segments)
+    _, cache, decisions = jit_fill(*given, model=cfg.model, prompt_plan=cut)
+    lengths_B, width = batch.lengths_B, padded.tokens_BT.shape[1]
+    caches, noted = prompt_cache.open_caches(cfg, cache, decisions, lengths_B, 0, width)
+    made_for = prompt_cache.made_for(cfg)
+    return PromptCache(
+        batch.tokens_BT, lengths_B, lengths_B, made_for, caches, noted, overrides=None
+    )
 
 
 class Fast:
@@ -75,7 +157,6 @@ class Fast:
 
     def __init__(self, call: Request) -> None:
         self.call, self.cfg = call, call.cfg
-        self.edges = _edges(self.cfg)
         self.produced = self.limit = 0
         self.state: Any = None  # (Text, KVCache, Decisions) after the prompt, then a DecodeState
         self.static = {"model": self.cfg.model, "plan": call.plan}
@@ -85,6 +166,12 @@ class Fast:
         """Parameters and layers as a step takes them, once a second token is asked for."""
         rest = {name: part for name, part in self.call.params.items() if name != "layers"}
         return rest, cpu.decode_layers(self.call.params, len(self.call.batch.lengths_B))
+
+    @property
+    def text(self) -> Any:
+        """What was produced so far; None before the first token."""
+        state = self.state
+        return state.text if isinstance(state, DecodeState) else state and state[0]
 
     @property
     def width(self) -> int:
@@ -103,14 +190,39 @@ class Fast:
         return cache_bytes(state.caches if isinstance(state, DecodeState) else state[1])
 
     def begin(self) -> sampling.Text:
-        """Run the prompts."""
+        """Run the prompts, or what the cache does not hold of them."""
         call = self.call
+        self.produced = self.limit = 1
+        if call.cache is not None:
+            self.state = self._resumed(call.cache)
+            return self.state.text
         prompts = (call.padded, call.padded.lengths_B, call.overrides)
         cut, segments = arrange(self.cfg, *prompts, call.mech)
         given = (call.padded, call.overrides, call.mech, segments, call.numbers)
-        self.state = jit_start(self.call.params, *given, **self.static, prompt_plan=cut)
-        self.produced = self.limit = 1
+        self.state = jit_start(call.params, *given, **self.static, prompt_plan=cut)
         return self.state[0]
+
+    def _resumed(self, cache: PromptCache) -> DecodeState:
+        """The state after the tokens that a cache does not hold."""
+        call, cfg = self.call, self.cfg
+        assert cache.caches is not None
+        starts_B, room = cache.lengths, self._room()
+        counts_B = call.batch.lengths_B - starts_B
+        most = int(counts_B.max())
+        size = inputs.bucket_size(most)
+        width = min(size, prompt_cache.WIDEST)
+        size = -(-size // width) * width
+        rows = zip(call.batch.tokens_BT, starts_B, call.batch.lengths_B, strict=True)
+        tokens = [np.pad(row[a:b], (0, size - b + a)) for row, a, b in rows]
+        more = inputs.Batch(np.stack(tokens), counts_B)
+        slots = most + self._slots(room)
+        caches = prompt_cache.grown(cfg, cache.caches, starts_B, slots, for_all=True)
+        positions = (self._positions(), cfg.model.num_layers)
+        decisions = prompt_cache.widen_decisions(cache.decisions, *positions)
+        gate, drafting = speculate.split(cfg.speculate, len(starts_B))
+        arrays = (caches, decisions, call.padded, more, call.mech, call.numbers, gate)
+        self.limit = 1 + room
+        return jit_resume(*self.weights, *arrays, **self.static, drafting=drafting, width=width)
 
     def advance(self) -> sampling.Text:
         """One more token a row, or more where drafts are verified."""
@@ -143,135 +255,56 @@ class Fast:
         """A cache is full, or every live row has as many tokens as there is room for."""
         return bool(self.state.full) or not _goes_on(self.state.text, self.limit)
 
+    def _room(self) -> int:
+        """New tokens of a row to make room for."""
+        left, drafting = self.call.plan.capacity - self.produced, self.cfg.speculate
+        if drafting is not None and drafting.exact:  # sums over more slots are rounded otherwise
+            return left
+        return min(left, GROWTH)
+
+    def _slots(self, room: int) -> int:
+        """Slots that they take."""
+        return room if self.cfg.speculate is None else room + self.cfg.speculate.length
+
+    def _positions(self) -> int:
+        """Positions of all tokens of a row, and more."""
+        return self.call.padded.tokens_BT.shape[1] + self.call.plan.capacity
+
     def make_room(self) -> None:
         """Make room in the caches for the next steps; `limit` is where it ends."""
-        call, state = self.call, self.state
+        state, room = self.state, self._room()
         # A cache was full before its limit: this time, room for every token.
-        surprised = 1 < self.produced < self.limit
-        room = min(call.plan.capacity - self.produced, GROWTH)
-        drafting = self.cfg.speculate
-        if drafting is not None and drafting.exact:  # sums over more slots are rounded otherwise
-            room = call.plan.capacity - self.produced
-        slots = room if drafting is None else room + drafting.length
+        surprised = {"for_all": 1 < self.produced < self.limit}
         text = state.text if isinstance(state, DecodeState) else state[0]
-        longest = int(np.asarray(text.pos_B).max())
+        asked = (np.asarray(text.pos_B), self._slots(room))
         if isinstance(state, DecodeState):
             old: Any = state.caches
-            fills = jax.device_get([cache.fill_lB for cache in old])
-            sizes = [_capacity(self.cfg, int(f.max()), longest, slots, surprised) for f in fills]
-            sizes = [max(cache.capacity, size) for cache, size in zip(old, sizes, strict=True)]
-            self.state = _grow(state, tuple(sizes))
+            caches = prompt_cache.grown(self.cfg, old, *asked, **surprised)
+            self.state = state.replace(caches=caches, full=jnp.zeros((), bool))
         else:
             text, old, decisions = state
-            qs, layers = self.cfg.quicksilver, self.cfg.model.num_layers
-            held_LBS = written_keys(decisions, qs, layers, np.asarray(text.pos_B))
-            most_L = held_LBS.sum(2).max(1)
-            layout, coded, keeps_all = [], _coded_after(self.cfg), _keeps_all(self.cfg)
-            for start, end in itertools.pairwise(self.edges):
-                most = int(most_L[start:end].max())
-                size = _capacity(self.cfg, most, longest, slots, surprised)
-                layout.append((start, end, size, start >= coded, keeps_all))
-            width = old.k_LBSKH.shape[2] + call.plan.capacity
-            noted = None if call.mech.is_off else decisions
-            arrays = (text, old, noted, held_LBS, decisions.bits_BT)
-            prompts = None if drafting is None else call.padded.tokens_BT
-            drafts = (prompts, *speculate.split(drafting, len(text.pos_B)))
-            slides = self.cfg.model.sliding_window is not None
-            self.state = _pack(*arrays, *drafts, tuple(layout), width, slides)
+            given = (self.cfg, old, decisions, *asked, self._positions())
+            packed = prompt_cache.open_caches(*given, **surprised)
+            drafting = speculate.split(self.cfg.speculate, len(asked[0]))
+            self.state = _jit_opened(text, *packed, *drafting)
         used = {id(leaf) for leaf in jax.tree.leaves(self.state)}  # some may be handed through
         for leaf in jax.tree.leaves(old):
             if id(leaf) not in used:
                 leaf.delete()
         self.limit = self.produced + room
 
+    def cache(self, tokens_BT: np.ndarray, prompts_B: np.ndarray) -> PromptCache:
+        """The rows that were run, as a later call continues them; the engine's last act.
+
+        `tokens_BT` are those of whole rows.
+        """
+        if not isinstance(self.state, DecodeState):
+            self.make_room()
+        state = self.state
+        given = (prompts_B, prompt_cache.made_for(self.cfg), state.caches, state.decisions)
+        return PromptCache(tokens_BT, np.asarray(state.text.pos_B), *given, overrides=None)
+
 
 def _goes_on(text: sampling.Text, limit: int) -> bool:
     """`Text.going` of any row, on the host: a stream asks before every step."""
     return bool((~np.asarray(text.done_B) & (np.asarray(text.lengths_B) < limit)).any())
-
-
-def _edges(cfg: Config) -> list[int]:
-    """Layers before which segments begin, from 0, and their number."""
-    count, qs = cfg.model.num_layers, cfg.quicksilver
-    edges = {0, _coded_after(cfg), count}
-    if qs is not None and (qs.halting is not None or qs.fusion is not None):
-        layers = (qs.halting.layers if qs.halting is not None else None) or ()
-        few = 0 < len(layers) <= STACKED_SEGMENTS
-        edges |= set(layers) if few else set(range(0, count, -(-count // STACKED_SEGMENTS)))
-    return sorted(edges)
-
-
-def _coded_after(cfg: Config) -> int:
-    """Layers before the first whose cache holds int8 codes; all layers if there is no such."""
-    amq = cfg.quicksilver.amq if cfg.quicksilver is not None else None
-    if amq is not None and amq.execution == "int8" and "kv" in amq.targets:
-        return amq.layer
-    return cfg.model.num_layers
-
-
-def _keeps_all(cfg: Config) -> bool:
-    """Whether every layer keeps every token: only "skip" and fusion leave keys out."""
-    qs = cfg.quicksilver
-    if qs is None or qs.is_off:
-        return True
-    return qs.fusion is None and (qs.kv_skip is None or qs.kv_skip.policy != "skip")
-
-
-def _capacity(cfg: Config, held: int, longest: int, room: int, for_all: bool) -> int:
-    """Slots of a cache: what it holds, and room for a like share of new tokens, or for all."""
-    share = min(MARGIN * held / longest, 1.0)
-    if for_all or _keeps_all(cfg) or cfg.effective_protocol == "continuation":
-        share = 1.0
-    return bucket(held + max(math.ceil(share * room), 1))
-
-
-@functools.partial(jax.jit, static_argnames=("drafting", "layout", "width", "slides"))
-def _pack(
-    text: sampling.Text,
-    cache: KVCache,
-    decisions: Decisions | None,
-    held_LBS: Array,
-    bits_BS: Array,
-    prompts_BT: Array | None,
-    gate: Array | None,
-    drafting: Speculation | None,
-    layout: tuple[tuple[int, int, int, bool, bool], ...],
-    width: int,
-    slides: bool,
-) -> DecodeState:
-    """Caches of decoding from a prompt's, and decisions over `width` positions.
-
-    `layout` is, for each segment: its first layer, the one after its last, slots, whether it holds
-    int8 codes, and whether it keeps every token.
-    """
-    caches = []
-    for first, end, capacity, coded, keeps_all in layout:
-        span = slice(first, end)
-        bits = jnp.broadcast_to(bits_BS, held_LBS[span].shape) if coded else None
-        packed = (cache, span, held_LBS[span], capacity, bits, keeps_all, slides)
-        caches.append(SlotCache.pack(*packed))
-
-    def widen(array: Any, empty: Any) -> Any:
-        if array is None:
-            return None
-        widths = [(0, 0)] * (array.ndim - 1) + [(0, width - array.shape[-1])]
-        return jnp.pad(array, widths, constant_values=empty)
-
-    if decisions is not None:
-        layers = cache.k_LBSKH.shape[0]
-        empty = (layers, NEVER, NEVER, FULL_BITS, False, jnp.nan, jnp.nan)
-        given = (getattr(decisions, field.name) for field in dataclasses.fields(decisions))
-        decisions = Decisions(*map(widen, given, empty))
-    drafts = None
-    if drafting is not None:
-        assert gate is not None
-        assert prompts_BT is not None
-        drafts = speculate.begin(drafting, gate, prompts_BT, text)
-    return DecodeState(text, tuple(caches), decisions, jnp.zeros((), bool), drafts)
-
-
-@functools.partial(jax.jit, static_argnames=("capacities",))
-def _grow(state: DecodeState, capacities: tuple[int, ...]) -> DecodeState:
-    pairs = zip(state.caches, capacities, strict=True)
-    caches = tuple(cache.grow(size) for cache, size in pairs)
-    return state.replace(caches=caches, full=jnp.zeros((), bool))

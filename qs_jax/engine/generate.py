@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,18 +18,23 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.config import Config, ModelConfig
-from qs_jax.engine import inputs, sampling, speculate
+from qs_jax.engine import fast, inputs, prompt_cache, sampling, speculate
 from qs_jax.engine.fast import Fast, Request
 from qs_jax.engine.inputs import TokenOverrides
+from qs_jax.engine.prompt_cache import PromptCache
 from qs_jax.engine.prompt_plan import refusal, runs_fast
 from qs_jax.engine.score import run_masked
+from qs_jax.engine.stops import stop_table
 from qs_jax.engine.weights import check_finite, prepare_params
-from qs_jax.errors import ConfigError
+from qs_jax.errors import ConfigError, InputError
 from qs_jax.jax_settings import default_settings
 from qs_jax.mechanisms import Mechanisms, Overrides, resolve
 from qs_jax.models import Params, head
 from qs_jax.record import Record, decided
 from qs_jax.state import NEVER, Decisions, evidence
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +57,7 @@ class GenerateOutput:
       kv_bytes: Bytes the KV cache took at the end of the call, which is its largest size. The
         prompt's own full cache, which the decode engine packs and frees after prefill, is not in
         it.
+      cache: Of all tokens that were run, those but the last of each row; None unless asked for.
     """
 
     tokens: Int[np.ndarray, "B M"]
@@ -64,6 +70,7 @@ class GenerateOutput:
     accepted: Int[np.ndarray, "B"]
     record: Record | None = None
     kv_bytes: int = 0
+    cache: PromptCache | None = None
 
     @property
     def sequences(self) -> list[list[int]]:
@@ -96,28 +103,145 @@ class StreamStep:
     accepted: Int[np.ndarray, "B"]
 
 
+class _Rows(NamedTuple):
+    """Checked rows of a call: whole prompts, and what the mechanisms act on."""
+
+    batch: inputs.Batch
+    padded: inputs.Batch
+    prompts_B: np.ndarray
+    overrides: Overrides | None
+
+
 def _prepare(
     params: Params,
     tokens: inputs.TokensLike,
     cfg: Config,
-    lengths: Any,
-    attention_mask: Any,
-    overrides: TokenOverrides | None,
+    *,
+    lengths: Any = None,
+    attention_mask: Any = None,
+    overrides: TokenOverrides | None = None,
+    prompt_lengths: Any = None,
+    cache: PromptCache | None = None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> _Masked | Fast:
     model, mech = cfg.model, resolve(cfg.quicksilver, cfg.model, cfg.effective_protocol)
-    params = prepare_params(params, model, mech)
-    given = {"lengths": lengths, "attention_mask": attention_mask}
-    batch, padded = inputs.prepare_batch(tokens, model, new_tokens=cfg.max_new_tokens, **given)
-    shape, width = padded.tokens_BT.shape, batch.tokens_BT.shape[1]
-    chosen = inputs.override_arrays(overrides, shape, width, cfg)
-    plan, numbers = sampling.plan_of(cfg, inputs.bucket_size(cfg.max_new_tokens))
-    request = Request(params, batch, padded, chosen, mech, numbers, plan, cfg)
-    if runs_fast(cfg, generates=True):
-        return Fast(request)
-    if cfg.speculate is not None:
+    params, fast = prepare_params(params, model, mech), runs_fast(cfg, generates=True)
+    if cfg.speculate is not None and not fast:
         reason = refusal(cfg, generates=True) or "engine 'masked' keeps no cache"
         raise ConfigError(f"speculate needs the fast engines: {reason}.")
-    return _Masked(request)
+    given = inputs.make_batch(tokens, model, lengths=lengths, attention_mask=attention_mask)
+    repeats = cfg.num_return_sequences
+    if cache is None:
+        rows = _rows(given, cfg, prompt_lengths, overrides, repeats)
+    else:
+        if prompt_lengths is not None or overrides is not None:
+            raise InputError("prompt_lengths and overrides belong to the call that made the cache.")
+        cache.check(cfg)
+        if fast and cache.caches is None:
+            raise ConfigError("the cache is the masked engine's: pass generate the same engine.")
+        cache = cache.rows(len(given.lengths_B), repeats)
+        rows = _continued(cache, _repeated(given, repeats), cfg)
+    if cache is None and fast and (rows.prompts_B < rows.batch.lengths_B).any():
+        cache = _prefill(params, rows, mech, cfg)
+    table = None
+    if cfg.stop:
+        if tokenizer is None:
+            raise ConfigError("Config.stop needs the text of tokens: give tokenizer=.")
+        table = stop_table(tokenizer, cfg.stop, model.vocab_size)
+    plan, numbers = sampling.plan_of(cfg, inputs.bucket_size(cfg.max_new_tokens), table)
+    request = Request(params, *rows, mech, numbers, plan, cfg, cache if fast else None)
+    return Fast(request) if fast else _Masked(request)
+
+
+def _rows(
+    given: inputs.Batch,
+    cfg: Config,
+    prompt_lengths: Any,
+    overrides: TokenOverrides | None,
+    repeats: int,
+) -> _Rows:
+    """Rows that no cache begins."""
+    prompts_B = given.lengths_B
+    if prompt_lengths is not None:
+        prompts_B = inputs.split_prompts(given.lengths_B, prompt_lengths, cfg)
+    batch, padded = inputs.pad_batch(given, cfg.model, cfg.max_new_tokens)
+    shape, width = padded.tokens_BT.shape, batch.tokens_BT.shape[1]
+    chosen = inputs.override_arrays(overrides, shape, width, cfg)
+    if chosen is not None:
+        chosen = Overrides(*(np.repeat(array, repeats, axis=0) for array in chosen))
+    rows = (_repeated(batch, repeats), _repeated(padded, repeats), np.repeat(prompts_B, repeats))
+    return _Rows(*rows, chosen)
+
+
+def _continued(cache: PromptCache, more: inputs.Batch, cfg: Config) -> _Rows:
+    """Rows that a cache begins."""
+    ends = zip(cache.tokens, cache.lengths, more.tokens_BT, more.lengths_B, strict=True)
+    whole = [[*old[:a].tolist(), *new[:b].tolist()] for old, a, new, b in ends]
+    joined = inputs.make_batch(whole, cfg.model)
+    batch, padded = inputs.pad_batch(joined, cfg.model, cfg.max_new_tokens)
+    continues = cfg.effective_protocol == "continuation"
+    prompts_B = cache.prompt_lengths if continues else batch.lengths_B
+    chosen = cache.overrides
+    if chosen is not None:
+        chosen = inputs.widen_overrides(chosen, padded.tokens_BT.shape[1])
+    return _Rows(batch, padded, prompts_B, chosen)
+
+
+def _repeated(batch: inputs.Batch, repeats: int) -> inputs.Batch:
+    """Each row so many times."""
+    return inputs.Batch(*(np.repeat(array, repeats, axis=0) for array in batch))
+
+
+def _prefill(params: Params, rows: _Rows, mech: Mechanisms, cfg: Config) -> PromptCache:
+    """What later tokens read of the prompts of rows, on the fast engines."""
+    width = int(rows.prompts_B.max())
+    real_BT = np.arange(width)[None] < rows.prompts_B[:, None]
+    tokens_BT = np.where(real_BT, rows.batch.tokens_BT[:, :width], 0)
+    prompts = inputs.Batch(tokens_BT, rows.prompts_B)
+    batch, padded = inputs.pad_batch(prompts, cfg.model)
+    chosen = rows.overrides
+    if chosen is not None:
+        chosen = Overrides(*(array[:, : padded.tokens_BT.shape[1]] for array in chosen))
+    return fast.prefill(params, batch, padded, chosen, mech, cfg)
+
+
+@default_settings()
+def prefill(
+    params: Params,
+    tokens: inputs.TokensLike,
+    cfg: Config,
+    *,
+    lengths: Sequence[int] | np.ndarray | None = None,
+    attention_mask: Any = None,
+    overrides: TokenOverrides | None = None,
+) -> PromptCache:
+    """Run prompts once, for calls of `generate` or `stream` that continue them with more tokens.
+
+    Such a call gives what it would give for the whole rows, with `prompt_lengths` where the
+    protocol is "continuation": the mechanisms act on the tokens given here, and all later ones run
+    dense. The cache can be continued any number of times, and one row of it by many.
+
+    Args:
+      params: From `qs_jax.load`.
+      tokens: int `[B, T]`, one row `[T]`, or rows of different lengths.
+      cfg: Model, mechanisms and their protocol; the rest plays no part.
+      lengths: `[B]` valid tokens of each right-padded row.
+      attention_mask: `[B, T]`, true for real tokens; left or right padding.
+      overrides: Of single tokens, whatever their signals.
+
+    Raises:
+      ConfigError: The parameters are another model's, or the maps a policy needs are missing.
+      InputError: Tokens cannot be used, or a row exceeds the position limit.
+    """
+    mech = resolve(cfg.quicksilver, cfg.model, cfg.effective_protocol)
+    params = prepare_params(params, cfg.model, mech)
+    given = inputs.make_batch(tokens, cfg.model, lengths=lengths, attention_mask=attention_mask)
+    rows = _rows(given, cfg.replace(max_new_tokens=1), None, overrides, 1)
+    if runs_fast(cfg, generates=True):
+        return _prefill(params, rows, mech, cfg)
+    batch = rows.batch
+    given = (batch.lengths_B, prompt_cache.made_for(cfg), None, None, rows.overrides)
+    return PromptCache(batch.tokens_BT, batch.lengths_B, *given)
 
 
 @default_settings()
@@ -129,6 +253,10 @@ def generate(
     lengths: Sequence[int] | np.ndarray | None = None,
     attention_mask: Any = None,
     overrides: TokenOverrides | None = None,
+    prompt_lengths: Sequence[int] | np.ndarray | None = None,
+    cache: PromptCache | None = None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    return_cache: bool = False,
 ) -> GenerateOutput:
     """Continue every row until an end token or `cfg.max_new_tokens`.
 
@@ -141,16 +269,33 @@ def generate(
       lengths: `[B]` valid tokens of each right-padded row.
       attention_mask: `[B, T]`, true for real tokens; left or right padding.
       overrides: Of single tokens of the prompts, whatever their signals.
+      prompt_lengths: `[B]`, "continuation" only: the first tokens of each row, on which the
+        mechanisms act; by default all of them.
+      cache: Of `prefill`, or of an earlier call: it holds the beginning of each row, and `tokens`
+        are what follows. A cache of one row serves any number of them.
+      tokenizer: Of the model, where `cfg.stop` has strings.
+      return_cache: Also return the cache of all tokens that were run.
 
     Returns:
-      The new tokens, their count and log-probabilities, and the record of the mechanisms.
+      The new tokens, their count and log-probabilities, and the record of the mechanisms. Rows are
+      `cfg.num_return_sequences` times those given, those of a prompt together.
 
     Raises:
       ConfigError: The parameters are another model's, or the maps a policy needs are missing.
       InputError: Tokens cannot be used, or prompt + budget exceed the position limit.
       NonFiniteError: The model produced NaN or infinite logits.
     """
-    engine = _prepare(params, tokens, cfg, lengths, attention_mask, overrides)
+    engine = _prepare(
+        params,
+        tokens,
+        cfg,
+        lengths=lengths,
+        attention_mask=attention_mask,
+        overrides=overrides,
+        prompt_lengths=prompt_lengths,
+        cache=cache,
+        tokenizer=tokenizer,
+    )
     text, found = jax.device_get(engine.finish())
     check_finite(text.finite_B)
     call, record = engine.call, None
@@ -159,7 +304,7 @@ def generate(
         if isinstance(found, Decisions):
             assert cfg.quicksilver is not None
             found = decided(found, cfg.quicksilver, cfg.model, ran_B)
-        counted = (int(ran_B.max()), ran_B, call.batch.lengths_B, cfg.effective_protocol)
+        counted = (int(ran_B.max()), ran_B, call.prompts_B, cfg.effective_protocol)
         told = {"simulated": isinstance(engine, _Masked), "quicksilver": cfg.quicksilver}
         record = Record.of(found, *counted, **told)
     return GenerateOutput(
@@ -171,7 +316,16 @@ def generate(
         **jax.device_get(engine.counts(text.lengths_B)),
         record=record,
         kv_bytes=engine.kv_bytes,
+        cache=_cache_of(engine) if return_cache else None,
     )
+
+
+def _cache_of(engine: _Masked | Fast) -> PromptCache:
+    """The rows so far, but for the last token of each, which was not run."""
+    call, (text, *_) = engine.call, jax.device_get((engine.text,))
+    rows = zip(call.batch.tokens_BT, call.batch.lengths_B, text.tokens_BM, text.pos_B, strict=True)
+    whole = [[*old[:a].tolist(), *new.tolist()][:end] for old, a, new, end in rows]
+    return engine.cache(inputs.make_batch(whole, call.cfg.model).tokens_BT, call.prompts_B)
 
 
 @default_settings()
@@ -179,12 +333,9 @@ def stream(
     params: Params,
     tokens: inputs.TokensLike,
     cfg: Config,
-    *,
-    lengths: Sequence[int] | np.ndarray | None = None,
-    attention_mask: Any = None,
-    overrides: TokenOverrides | None = None,
-) -> Iterator[StreamStep]:
-    """`generate`, one token a row at a time: same arguments, same tokens.
+    **arguments: Any,
+) -> TokenStream:
+    """`generate`, one token a row at a time: same arguments but `return_cache`, same tokens.
 
     Input is checked by the call itself, before the first step is asked for.
 
@@ -195,7 +346,25 @@ def stream(
       InputError: As `generate`.
       NonFiniteError: As `generate`, while iterating.
     """
-    return _steps(_prepare(params, tokens, cfg, lengths, attention_mask, overrides))
+    return TokenStream(_prepare(params, tokens, cfg, **arguments))
+
+
+class TokenStream(Iterator[StreamStep]):
+    """The steps of a call of `stream`."""
+
+    def __init__(self, engine: _Masked | Fast) -> None:
+        self._engine, self._iterator = engine, _steps(engine)
+
+    def __next__(self) -> StreamStep:
+        return next(self._iterator)
+
+    @default_settings()
+    def cache(self) -> PromptCache:
+        """All tokens that were run, for a call that continues them; it ends the stream."""
+        if self._engine.text is None:
+            raise InputError("the stream has not begun: ask it for a step first.")
+        self._iterator = iter(())
+        return _cache_of(self._engine)
 
 
 def _steps(engine: _Masked | Fast) -> Iterator[StreamStep]:
@@ -235,21 +404,18 @@ class _Masked:
     width = 1
 
     def __init__(self, call: Request) -> None:
-        self.call, more = call, call.plan.capacity
-
-        def widen(array: Any, value: Any) -> Any:
-            return np.pad(array, ((0, 0), (0, more)), constant_values=value)
-
-        self.tokens, self.overrides = widen(call.padded.tokens_BT, 0), None
+        self.call, self.overrides = call, None
+        self.tokens = np.pad(call.padded.tokens_BT, ((0, 0), (0, call.plan.capacity)))
         if call.overrides is not None:
-            self.overrides = Overrides(*map(widen, call.overrides, (False, NEVER, False)))
+            width = self.tokens.shape[1]
+            self.overrides = inputs.widen_overrides(call.overrides, width)
         self.text: Any = None
         self.evidence: Any = None
 
     def advance(self) -> sampling.Text:
         """One more token a row."""
         call = self.call
-        given = (self.tokens, call.batch.lengths_B, self.overrides, self.text)
+        given = (self.tokens, call.batch.lengths_B, call.prompts_B, self.overrides, self.text)
         arrays = (call.params, *given, call.mech, call.numbers)
         out = _rescore(*arrays, model=call.cfg.model, plan=call.plan)
         self.tokens, self.text, self.evidence = out
@@ -266,12 +432,19 @@ class _Masked:
         """Steps of each row, and its drafts."""
         return speculate.counts(None, lengths_B)
 
+    def cache(self, tokens_BT: np.ndarray, prompts_B: np.ndarray) -> PromptCache:
+        """The rows that were run: this engine keeps nothing else of them."""
+        made_for = prompt_cache.made_for(self.call.cfg)
+        given = (np.asarray(self.text.pos_B), prompts_B, made_for, None, None)
+        return PromptCache(tokens_BT, *given, self.call.overrides)
+
 
 @functools.partial(jax.jit, static_argnames=("model", "plan"))
 def _rescore(
     params: Params,
     tokens_BS: Array,
-    prompt_lengths_B: Array,
+    lengths_B: Array,
+    prompts_B: Array,
     overrides: Overrides | None,
     text: sampling.Text | None,
     mech: Mechanisms,
@@ -281,14 +454,13 @@ def _rescore(
 ):
     """Append each live row's last token, run the rows, and choose the next tokens."""
     rows_B = jnp.arange(len(tokens_BS))
-    tokens_BS, lengths_B = jnp.asarray(tokens_BS), jnp.asarray(prompt_lengths_B)
+    tokens_BS, lengths_B = jnp.asarray(tokens_BS), jnp.asarray(lengths_B)
     if text is not None:
         at_B = jnp.where(text.done_B, NEVER, text.pos_B)
         tokens_BS = tokens_BS.at[rows_B, at_B].set(text.last_B, mode="drop")
-        text = text.replace(pos_B=text.pos_B + ~text.done_B)
-        lengths_B = text.pos_B
+        lengths_B = text.pos_B + ~text.done_B
     batch = inputs.Batch(tokens_BS, lengths_B)
-    rows = inputs.whole_rows(batch, prompt_lengths_B, overrides, mech)
+    rows = inputs.whole_rows(batch, prompts_B, overrides, mech)
     h_BTD, state, record = run_masked(params, rows, model, mech)
     logits_BV = head.logits(params, h_BTD[rows_B, lengths_B - 1])
     if text is None:

@@ -77,6 +77,11 @@ def prepare_batch(
 ) -> tuple[Batch, Batch]:
     """The batch as given, as wide as its longest row, and the same padded to its bucket."""
     batch = make_batch(tokens, model, lengths=lengths, attention_mask=attention_mask)
+    return pad_batch(batch, model, new_tokens)
+
+
+def pad_batch(batch: Batch, model: ModelConfig, new_tokens: int = 0) -> tuple[Batch, Batch]:
+    """The batch, and the same padded to its bucket; there must be positions for new tokens."""
     width = batch.tokens_BT.shape[1]
     check_positions(width, new_tokens, model)
     extra = bucket_size(width, model.max_positions) - width
@@ -226,6 +231,13 @@ def override_arrays(
         forced_layer_BT=np.where(forced > 0, forced, NEVER).astype(np.int32),
         retain_BT=fill("retain_kv", False, bool),
     )
+
+
+def widen_overrides(overrides: Overrides, width: int) -> Overrides:
+    """Overrides with nothing said about further tokens."""
+    more = ((0, 0), (0, max(width - overrides.full_BT.shape[1], 0)))
+    pairs = zip(overrides, (False, NEVER, False), strict=True)
+    return Overrides(*(np.pad(array, more, constant_values=empty) for array, empty in pairs))
 
 
 def _refuse_no_effect(overrides: TokenOverrides, cfg: Config) -> None:

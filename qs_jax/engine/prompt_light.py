@@ -88,7 +88,7 @@ def _light_layer(
 ) -> tuple[Array, Array, KVCache]:
     """One layer: whole for one group, reduced for the other; each sees the keys of both."""
     model, whole = call.model, bound["whole"] or layer_at(call.weights, index).params
-    window = {"window": model.sliding_window}
+    window = model.sliding_window
 
     def attend(q: Array, k_exact: Array, v_exact: Array):
         def attend_light(q: Array, k_light: Array, v_light: Array):
@@ -96,11 +96,11 @@ def _light_layer(
             k, v = (take(jnp.concatenate(pair, axis=1), place_BS) for pair in pairs)
             shared = (bound["heads"], model.num_heads)
             keys = (shared_keys(k, *shared), shared_keys(v, *shared))
-            return blocked_attention(q, *keys, light.index_BC, first_BS, **window), (k, v)
+            return blocked_attention(q, *keys, light.index_BC, first_BS, window=window), (k, v)
 
         given = (h_BPD, light.index_BC, attend_light, bound["code"])
         light_BPD, (k, v) = apply_block(model, bound["block"], *given, method="light")
-        context = blocked_attention(q, k, v, exact.index_BC, first_BS, **window)
+        context = blocked_attention(q, k, v, exact.index_BC, first_BS, window=window)
         return context, (light_BPD, cache.write(index, None, k, v))
 
     given = (h_BCD, exact.index_BC, attend)

@@ -1,11 +1,13 @@
 """Choosing the next token.
 
 Which filters run is static; their numbers are arrays, so a sweep over them compiles once.
-The order is the one Hugging Face uses: repetition penalty, temperature, top-k, top-p.
+The order is the one Hugging Face uses: repetition penalty, the caller's own processors,
+temperature, top-k, top-p.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, no_type_check
 
 import flax.struct
@@ -26,6 +28,8 @@ class Plan(NamedTuple):
       shortlist: How many of the largest logits are sorted for top-k (a power of two >= top_k); 0
         when there is no top-k.
       nucleus: Apply top-p.
+      processors: `Config.logits_processors`.
+      keeps_history: `Text.history_BS` is there.
     """
 
     capacity: int
@@ -35,16 +39,31 @@ class Plan(NamedTuple):
     penalize: bool
     shortlist: int
     nucleus: bool
+    processors: tuple[Callable[..., Array], ...]
+    keeps_history: bool
 
 
 class Numbers(NamedTuple):
-    """The traced part, all scalars: see `Config`."""
+    """The traced part, scalars: see `Config`; and the table of stop strings (`stops`), or None."""
 
     temperature: Float[Array, ""]
     top_k: Int[Array, ""]
     top_p: Float[Array, ""]
     repetition_penalty: Float[Array, ""]
     seed: UInt[Array, ""]
+    stop_XV: Any
+
+
+class SoFar(NamedTuple):
+    """What logits processors get beside the logits.
+
+    Attributes:
+      tokens_BS: int32, prompt and new tokens of each row, then anything.
+      lengths_B: int32, how many.
+    """
+
+    tokens_BS: Int[Array, "B S"]
+    lengths_B: Int[Array, "B"]
 
 
 @no_type_check
@@ -53,28 +72,38 @@ class Text(flax.struct.PyTreeNode):
 
     Attributes:
       last_B: Token of each row that has not been run through the model yet, at `pos_B`.
+      start_B: Tokens of its prompt.
       done_B: The row has ended.
       finite_B: Every logit of the row was finite so far.
       seen_BV: Token ids of the prompt and continuation (repetition penalty), V = 1 when unused.
       lengths_B: Tokens each row has produced, the end token included; the next one's column.
+      history_BS: Token at each position; None where nothing reads it.
+      stop_B: State of each row in the table of stop strings; None without.
     """
 
     last_B: Int[Array, "B"]
-    pos_B: Int[Array, "B"]
+    start_B: Int[Array, "B"]
     done_B: Bool[Array, "B"]
     finite_B: Bool[Array, "B"]
     seen_BV: Bool[Array, "B V"]
     tokens_BM: Int[Array, "B M"]
     logprobs_BM: Float[Array, "B M"]
     lengths_B: Int[Array, "B"]
+    history_BS: Any
+    stop_B: Any
+
+    @property
+    def pos_B(self) -> Int[Array, "B"]:
+        """Position of the last token, and so the number of those that were run."""
+        return self.start_B + self.lengths_B - 1
 
     def going(self, limit: Any) -> Bool[Array, "B"]:
         """Rows that have not ended and have fewer than `limit` tokens."""
         return ~self.done_B & (self.lengths_B < limit)
 
 
-def plan_of(cfg: Config, capacity: int) -> tuple[Plan, Numbers]:
-    """Split a `Config` into its static and its traced part."""
+def plan_of(cfg: Config, capacity: int, stop_XV: Any = None) -> tuple[Plan, Numbers]:
+    """Split a `Config` into its static and its traced part, with a table of stop strings."""
     vocab = cfg.model.vocab_size
     top_k = min(cfg.top_k or vocab, vocab)
     least, most = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
@@ -91,6 +120,8 @@ def plan_of(cfg: Config, capacity: int) -> tuple[Plan, Numbers]:
         penalize=cfg.repetition_penalty != 1.0,
         shortlist=0 if greedy or top_k == vocab else min(1 << (top_k - 1).bit_length(), vocab),
         nucleus=not greedy and cfg.top_p is not None and cfg.top_p < 1.0,
+        processors=cfg.logits_processors,
+        keeps_history=cfg.speculate is not None or bool(cfg.logits_processors),
     )
     numbers = Numbers(
         temperature=number(cfg.temperature),
@@ -98,6 +129,7 @@ def plan_of(cfg: Config, capacity: int) -> tuple[Plan, Numbers]:
         top_p=jnp.float32(1.0 if cfg.top_p is None else cfg.top_p),
         repetition_penalty=number(cfg.repetition_penalty),
         seed=jnp.uint32(cfg.seed),
+        stop_XV=stop_XV,
     )
     return plan, numbers
 
@@ -113,13 +145,15 @@ def begin(
         seen_BV = seen_BV.at[jnp.arange(batch)[:, None], tokens_BT].max(real_BT)
     text = Text(
         last_B=jnp.zeros(batch, jnp.int32),
-        pos_B=lengths_B,
+        start_B=lengths_B,
         done_B=jnp.zeros(batch, bool),
         finite_B=jnp.ones(batch, bool),
         seen_BV=seen_BV,
         tokens_BM=jnp.full((batch, plan.capacity), plan.pad_id, jnp.int32),
         logprobs_BM=jnp.zeros((batch, plan.capacity), logits_BV.dtype),
         lengths_B=jnp.zeros(batch, jnp.int32),
+        history_BS=jnp.pad(tokens_BT, ((0, 0), (0, plan.capacity))) if plan.keeps_history else None,
+        stop_B=None if numbers.stop_XV is None else jnp.zeros(batch, jnp.int32),
     )
     return emit(text, logits_BV, jnp.ones(batch, bool), numbers, plan)
 
@@ -134,19 +168,28 @@ def emit(
     """Choose each live row's next token from its logits and note it; others stay as they are."""
     rows = jnp.arange(logits_BV.shape[0])
     keys_B = row_keys(numbers.seed, logits_BV.shape[0])
-    token_B = choose(logits_BV, text.seen_BV, keys_B, text.lengths_B, plan, numbers)
+    token_B = choose(logits_BV, text, keys_B, plan, numbers)
     logprob_B = jax.nn.log_softmax(logits_BV, axis=-1)[rows, token_B]
-    stop_B = jnp.isin(token_B, jnp.array(plan.stop_ids, jnp.int32))
+    ends_B = jnp.isin(token_B, jnp.array(plan.stop_ids, jnp.int32))
+    more = {}
+    if text.stop_B is not None:
+        state_B = numbers.stop_XV[text.stop_B, token_B]
+        ends_B |= state_B == len(numbers.stop_XV) - 1
+        more["stop_B"] = jnp.where(live_B, state_B, text.stop_B)
+    if text.history_BS is not None:
+        to_B = jnp.where(live_B, text.start_B + text.lengths_B, NEVER)
+        more["history_BS"] = text.history_BS.at[rows, to_B].set(token_B, mode="drop")
     seen_BV = text.seen_BV.at[rows, token_B].max(live_B) if plan.penalize else text.seen_BV
     at_B = jnp.where(live_B, text.lengths_B, plan.capacity)  # past the end: dropped
     return text.replace(
         last_B=jnp.where(live_B, token_B, text.last_B),
-        done_B=text.done_B | (live_B & stop_B),
+        done_B=text.done_B | (live_B & ends_B),
         finite_B=text.finite_B & (~live_B | jnp.isfinite(logits_BV).all(-1)),
         seen_BV=seen_BV,
         tokens_BM=text.tokens_BM.at[rows, at_B].set(token_B, mode="drop"),
         logprobs_BM=text.logprobs_BM.at[rows, at_B].set(logprob_B, mode="drop"),
         lengths_B=text.lengths_B + live_B,
+        **more,
     )
 
 
@@ -212,14 +255,15 @@ def row_keys(seed: UInt[Array, ""], batch: int) -> Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(batch))
 
 
-def choose(
-    logits_BV: Array, seen_BV: Array, keys_B: Array, step_B: Array, plan: Plan, numbers: Numbers
-) -> Array:
-    """The next token of each row, its `step_B`th, which is folded into the row's key."""
+def choose(logits_BV: Array, text: Text, keys_B: Array, plan: Plan, numbers: Numbers) -> Array:
+    """The next token of each row; its number is folded into the row's key."""
     if plan.penalize:
-        logits_BV = penalize(logits_BV, seen_BV, numbers.repetition_penalty)
+        logits_BV = penalize(logits_BV, text.seen_BV, numbers.repetition_penalty)
+    for process in plan.processors:
+        so_far = SoFar(text.history_BS, text.start_B + text.lengths_B)
+        logits_BV = process(logits_BV, so_far).astype(logits_BV.dtype)
     if plan.greedy:
         return first_largest(logits_BV)
-    step_keys_B = jax.vmap(jax.random.fold_in)(keys_B, step_B)
+    step_keys_B = jax.vmap(jax.random.fold_in)(keys_B, text.lengths_B)
     filtered_BV = filter_logits(logits_BV, plan, numbers)
     return jax.vmap(jax.random.categorical)(step_keys_B, filtered_BV).astype(jnp.int32)

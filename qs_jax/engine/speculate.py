@@ -37,7 +37,6 @@ class Drafts(flax.struct.PyTreeNode):
     """What drafts are made of and were worth so far; G lengths of n-grams, K drafted tokens.
 
     Attributes:
-      history_BS: Token at each position, prompt and continuation.
       draft_BK: What may follow a row's last token; `NOTHING` where nothing was found.
       by_B: The n-gram that found the draft, by its place in `ngram`; G where there is none.
       wide: The next step verifies drafts.
@@ -49,7 +48,6 @@ class Drafts(flax.struct.PyTreeNode):
       gate: Tokens that a row must expect.
     """
 
-    history_BS: Int[Array, "B S"]
     draft_BK: Int[Array, "B K"]
     by_B: Int[Array, "B"]
     wide: Bool[Array, ""]
@@ -86,15 +84,12 @@ def counts(drafts: Drafts | None, lengths_B: Any) -> dict[str, Any]:
     return {name: getattr(drafts, f"{name}_B") for name in names}
 
 
-def begin(settings: Speculation, gate: Array, prompts_BT: Array, text: Text) -> Drafts:
-    """Drafts after the first token of each row, with room for all that the text can hold."""
-    batch, length = len(prompts_BT), settings.length
-    history_BS = jnp.pad(prompts_BT, ((0, 0), (0, text.tokens_BM.shape[1])))
-    history_BS = history_BS.at[jnp.arange(batch), text.pos_B].set(text.last_B)
+def begin(settings: Speculation, gate: Array, text: Text) -> Drafts:
+    """Drafts after the first token of each row."""
+    batch, length = len(text.last_B), settings.length
     tried_BG = jnp.ones((batch, len(settings.ngram)))
     nothing_B = jnp.zeros(batch, jnp.int32)
     drafts = Drafts(
-        history_BS=history_BS,
         draft_BK=jnp.zeros((batch, length), jnp.int32),
         by_B=nothing_B,
         wide=jnp.zeros((), bool),
@@ -117,9 +112,6 @@ def learn(drafts: Drafts, before: Text, after: Text, live_B: Array, width: int) 
     rows_B1, at_1T = jnp.arange(len(new_B))[:, None], jnp.arange(width)[None]
     columns_BT = jnp.minimum(before.lengths_B[:, None] + at_1T, before.tokens_BM.shape[1] - 1)
     tokens_BT = after.tokens_BM[rows_B1, columns_BT]
-    to_BT = jnp.where(at_1T < new_B[:, None], before.pos_B[:, None] + 1 + at_1T, NEVER)
-    history_BS = drafts.history_BS.at[rows_B1, to_BT].set(tokens_BT, mode="drop")
-
     most = min(width, drafts.length)
     compared_BT = tokens_BT[:, :most] == drafts.draft_BK[:, :most]
     compared_BT &= at_1T[:, :most] < new_B[:, None]
@@ -131,7 +123,6 @@ def learn(drafts: Drafts, before: Text, after: Text, live_B: Array, width: int) 
     forget_BG = jnp.where((found_B[:, None]) & (weight_BG > 0), FORGET, 1.0)
     verified_B = found_B if width > 1 else jnp.zeros_like(found_B)
     drafts = drafts.replace(
-        history_BS=history_BS,
         right_BG=drafts.right_BG * forget_BG + weight_BG * right_B[:, None],
         tried_BG=drafts.tried_BG * forget_BG + weight_BG * tried_B[:, None],
         passes_B=drafts.passes_B + live_B,
@@ -147,7 +138,7 @@ def propose(drafts: Drafts, text: Text) -> Drafts:
     The rows that are behind decide: a batch ends with its last row.
     """
     of_row = functools.partial(look_up, ngram=drafts.ngram, length=drafts.length)
-    draft_BK, by_B = jax.vmap(of_row)(drafts.history_BS, text.pos_B)
+    draft_BK, by_B = jax.vmap(of_row)(text.history_BS, text.pos_B)
     found_B1 = (by_B < len(drafts.ngram))[:, None]
     drafts = drafts.replace(draft_BK=jnp.where(found_B1, draft_BK, NOTHING), by_B=by_B)
     # A draft is kept up to its first wrong token.

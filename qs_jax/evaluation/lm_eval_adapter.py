@@ -20,8 +20,9 @@ from qs_jax import accounting, presets
 from qs_jax.checkpoint import load_tokenizer
 from qs_jax.config import Config, Speculation
 from qs_jax.engine.devices import local_devices
-from qs_jax.engine.generate import stream
+from qs_jax.engine.generate import generate
 from qs_jax.engine.inputs import bucket_size
+from qs_jax.engine.stops import cut
 from qs_jax.errors import InputError, NonFiniteError
 from qs_jax.evaluation.rows import Pair, ScoredBatch, score_rows
 from qs_jax.load import find_maps, load
@@ -31,7 +32,7 @@ try:
     from lm_eval import utils
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
-    from lm_eval.models.utils import Collator, normalize_gen_kwargs, postprocess_generated_text
+    from lm_eval.models.utils import Collator, normalize_gen_kwargs
 except ImportError as error:
     raise InputError(
         "lm-evaluation-harness is not installed: pip install 'qs-jax[lm-eval]'."
@@ -284,18 +285,21 @@ class QSJaxLM(TemplateLM):
         with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm) as bar:
             batches: Any = groups.get_batched(self.batch_size)
             for number, batch in enumerate(batches):
-                cfg, until = self._settings(batch[0][1])
+                cfg = self._settings(batch[0][1])
                 contexts = [self.tok_encode(text) or [self.prefix_token_id] for text, _ in batch]
                 rows = [self._cut(ids, self.max_length - cfg.max_new_tokens) for ids in contexts]
                 cfg = cfg.replace(seed=(self.seed + number) % 2**32)
-                for args, text in zip(batch, self._continue(rows, cfg, until), strict=True):
+                out = generate(self.params, rows, cfg, tokenizer=self.tokenizer)
+                new = zip(out.tokens, out.lengths, strict=True)
+                decoded = [cut(self._text(ids[:size].tolist()), cfg.stop) for ids, size in new]
+                for args, text in zip(batch, decoded, strict=True):
                     texts.append(text)
                     self.cache_hook.add_partial("generate_until", args, text)
                 bar.update(len(batch))
         return groups.get_original(texts)
 
-    def _settings(self, request: dict[str, Any]) -> tuple[Config, list[str]]:
-        """How to generate what a request asks for, and the strings that end it."""
+    def _settings(self, request: dict[str, Any]) -> Config:
+        """How to generate what a request asks for."""
         kwargs: dict[str, Any] = dict(normalize_gen_kwargs(request, self.max_gen_toks))
         until = [stop for stop in kwargs.pop("until") if stop]
         length, samples = kwargs.pop("max_gen_toks"), kwargs.pop("do_sample")
@@ -308,29 +312,15 @@ class QSJaxLM(TemplateLM):
             raise InputError(f"max_gen_toks must lie between 1 and {most}, got {length}.")
         added = self.tokenizer.get_added_vocab()
         stops = {*self.cfg.stop_ids, self.eot_token_id, *(added[s] for s in until if s in added)}
-        cfg = self.cfg.replace(
+        return self.cfg.replace(
             max_new_tokens=length,
+            stop=tuple(until),
             temperature=temperature if samples else 0.0,
             top_k=top_k if top_k and top_k > 0 else None,
             top_p=top_p,
             repetition_penalty=penalty or 1.0,
             eos_token_ids=tuple(sorted(stops)),
         )
-        return cfg, until
-
-    def _continue(self, rows: list[list[int]], cfg: Config, until: list[str]) -> list[str]:
-        """Texts of a batch; stops once every row has ended or met a stop string."""
-        new: list[list[int]] = [[] for _ in rows]
-        ended = [False] * len(rows)
-        for step in stream(self.params, rows, cfg):
-            for row, token in enumerate(step.tokens.tolist()):
-                if not ended[row]:
-                    new[row] += [token] if step.is_new[row] else []
-                    stopped = any(stop in self._text(new[row]) for stop in until)
-                    ended[row] = stopped or bool(step.done[row])
-            if all(ended):
-                break
-        return [postprocess_generated_text(self._text(ids), until, None) for ids in new]
 
     def _text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)

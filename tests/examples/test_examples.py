@@ -85,14 +85,24 @@ def test_streaming_chat_remembers(ckpt, capsys, monkeypatch):
     answers = re.findall(r"model> (.*)\n", printed)
     assert len(answers) == 2
     params, model, tokenizer = loaded(ckpt)
-    cfg = qs_jax.Config(model, max_new_tokens=5)
+    cfg, read = qs_jax.Config(model, max_new_tokens=5), []
     messages = [{"role": "system", "content": "the"}]
     for question, answer in zip(questions, answers, strict=True):
-        messages.append({"role": "user", "content": question})
-        ids = streaming_chat.prompt_ids(tokenizer, messages, 100)
+        ids = all_ids(tokenizer, messages, question)
         tokens = [int(step.tokens[0]) for step in qs_jax.stream(params, [ids], cfg)]
         assert answer.split() == tokenizer.decode(tokens, skip_special_tokens=True).split()
+        messages.append({"role": "user", "content": question})
         messages.append({"role": "assistant", "content": answer})
+        read.append(len(ids))
+    first, second = map(int, re.findall(r"prefill (\d+) tokens", printed))
+    assert first == read[0]
+    assert second == read[1] - read[0] - len(answers[0].split()) + 1, "its own tokens, and the last"
+
+
+def all_ids(tokenizer, messages, question, limit=1000):
+    chat = streaming_chat.Conversation(tokenizer, limit)
+    chat.messages = list(messages)
+    return chat.ask(question)
 
 
 def test_a_long_conversation_loses_its_oldest_turns(ckpt):
@@ -101,12 +111,11 @@ def test_a_long_conversation_loses_its_oldest_turns(ckpt):
     turns = [
         {"role": role, "content": "film " * 10} for _ in range(3) for role in ("user", "assistant")
     ]
-    question = {"role": "user", "content": "never"}
-    whole = streaming_chat.prompt_ids(tokenizer, [system, *turns, question], 1000)
-    cut = streaming_chat.prompt_ids(tokenizer, [system, *turns, question], len(whole) - 1)
-    assert cut == streaming_chat.prompt_ids(tokenizer, [system, *turns[2:], question], 1000)
+    whole = all_ids(tokenizer, [system, *turns], "never")
+    cut = all_ids(tokenizer, [system, *turns], "never", len(whole) - 1)
+    assert cut == all_ids(tokenizer, [system, *turns[2:]], "never")
     with pytest.raises(qs_jax.InputError, match="more than the 5 tokens"):
-        streaming_chat.prompt_ids(tokenizer, turns[:1], 5)
+        all_ids(tokenizer, [], "film " * 10, 5)
 
 
 def test_negations_in_every_spelling(ckpt):
