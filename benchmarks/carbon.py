@@ -21,6 +21,7 @@ from benchmarks import environment
 from benchmarks.tables import markdown, origin, percent, replace_tables
 from benchmarks.timing import Measure, ratios, run_in_turn
 from qs_jax.checkpoint import read_manifest
+from qs_jax.config import GREEDY
 from qs_jax.errors import InputError, exit_code
 
 PAGE = Path("docs/profiling.md")
@@ -98,7 +99,8 @@ def measure(args: Arguments) -> None:
     def turn_of(name: str) -> Measure:
         """A turn repeats the call for some seconds; its numbers are of one call."""
         quicksilver = None if name == "dense" else qs_jax.presets.by_name(name, model)
-        cfg = qs_jax.Config(model, quicksilver, max_new_tokens=args.new_tokens, eos_token_ids=())
+        endless = {"max_new_tokens": args.new_tokens, "eos_token_ids": ()}
+        cfg = qs_jax.Config(model, quicksilver, **endless, **GREEDY)
         own = environment.attach_maps(params, cfg, args.ckpt, name)
         qs_jax.generate(own, tokens, cfg)  # compiles
 

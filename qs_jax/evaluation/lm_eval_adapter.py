@@ -39,6 +39,8 @@ except ImportError as error:
 
 # Settings of Hugging Face models that change nothing at these values.
 _NEUTRAL = {"num_beams": 1, "num_return_sequences": 1}
+# Those that a request may name; else the checkpoint's hold, as for Hugging Face models.
+_FILTERS = ("top_k", "top_p", "min_p", "repetition_penalty")
 
 
 @register_model("qs-jax")
@@ -299,8 +301,10 @@ class QSJaxLM(TemplateLM):
         kwargs: dict[str, Any] = dict(normalize_gen_kwargs(request, self.max_gen_toks))
         until = [stop for stop in kwargs.pop("until") if stop]
         length, samples = kwargs.pop("max_gen_toks"), kwargs.pop("do_sample")
-        temperature, top_k = kwargs.pop("temperature", 1.0), kwargs.pop("top_k", None)
-        top_p, penalty = kwargs.pop("top_p", None), kwargs.pop("repetition_penalty", None)
+        temperature = kwargs.pop("temperature", self.cfg.sampling.temperature or 1.0)
+        filters: dict[str, Any] = {name: kwargs.pop(name, None) for name in _FILTERS}
+        if filters["top_k"] is not None:
+            filters["top_k"] = max(filters["top_k"], 0)  # some say -1 for all tokens
         if other := {k: v for k, v in kwargs.items() if k not in _NEUTRAL or v != _NEUTRAL[k]}:
             raise InputError(f"generation settings that qs-jax does not have: {other}.")
         most = self.max_length - 1
@@ -311,10 +315,8 @@ class QSJaxLM(TemplateLM):
         cfg = self.cfg.replace(
             max_new_tokens=length,
             temperature=temperature if samples else 0.0,
-            top_k=top_k if top_k and top_k > 0 else None,
-            top_p=top_p,
-            repetition_penalty=penalty or 1.0,
             eos_token_ids=tuple(sorted(stops)),
+            **filters,
         )
         return cfg, until
 
