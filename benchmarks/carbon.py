@@ -20,7 +20,6 @@ import qs_jax
 from benchmarks import environment
 from benchmarks.tables import markdown, origin, percent, replace_tables
 from benchmarks.timing import Measure, ratios, run_in_turn
-from qs_jax.checkpoint import read_manifest
 from qs_jax.config import GREEDY
 from qs_jax.errors import InputError, exit_code
 
@@ -33,7 +32,7 @@ class Arguments:
     """Measure, or estimate, the energy of the dense model and of presets."""
 
     ckpt: Path
-    """Folder written by convert.hf_to_flax."""
+    """A converted folder, a hub id, a Hugging Face folder or a .gguf file."""
     presets: tuple[str, ...] = ("balanced", "aggressive")
     """What to compare with the dense model."""
     country: str = "USA"
@@ -118,7 +117,7 @@ def measure(args: Arguments) -> None:
     turns = {Path(name).name: turn_of(name) for name in ("dense", *args.presets)}
     rows = run_in_turn(turns, 5, sharing=1)
     new, every = ROWS * args.new_tokens, ROWS * (args.prompt + args.new_tokens)
-    about = {"model": read_manifest(args.ckpt)["source"], "dtype": model.dtype, "batch_size": ROWS}
+    about = {"model": environment.source_of(args.ckpt), "dtype": model.dtype, "batch_size": ROWS}
     about |= {name: getattr(args, name) for name in ("prompt", "new_tokens", "seconds", "country")}
     for row in rows.values():
         over = ratios(row, "joules")

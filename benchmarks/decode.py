@@ -42,7 +42,7 @@ class Arguments:
     """Measure drafts and rewrite the table."""
 
     ckpt: Path = Path("ckpt/smollm2-135m")
-    """Folder written by convert.hf_to_flax."""
+    """A converted folder, a hub id, a Hugging Face folder or a .gguf file."""
     data: Path | None = None
     """Plain text to continue; without it there are the prompts only."""
     new_tokens: int = 96

@@ -247,7 +247,7 @@ class Arguments:
     """Capture profiler traces of prefill and decode, and say where the time went."""
 
     ckpt: Path
-    """Folder written by convert.hf_to_flax."""
+    """A converted folder, a hub id, a Hugging Face folder or a .gguf file."""
     out: Path
     """Folder for the traces: prefill and decode get one each."""
     preset: str = "paper-bits-vocab"

@@ -142,7 +142,8 @@ def _check_attributes(
             problems.add(HEADING, f"{name} = {short(raw[name])} is not implemented")
     for name in [name for name in unknown if name not in ignored]:
         what = f"{name} = {short(raw[name])} is not known for {kind}"
-        problems.add(HEADING, f"{what} (--ignore-config {name} if it changes nothing)")
+        advice = f"convert.hf_to_flax --ignore-config {name} if it changes nothing"
+        problems.add(HEADING, f"{what} ({advice})")
     for name in [name for name in ignored if name not in unknown]:
         problems.add(HEADING, f"--ignore-config {name}: only an unknown attribute can be ignored")
     return [f"{name} = {short(raw[name])} is ignored, as asked" for name in ignored if name in raw]

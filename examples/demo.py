@@ -47,7 +47,7 @@ class Arguments:
     """Chat with a converted checkpoint and print tokens per second."""
 
     ckpt: Path = Path("ckpt/smollm2-135m")
-    """Folder written by convert.hf_to_flax."""
+    """A converted folder, a hub id, a Hugging Face folder or a .gguf file."""
     max_new_tokens: int = 64
     """Longest answer, in tokens."""
     presets: tuple[str, ...] = ("balanced",)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import sys
 
-from qs_jax.checkpoint import load_tokenizer
 from qs_jax.commands.options import RunOptions
 from qs_jax.config import Speculation
 from qs_jax.config.fields import Above0, Count, NonNegative, Positive, Probability, Ratio, Seed
 from qs_jax.engine.inputs import check_positions
 from qs_jax.evaluation.datasets import read_stdin
+from qs_jax.load import load_tokenizer
 from qs_jax.text import TextStream, encode_prompt
 
 
@@ -54,7 +54,7 @@ class Generate(RunOptions):
         cfg = self.config(**settings)
         maps, _ = self.find_maps(cfg)
         prompt = read_stdin() if self.prompt == "-" else self.prompt
-        tokenizer = load_tokenizer(self.ckpt)
+        tokenizer = load_tokenizer(self.folder)
         ids = encode_prompt(tokenizer, prompt, chat=self.chat, system=self.system)
         check_positions(len(ids), cfg.max_new_tokens, cfg.model)
         self.warn_of_length(cfg, len(ids))

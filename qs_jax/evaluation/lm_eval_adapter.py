@@ -17,14 +17,13 @@ from jaxtyping import Array
 from tqdm import tqdm
 
 from qs_jax import accounting, presets
-from qs_jax.checkpoint import load_tokenizer
 from qs_jax.config import Config, Speculation
 from qs_jax.engine.devices import local_devices
 from qs_jax.engine.generate import stream
 from qs_jax.engine.inputs import bucket_size
 from qs_jax.errors import InputError, NonFiniteError
 from qs_jax.evaluation.rows import Pair, ScoredBatch, score_rows
-from qs_jax.load import find_maps, load
+from qs_jax.load import find_checkpoint, find_maps, load, load_tokenizer
 from qs_jax.models import Params, count_params, head
 
 try:
@@ -45,10 +44,10 @@ _FILTERS = ("top_k", "top_p", "min_p", "repetition_penalty")
 
 @register_model("qs-jax")
 class QSJaxLM(TemplateLM):
-    """A converted checkpoint under a preset, with the options of the command line.
+    """A checkpoint under a preset, with the options of the command line.
 
     Args:
-      ckpt: Folder written by convert.hf_to_flax.
+      ckpt: Checkpoint, as `qs_jax.load` takes it.
       preset: A name, or FILE.json.
       protocol: As `Config.protocol`.
       engine: As `Config.engine`.
@@ -64,6 +63,7 @@ class QSJaxLM(TemplateLM):
       max_batch_size: Refused: there are no automatic batch sizes.
       speculate: Draft and verify new tokens; the preset fast-answers does so by itself.
       weights: As `qs_jax.load` takes it.
+      revision: Of a hub id.
     """
 
     def __init__(
@@ -84,12 +84,13 @@ class QSJaxLM(TemplateLM):
         max_batch_size: int | None = None,
         speculate: bool = False,
         weights: str | None = None,
+        revision: str | None = None,
     ) -> None:
         super().__init__()
         del device
         if max_batch_size is not None or not str(batch_size).isdigit() or int(batch_size) < 1:
             raise InputError(f"--batch_size must be a number for qs-jax, got {batch_size!r}.")
-        self.folder = Path(ckpt)
+        self.folder = find_checkpoint(ckpt, revision)
         self.tokenizer: Any = load_tokenizer(self.folder)
         params, model = load(self.folder, dtype=dtype, weights=weights)
         model = model.replace(weights=None) if allow_other_weights else model
