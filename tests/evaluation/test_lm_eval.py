@@ -378,9 +378,10 @@ def test_what_a_request_does_not_say_is_the_checkpoint_s(model_of):
     lm = model_of("off")
     generation = Sampling(temperature=0.7, top_k=9, min_p=0.1, repetition_penalty=1.2)
     meant = lm.cfg.replace(model=lm.cfg.model.replace(generation=generation))
+    samples = {"do_sample": True, "top_k": -1, "top_p": 0.9}
     with mock.patch.object(lm, "cfg", meant):
-        greedy = lm._settings({})[0].sampling
-        sampled = lm._settings({"do_sample": True, "top_k": -1, "top_p": 0.9})[0].sampling
+        asked = [lm._settings({"max_gen_toks": 9} | each)[0] for each in ({}, samples)]
+    greedy, sampled = (cfg.sampling for cfg in asked)
     assert greedy == generation.replace(temperature=0)
     assert sampled == generation.replace(top_k=0, top_p=0.9)
 
