@@ -20,7 +20,7 @@ import qs_jax
 from benchmarks import environment
 from benchmarks.tables import markdown, origin, percent, replace_tables
 from benchmarks.timing import Measure, ratios, run_in_turn
-from qs_jax.checkpoint import read_manifest
+from qs_jax.config import GREEDY
 from qs_jax.errors import InputError, exit_code
 
 PAGE = Path("docs/profiling.md")
@@ -32,7 +32,7 @@ class Arguments:
     """Measure, or estimate, the energy of the dense model and of presets."""
 
     ckpt: Path
-    """Folder written by convert.hf_to_flax."""
+    """A converted folder, a hub id, a Hugging Face folder or a .gguf file."""
     presets: tuple[str, ...] = ("balanced", "aggressive")
     """What to compare with the dense model."""
     country: str = "USA"
@@ -98,7 +98,8 @@ def measure(args: Arguments) -> None:
     def turn_of(name: str) -> Measure:
         """A turn repeats the call for some seconds; its numbers are of one call."""
         quicksilver = None if name == "dense" else qs_jax.presets.by_name(name, model)
-        cfg = qs_jax.Config(model, quicksilver, max_new_tokens=args.new_tokens, eos_token_ids=())
+        endless = {"max_new_tokens": args.new_tokens, "eos_token_ids": ()}
+        cfg = qs_jax.Config(model, quicksilver, **endless, **GREEDY)
         own = environment.attach_maps(params, cfg, args.ckpt, name)
         qs_jax.generate(own, tokens, cfg)  # compiles
 
@@ -116,7 +117,7 @@ def measure(args: Arguments) -> None:
     turns = {Path(name).name: turn_of(name) for name in ("dense", *args.presets)}
     rows = run_in_turn(turns, 5, sharing=1)
     new, every = ROWS * args.new_tokens, ROWS * (args.prompt + args.new_tokens)
-    about = {"model": read_manifest(args.ckpt)["source"], "dtype": model.dtype, "batch_size": ROWS}
+    about = {"model": environment.source_of(args.ckpt), "dtype": model.dtype, "batch_size": ROWS}
     about |= {name: getattr(args, name) for name in ("prompt", "new_tokens", "seconds", "country")}
     for row in rows.values():
         over = ratios(row, "joules")

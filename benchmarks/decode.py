@@ -26,7 +26,7 @@ from benchmarks import environment, timing
 from benchmarks.decode_prompts import PROMPTS
 from benchmarks.tables import markdown, origin, replace_tables
 from qs_jax.compilation_cache import enable_compilation_cache
-from qs_jax.config import Config, Speculation
+from qs_jax.config import GREEDY, Config, Speculation
 from qs_jax.errors import exit_code
 from qs_jax.evaluation.datasets import read_text_or_file
 from qs_jax.text import encode_prompt
@@ -42,7 +42,7 @@ class Arguments:
     """Measure drafts and rewrite the table."""
 
     ckpt: Path = Path("ckpt/smollm2-135m")
-    """Folder written by convert.hf_to_flax."""
+    """A converted folder, a hub id, a Hugging Face folder or a .gguf file."""
     data: Path | None = None
     """Plain text to continue; without it there are the prompts only."""
     new_tokens: int = 96
@@ -106,7 +106,7 @@ def run(args: Arguments) -> None:
 
 
 def _configs(args: Arguments, model: qs_jax.ModelConfig) -> dict[str, Config]:
-    plain = Config(model, max_new_tokens=args.new_tokens)
+    plain = Config(model, max_new_tokens=args.new_tokens, **GREEDY)
     return {name: plain.replace(speculate=way) for name, way in WAYS.items()}
 
 

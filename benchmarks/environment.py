@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import tyro
 
+from qs_jax.checkpoint import read_manifest
 from qs_jax.config import Config
 from qs_jax.evaluation.perplexity import git_hash
 from qs_jax.files import check_targets, write_json
-from qs_jax.load import find_maps
+from qs_jax.load import find_checkpoint, find_maps
 from qs_jax.models import Params
 
 RESULTS = Path(__file__).with_name("results")
@@ -82,6 +83,11 @@ def attach_maps(params: Params, cfg: Config, ckpt: Path, preset: str = "") -> Pa
     """The parameters, with the maps that a preset reads, if it reads any."""
     maps, _ = find_maps(cfg, ckpt, None, preset)
     return params if maps is None else {**params, "kv_maps": maps}
+
+
+def source_of(ckpt: Path) -> str:
+    """What a checkpoint was converted from."""
+    return read_manifest(find_checkpoint(ckpt))["source"]
 
 
 def random_tokens(vocab_size: int, batch: int, length: int) -> np.ndarray:

@@ -27,6 +27,7 @@ from benchmarks.timing import run_in_turn
 from qs_jax.checkpoint import read_manifest
 from qs_jax.config import ModelConfig
 from qs_jax.errors import exit_code
+from qs_jax.load import find_checkpoint
 from qs_jax.mechanisms import int8
 from qs_jax.models import family_of, layers
 
@@ -40,7 +41,7 @@ class Arguments:
     """Time the projections of a model."""
 
     ckpt: Path
-    """Folder written by convert.hf_to_flax; only its sizes are read."""
+    """A checkpoint, as `qs_jax.load` takes it; only its sizes are read."""
     out: Path = environment.RESULTS / "int8.json"
     """JSON file."""
 
@@ -113,7 +114,7 @@ def table(result: dict[str, Any]) -> str:
 def measure(args: Arguments) -> None:
     """Write the file and the table."""
     environment.check_out(args.out)
-    manifest = read_manifest(args.ckpt)
+    manifest = read_manifest(find_checkpoint(args.ckpt))
     result = {"model": manifest["source"], "device": jax.devices()[0].device_kind}
     result["rows"] = rows(ModelConfig.from_dict(manifest["model"]))
     environment.write("int8", result, args.out)

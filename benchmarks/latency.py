@@ -34,9 +34,9 @@ from benchmarks.tables import replace_tables
 from benchmarks.timing import run_in_turn
 from convert import flax_to_hf
 from qs_jax.accounting import entry_bytes
-from qs_jax.checkpoint import read_manifest
 from qs_jax.config import ModelConfig
 from qs_jax.errors import exit_code
+from qs_jax.load import find_checkpoint
 from qs_jax.models import param_bytes
 
 DTYPES = ("float32", "bfloat16")
@@ -50,7 +50,7 @@ class Arguments:
     """Time every configuration in turn with the dense model."""
 
     ckpt: Path = Path("ckpt/smollm2-135m")
-    """Folder written by convert.hf_to_flax."""
+    """A converted folder, a hub id, a Hugging Face folder or a .gguf file."""
     out: Path | None = None
     """JSON file; default benchmarks/results/latency.json, or latency_quick.json."""
     quick: bool = False
@@ -85,7 +85,7 @@ class Run:
         self.args = args
         self.params, self.model = qs_jax.load(args.ckpt, dtype=args.dtype)
         absent = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
-        self._exported = None if absent else flax_to_hf.export(args.ckpt, folder)
+        self._exported = None if absent else flax_to_hf.export(find_checkpoint(args.ckpt), folder)
         made_with = about(args, self.model, () if absent else ("torch", "transformers"))
         before = environment.read(args.path, made_with, {})
         self.results: dict[str, Any] = {name: before.get(name, {}) for name in PARTS}
@@ -187,7 +187,7 @@ def about(args: Arguments, model: ModelConfig, packages: tuple[str, ...]) -> dic
     """What decides a measurement besides the commit."""
     embedding = model.vocab_size * model.hidden_size * jnp.dtype(model.dtype).itemsize
     return {
-        "model": read_manifest(args.ckpt)["source"],
+        "model": environment.source_of(args.ckpt),
         "dtype": model.dtype,
         "text": "random token ids",
         "new_tokens": args.new_tokens,

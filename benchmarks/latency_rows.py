@@ -15,7 +15,14 @@ import numpy as np
 import qs_jax
 from benchmarks.timing import Measure, watch
 from qs_jax import accounting, presets
-from qs_jax.config import Config, HaltingConfig, KVSkipConfig, ModelConfig, QuickSilverConfig
+from qs_jax.config import (
+    GREEDY,
+    Config,
+    HaltingConfig,
+    KVSkipConfig,
+    ModelConfig,
+    QuickSilverConfig,
+)
 from qs_jax.engine.prompt_plan import runs_fast
 from qs_jax.mechanisms.kv_maps import sizes_of
 from qs_jax.models import Params
@@ -107,7 +114,8 @@ def rows(section: str, model: ModelConfig, names: tuple[str, ...], new: int) -> 
     mechanisms |= {f"active {fraction:g}": active(model, fraction) for fraction in fractions}
     if section == "decode":
         mechanisms["half depth"] = half_depth(model)
-    dense = Config(model, max_new_tokens=1 if section == "prefill" else new, eos_token_ids=())
+    count = 1 if section == "prefill" else new
+    dense = Config(model, max_new_tokens=count, eos_token_ids=(), **GREEDY)
     acting = {"protocol": "continuation"} if section == "prefill" else {}
     calls = {name: dense.replace(quicksilver=qs, **acting) for name, qs in mechanisms.items()}
     return {"dense": dense} | {n: c for n, c in calls.items() if runs_fast(c, generates=True)}

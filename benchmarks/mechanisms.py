@@ -25,7 +25,6 @@ from benchmarks.mechanism_rows import Row
 from benchmarks.tables import markdown, origin, percent, replace_tables
 from qs_jax import accounting
 from qs_jax.calibration.fit_maps import accumulate
-from qs_jax.checkpoint import read_manifest
 from qs_jax.config import Config, ModelConfig
 from qs_jax.errors import InputError, exit_code
 from qs_jax.evaluation import perplexity
@@ -48,7 +47,7 @@ class Inputs:
     """A model and windows of a text: some are scored, those after them are fitted on."""
 
     ckpt: Path = Path("ckpt/smollm2-135m")
-    """Folder written by convert.hf_to_flax."""
+    """A converted folder, a hub id, a Hugging Face folder or a .gguf file."""
     data: str = "wikitext-103"
     """wikitext-103, or a file: field "text" of .jsonl, .jsonl.gz, .json.gz, or plain text."""
     windows: int = 16
@@ -77,7 +76,7 @@ class Inputs:
                 f"{self.seq_len} are needed: lower --windows or --fit-windows, or give more text."
             )
         about = {
-            "model": read_manifest(self.ckpt)["source"],
+            "model": environment.source_of(self.ckpt),
             "text": text.name,
             "dtype": model.dtype,
         }

@@ -32,7 +32,7 @@ class Arguments:
     """Look for keys and needles, and rewrite the table."""
 
     ckpt: Path = Path("ckpt/smollm2-135m")
-    """Folder written by convert.hf_to_flax."""
+    """A converted folder, a hub id, a Hugging Face folder or a .gguf file."""
     presets: tuple[str, ...] = ("balanced",)
     """Compared with the dense model."""
     passkeys: int = 32
@@ -74,7 +74,7 @@ def find(model: Any, args: Arguments) -> dict[tuple[str, int], np.ndarray]:
         title = f"{model.preset}, passkeys of {length} tokens"
         found["passkey", length] = passkey.find_passkeys(*asked, title=title)
     for length in NEEDLE_LENGTHS:
-        metadata = {"tokenizer": str(args.ckpt), "max_seq_lengths": [length]}
+        metadata = {"tokenizer": str(model.folder), "max_seq_lengths": [length]}
         options: Any = {"limit": args.needles, "metadata": metadata, "bootstrap_iters": 0}
         report: Any = simple_evaluate(model, tasks=list(NEEDLES), **options)
         for task in NEEDLES:

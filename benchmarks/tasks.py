@@ -31,7 +31,7 @@ class Arguments:
     """Measure the tasks and rewrite the tables."""
 
     ckpt: Path = Path("ckpt/smollm2-135m")
-    """Folder written by convert.hf_to_flax."""
+    """A converted folder, a hub id, a Hugging Face folder or a .gguf file."""
     data: str = "hub"
     """A folder of local files, or hub."""
     preset: str = "balanced"

@@ -29,6 +29,7 @@ import qs_jax
 from benchmarks import environment
 from benchmarks.tables import markdown
 from benchmarks.timing import Watch, watch
+from qs_jax.config import GREEDY
 from qs_jax.errors import exit_code
 from qs_jax.files import write_whole
 from qs_jax.models import Params
@@ -246,7 +247,7 @@ class Arguments:
     """Capture profiler traces of prefill and decode, and say where the time went."""
 
     ckpt: Path
-    """Folder written by convert.hf_to_flax."""
+    """A converted folder, a hub id, a Hugging Face folder or a .gguf file."""
     out: Path
     """Folder for the traces: prefill and decode get one each."""
     preset: str = "paper-bits-vocab"
@@ -261,7 +262,8 @@ def run(args: Arguments) -> None:
     """Trace, and write and print the seconds."""
     params, model = qs_jax.load(args.ckpt)
     quicksilver = qs_jax.presets.by_name(args.preset, model)
-    cfg = qs_jax.Config(model, quicksilver, max_new_tokens=args.new_tokens, eos_token_ids=())
+    endless = {"max_new_tokens": args.new_tokens, "eos_token_ids": ()}
+    cfg = qs_jax.Config(model, quicksilver, **endless, **GREEDY)
     params = environment.attach_maps(params, cfg, args.ckpt, args.preset)
     tokens = environment.random_tokens(model.vocab_size, 4, args.prompt)
     phases = capture(params, tokens, cfg, args.out)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from qs_jax.errors import QuickSilverError
+from qs_jax.errors import CheckpointError
 
 _SHOWN = 20  # of each heading
 
 
-class ConversionError(QuickSilverError):
+class ConversionError(CheckpointError):
     """A checkpoint cannot be converted; nothing was written."""
 
 

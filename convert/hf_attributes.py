@@ -276,6 +276,33 @@ ALIASES: dict[str, dict[str, str]] = {
 # Attributes with a rule of their own, and their types.
 ROPE = {"rope_theta": NUMBER, "rope_scaling": (dict,), "rope_parameters": (dict,)}
 TOKENS = {"bos_token_id": INT, "pad_token_id": INT, "eos_token_id": (int, list)}
+# Settings of generation that change tokens and are not implemented, with the values at which they
+# do not, besides null; those of the second table act where tokens are sampled.
+GENERATION: dict[str, tuple[Any, ...]] = {
+    "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1,),
+    "guidance_scale": (1,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "no_repeat_ngram_size": (0,),
+    "num_beam_groups": (1,),
+    "num_beams": (1,),
+    "penalty_alpha": (0,),
+    "token_healing": (False,),
+} | dict.fromkeys(
+    """
+    bad_words_ids begin_suppress_tokens constraints dola_layers exponential_decay_length_penalty
+    force_words_ids forced_bos_token_id forced_eos_token_id sequence_bias stop_strings
+    suppress_tokens watermarking_config
+    """.split(),
+    (),
+)
+SAMPLED: dict[str, tuple[Any, ...]] = {
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "top_h": (),
+    "typical_p": (1,),
+}
 # Settings of a RoPE scaling: Hugging Face name -> field.
 SCALING = {field.name: field.name for field in dataclasses.fields(RopeScaling)}
 SCALING["original_max_position_embeddings"] = SCALING.pop("original_max_positions")

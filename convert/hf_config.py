@@ -9,6 +9,7 @@ RoPE settings are `rope_parameters` since version 5 of transformers, and were `r
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from reprlib import repr as short
 from typing import Any
@@ -18,6 +19,7 @@ from convert.hf_attributes import (
     ALIASES,
     BOOL,
     FIXED,
+    GENERATION,
     HARMLESS,
     HARMLESS_AT,
     NUMBER,
@@ -25,11 +27,12 @@ from convert.hf_attributes import (
     REFUSED,
     ROPE,
     ROPE_HARMLESS_AT,
+    SAMPLED,
     SCALING,
     TOKENS,
     WINDOW,
 )
-from qs_jax.config import ROPE_SCALINGS, ModelConfig, RopeScaling
+from qs_jax.config import ROPE_SCALINGS, ModelConfig, RopeScaling, Sampling
 from qs_jax.errors import ConfigError
 from qs_jax.models import FAMILIES
 from qs_jax.models.layers import ACTIVATIONS
@@ -50,7 +53,8 @@ def model_config(
       raw: The parsed `config.json`.
       dtype: dtype the parameters will be stored in.
       problems: Receives everything that is unknown, refused, missing or contradictory.
-      generation: The parsed `generation_config.json`; its end tokens win, as in Hugging Face.
+      generation: The parsed `generation_config.json`; its end tokens win, as in Hugging Face, and
+        it says how tokens are sampled.
       ignored: Unknown attributes that the user says change nothing.
 
     Returns:
@@ -78,7 +82,8 @@ def model_config(
             raise ConfigError(f"activation {activation!r} is not implemented (known: {known})")
         special, outside = _special_tokens(raw, generation, fields["vocab_size"])
         special["dtype"] = dtype
-        return ModelConfig(kind, **fields, **special), notes + outside
+        special["generation"], undone = _sampling(generation or raw)
+        return ModelConfig(kind, **fields, **special), notes + outside + undone
     except ConfigError as error:
         problems.add(HEADING, str(error))
         return None, []
@@ -145,7 +150,8 @@ def _check_attributes(
             problems.add(HEADING, f"{name} = {short(raw[name])} is not implemented")
     for name in [name for name in unknown if name not in ignored]:
         what = f"{name} = {short(raw[name])} is not known for {kind}"
-        problems.add(HEADING, f"{what} (--ignore-config {name} if it changes nothing)")
+        advice = f"convert.hf_to_flax --ignore-config {name} if it changes nothing"
+        problems.add(HEADING, f"{what} ({advice})")
     for name in [name for name in ignored if name not in unknown]:
         problems.add(HEADING, f"--ignore-config {name}: only an unknown attribute can be ignored")
     return [f"{name} = {short(raw[name])} is ignored, as asked" for name in ignored if name in raw]
@@ -190,6 +196,30 @@ def _special_tokens(
         notes += [f"{name} {short(token)} is outside {of}" for token in outside]
     first = {name: next(iter(ids[name]), None) for name in ("bos_token_id", "pad_token_id")}
     return first | {"eos_token_ids": ids["eos_token_id"]}, notes
+
+
+def _sampling(generation: dict[str, Any]) -> tuple[Sampling, list[str]]:
+    """How a checkpoint is meant to be sampled, and notes on what is not done.
+
+    As in Hugging Face: config.json says so only where there is no generation_config.json, without
+    do_sample only the repetition penalty counts, and with it top_k is 50 unless it is given.
+    """
+    given = {name: value for name, value in generation.items() if value is not None}
+    off, names, notes, sampling = GENERATION, ["repetition_penalty"], [], Sampling()
+    if given.get("do_sample") is True:
+        off, names = off | SAMPLED, [field.name for field in dataclasses.fields(Sampling)]
+        if "top_k" not in given:
+            notes.append("generation samples without a top_k; 50 is taken, as in Hugging Face")
+        given = {"temperature": 1.0, "top_k": 50} | given
+    for name in [name for name in names if name in given]:
+        try:
+            sampling = sampling.replace(**{name: given[name]})
+        except ConfigError as error:
+            notes.append(f"generation setting is ignored: {error}")
+    for name in [name for name in off if given.get(name, []) not in (*off[name], [])]:
+        what = f"generation setting {name} = {short(given[name])}"
+        notes.append(f"{what} is not implemented and is ignored")
+    return sampling, notes
 
 
 def _rope(raw: dict[str, Any], max_positions: int, problems: Problems) -> dict[str, Any]:

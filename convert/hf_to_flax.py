@@ -43,7 +43,7 @@ from qs_jax.models import abstract_params, count_params, param_bytes
 
 # SHA-256 of each leaf's values, by its path.
 Digests = dict[tuple[str, ...], Any]
-Dtype = Literal["float32", "bfloat16"]
+Dtype = Literal["float32", "bfloat16", "auto"]
 _VERSIONED = ("qs-jax", "jax", "flax", "orbax-checkpoint", "transformers", "safetensors", "gguf")
 
 
@@ -64,7 +64,8 @@ def convert(
     Args:
       source: Hub id, local Hugging Face folder, .gguf file, or `embedded` (SmolLM2-135M-Instruct).
       out: Folder to write; it appears whole or not at all.
-      dtype: Parameter dtype; float32 holds 16-bit and GGUF weights exactly.
+      dtype: Parameter dtype; float32 holds 16-bit and GGUF weights exactly. "auto" is bfloat16
+        where all weights are, else float32.
       revision: Hub ids only: branch, tag or commit.
       overwrite: Replace an existing checkpoint at `out` once the new one is whole.
       tokenizer: Require and copy the tokenizer; without, work with token ids.
@@ -83,15 +84,19 @@ def convert(
     check_folder(target, overwrite, source)
     opened, problems = open_source(source, revision), Problems()
     config = opened.config | ({"tie_word_embeddings": True} if classifier else {})
-    model, notes = model_config(config, dtype, problems, opened.generation_config, ignore_config)
+    stored = "float32" if dtype == "auto" else dtype
+    model, notes = model_config(config, stored, problems, opened.generation_config, ignore_config)
     notes = opened.notes + notes
     labels = read_labels(opened, problems) if classifier else ()
     rules = [] if model is None else rules_of(model, len(labels))
     names = {} if model is None else match(rules, opened.tensors, model, problems)
     problems.raise_if_any(opened.description)
     assert model is not None
-    rounded = sum(opened.tensors[name].dtype == "float64" for name in names.values())
+    kinds = [opened.tensors[name].dtype for name in names.values()]
+    rounded = kinds.count("float64")
     notes += [f"{rounded} float64 tensor(s) are rounded"] if rounded else []
+    if dtype == "auto" and set(kinds) == {"bfloat16"}:
+        model = model.replace(dtype="bfloat16")
     _check_tied_head(opened, rules, names, model)
     _check_space(target.parent, model)
     head_CD = _read(opened, CLASSIFIER, rules[0], np.dtype(np.float32)) if classifier else None
@@ -118,7 +123,7 @@ def convert(
     if not quiet:
         size = f"{count_params(model) / 1e6:.1f} M parameters, {model.num_layers} layers"
         size += f", {model.dtype}, {param_bytes(model) / 1e6:.0f} MB"
-        print(f"wrote {model.model_type}, {size}")
+        print(f"wrote {model.model_type}, {size}", file=sys.stderr)
     return model, notes
 
 
@@ -136,7 +141,8 @@ def open_source(source: str, revision: str | None = None) -> Source:
     hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source)
     if not hub_id or path.suffix == ".gguf":
         raise ConversionError(f"{source}: no such file or folder, and not a hub id.")
-    return open_folder(download(source, revision), f"{source} (Hugging Face Hub)")
+    folder = download(source, revision)
+    return open_folder(folder, f"{source} (Hugging Face Hub)")._replace(revision=folder.name)
 
 
 def _lazy_tree(
@@ -238,7 +244,11 @@ def _manifest(folder: Path, model: ModelConfig, source: Source, notes: list[str]
     for package in _VERSIONED:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    codes = {"codes": checksum_codes(folder)} if (folder / CODES).is_file() else {}
+    more: dict[str, Any] = {}
+    if (folder / CODES).is_file():
+        more["codes"] = checksum_codes(folder)
+    if source.revision is not None:
+        more["revision"] = source.revision
     return {
         "format_version": FORMAT_VERSION,
         "model": model.to_dict(),
@@ -247,7 +257,7 @@ def _manifest(folder: Path, model: ModelConfig, source: Source, notes: list[str]
         "source": source.description,
         "notes": notes,
         "versions": versions,
-    } | codes
+    } | more
 
 
 def main(argv: list[str] | None = None) -> int:

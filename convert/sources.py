@@ -76,7 +76,7 @@ class Source(NamedTuple):
 
     The description is for messages and provenance. `generation_config` is empty where there is
     none. `write_tokenizer` puts the tokenizer's files into a folder and returns notes for the user,
-    as `notes` are.
+    as `notes` are. The revision is the commit of a hub model.
     """
 
     description: str
@@ -85,6 +85,7 @@ class Source(NamedTuple):
     tensors: dict[str, StoredTensor]
     write_tokenizer: Callable[[Path], list[str]]
     notes: list[str]
+    revision: str | None = None
 
 
 def open_folder(folder: Path, description: str | None = None) -> Source:
@@ -109,7 +110,10 @@ def open_folder(folder: Path, description: str | None = None) -> Source:
 
 
 def download(repo_id: str, revision: str | None = None) -> Path:
-    """Fetch config, tokenizer and the weights that `open_folder` reads of a hub model."""
+    """Fetch config, tokenizer and the weights that `open_folder` reads of a hub model.
+
+    The folder is named after the commit.
+    """
     from huggingface_hub import snapshot_download
 
     def fetch(*names: str) -> Path:
@@ -127,7 +131,7 @@ def download(repo_id: str, revision: str | None = None) -> Path:
         raise
     except Exception as error:  # huggingface_hub and its HTTP client raise many kinds
         raise ConversionError(
-            f"{repo_id} is no folder here, and could not be fetched from the Hub "
+            f"{repo_id} is no file or folder here, and could not be fetched from the Hub "
             f"({type(error).__name__}: {error}). Check the name, the connection, and `hf auth "
             "login` for gated models; or download it elsewhere and give the folder."
         ) from error
@@ -148,7 +152,8 @@ def _copy_tokenizer(source: Path, folder: Path) -> list[str]:
     present = {name for name in TOKENIZER_FILES if (source / name).is_file()}
     if not any(needed <= present for needed in _TOKENIZER_SETS):
         sets = ", or ".join(" with ".join(sorted(needed)) for needed in _TOKENIZER_SETS)
-        raise ConversionError(f"{source} has no tokenizer ({sets}). Add it, or --no-tokenizer.")
+        advice = "Add it, or leave it out: convert.hf_to_flax --no-tokenizer."
+        raise ConversionError(f"{source} has no tokenizer ({sets}). {advice}")
     for name in present:
         shutil.copyfile(source / name, folder / name)
     return []

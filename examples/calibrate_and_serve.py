@@ -42,7 +42,7 @@ class Arguments:
     """Calibrate once, then serve."""
 
     ckpt: Path = Path("ckpt/smollm2-135m")
-    """Folder written by convert.hf_to_flax."""
+    """A converted folder, a hub id, a Hugging Face folder or a .gguf file."""
     preset: Path = Path("calibrated.json")
     """Made if it is not there yet."""
     data: Path | None = None

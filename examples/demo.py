@@ -18,6 +18,7 @@ import qs_jax
 from examples.text import LIGHTHOUSE
 from qs_jax import accounting, presets
 from qs_jax.compilation_cache import enable_compilation_cache
+from qs_jax.config import GREEDY
 from qs_jax.errors import exit_code
 from qs_jax.mechanisms.kv_maps import sizes_of
 from qs_jax.models import Params, count_params, param_bytes
@@ -46,7 +47,7 @@ class Arguments:
     """Chat with a converted checkpoint and print tokens per second."""
 
     ckpt: Path = Path("ckpt/smollm2-135m")
-    """Folder written by convert.hf_to_flax."""
+    """A converted folder, a hub id, a Hugging Face folder or a .gguf file."""
     max_new_tokens: int = 64
     """Longest answer, in tokens."""
     presets: tuple[str, ...] = ("balanced",)
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         f"{param_bytes(model) / 1e6:.0f} MB, on {device.platform}",
         soft_wrap=True,
     )
-    cfg = qs_jax.Config(model=model, max_new_tokens=args.max_new_tokens)
+    cfg = qs_jax.Config(model=model, max_new_tokens=args.max_new_tokens, **GREEDY)
     table = Table(title=f"dense model, batch 1, greedy, {model.dtype}, {device.platform}")
     table.add_column("prompt", no_wrap=True)
     columns = "prompt\ntok/s,new\ntokens,new\ntok/s,passes,drafts\nkept,compile\ns"
@@ -167,7 +168,7 @@ def measure(
     for name in names:
         tell(name)
         quicksilver = presets.by_name(name, model)
-        cfg = qs_jax.Config(model, quicksilver, eos_token_ids=())
+        cfg = qs_jax.Config(model, quicksilver, eos_token_ids=(), **GREEDY)
         # The same decisions as those timed below, in a program that compiles sooner.
         whole = cfg.replace(
             protocol="continuation", continuation_tokens=CONTINUATION, engine="masked"

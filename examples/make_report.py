@@ -18,7 +18,7 @@ class Arguments:
     """Write the report of a text; `python -m qs_jax report` has all options."""
 
     ckpt: Path = Path("ckpt/smollm2-135m")
-    """Folder written by convert.hf_to_flax."""
+    """A converted folder, a hub id, a Hugging Face folder or a .gguf file."""
     out: Path = Path("report.html")
     """The page."""
     text: str = LIGHTHOUSE

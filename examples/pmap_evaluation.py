@@ -27,7 +27,7 @@ class Arguments:
     """Score the windows of a text on one device and on all."""
 
     ckpt: Path = Path("ckpt/smollm2-135m")
-    """Folder written by convert.hf_to_flax."""
+    """A converted folder, a hub id, a Hugging Face folder or a .gguf file."""
     text: Path | None = None
     """A text file; by default a short text of ours."""
     preset: str = "off"

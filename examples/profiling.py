@@ -25,7 +25,7 @@ class Arguments:
     """Profile the prefill of a random prompt."""
 
     ckpt: Path = Path("ckpt/smollm2-135m")
-    """Folder written by convert.hf_to_flax."""
+    """A converted folder, a hub id, a Hugging Face folder or a .gguf file."""
     out: Path = Path("traces")
     """Folder for the traces."""
     preset: str = "balanced"

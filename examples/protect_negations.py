@@ -32,7 +32,7 @@ class Arguments:
     """Compare a preset with and without protected negations, on one text."""
 
     ckpt: Path = Path("ckpt/smollm2-135m")
-    """Folder written by convert.hf_to_flax."""
+    """A converted folder, a hub id, a Hugging Face folder or a .gguf file."""
     preset: str = "aggressive"
     """Mechanisms to run."""
     text: str = REVIEW

@@ -17,7 +17,7 @@ class Arguments:
     """Continue prompts with a converted checkpoint."""
 
     ckpt: Path = Path("ckpt/smollm2-135m")
-    """Folder written by convert.hf_to_flax."""
+    """A converted folder, a hub id, a Hugging Face folder or a .gguf file."""
     prompts: tuple[str, ...] = ("The capital of France is", "Once upon a time, in a small town,")
     """Texts to continue; rows of different lengths are fine."""
     preset: str = "balanced"

@@ -32,7 +32,7 @@ class Arguments:
     """Chat with a converted checkpoint; an empty line or the end of the input ends it."""
 
     ckpt: Path = Path("ckpt/smollm2-135m")
-    """Folder written by convert.hf_to_flax."""
+    """A converted folder, a hub id, a Hugging Face folder or a .gguf file."""
     preset: str = "off"
     """Mechanisms to run; balanced and aggressive act on what is read, not on the answers."""
     system: str | None = None

@@ -2,7 +2,6 @@
 
 from qs_jax import accounting, presets
 from qs_jax.calibration import calibrate, fit_kv_maps
-from qs_jax.checkpoint import load_tokenizer
 from qs_jax.config import (
     AMQConfig,
     Config,
@@ -33,7 +32,7 @@ from qs_jax.errors import (
     OutputError,
     QuickSilverError,
 )
-from qs_jax.load import load
+from qs_jax.load import load, load_tokenizer
 from qs_jax.mechanisms.kv_maps import KVMaps
 from qs_jax.record import Record
 

@@ -67,7 +67,22 @@ def check_params_files(folder: Path, manifest: dict[str, Any]) -> None:
     lost = [name for name in known["files"] if not (folder / name).is_file()]
     if lost or known != {"files": known["files"]} | _checksum_files(folder, known["files"]):
         example = f", such as {lost[0]}" if lost else ""
-        raise CheckpointError(f"{folder}: files were lost or changed{example}. Convert again.")
+        raise CheckpointError(
+            f"{folder}: files were lost or changed{example}. Delete them and convert again."
+        )
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder is a converted checkpoint whose parameters have the bytes that they had.
+
+    Their contents are not read; `check_params_files` does so.
+    """
+    try:
+        known = read_manifest(folder)["params"]
+        sizes = [(folder / PARAMS / name).stat().st_size for name in known["files"]]
+    except (CheckpointError, OSError, TypeError):
+        return False
+    return sum(sizes) == known["bytes"]
 
 
 def checksum_codes(folder: Path) -> dict[str, int]:
@@ -131,19 +146,3 @@ def read_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.clean_up_tokenization_spaces = tokenizer.split_special_tokens = False
     return tokenizer
-
-
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer stored in a converted checkpoint; no network is used.
-
-    Raises:
-      CheckpointError: The folder holds no tokenizer, or one that cannot be read.
-    """
-    read_manifest(path)
-    try:
-        return read_tokenizer(path)
-    except Exception as error:  # transformers raises many kinds
-        raise CheckpointError(
-            f"{path} holds no tokenizer that can be read ({type(error).__name__}: {error}). "
-            "Convert again without --no-tokenizer."
-        ) from error

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import jax
 
+from qs_jax.files import user_cache
+
 
 def enable_compilation_cache(folder: str | None = None) -> None:
     """Keep every compiled program in a folder; to be called before the first one is compiled.
@@ -22,8 +24,7 @@ def enable_compilation_cache(folder: str | None = None) -> None:
         return
     if folder is None and getattr(jax.config, "jax_compilation_cache_dir", None):
         return
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    path = Path(folder).expanduser() if folder else cache / "qs-jax" / "xla"
+    path = Path(folder).expanduser() if folder else user_cache() / "xla"
     try:
         path.mkdir(parents=True, exist_ok=True)
         writable = os.access(path, os.W_OK)

@@ -63,6 +63,11 @@ def write_whole(*targets: Path) -> Iterator[tuple[Path, ...]]:
                 folder.rmdir()
 
 
+def user_cache() -> Path:
+    """The library's place in the user's cache folder ($XDG_CACHE_HOME, or ~/.cache)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qs-jax"
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write indented UTF-8 JSON with a final newline, whole or not at all."""
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

@@ -1,28 +1,54 @@
-"""Loading a converted checkpoint: its parameters, and the extrapolation maps that go with them."""
+"""Loading a checkpoint: parameters, tokenizer, and the extrapolation maps that go with them.
+
+What is not converted yet is converted here, once, into the user's cache folder.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
+import re
+import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from urllib.parse import quote
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from qs_jax.checkpoint import PARAMS, check_codes, check_params_files, read_manifest
+from qs_jax.checkpoint import (
+    MANIFEST,
+    PARAMS,
+    check_codes,
+    check_params_files,
+    is_whole,
+    read_manifest,
+    read_tokenizer,
+)
 from qs_jax.config import Config, ModelConfig
 from qs_jax.config.fields import parse
-from qs_jax.errors import CheckpointError, ConfigError, InputError, NonFiniteError
+from qs_jax.errors import (
+    CheckpointError,
+    ConfigError,
+    InputError,
+    NonFiniteError,
+    QuickSilverError,
+)
+from qs_jax.files import user_cache
 from qs_jax.jax_settings import default_settings, explain
 from qs_jax.mechanisms.kv_maps import FILE_NAME, KVMaps, select
 from qs_jax.models import Params, abstract_params
 from qs_jax.models.cpu import processor_multiplies
 from qs_jax.models.quantized import QKernel, in_int8
 from qs_jax.presets import NAMES, maps_path, shipped_maps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 WeightsOption: TypeAlias = Literal["int8", "gguf"] | None
 _finite = jax.jit(lambda leaf: jnp.isfinite(leaf).all())
@@ -32,14 +58,18 @@ _finite = jax.jit(lambda leaf: jnp.isfinite(leaf).all())
 def load(
     path: str | Path,
     *,
+    revision: str | None = None,
     dtype: str | None = "auto",
     devices: Sequence[jax.Device] | None = None,
     weights: str | None = None,
 ) -> tuple[Params, ModelConfig]:
-    """Read a converted checkpoint, and check it against its checksum.
+    """Read a checkpoint, and check it against its checksum.
 
     Args:
-      path: Folder written by `python -m convert.hf_to_flax`.
+      path: Folder written by `python -m convert.hf_to_flax`; or what that converts, as
+        `find_checkpoint` does once: a hub id `org/name`, a Hugging Face folder, a .gguf file, or
+        `embedded`.
+      revision: Of a hub id: branch, tag or commit.
       dtype: "float32" or "bfloat16" to convert while reading; "auto" is the faster of the two on
         the device; None keeps the stored dtype.
       devices: Shard the parameters over these, tensor-parallel; None is the default device.
@@ -55,11 +85,13 @@ def load(
 
     Raises:
       CheckpointError: The folder is missing, incomplete, damaged or of another format, or has no
-        codes of a GGUF file.
-      ConfigError: `dtype` or `weights` is none of these, or `devices` is empty.
+        codes of a GGUF file; or the model cannot be fetched or converted.
+      ConfigError: `dtype` or `weights` is none of these, or `devices` is empty, or a local
+        checkpoint has a `revision`.
       NonFiniteError: A weight is NaN or infinite.
     """
-    path, manifest = Path(path), read_manifest(path)
+    path = find_checkpoint(path, revision)
+    manifest = read_manifest(path)
     model = ModelConfig.from_dict(manifest["model"])
     if devices is not None and len(devices) == 0:
         raise ConfigError("devices is empty; None takes the default device.")
@@ -79,6 +111,89 @@ def load(
         params = {**params, "layers": _with_codes(params["layers"], check_codes(path, manifest))}
     maps = path / FILE_NAME if (path / FILE_NAME).is_file() else shipped_maps(model)
     return params if maps is None else {**params, "kv_maps": KVMaps.load(maps)}, model
+
+
+def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerFast:
+    """The tokenizer of a checkpoint, given as to `load`.
+
+    Raises:
+      CheckpointError: There is no tokenizer, or one that cannot be read; or as `load` raises it.
+    """
+    folder = find_checkpoint(path, revision)
+    read_manifest(folder)
+    try:
+        return read_tokenizer(folder)
+    except Exception as error:  # transformers raises many kinds
+        raise CheckpointError(
+            f"{folder} holds no tokenizer that can be read ({type(error).__name__}: {error}). "
+            "Convert again without --no-tokenizer."
+        ) from error
+
+
+@default_settings()
+def find_checkpoint(source: str | Path, revision: str | None = None) -> Path:
+    """The folder of a converted checkpoint; what is not converted yet is, into the user's cache.
+
+    There it is found again without network. A hub model stays at the commit that it was converted
+    from, which is in the manifest. A local source that changed is converted anew. Weights are held
+    in bfloat16 where all of them are, else in float32. Terminals see what is done.
+
+    Args:
+      source: A converted folder, a hub id `org/name`, a Hugging Face folder, a .gguf file, or
+        `embedded`.
+      revision: Of a hub id: branch, tag or commit.
+
+    Returns:
+      `source` where it is converted, else a folder in qs-jax/checkpoints of $XDG_CACHE_HOME or
+      ~/.cache.
+
+    Raises:
+      CheckpointError: It is none of these, or cannot be fetched or converted.
+      ConfigError: A local source has a `revision`.
+      OutputError: The folder cannot be written.
+    """
+    name = _cache_name(str(source), revision)
+    if (Path(source) / MANIFEST).is_file():
+        return Path(source)
+    target = user_cache() / "checkpoints" / name
+    if target.exists():
+        if is_whole(target):
+            return target
+        shutil.rmtree(target, ignore_errors=True)  # damaged, or of another format
+    from convert.hf_to_flax import convert
+
+    shows = sys.stderr.isatty()
+    if shows:
+        print(f"converting {source} into {target}", file=sys.stderr)
+    try:
+        how: dict[str, Any] = {"revision": revision, "quiet": not shows}
+        _, notes = convert(str(source), target, dtype="auto", **how)
+    except QuickSilverError:
+        if not is_whole(target):  # else another process was faster
+            raise
+        return target
+    for note in notes if shows else ():
+        print(f"note: {note}", file=sys.stderr)
+    return target
+
+
+def _cache_name(source: str, revision: str | None) -> str:
+    """A folder's name for one version of a source: `org--name@revision`, or `name@hash`."""
+    path = Path(source)
+    if source != "embedded" and not path.exists():
+        if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) or path.suffix == ".gguf":
+            raise CheckpointError(f"{source} is not a folder, a .gguf file or a hub id (org/name).")
+        return source.replace("/", "--") + (f"@{quote(revision, safe='')}" if revision else "")
+    if revision is not None:
+        raise ConfigError(f"{source} is no hub id: only a model of the Hub has a revision.")
+    if source == "embedded":
+        return source
+    path = path.resolve()
+    files = [path] if path.is_file() else sorted(path.glob("[!.]*"))  # no hidden ones
+    stats = [(file.name, file.stat()) for file in files if file.is_file()]
+    seen = [str(path), *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)]
+    digest = hashlib.sha256(repr(seen).encode("utf-8", "surrogateescape")).hexdigest()
+    return f"{path.name.removesuffix('.gguf')[:64]}@{digest[:12]}"
 
 
 def _with_codes(layers: Params, file: Path) -> Params:
@@ -166,8 +281,8 @@ def find_maps(
 
     Args:
       cfg: Its `kv_skip.policy` decides.
-      ckpt: Checkpoint folder: its maps are taken unless the preset has its own, beside its file or
-        in the library; then those of `balanced`.
+      ckpt: Checkpoint, as `load` takes it: its maps are taken unless the preset has its own, beside
+        its file or in the library; then those of `balanced`.
       given: Another file, or None.
       preset: Name, or file beside which `calibrate` writes its maps.
 
@@ -181,6 +296,7 @@ def find_maps(
         if given is not None:
             raise InputError(f"{given}: KV maps are for kv_skip.policy 'extrapolate' only.")
         return None, None
+    ckpt = find_checkpoint(ckpt)
     own = shipped_maps(cfg.model, preset) if preset in ("", *NAMES) else maps_path(Path(preset))
     places = [own, ckpt / FILE_NAME, shipped_maps(cfg.model)]
     path = given or next((place for place in places if place and place.exists()), None)

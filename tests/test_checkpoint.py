@@ -25,14 +25,6 @@ def folder(tiny_checkpoint, tmp_path):
     return shutil.copytree(tiny_checkpoint, tmp_path / "ckpt")
 
 
-def test_a_hugging_face_folder_is_told_apart(tmp_path):
-    source = write_folder(tmp_path / "hf", llama_tensors()[0])
-    with pytest.raises(CheckpointError, match=r"python -m convert.hf_to_flax --source .*hf --out"):
-        qs_jax.load(source)
-    with pytest.raises(CheckpointError, match="is not a folder"):
-        qs_jax.load(tmp_path / "nowhere")
-
-
 def test_maps_beside_the_weights_come_along(folder):
     params, model = qs_jax.load(folder)
     assert "kv_maps" not in params

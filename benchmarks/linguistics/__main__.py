@@ -31,7 +31,6 @@ from benchmarks.linguistics.treebank import read_treebank
 from benchmarks.mechanism_rows import CONTINUATION, TEACHER, Row
 from benchmarks.tables import markdown, replace_tables
 from qs_jax import presets
-from qs_jax.checkpoint import read_manifest
 from qs_jax.config import Config, ModelConfig, QuickSilverConfig
 from qs_jax.errors import InputError, exit_code
 from qs_jax.load import find_maps
@@ -46,7 +45,7 @@ class Arguments:
     """Measure halting and fusion by kinds of words."""
 
     ckpt: Path
-    """Folder written by convert.hf_to_flax."""
+    """A converted folder, a hub id, a Hugging Face folder or a .gguf file."""
     treebank: Path | None = None
     """Zip file or folder with the Penn Treebank sample."""
     text: str | None = None
@@ -118,7 +117,7 @@ def measure(args: Arguments) -> dict[str, Any]:
     params, model = qs_jax.load(args.ckpt, dtype="float32")
     tokenizer = qs_jax.load_tokenizer(args.ckpt)
     about = {
-        "model": read_manifest(args.ckpt)["source"],
+        "model": environment.source_of(args.ckpt),
         "windows": args.windows,
         "seq_len": args.seq_len,
         "fit_windows": args.fit_windows,

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from qs_jax.calibration.families import Levels, Space
 from qs_jax.calibration.scores import Scores, score_tokens, upper_bound
-from qs_jax.config import Config, QuickSilverConfig
+from qs_jax.config import GREEDY, Config, QuickSilverConfig
 from qs_jax.engine.generate import generate
 from qs_jax.engine.prompt_plan import runs_fast
 from qs_jax.evaluation.perplexity import SAVED, exp
@@ -114,7 +114,8 @@ def time_saved(
 
     None under "teacher-forced", which has no prompts, and where no fast engine runs the preset.
     """
-    fast = task.cfg.replace(quicksilver=qs, engine="auto", max_new_tokens=1, eos_token_ids=())
+    greedy = task.cfg.replace(max_new_tokens=1, eos_token_ids=(), **GREEDY)
+    fast = greedy.replace(quicksilver=qs, engine="auto")
     if fast.effective_protocol != "continuation" or not runs_fast(fast, generates=True):
         return None
     prompts_WT = task.tokens_WT[: task.batch_size, : -task.cfg.continuation_tokens]

@@ -18,13 +18,13 @@ from qs_jax.calibration.families import halting_layers
 from qs_jax.calibration.fit_light import PRICES
 from qs_jax.calibration.fit_maps import check_fit, fit_kv_maps
 from qs_jax.calibration.search import LIGHT_SHARES, result_files
-from qs_jax.checkpoint import load_tokenizer
 from qs_jax.commands.options import FileOptions, print_table
 from qs_jax.config import Config, ModelConfig
 from qs_jax.config.fields import Above0, Count, Positive, Probability, Several, Share
 from qs_jax.errors import InputError
 from qs_jax.evaluation.passkey import compare_passkeys, make_passkeys
 from qs_jax.evaluation.perplexity import check_width, read_windows
+from qs_jax.load import load_tokenizer
 from qs_jax.mechanisms.kv_maps import FEATURES, PROMPT_FEATURES, KVMaps, feature_count
 
 
@@ -111,7 +111,7 @@ class Calibrate(FileOptions):
         maps = self.kv_maps and KVMaps.load(self.kv_maps)
         if maps is not None:
             maps.check(cfg.model)
-        tokenizer = load_tokenizer(self.ckpt)
+        tokenizer = load_tokenizer(self.folder)
         names, windows = self._windows(tokenizer)
         first, rest = windows[0], windows[1:]
         needed = self.windows + self.verify_windows

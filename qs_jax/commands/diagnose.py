@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from qs_jax import diagnostics, presets
-from qs_jax.checkpoint import load_tokenizer
 from qs_jax.commands.options import TextOptions, print_table
 from qs_jax.config import Config, ModelConfig, QuickSilverConfig
 from qs_jax.config.fields import Percentile, Positive, Several
@@ -15,6 +14,7 @@ from qs_jax.diagnostics import Diagnosis, Flags
 from qs_jax.diagnostics.diagnosis import check_mechanisms
 from qs_jax.errors import InputError
 from qs_jax.files import write_json, write_whole
+from qs_jax.load import load_tokenizer
 from qs_jax.mechanisms.kv_maps import KVMaps
 from qs_jax.models import Params
 
@@ -58,7 +58,7 @@ class Diagnose(TextOptions):
         if self.suggest_protect is not None and self.suggest_protect.suffix != ".json":
             raise InputError("--suggest-protect is a preset: its name must end in .json.")
         self.check_out()
-        tokenizer = load_tokenizer(self.ckpt)
+        tokenizer = load_tokenizer(self.folder)
         ids, left_out = self.encode_text(tokenizer)
         cfg = self.config(continuation_tokens=self.scored_tokens(len(ids)), engine="masked")
         check_mechanisms(cfg)

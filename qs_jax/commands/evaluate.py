@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from qs_jax.checkpoint import load_tokenizer
 from qs_jax.commands.options import ScoringOptions, print_table
 from qs_jax.config import Config
 from qs_jax.config.fields import Count, Positive, Several
@@ -17,6 +16,7 @@ from qs_jax.evaluation.passkey import compare_passkeys, make_passkeys
 from qs_jax.evaluation.perplexity import Windows, check_width, evaluate, read_windows
 from qs_jax.evaluation.processes import Processes, connect
 from qs_jax.files import write_json
+from qs_jax.load import load_tokenizer
 
 _SAVED = {
     "layer_tokens_saved": "layer-tokens saved",
@@ -74,7 +74,7 @@ class Evaluate(ScoringOptions):
         cfg = self.config(continuation_tokens=self.continuation_tokens, engine=self.engine)
         check_width(self.seq_len, cfg)
         maps, digest = self.find_maps(cfg)
-        tokenizer = load_tokenizer(self.ckpt)
+        tokenizer = load_tokenizer(self.folder)
         text, windows = read_windows(self.data, tokenizer, self.seq_len, self.limit_windows)
         width = windows.tokens_WT.shape[1]
         check_width(width, cfg)

@@ -8,12 +8,12 @@ from typing import Annotated
 
 from tyro.conf import UseAppendAction
 
-from qs_jax.checkpoint import load_tokenizer
 from qs_jax.commands.options import RunOptions
 from qs_jax.config import Speculation
-from qs_jax.config.fields import Above0, NonNegative, Positive, Probability, Seed
+from qs_jax.config.fields import Above0, Count, NonNegative, Positive, Probability, Ratio, Seed
 from qs_jax.engine.inputs import check_positions
 from qs_jax.evaluation.datasets import read_stdin
+from qs_jax.load import load_tokenizer
 from qs_jax.text import TextStream, encode_prompt
 
 
@@ -25,14 +25,16 @@ class Generate(RunOptions):
     """Text to continue; - reads it from standard input."""
     max_new_tokens: Positive = 64
     """Longest continuation, in tokens."""
-    temperature: NonNegative = 0.0
-    """0 is greedy."""
-    top_k: Positive | None = None
-    """Sample among the k most likely tokens."""
+    temperature: NonNegative | None = None
+    """0 is greedy. This and the next four are by default what the checkpoint says, else greedy."""
+    top_k: Count | None = None
+    """Sample among the k most likely tokens; 0 for all."""
     top_p: Probability | None = None
-    """Sample among the smallest set holding this probability."""
-    repetition_penalty: Above0 = 1.0
-    """Above 1 discourages tokens already present."""
+    """Sample among the smallest set holding this probability; 1 for all."""
+    min_p: Ratio | None = None
+    """Sample among tokens with at least this share of the largest probability; 0 for all."""
+    repetition_penalty: Above0 | None = None
+    """Above 1 discourages tokens already present; 1 is off."""
     seed: Seed = 0
     """Of the sampler."""
     stop: Annotated[tuple[str, ...], UseAppendAction] = ()
@@ -50,14 +52,14 @@ class Generate(RunOptions):
 
     def run(self) -> None:
         """Load, generate, report."""
-        names = "max_new_tokens temperature top_k top_p repetition_penalty seed stop".split()
+        names = "max_new_tokens temperature top_k top_p min_p repetition_penalty seed stop".split()
         settings = {name: getattr(self, name) for name in names}
         if self.speculate:
             settings["speculate"] = Speculation()
         cfg = self.config(**settings)
         maps, _ = self.find_maps(cfg)
         prompt = read_stdin() if self.prompt == "-" else self.prompt
-        tokenizer = load_tokenizer(self.ckpt)
+        tokenizer = load_tokenizer(self.folder)
         ids = encode_prompt(tokenizer, prompt, chat=self.chat, system=self.system)
         check_positions(len(ids), cfg.max_new_tokens, cfg.model)
         self.warn_of_length(cfg, len(ids))

@@ -9,28 +9,32 @@ from typing import Any
 from qs_jax.checkpoint import check_codes, read_manifest
 from qs_jax.commands.options import print_table
 from qs_jax.config import ModelConfig
-from qs_jax.load import memory_of
+from qs_jax.load import find_checkpoint, memory_of
 
 
 @dataclasses.dataclass
 class Info:
-    """Print the source, sizes and configuration of a converted checkpoint."""
+    """Print the source, sizes and configuration of a checkpoint."""
 
     ckpt: Path
-    """Folder written by convert.hf_to_flax."""
+    """As the other commands take it."""
+    revision: str | None = None
+    """Of a hub id: branch, tag or commit."""
 
     def run(self) -> None:
         """Print the manifest as a table."""
-        manifest = read_manifest(self.ckpt)
-        rows = {
-            "source": manifest["source"],
+        folder = find_checkpoint(self.ckpt, self.revision)
+        manifest = read_manifest(folder)
+        rows = {name: manifest[name] for name in ("source", "revision") if name in manifest}
+        rows |= {
+            "folder": folder,
             "parameters": f"{manifest['num_params']:,}",
             "bytes on disk": f"{manifest['params']['bytes']:,}",
         }
         model = ModelConfig.from_dict(manifest["model"])
         kinds: dict[str, Any] = {"float32": None, "bfloat16": None, "int8": "int8"}
         if "codes" in manifest:
-            kinds["gguf"] = check_codes(self.ckpt, manifest)
+            kinds["gguf"] = check_codes(folder, manifest)
         for name, codes in kinds.items():
             dtype = name if codes is None else "bfloat16"
             size = memory_of(model.replace(dtype=dtype), codes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import sys
 from collections.abc import Iterable, Sequence
@@ -23,7 +24,7 @@ from qs_jax.errors import InputError
 from qs_jax.evaluation import perplexity
 from qs_jax.evaluation.datasets import read_text_or_file
 from qs_jax.files import check_targets
-from qs_jax.load import choose_dtype, find_maps, load
+from qs_jax.load import choose_dtype, find_checkpoint, find_maps, load
 from qs_jax.mechanisms.kv_maps import KVMaps
 from qs_jax.models import Params
 
@@ -33,7 +34,10 @@ class RunOptions:
     """A checkpoint under a preset: the options of every command that runs a model."""
 
     ckpt: Path
-    """Folder written by convert.hf_to_flax."""
+    """A folder written by convert.hf_to_flax; or what that converts, which is done once, into the
+    user's cache folder: a hub id ORG/NAME, a Hugging Face folder, a .gguf file, or embedded."""
+    revision: str | None = None
+    """Of a hub id: branch, tag or commit."""
     preset: str = "off"
     """Mechanisms to run: off (dense), balanced, fast-answers, paper, another name, or FILE.json."""
     protocol: Literal["teacher-forced", "continuation"] | None = None
@@ -57,16 +61,21 @@ class RunOptions:
         for name, kind in get_type_hints(type(self), include_extras=True).items():
             parse(f"--{name.replace('_', '-')}", getattr(self, name), kind)
 
+    @functools.cached_property
+    def folder(self) -> Path:
+        """The checkpoint's folder."""
+        return find_checkpoint(self.ckpt, self.revision)
+
     def config(self, preset: str | None = None, **settings: Any) -> Config:
         """The configuration of a preset, by default --preset; the weights are not read."""
-        model = ModelConfig.from_dict(read_manifest(self.ckpt)["model"])
+        model = ModelConfig.from_dict(read_manifest(self.folder)["model"])
         model = model.replace(dtype=choose_dtype(self.dtype, model))
         model = model.replace(weights=None) if self.allow_other_weights else model
         return presets.config(preset or self.preset, model, protocol=self.protocol, **settings)
 
     def find_maps(self, cfg: Config, preset: str | None = None) -> tuple[KVMaps | None, str | None]:
         """Maps of a preset and their file's SHA-256; None twice where it reads none."""
-        maps, path = find_maps(cfg, self.ckpt, self.kv_maps, preset or self.preset)
+        maps, path = find_maps(cfg, self.folder, self.kv_maps, preset or self.preset)
         return maps, path and hashlib.sha256(path.read_bytes()).hexdigest()
 
     def warn_of_length(self, cfg: Config, tokens: int) -> None:
@@ -77,7 +86,7 @@ class RunOptions:
 
     def load(self, maps: KVMaps | None = None) -> Params:
         """The parameters, with the maps that a call reads."""
-        params, _ = load(self.ckpt, dtype=self.dtype, weights=self.weights)
+        params, _ = load(self.folder, dtype=self.dtype, weights=self.weights)
         return params if maps is None else {**params, "kv_maps": maps}
 
     def settings(self, cfg: Config, **others: Any) -> dict[str, Any]:
@@ -95,9 +104,10 @@ class RunOptions:
 
     def origin(self, cfg: Config) -> dict[str, Any]:
         """The model and the code that produced a results file."""
-        manifest = read_manifest(self.ckpt)
+        manifest = read_manifest(self.folder)
         config = cfg.model.to_dict() | {"weights": manifest["model"].get("weights")}
         model = {"source": manifest["source"], "config": config}
+        model |= {name: manifest[name] for name in ("revision",) if name in manifest}
         return {"model": model, "versions": perplexity.versions(), "git": perplexity.git_hash()}
 
 

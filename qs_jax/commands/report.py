@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from qs_jax import report as reports
-from qs_jax.checkpoint import load_tokenizer
 from qs_jax.commands.options import TextOptions
 from qs_jax.config import Config
 from qs_jax.errors import InputError
 from qs_jax.files import write_whole
+from qs_jax.load import load_tokenizer
 from qs_jax.mechanisms.kv_maps import KVMaps
 from qs_jax.models import Params
 from qs_jax.report import PresetRuns, TextRuns, figures
@@ -26,7 +26,7 @@ class Report(TextOptions):
     out: Path
     """The page; it opens from disk and needs no network."""
     ckpt: Path | None = None  # type: ignore[assignment]
-    """Folder written by convert.hf_to_flax; needed with --text."""
+    """As the other commands take it; needed with --text."""
     preset: tuple[str, ...] = ("balanced",)  # type: ignore[assignment]
     """Presets to compare on the text: names, or FILE.json, one after another."""
     all_combinations: bool = True
@@ -73,7 +73,7 @@ class Report(TextOptions):
             raise InputError("--text needs --ckpt, the model that reads it.")
         if not self.preset:
             raise InputError("--preset names nothing.")
-        tokenizer = load_tokenizer(self.ckpt)
+        tokenizer = load_tokenizer(self.folder)
         ids, _ = self.encode_text(tokenizer)
         common = {"continuation_tokens": self.scored_tokens(len(ids)), "engine": "masked"}
         cfgs = {name: self.config(name, **common) for name in self.preset}

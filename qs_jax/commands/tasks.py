@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from qs_jax.checkpoint import load_tokenizer, read_manifest
+from qs_jax.checkpoint import read_manifest
 from qs_jax.commands.options import ScoringOptions, print_table
 from qs_jax.config.fields import NonNegative, Positive, Seed, Share
 from qs_jax.errors import InputError
@@ -15,6 +15,7 @@ from qs_jax.evaluation.datasets import is_name
 from qs_jax.evaluation.heads import Head
 from qs_jax.evaluation.tasks import TASKS, Examples, read_examples
 from qs_jax.files import write_json
+from qs_jax.load import load_tokenizer
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -59,7 +60,7 @@ class Tasks(ScoringOptions):
 
             names = "ckpt engine dtype batch_size devices allow_other_weights".split()
             settings = {name: getattr(self, name) for name in names}
-            settings |= {"ckpt": str(self.ckpt), "protocol": cfg.effective_protocol}
+            settings |= {"ckpt": str(self.folder), "protocol": cfg.effective_protocol}
             mechanisms = {"preset": self.preset, "kv_maps": self.kv_maps}
             mechanisms = None if cfg.quicksilver.is_off else mechanisms
             tasks = measure_words(settings, mechanisms, examples)
@@ -67,7 +68,7 @@ class Tasks(ScoringOptions):
             head = self._load_head() if stored else None
             settings = {name: getattr(self, name) for name in "train_share seed l2".split()}
             settings |= {"head": head, "batch_size": self.batch_size, "devices": devices}
-            tokenizer = load_tokenizer(self.ckpt)
+            tokenizer = load_tokenizer(self.folder)
             tasks = measure_heads(self.load(maps), cfg, examples, tokenizer, **settings)
         names = "batch_size train_share l2 limit seed".split()
         others = {name: getattr(self, name) for name in names}
@@ -86,7 +87,7 @@ class Tasks(ScoringOptions):
 
     def _load_head(self) -> Head:
         head = Head.load(Path(self.head))
-        if head.backbone != read_manifest(self.ckpt)["model"].get("weights"):
+        if head.backbone != read_manifest(self.folder)["model"].get("weights"):
             other = f"the head in {self.head} was trained with another model than {self.ckpt}"
             raise InputError(f"{other}: give the same folder as --ckpt and --head.")
         return head

@@ -8,7 +8,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from qs_jax.config.fields import Flag, Integer, Integers, Number, Settings
+from qs_jax.config.fields import (
+    Above0,
+    Count,
+    Flag,
+    Integer,
+    Integers,
+    NonNegative,
+    Number,
+    Probability,
+    Ratio,
+    Settings,
+)
 from qs_jax.errors import ConfigError
 
 # Bounds above every published model: shapes and angles can be formed before they are compared.
@@ -67,6 +78,28 @@ class RopeScaling(Settings, path="rope_scaling"):
             raise ConfigError(f"{kind} needs {need}, got {low} and {high}.")
 
 
+class Sampling(Settings, path="sampling"):
+    """How the next token is chosen; by default greedily.
+
+    The filters act in the order of Hugging Face, which is the one below.
+
+    Attributes:
+      temperature: Divides the logits; 0 is greedy, whatever the filters are.
+      top_k: Sample among the k most likely tokens only; 0 for all.
+      top_p: Sample among the smallest set that holds this probability; 1 for all.
+      min_p: Sample among tokens whose probability is at least this share of the largest one; 0 for
+        all (Nguyen et al. 2024).
+      repetition_penalty: Above 1 makes tokens of the prompt and continuation less likely, before
+        all others (Keskar et al. 2019, the rule Hugging Face uses); 1 is off.
+    """
+
+    temperature: NonNegative = 0.0
+    top_k: Count = 0
+    top_p: Probability = 1.0
+    min_p: Ratio = 0.0
+    repetition_penalty: Above0 = 1.0
+
+
 class ModelConfig(Settings):
     """The architecture of a frozen checkpoint; every size comes from the checkpoint itself.
 
@@ -98,6 +131,8 @@ class ModelConfig(Settings):
       pad_token_id: Fills rows after their end; None means 0.
       weights: Fingerprint of the checkpoint's weights, to which KV maps and presets are bound; None
         fits any. Plays no part in equality.
+      generation: How the checkpoint is meant to be sampled, which is what a `Config` does that says
+        nothing else. Plays no part in equality.
     """
 
     model_type: str
@@ -124,6 +159,7 @@ class ModelConfig(Settings):
     eos_token_ids: Integers = ()
     pad_token_id: Integer | None = None
     weights: str | None = dataclasses.field(default=None, compare=False)
+    generation: Sampling = dataclasses.field(default=Sampling(), compare=False)
 
     def __post_init__(self) -> None:
         heads, kv_heads = self.num_heads, self.num_kv_heads

@@ -20,15 +20,18 @@ from qs_jax.config.fields import (
     NonNegative,
     Positive,
     Probability,
+    Ratio,
     Seed,
     Settings,
 )
 from qs_jax.config.mechanisms import AMQConfig, Entropy, FusionConfig, HaltingConfig, KVSkipConfig
-from qs_jax.config.model import ModelConfig
+from qs_jax.config.model import ModelConfig, Sampling
 from qs_jax.errors import ConfigError
 
 Protocol = Literal["teacher-forced", "continuation"]
 PROTOCOLS: tuple[Protocol, Protocol] = ("teacher-forced", "continuation")
+# The settings of a greedy call, whatever the defaults of the checkpoint are.
+GREEDY: dict[str, Any] = {"temperature": 0.0, "repetition_penalty": 1.0}
 
 
 class QuickSilverConfig(Settings):
@@ -248,11 +251,12 @@ class Config(Settings):
       continuation_tokens: `score` under "continuation" takes the last tokens of each row as the
         continuation, unless it is given prompt lengths.
       max_new_tokens: Longest continuation of a row, in tokens.
-      temperature: Divides the logits; 0 is greedy.
-      top_k: Sample among the k most likely tokens only; None for all.
-      top_p: Sample among the smallest set that holds this probability; None for all.
-      repetition_penalty: Above 1 makes tokens of the prompt and continuation less likely
-        (Keskar et al. 2019, the rule Hugging Face uses); 1 is off.
+      temperature: As in `Sampling`, and so are the next four; None takes the model's, which are the
+        checkpoint's defaults.
+      top_k: 0 for all tokens.
+      top_p: 1 for all tokens.
+      min_p: 0 for all tokens.
+      repetition_penalty: 1 is off.
       seed: Row b of a batch draws from `fold_in(key(seed), b)`.
       eos_token_ids: Tokens that end a row; None takes the model's, () never stops.
       stop: Strings that end a row where its new text comes to hold one, however tokens cut it. The
@@ -273,10 +277,11 @@ class Config(Settings):
     protocol: Protocol | None = None
     continuation_tokens: Positive = 128
     max_new_tokens: Positive = 64
-    temperature: NonNegative = 0.0
-    top_k: Positive | None = None
+    temperature: NonNegative | None = None
+    top_k: Count | None = None
     top_p: Probability | None = None
-    repetition_penalty: Above0 = 1.0
+    min_p: Ratio | None = None
+    repetition_penalty: Above0 | None = None
     seed: Seed = 0
     eos_token_ids: Annotated[Integers, ONE_OR_MORE] | None = None
     stop: Annotated[tuple[str, ...], ONE_OR_MORE] = ()
@@ -297,7 +302,7 @@ class Config(Settings):
         self.model.check_ids("eos_token_ids: id", self.eos_token_ids or ())
         if "" in self.stop:
             raise ConfigError("stop holds an empty string, which every text does.")
-        if self.num_return_sequences > 1 and self.temperature == 0:
+        if self.num_return_sequences > 1 and self.sampling.temperature == 0:
             raise ConfigError(
                 "num_return_sequences above 1 would repeat one greedy text: give a temperature."
             )
@@ -313,3 +318,9 @@ class Config(Settings):
     def stop_ids(self) -> tuple[int, ...]:
         """The token ids that end a row of this call."""
         return self.model.eos_token_ids if self.eos_token_ids is None else self.eos_token_ids
+
+    @property
+    def sampling(self) -> Sampling:
+        """How this call chooses tokens: its own settings, and the model's where it has none."""
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(Sampling)}
+        return self.model.generation.replace(**{k: v for k, v in own.items() if v is not None})

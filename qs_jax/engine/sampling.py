@@ -2,7 +2,7 @@
 
 Which filters run is static; their numbers are arrays, so a sweep over them compiles once.
 The order is the one Hugging Face uses: repetition penalty, the caller's own processors,
-temperature, top-k, top-p.
+temperature, top-k, top-p, min-p.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class Plan(NamedTuple):
       shortlist: How many of the largest logits are sorted for top-k (a power of two >= top_k); 0
         when there is no top-k.
       nucleus: Apply top-p.
+      cutoff: Apply min-p.
       processors: `Config.logits_processors`.
       keeps_history: `Text.history_BS` is there.
     """
@@ -39,16 +40,21 @@ class Plan(NamedTuple):
     penalize: bool
     shortlist: int
     nucleus: bool
+    cutoff: bool
     processors: tuple[Callable[..., Array], ...]
     keeps_history: bool
 
 
 class Numbers(NamedTuple):
-    """The traced part, scalars: see `Config`; and the table of stop strings (`stops`), or None."""
+    """The traced part: scalars (`qs_jax.config.Sampling`), and the table of stop strings, or None.
+
+    See `stops.stop_table`.
+    """
 
     temperature: Float[Array, ""]
     top_k: Int[Array, ""]
     top_p: Float[Array, ""]
+    min_p: Float[Array, ""]
     repetition_penalty: Float[Array, ""]
     seed: UInt[Array, ""]
     stop_XV: Any
@@ -104,10 +110,10 @@ class Text(flax.struct.PyTreeNode):
 
 def plan_of(cfg: Config, capacity: int, stop_XV: Any = None) -> tuple[Plan, Numbers]:
     """Split a `Config` into its static and its traced part, with a table of stop strings."""
-    vocab = cfg.model.vocab_size
-    top_k = min(cfg.top_k or vocab, vocab)
+    sampling, vocab = cfg.sampling, cfg.model.vocab_size
+    top_k = min(sampling.top_k or vocab, vocab)
     least, most = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
-    greedy = cfg.temperature < least  # zero in float32
+    greedy = sampling.temperature < least  # zero in float32
 
     def number(value: float) -> Array:
         return jnp.float32(min(max(value, least), most))
@@ -117,17 +123,19 @@ def plan_of(cfg: Config, capacity: int, stop_XV: Any = None) -> tuple[Plan, Numb
         stop_ids=cfg.stop_ids,
         pad_id=cfg.model.pad_token_id or 0,
         greedy=greedy,
-        penalize=cfg.repetition_penalty != 1.0,
+        penalize=sampling.repetition_penalty != 1.0,
         shortlist=0 if greedy or top_k == vocab else min(1 << (top_k - 1).bit_length(), vocab),
-        nucleus=not greedy and cfg.top_p is not None and cfg.top_p < 1.0,
+        nucleus=not greedy and sampling.top_p < 1.0,
+        cutoff=not greedy and sampling.min_p > 0.0,
         processors=cfg.logits_processors,
         keeps_history=cfg.speculate is not None or bool(cfg.logits_processors),
     )
     numbers = Numbers(
-        temperature=number(cfg.temperature),
+        temperature=number(sampling.temperature),
         top_k=jnp.int32(top_k),
-        top_p=jnp.float32(1.0 if cfg.top_p is None else cfg.top_p),
-        repetition_penalty=number(cfg.repetition_penalty),
+        top_p=jnp.float32(sampling.top_p),
+        min_p=jnp.float32(sampling.min_p),
+        repetition_penalty=number(sampling.repetition_penalty),
         seed=jnp.uint32(cfg.seed),
         stop_XV=stop_XV,
     )
@@ -201,7 +209,7 @@ def penalize(logits_BV: Array, seen_BV: Array, penalty: Array) -> Array:
 
 
 def filter_logits(logits_BV: Array, plan: Plan, numbers: Numbers) -> Array:
-    """Logits after temperature, top-k and top-p, with -inf where a token is filtered out.
+    """Logits after temperature, top-k, top-p and min-p, with -inf where a token is filtered out.
 
     Tokens as likely as the last one that is kept are kept too.
     """
@@ -215,6 +223,8 @@ def filter_logits(logits_BV: Array, plan: Plan, numbers: Numbers) -> Array:
         prob_BV = jax.nn.softmax(logits_BV, axis=-1)
         least_B = nucleus_threshold(prob_BV, numbers.top_p)
         logits_BV = jnp.where(prob_BV >= least_B[:, None], logits_BV, -jnp.inf)
+    if plan.cutoff:  # the largest logit is 0, and no filter takes it
+        logits_BV = jnp.where(logits_BV >= jnp.log(numbers.min_p), logits_BV, -jnp.inf)
     return logits_BV
 
 

@@ -17,7 +17,6 @@ from jaxtyping import Array
 from tqdm import tqdm
 
 from qs_jax import accounting, presets
-from qs_jax.checkpoint import load_tokenizer
 from qs_jax.config import Config, Speculation
 from qs_jax.engine.devices import local_devices
 from qs_jax.engine.generate import generate
@@ -25,7 +24,7 @@ from qs_jax.engine.inputs import bucket_size
 from qs_jax.engine.stops import cut
 from qs_jax.errors import InputError, NonFiniteError
 from qs_jax.evaluation.rows import Pair, ScoredBatch, score_rows
-from qs_jax.load import find_maps, load
+from qs_jax.load import find_checkpoint, find_maps, load, load_tokenizer
 from qs_jax.models import Params, count_params, head
 
 try:
@@ -40,14 +39,16 @@ except ImportError as error:
 
 # Settings of Hugging Face models that change nothing at these values.
 _NEUTRAL = {"num_beams": 1, "num_return_sequences": 1}
+# Those that a request may name; else the checkpoint's hold, as for Hugging Face models.
+_FILTERS = ("top_k", "top_p", "min_p", "repetition_penalty")
 
 
 @register_model("qs-jax")
 class QSJaxLM(TemplateLM):
-    """A converted checkpoint under a preset, with the options of the command line.
+    """A checkpoint under a preset, with the options of the command line.
 
     Args:
-      ckpt: Folder written by convert.hf_to_flax.
+      ckpt: Checkpoint, as `qs_jax.load` takes it.
       preset: A name, or FILE.json.
       protocol: As `Config.protocol`.
       engine: As `Config.engine`.
@@ -63,6 +64,7 @@ class QSJaxLM(TemplateLM):
       max_batch_size: Refused: there are no automatic batch sizes.
       speculate: Draft and verify new tokens; the preset fast-answers does so by itself.
       weights: As `qs_jax.load` takes it.
+      revision: Of a hub id.
     """
 
     def __init__(
@@ -83,12 +85,13 @@ class QSJaxLM(TemplateLM):
         max_batch_size: int | None = None,
         speculate: bool = False,
         weights: str | None = None,
+        revision: str | None = None,
     ) -> None:
         super().__init__()
         del device
         if max_batch_size is not None or not str(batch_size).isdigit() or int(batch_size) < 1:
             raise InputError(f"--batch_size must be a number for qs-jax, got {batch_size!r}.")
-        self.folder = Path(ckpt)
+        self.folder = find_checkpoint(ckpt, revision)
         self.tokenizer: Any = load_tokenizer(self.folder)
         params, model = load(self.folder, dtype=dtype, weights=weights)
         model = model.replace(weights=None) if allow_other_weights else model
@@ -303,8 +306,10 @@ class QSJaxLM(TemplateLM):
         kwargs: dict[str, Any] = dict(normalize_gen_kwargs(request, self.max_gen_toks))
         until = [stop for stop in kwargs.pop("until") if stop]
         length, samples = kwargs.pop("max_gen_toks"), kwargs.pop("do_sample")
-        temperature, top_k = kwargs.pop("temperature", 1.0), kwargs.pop("top_k", None)
-        top_p, penalty = kwargs.pop("top_p", None), kwargs.pop("repetition_penalty", None)
+        temperature = kwargs.pop("temperature", self.cfg.sampling.temperature or 1.0)
+        filters: dict[str, Any] = {name: kwargs.pop(name, None) for name in _FILTERS}
+        if filters["top_k"] is not None:
+            filters["top_k"] = max(filters["top_k"], 0)  # some say -1 for all tokens
         if other := {k: v for k, v in kwargs.items() if k not in _NEUTRAL or v != _NEUTRAL[k]}:
             raise InputError(f"generation settings that qs-jax does not have: {other}.")
         most = self.max_length - 1
@@ -316,10 +321,8 @@ class QSJaxLM(TemplateLM):
             max_new_tokens=length,
             stop=tuple(until),
             temperature=temperature if samples else 0.0,
-            top_k=top_k if top_k and top_k > 0 else None,
-            top_p=top_p,
-            repetition_penalty=penalty or 1.0,
             eos_token_ids=tuple(sorted(stops)),
+            **filters,
         )
 
     def _text(self, ids: list[int]) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool
 from tqdm import tqdm
 
-from qs_jax.config import Config
+from qs_jax.config import GREEDY, Config
 from qs_jax.engine.generate import generate
 from qs_jax.errors import InputError
 from qs_jax.evaluation.classification import mcnemar_p
@@ -162,8 +162,7 @@ def find_passkeys(
     title: str | None = None,
 ) -> Bool[np.ndarray, "P"]:
     """Whether the greedy continuation of each prompt holds its key; a title shows a bar."""
-    plain = {"temperature": 0.0, "repetition_penalty": 1.0, "speculate": None}
-    cfg = cfg.replace(max_new_tokens=ANSWER_TOKENS, **plain)
+    cfg = cfg.replace(max_new_tokens=ANSWER_TOKENS, speculate=None, **GREEDY)
     found_P, lengths_P = np.zeros(len(prompts), bool), _lengths(prompts)
     with tqdm(total=len(prompts), unit="prompt", desc=title, disable=title is None) as bar:
         for length in np.unique(lengths_P):  # rows of one length run without padding

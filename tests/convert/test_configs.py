@@ -2,6 +2,8 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -9,12 +11,13 @@ from convert import hf_to_flax
 from convert.errors import Problems
 from convert.hf_attributes import ALIASES, HARMLESS, HARMLESS_AT, READ, REFUSED, ROPE, WINDOW
 from convert.hf_config import model_config
-from qs_jax.config import Config, ModelConfig, RopeScaling
+from qs_jax.config import Config, ModelConfig, RopeScaling, Sampling
+from qs_jax.engine.sampling import filter_logits, penalize, plan_of
 from qs_jax.errors import ConfigError
 from qs_jax.models.rope import inverse_frequencies
 from qs_jax.testing import tiny_model
 from tests.convert.folders import LLAMA_CONFIG, refused, write_folder
-from tests.support import GPT2
+from tests.support import GPT2, hf_model
 
 BASES = {"llama": LLAMA_CONFIG, "gpt2": GPT2 | {"model_type": "gpt2"}}
 BASES |= {kind: LLAMA_CONFIG | {"model_type": kind} for kind in ("mistral", "qwen2", "qwen3")}
@@ -35,7 +38,7 @@ PUBLISHED = {
     "DialoGPT": ("gpt2", {"task_specific_params": {"conversational": {"max_length": 1000}}}),
     "Cerebras-GPT": ("gpt2", {"scale_attn_weights": True, "n_inner": 128, "use_cache": True}),
     "uer": ("gpt2", {"gradient_checkpointing": False, "tokenizer_class": "BertTokenizer"}),
-    "rinna": ("gpt2", {"bad_words_ids": [[4]], "reorder_and_upcast_attn": False}),
+    "rinna": ("gpt2", {"bad_words_ids": None, "reorder_and_upcast_attn": False}),
     "flax": ("gpt2", {"use_scan": False, "tie_encoder_decoder": False, "xla_device": None}),
     "aliases": (
         "gpt2",
@@ -181,6 +184,68 @@ def test_no_attribute_is_in_two_tables():
         assert len(set().union(*tables)) == sum(map(len, tables))
 
 
+SAMPLED = {"temperature": 0.6, "top_k": 20, "top_p": 0.9, "min_p": 0.05}
+GENERATION = {
+    "sampled": {"do_sample": True, "repetition_penalty": 1.3, **SAMPLED},
+    "nothing said": {"do_sample": True},
+    "no filter": {"do_sample": True, "top_k": 0, "temperature": 2.5},
+    "greedy": {"repetition_penalty": 1.3, **SAMPLED},
+    "nothing": {},
+}
+
+
+@pytest.mark.hf
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize("name", GENERATION)
+def test_generation_defaults_are_those_of_hugging_face(tmp_path, name, file):
+    """Probabilities of the next token, as `transformers` reads the same folder."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    hf_model("llama").save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    raw = json.loads((tmp_path / "config.json").read_text())
+    given = GENERATION[name] | (raw if file == "config.json" else {})
+    (tmp_path / file).write_text(json.dumps(given))
+    hf, ids = AutoModelForCausalLM.from_pretrained(tmp_path), torch.tensor([[5, 6, 7, 6]])
+    asked = {"max_new_tokens": 1, "pad_token_id": 0, "return_dict_in_generate": True}
+    theirs = hf.generate(ids, **asked, output_scores=True, output_logits=True)
+
+    generation = given if file == "generation_config.json" else {}
+    model, problems, notes = read("llama", raw if generation else given, generation)
+    assert not problems
+    assert bool(notes) == (name == "nothing said")
+    plan, numbers = plan_of(Config(model), 1)
+    assert plan.greedy != bool(given.get("do_sample"))
+    logits_BV = jnp.asarray(theirs.logits[0].numpy())
+    if plan.penalize:
+        logits_BV = penalize(
+            logits_BV, jnp.isin(jnp.arange(97), ids.numpy())[None], numbers.repetition_penalty
+        )
+    ours = logits_BV if plan.greedy else filter_logits(logits_BV, plan, numbers)
+    expected = torch.softmax(theirs.scores[0], -1).numpy()
+    np.testing.assert_allclose(jax.nn.softmax(ours), expected, atol=1e-5)
+
+
+def test_generation_settings_that_are_not_done_are_noted():
+    wrong = {"num_beams": 4, "no_repeat_ngram_size": 3, "bad_words_ids": [[4]], "min_length": 2}
+    idle = {"num_beams": 1, "no_repeat_ngram_size": 0, "suppress_tokens": [], "stop_strings": None}
+    idle |= {"typical_p": 0.5, "max_length": 20, "nobody_knows": 1, "length_penalty": 2.0}
+    plain, _, notes = read("llama", {}, idle)
+    assert notes == []
+    model, problems, notes = read("llama", {}, idle | wrong)
+    assert (model, problems) == (plain, "")
+    expected = [f"{name} = {value!r} is not implemented" for name, value in wrong.items()]
+    assert all(any(each in note for note in notes) for each in expected)
+    assert len(notes) == len(wrong)
+    sampled = {"do_sample": True, "top_k": -3, "top_p": 0.9, "typical_p": 0.5}
+    model, problems, notes = read("llama", {}, sampled)
+    assert (model.generation, problems) == (Sampling(temperature=1.0, top_p=0.9), "")
+    first, second = notes
+    assert "sampling.top_k must be at least 0, got -3" in first
+    assert "typical_p = 0.5 is not implemented" in second
+
+
 WRONG = [0, -1, 2**31, 10**400, 1.5, float("nan"), float("inf"), True, "8", [8], {}]
 # What Hugging Face itself takes, at some of these values.
 FINE = {
@@ -258,6 +323,6 @@ def test_settings_of_a_model_are_checked_where_they_are_made(value):
         fields = {"rope_type": "linear", "factor": 2.0, name: value}
         with pytest.raises(ConfigError):
             RopeScaling(**fields)
-    if value != 0:
+    if value not in (0, None):
         with pytest.raises(ConfigError, match="temperature"):
             Config(tiny_model(), temperature=value)

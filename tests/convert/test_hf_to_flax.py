@@ -28,7 +28,7 @@ def test_a_folder_becomes_a_checkpoint(source, tmp_path, capsys):
     _, expected, model = llama_tensors()
     command = ["--source", str(source), "--out", str(tmp_path / "out")]
     assert hf_to_flax.main(command) == 0
-    assert "wrote llama, 0.0 M parameters, 3 layers, float32" in capsys.readouterr().out
+    assert "wrote llama, 0.0 M parameters, 3 layers, float32" in capsys.readouterr().err
     params, loaded = qs_jax.load(tmp_path / "out")
     assert loaded == model
     assert_same_tree(params, expected)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import qs_jax
-from qs_jax.config import Config
+from qs_jax.config import Config, ModelConfig, Sampling
 from qs_jax.engine import sampling
 from qs_jax.errors import ConfigError
 from qs_jax.testing import tiny_model, tiny_params
@@ -24,9 +24,15 @@ def filtered(logits_BV, **settings):
 @pytest.mark.hf
 @pytest.mark.parametrize("top_k", [None, 1, 5, 33])
 @pytest.mark.parametrize("top_p", [None, 0.05, 0.7, 0.99])
-def test_filters_equal_hugging_face(top_k, top_p):
+@pytest.mark.parametrize("min_p", [None, 0.02, 0.4, 1.0])
+def test_filters_equal_hugging_face(top_k, top_p, min_p):
     torch = pytest.importorskip("torch")
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    from transformers import (
+        MinPLogitsWarper,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
 
     logits_BV = np.random.default_rng(0).normal(0, 3, (8, MODEL.vocab_size)).astype(np.float32)
     theirs = TemperatureLogitsWarper(0.8)(None, torch.tensor(logits_BV))
@@ -34,7 +40,9 @@ def test_filters_equal_hugging_face(top_k, top_p):
         theirs = TopKLogitsWarper(top_k)(None, theirs)
     if top_p:
         theirs = TopPLogitsWarper(top_p)(None, theirs)
-    ours = filtered(logits_BV, temperature=0.8, top_k=top_k, top_p=top_p)
+    if min_p:
+        theirs = MinPLogitsWarper(min_p)(None, theirs)
+    ours = filtered(logits_BV, temperature=0.8, top_k=top_k, top_p=top_p, min_p=min_p)
     # Ours are relative to the largest, which changes no probability.
     expected = theirs.numpy() - theirs.numpy().max(axis=1, keepdims=True)
     np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
@@ -85,13 +93,35 @@ def test_seeds_rows_and_steps_draw_differently():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"temperature": 1e-6}, {"temperature": 1e-38}, {"temperature": 1.0, "top_p": 1e-6}]
+    "settings",
+    [
+        {"temperature": 1e-6},
+        {"temperature": 1e-38},
+        {"temperature": 1.0, "top_p": 1e-6},
+        {"temperature": 1.0, "min_p": 1.0},
+    ],
 )
 def test_a_tiny_temperature_or_nucleus_is_greedy(settings):
     params, greedy = tiny_params(MODEL), Config(MODEL, max_new_tokens=12)
     expected = qs_jax.generate(params, [[4, 5]], greedy).tokens
     sampled = qs_jax.generate(params, [[4, 5]], greedy.replace(**settings))
     np.testing.assert_array_equal(sampled.tokens, expected)
+
+
+def test_a_call_that_says_nothing_takes_the_settings_of_the_model():
+    """Whatever it says wins, and there is a way to say that a filter is off."""
+    stated = {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.2}
+    model = MODEL.replace(generation=Sampling(**stated))
+    assert Config(model).sampling == Sampling(**stated)
+    assert Config(model, top_k=9).sampling == Sampling(**stated | {"top_k": 9})
+    off = {"temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1}
+    assert Config(model, **off).sampling == Config(MODEL).sampling == Sampling()
+    assert ModelConfig.from_dict(model.to_dict()).generation == model.generation
+    plain, params = Config(MODEL, max_new_tokens=12), tiny_params(MODEL, scale=1.0)
+    sampled = qs_jax.generate(params, [[4, 5]], plain.replace(model=model)).tokens
+    expected = qs_jax.generate(params, [[4, 5]], plain.replace(**stated)).tokens
+    np.testing.assert_array_equal(sampled, expected)
+    assert (sampled != qs_jax.generate(params, [[4, 5]], plain).tokens).any()
 
 
 def test_settings_may_be_numpy_scalars_and_lists():
@@ -110,9 +140,11 @@ def test_settings_may_be_numpy_scalars_and_lists():
     [
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
-        ({"top_k": 0}, "top_k"),
+        ({"top_k": -1}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
+        ({"min_p": -0.1}, "min_p"),
+        ({"min_p": 1.1}, "min_p"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"seed": -1}, "seed"),

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import types
+from unittest import mock
 from unittest.mock import MagicMock
 
 import jax
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 import qs_jax
 from qs_jax import presets
+from qs_jax.config import Sampling
 from qs_jax.errors import InputError, NonFiniteError
 from tests.evaluation.settings import dual, quota
 
@@ -369,6 +371,28 @@ def test_generation_settings(model_of):
     ):
         with pytest.raises(InputError, match=message):
             lm.generate_until([request("a", settings)], disable_tqdm=True)
+
+
+def test_what_a_request_does_not_say_is_the_checkpoint_s(model_of):
+    """A model that is meant to be sampled is greedy here unless a request samples."""
+    lm = model_of("off")
+    generation = Sampling(temperature=0.7, top_k=9, min_p=0.1, repetition_penalty=1.2)
+    meant = lm.cfg.replace(model=lm.cfg.model.replace(generation=generation))
+    samples = {"do_sample": True, "top_k": -1, "top_p": 0.9}
+    with mock.patch.object(lm, "cfg", meant):
+        asked = [lm._settings({"max_gen_toks": 9} | each)[0] for each in ({}, samples)]
+    greedy, sampled = (cfg.sampling for cfg in asked)
+    assert greedy == generation.replace(temperature=0)
+    assert sampled == generation.replace(top_k=0, top_p=0.9)
+
+
+def test_a_hugging_face_folder(tiny_checkpoint, model_of, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    off = model_of("off")
+    lm = type(off)(str(tiny_checkpoint.parent / "hf"))
+    assert lm.folder.is_relative_to(tmp_path)
+    assert lm.cfg.model == off.cfg.model
+    assert lm.tok_encode("abc") == off.tok_encode("abc")
 
 
 def test_chat_templates_and_special_tokens(model_of):
