@@ -10,6 +10,7 @@ from convert.errors import ConversionError
 from convert.sources import read_object
 from qs_jax.checkpoint import read_tokenizer
 from qs_jax.config import ModelConfig
+from qs_jax.errors import InputError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -34,34 +35,52 @@ def check_tokenizer(folder: Path, model: ModelConfig) -> list[str]:
     Raises:
       ConversionError: It cannot be read, does not do what its files say, or has too many ids.
     """
+    file, notes = folder / "tokenizer.json", []
     try:
         tokenizer = read_tokenizer(folder)
+    except InputError as error:  # transformers is not installed
+        if not file.is_file():
+            raise ConversionError(f"without tokenizer.json, {error}") from error
+        notes.append("transformers is not installed: how it loads the tokenizer was not checked")
+        tokenizer = None
     except Exception as error:  # transformers raises many kinds
         reason = f"the tokenizer cannot be read ({type(error).__name__}: {error})"
         raise ConversionError(f"{reason}. --no-tokenizer works with token ids.") from error
-    notes = []
-    if (folder / "tokenizer.json").is_file():
-        from tokenizers import Tokenizer
-
-        raw = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        if raw.truncation or raw.padding:
-            notes.append("tokenizer.json truncates or pads texts; here they stay whole")
-        raw.no_truncation()
-        raw.no_padding()
-        _compare(tokenizer, raw)
+    if file.is_file():
+        raw = _read_raw(file, notes)
+        if tokenizer is not None:
+            _compare(tokenizer, raw)
         notes += _settings_overruled(folder, raw, model)
-    elif str(tokenizer.decode(tokenizer(PROBES[0]).input_ids, True)).strip() != PROBES[0]:
-        raise ConversionError(
-            f"the tokenizer's files and its class, {type(tokenizer).__name__}, do not belong "
-            "together: text does not come back. Add its tokenizer.json, or --no-tokenizer."
-        )
-    ids, vocab = tokenizer.vocab_size, model.vocab_size
+    else:
+        assert tokenizer is not None
+        raw = tokenizer.backend_tokenizer
+        if str(tokenizer.decode(tokenizer(PROBES[0]).input_ids, True)).strip() != PROBES[0]:
+            raise ConversionError(
+                f"the tokenizer's files and its class, {type(tokenizer).__name__}, do not belong "
+                "together: text does not come back. Add its tokenizer.json, or --no-tokenizer."
+            )
+    ids, vocab = raw.get_vocab_size(with_added_tokens=False), model.vocab_size
     if ids > vocab:
         raise ConversionError(f"another model's tokenizer: it has {ids} ids, the model {vocab}.")
-    if (outside := len(tokenizer) - vocab) > 0:
+    if (outside := raw.get_vocab_size() - vocab) > 0:
         added = f"{outside} added token(s) of the tokenizer are outside the vocabulary of {vocab}"
         notes.append(f"{added}; prompts that use them will be refused")
     return notes
+
+
+def _read_raw(file: Path, notes: list[str]) -> Tokenizer:
+    """What a tokenizer.json says, for whole texts."""
+    from tokenizers import Tokenizer
+
+    try:
+        raw = Tokenizer.from_file(str(file))
+    except Exception as error:  # it raises nothing more special
+        raise ConversionError(f"tokenizer.json cannot be read: {error}") from error
+    if raw.truncation or raw.padding:
+        notes.append("tokenizer.json truncates or pads texts; here they stay whole")
+    raw.no_truncation()
+    raw.no_padding()
+    return raw
 
 
 def _compare(tokenizer: Any, raw: Tokenizer) -> None:

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from qs_jax.config import ModelConfig
-from qs_jax.errors import CheckpointError
+from qs_jax.errors import CheckpointError, InputError
 from qs_jax.files import read_json
 
 if TYPE_CHECKING:
@@ -114,10 +114,19 @@ def _checksum_files(folder: Path, names: Iterable[str]) -> dict[str, int]:
 
 
 def transformers() -> ModuleType:
-    """The package, imported when first needed (it takes seconds), without its advice on torch."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    import transformers
+    """The package, imported when first needed (it takes seconds), without its advice on torch.
 
+    Raises:
+      InputError: It is not installed.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        import transformers
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        reason = "text needs transformers: pip install 'qs-jax[text]'. Token ids work without it."
+        raise InputError(reason) from error
     return transformers
 
 

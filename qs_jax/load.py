@@ -29,6 +29,7 @@ from qs_jax.checkpoint import (
     is_whole,
     read_manifest,
     read_tokenizer,
+    transformers,
 )
 from qs_jax.config import Config, ModelConfig
 from qs_jax.config.fields import parse
@@ -118,9 +119,11 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrain
 
     Raises:
       CheckpointError: There is no tokenizer, or one that cannot be read; or as `load` raises it.
+      InputError: transformers is not installed.
     """
     folder = find_checkpoint(path, revision)
     read_manifest(folder)
+    transformers()
     try:
         return read_tokenizer(folder)
     except Exception as error:  # transformers raises many kinds

@@ -1,14 +1,18 @@
 """tokenizer.json is obeyed to the letter; other tokenizers give text back."""
 
 import json
+import sys
 
 import pytest
 
+import qs_jax
 from convert import tokenizer as check
 from convert.errors import ConversionError
+from convert.hf_to_flax import convert
 from convert.tokenizer import PROBES, check_tokenizer
 from qs_jax.checkpoint import read_tokenizer
 from qs_jax.testing import tiny_model
+from tests.convert.folders import llama_tensors, write_folder
 from tests.convert.gguf_files import byte_level_tokenizer
 
 MODEL = tiny_model(vocab_size=300)
@@ -160,3 +164,17 @@ def test_vocabulary_and_merges_alone(folder, settings, message):
         assert check_tokenizer(folder, MODEL) == []
         tokenizer = read_tokenizer(folder)
         assert tokenizer.convert_ids_to_tokens(tokenizer("in the").input_ids) == ["in", "Ġthe"]
+
+
+def test_without_transformers_tokens_work_and_text_is_refused(tmp_path, monkeypatch):
+    """The base install: a Hugging Face folder converts, loads and generates."""
+    source = write_folder(tmp_path / "hf", llama_tensors()[0])
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    _, notes = convert(str(source), tmp_path / "ckpt")
+    assert any("transformers is not installed" in note for note in notes)
+    params, model = qs_jax.load(tmp_path / "ckpt")
+    assert qs_jax.generate(params, [[3, 4]], qs_jax.Config(model, max_new_tokens=2)).lengths[0] > 0
+    with pytest.raises(qs_jax.InputError, match=r"pip install 'qs-jax\[text\]'"):
+        qs_jax.load_tokenizer(tmp_path / "ckpt")
+    monkeypatch.undo()
+    assert qs_jax.load_tokenizer(tmp_path / "ckpt")("a").input_ids
