@@ -208,14 +208,13 @@ class Fast:
         assert cache.caches is not None
         starts_B, room = cache.lengths, self._room()
         counts_B = call.batch.lengths_B - starts_B
-        most = int(counts_B.max())
-        size = inputs.bucket_size(most)
+        size = inputs.bucket_size(int(counts_B.max()))
         width = min(size, prompt_cache.WIDEST)
         size = -(-size // width) * width
         rows = zip(call.batch.tokens_BT, starts_B, call.batch.lengths_B, strict=True)
         tokens = [np.pad(row[a:b], (0, size - b + a)) for row, a, b in rows]
         more = inputs.Batch(np.stack(tokens), counts_B)
-        slots = most + self._slots(room)
+        slots = size + self._slots(room)
         caches = prompt_cache.grown(cfg, cache.caches, starts_B, slots, for_all=True)
         positions = (self._positions(), cfg.model.num_layers)
         decisions = prompt_cache.widen_decisions(cache.decisions, *positions)
