@@ -27,13 +27,22 @@ def backend(request, monkeypatch):
     return request.param
 
 
+def in_window(query_pos_BT, window):
+    """By the definition of a sliding window, from distances."""
+    apart_BTS = np.asarray(query_pos_BT)[..., None] - np.arange(WIDTH)
+    return apart_BTS < (window or WIDTH)
+
+
+@pytest.mark.parametrize("window", [None, 1, 9])
 @pytest.mark.parametrize("block", [16, 64])
-def test_blocks_give_the_plain_attention(monkeypatch, backend, block):
+def test_blocks_give_the_plain_attention(monkeypatch, backend, block, window):
     monkeypatch.setattr(attention, "QUERY_BLOCK", block)
     q, (k, v) = random_heads(WIDTH, HEADS), keys_values()
     causal_BTS = jnp.broadcast_to(jnp.tri(WIDTH, dtype=bool), (BATCH, WIDTH, WIDTH))
-    expected, _ = attention.attention(q, k, v, causal_BTS, None)
-    np.testing.assert_allclose(attention.blocked_attention(q, k, v), expected, atol=1e-5)
+    mask_BTS = causal_BTS & in_window(np.arange(WIDTH)[None], window)
+    expected, _ = attention.attention(q, k, v, mask_BTS, None)
+    found = attention.blocked_attention(q, k, v, window=window)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def some_of_each_row(count, seed=0):
@@ -45,14 +54,17 @@ def some_of_each_row(count, seed=0):
     return jnp.asarray(pos_BT, jnp.int32), jnp.asarray(first_BS, jnp.int32)
 
 
+@pytest.mark.parametrize("window", [None, 9])
 @pytest.mark.parametrize("rising", [True, False])
-def test_some_queries_see_the_keys_that_exist(monkeypatch, backend, rising):
+def test_some_queries_see_the_keys_that_exist(monkeypatch, backend, rising, window):
     monkeypatch.setattr(attention, "QUERY_BLOCK", 8)
     q, (k, v), (pos_BT, first_BS) = random_heads(20, HEADS), keys_values(), some_of_each_row(20)
     if not rising:
         pos_BT = pos_BT[:, ::-1]
-    expected, _ = attention.attention(q, k, v, first_BS[:, None] <= pos_BT[..., None], None)
-    found = attention.blocked_attention(q, k, v, pos_BT, first_BS, rising=rising)
+    mask_BTS = (first_BS[:, None] <= pos_BT[..., None]) & in_window(pos_BT, window)
+    expected, _ = attention.attention(q, k, v, mask_BTS, None)
+    options = {"window": window, "rising": rising}
+    found = attention.blocked_attention(q, k, v, pos_BT, first_BS, **options)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 

@@ -143,7 +143,8 @@ def opened(name, rows):
 
     def step(tokens_BT, pos_B, live_B, caches):
         tokens_BT, pos_B = jnp.asarray(tokens_BT, jnp.int32), jnp.asarray(pos_B, jnp.int32)
-        where = (tokens_BT, pos_B, jnp.asarray(live_B), caches)
+        held_B = jnp.where(jnp.asarray(live_B), tokens_BT.shape[1], 0)
+        where = (tokens_BT, pos_B, held_B, caches)
         return STEP(rest, layers, *where, model=static["model"], mech=mech)
 
     return step, state.caches, np.asarray(state.text.pos_B)
@@ -179,7 +180,7 @@ def test_a_step_of_several_tokens_is_as_many_steps(name, rows):
         for t in range(WIDTH):
             alone = step(tokens_BT[:, t : t + 1], pos_B + t, live_B, caches)
             caches = alone.caches
-            np.testing.assert_allclose(alone.logits_BTV[:, 0], together.logits_BTV[:, t], atol=1e-6)
+            np.testing.assert_allclose(alone.h_BTD[:, 0], together.h_BTD[:, t], atol=1e-6)
             for part in ("depth_BT", "bits_BT"):
                 ours, theirs = getattr(together.state, part), getattr(alone.state, part)
                 np.testing.assert_array_equal(ours[:, t], theirs[:, 0], part)
@@ -203,7 +204,7 @@ def test_a_draft_taken_back_leaves_no_trace(name):
             right_B1 = np.full((rows, 1), 40 + t)
             where = (right_B1, pos_B + accepted_B + t, np.ones(rows, bool))
             found, other = step(*where, caches), step(*where, expected)
-            np.testing.assert_allclose(found.logits_BTV, other.logits_BTV, atol=1e-6)
+            np.testing.assert_allclose(found.h_BTD, other.h_BTD, atol=1e-6)
             caches, expected = found.caches, other.caches
         assert_same_caches(caches, expected)
 
