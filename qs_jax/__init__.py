@@ -13,7 +13,7 @@ from qs_jax.config import (
     QuickSilverConfig,
     Speculation,
 )
-from qs_jax.engine.devices import replicate
+from qs_jax.engine.devices import make_mesh, replicate, shard
 from qs_jax.engine.generate import GenerateOutput, StreamStep, generate, stream
 from qs_jax.engine.inputs import TokenOverrides
 from qs_jax.engine.score import ScoreOutput, score
@@ -33,7 +33,10 @@ __all__ = [
     # Checkpoints
     "load",
     "load_tokenizer",
+    # Several devices
+    "make_mesh",
     "replicate",
+    "shard",
     # Running a model
     "generate",
     "score",

@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from qs_jax.config import Config, ModelConfig, Speculation
 from qs_jax.engine import decode, inputs, prompt, sampling, speculate
+from qs_jax.engine import devices as on_devices
 from qs_jax.engine.cache import KVCache, SlotCache, bucket, cache_bytes
 from qs_jax.engine.decode import DecodeState
 from qs_jax.engine.prompt_call import Plan, Segments
@@ -44,6 +46,7 @@ class Request(NamedTuple):
     numbers: sampling.Numbers
     plan: sampling.Plan
     cfg: Config
+    mesh: Mesh | None = None
 
 
 def start(
@@ -107,8 +110,10 @@ class Fast:
         call = self.call
         prompts = (call.padded, call.padded.lengths_B, call.overrides)
         cut, segments = arrange(self.cfg, *prompts, call.mech)
-        given = (call.padded, call.overrides, call.mech, segments, call.numbers)
-        self.state = jit_start(self.call.params, *given, **self.static, prompt_plan=cut)
+        rows = on_devices.put_rows((call.padded, call.overrides), call.mesh)
+        given = (*rows, call.mech, segments, call.numbers)
+        text, *rest = jit_start(self.call.params, *given, **self.static, prompt_plan=cut)
+        self.state = (on_devices.end_copies(text, len(call.batch.lengths_B)), *rest)
         self.produced = self.limit = 1
         return self.state[0]
 
@@ -174,8 +179,8 @@ class Fast:
             width = old.k_LBSKH.shape[2] + call.plan.capacity
             noted = None if call.mech.is_off else decisions
             arrays = (text, old, noted, held_LBS, decisions.bits_BT)
-            prompts = None if drafting is None else call.padded.tokens_BT
-            drafts = (prompts, *speculate.split(drafting, len(text.pos_B)))
+            prompts = on_devices.put_rows(call.padded.tokens_BT, call.mesh) if drafting else None
+            drafts = (prompts, *speculate.split(drafting, len(call.batch.lengths_B)))
             self.state = _pack(*arrays, *drafts, tuple(layout), width)
         used = {id(leaf) for leaf in jax.tree.leaves(self.state)}  # some may be handed through
         for leaf in jax.tree.leaves(old):

@@ -18,7 +18,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.config import Config, ModelConfig
+from qs_jax.engine import devices as on_devices
 from qs_jax.engine import inputs, sampling, speculate
+from qs_jax.engine.devices import Devices
 from qs_jax.engine.fast import Fast, Request
 from qs_jax.engine.inputs import TokenOverrides
 from qs_jax.engine.prompt_plan import refusal, runs_fast
@@ -103,15 +105,17 @@ def _prepare(
     lengths: Any,
     attention_mask: Any,
     overrides: TokenOverrides | None,
+    devices: Devices | None,
 ) -> _Masked | Fast:
     model, mech = cfg.model, resolve(cfg.quicksilver, cfg.model, cfg.effective_protocol)
-    params = prepare_params(params, model, mech)
+    mesh = None if devices is None else on_devices.as_mesh(devices)
+    params = prepare_params(params, model, mech, mesh)
     given = {"lengths": lengths, "attention_mask": attention_mask}
     batch, padded = inputs.prepare_batch(tokens, model, new_tokens=cfg.max_new_tokens, **given)
     shape, width = padded.tokens_BT.shape, batch.tokens_BT.shape[1]
     chosen = inputs.override_arrays(overrides, shape, width, cfg)
     plan, numbers = sampling.plan_of(cfg, inputs.bucket_size(cfg.max_new_tokens))
-    request = Request(params, batch, padded, chosen, mech, numbers, plan, cfg)
+    request = Request(params, batch, padded, chosen, mech, numbers, plan, cfg, mesh)
     if runs_fast(cfg, generates=True):
         return Fast(request)
     if cfg.speculate is not None:
@@ -129,6 +133,7 @@ def generate(
     lengths: Sequence[int] | np.ndarray | None = None,
     attention_mask: Any = None,
     overrides: TokenOverrides | None = None,
+    devices: Devices | None = None,
 ) -> GenerateOutput:
     """Continue every row until an end token or `cfg.max_new_tokens`.
 
@@ -141,17 +146,22 @@ def generate(
       lengths: `[B]` valid tokens of each right-padded row.
       attention_mask: `[B, T]`, true for real tokens; left or right padding.
       overrides: Of single tokens of the prompts, whatever their signals.
+      devices: Split rows and parameters over a mesh from `qs_jax.make_mesh`, or rows over a
+        sequence of devices. Parameters that are not there are copied at every call; `qs_jax.shard`
+        does it once.
 
     Returns:
       The new tokens, their count and log-probabilities, and the record of the mechanisms.
 
     Raises:
-      ConfigError: The parameters are another model's, or the maps a policy needs are missing.
+      ConfigError: The parameters are another model's, the maps a policy needs are missing, or
+        `devices` is a mesh with other axes.
       InputError: Tokens cannot be used, or prompt + budget exceed the position limit.
       NonFiniteError: The model produced NaN or infinite logits.
     """
-    engine = _prepare(params, tokens, cfg, lengths, attention_mask, overrides)
-    text, found = jax.device_get(engine.finish())
+    engine = _prepare(params, tokens, cfg, lengths, attention_mask, overrides, devices)
+    rows = len(engine.call.batch.lengths_B)
+    text, found = on_devices.first_rows(jax.device_get(engine.finish()), rows)
     check_finite(text.finite_B)
     call, record = engine.call, None
     if found is not None:
@@ -168,7 +178,7 @@ def generate(
         logprobs=text.logprobs_BM[:, : cfg.max_new_tokens],
         prompt_tokens=call.batch.tokens_BT,
         prompt_lengths=call.batch.lengths_B,
-        **jax.device_get(engine.counts(text.lengths_B)),
+        **jax.device_get(on_devices.first_rows(engine.counts(text.lengths_B), rows)),
         record=record,
         kv_bytes=engine.kv_bytes,
     )
@@ -183,6 +193,7 @@ def stream(
     lengths: Sequence[int] | np.ndarray | None = None,
     attention_mask: Any = None,
     overrides: TokenOverrides | None = None,
+    devices: Devices | None = None,
 ) -> Iterator[StreamStep]:
     """`generate`, one token a row at a time: same arguments, same tokens.
 
@@ -195,7 +206,7 @@ def stream(
       InputError: As `generate`.
       NonFiniteError: As `generate`, while iterating.
     """
-    return _steps(_prepare(params, tokens, cfg, lengths, attention_mask, overrides))
+    return _steps(_prepare(params, tokens, cfg, lengths, attention_mask, overrides, devices))
 
 
 def _steps(engine: _Masked | Fast) -> Iterator[StreamStep]:
@@ -203,11 +214,12 @@ def _steps(engine: _Masked | Fast) -> Iterator[StreamStep]:
     budget, ended_B = engine.call.cfg.max_new_tokens, told_B > 0
     while not (ended_B | (told_B >= budget)).all():
         with default_settings():  # not around the yield, where the caller's code runs
-            text = engine.advance()
+            text = on_devices.first_rows(engine.advance(), len(told_B))
             facts = (text.lengths_B, text.done_B, text.finite_B)
             lengths_B, done_B, finite_B = jax.device_get(facts)
             new = _columns(text.tokens_BM, text.logprobs_BM, told_B, engine.width)
-            (tokens_BT, logprobs_BT), counts = jax.device_get((new, engine.counts(lengths_B)))
+            counts = on_devices.first_rows(engine.counts(lengths_B), len(told_B))
+            (tokens_BT, logprobs_BT), counts = jax.device_get((new, counts))
         check_finite(finite_B)
         for at in range(int((lengths_B - told_B).max())):
             is_new_B = told_B < lengths_B
@@ -238,7 +250,8 @@ class _Masked:
         self.call, more = call, call.plan.capacity
 
         def widen(array: Any, value: Any) -> Any:
-            return np.pad(array, ((0, 0), (0, more)), constant_values=value)
+            wide = np.pad(array, ((0, 0), (0, more)), constant_values=value)
+            return on_devices.put_rows(wide, call.mesh)
 
         self.tokens, self.overrides = widen(call.padded.tokens_BT, 0), None
         if call.overrides is not None:
@@ -249,7 +262,8 @@ class _Masked:
     def advance(self) -> sampling.Text:
         """One more token a row."""
         call = self.call
-        given = (self.tokens, call.batch.lengths_B, self.overrides, self.text)
+        lengths_B = on_devices.put_rows(call.padded.lengths_B, call.mesh)
+        given = (self.tokens, lengths_B, self.overrides, self.text)
         arrays = (call.params, *given, call.mech, call.numbers)
         out = _rescore(*arrays, model=call.cfg.model, plan=call.plan)
         self.tokens, self.text, self.evidence = out
