@@ -76,9 +76,9 @@ def local_devices(wanted: str | int) -> Devices | None:
     counts = [int(size) if size.isdecimal() and len(size) < 10 else 0 for size in sizes]
     if len(counts) > 2 or not 1 <= np.prod(counts, dtype=object) <= len(found):
         raise ConfigError(
-            f"devices must be 'all', between 1 and {len(found)}, the devices of kind "
-            f"{found[0].device_kind} that this process has, or DATAxMODEL of as many at most, as "
-            f"in 2x4; got {wanted!r}."
+            f"devices must be 'all' or between 1 and {len(found)}, the devices of kind "
+            f"{found[0].device_kind} that this process has, or 2x2 for a mesh of as many; got "
+            f"{wanted!r}."
         )
     if len(counts) == 2:
         return make_mesh(*counts)
