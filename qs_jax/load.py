@@ -62,11 +62,12 @@ def load(
     path, manifest = Path(path), read_manifest(path)
     model = ModelConfig.from_dict(manifest["model"])
     if devices is not None and not isinstance(devices, Mesh):
-        if not devices:
+        if len(devices) == 0:
             raise ConfigError("devices is empty; None takes the default device.")
         devices = make_mesh(1, len(devices), devices)
     mesh = None if devices is None else as_mesh(devices)
-    model = model.replace(dtype=choose_dtype(dtype, model, mesh and mesh.devices.flat[0]))
+    first = None if mesh is None else mesh.devices.flat[0]
+    model = model.replace(dtype=choose_dtype(dtype, model, first))
     parse("weights", weights, WeightsOption)
     # TensorStore reads a missing chunk as zeros, and Orbax leaves reads pending when one fails.
     check_params_files(path, manifest)

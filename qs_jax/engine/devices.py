@@ -81,7 +81,7 @@ def local_devices(wanted: str | int) -> Devices | None:
             f"{wanted!r}."
         )
     if len(counts) == 2:
-        return make_mesh(*counts)
+        return make_mesh(counts[0], counts[1])
     return found[: counts[0]] if counts[0] > 1 else None
 
 
