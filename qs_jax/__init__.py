@@ -12,7 +12,7 @@ from qs_jax.config import (
     QuickSilverConfig,
     Speculation,
 )
-from qs_jax.engine.devices import replicate
+from qs_jax.engine.devices import make_mesh, replicate, shard
 from qs_jax.engine.generate import (
     GenerateOutput,
     StreamStep,
@@ -40,7 +40,10 @@ __all__ = [
     # Checkpoints
     "load",
     "load_tokenizer",
+    # Several devices
+    "make_mesh",
     "replicate",
+    "shard",
     # Running a model
     "generate",
     "prefill",

@@ -11,15 +11,13 @@ import math
 import re
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from urllib.parse import quote
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from qs_jax.checkpoint import (
     MANIFEST,
@@ -33,6 +31,7 @@ from qs_jax.checkpoint import (
 )
 from qs_jax.config import Config, ModelConfig
 from qs_jax.config.fields import parse
+from qs_jax.engine.devices import Devices, as_mesh, make_mesh, shard, sharding_of
 from qs_jax.errors import (
     CheckpointError,
     ConfigError,
@@ -61,7 +60,7 @@ def load(
     *,
     revision: str | None = None,
     dtype: str | None = "auto",
-    devices: Sequence[jax.Device] | None = None,
+    devices: Devices | None = None,
     weights: str | None = None,
 ) -> tuple[Params, ModelConfig]:
     """Read a checkpoint, and check it against its checksum.
@@ -73,7 +72,8 @@ def load(
       revision: Of a hub id: branch, tag or commit.
       dtype: "float32" or "bfloat16" to convert while reading; "auto" is the faster of the two on
         the device; None keeps the stored dtype.
-      devices: Shard the parameters over these, tensor-parallel; None is the default device.
+      devices: Cut the parameters over the axis "model" of a mesh (`qs_jax.make_mesh`), or over a
+        sequence of devices, tensor-parallel; None is the default device.
       weights: How the projections of all layers are held. None: in `dtype`. "int8": a code of 8
         bits each and a scale for each output channel. "gguf": the 4- or 8-bit codes of the GGUF
         file that the checkpoint was converted from, which stand for the very weights. Embeddings,
@@ -87,22 +87,24 @@ def load(
     Raises:
       CheckpointError: The folder is missing, incomplete, damaged or of another format, or has no
         codes of a GGUF file; or the model cannot be fetched or converted.
-      ConfigError: `dtype` or `weights` is none of these, or `devices` is empty, or a local
-        checkpoint has a `revision`.
+      ConfigError: `dtype` or `weights` is none of these, `devices` is empty or another mesh, or a
+        local checkpoint has a `revision`.
       NonFiniteError: A weight is NaN or infinite.
     """
     path = find_checkpoint(path, revision)
     manifest = read_manifest(path)
     model = ModelConfig.from_dict(manifest["model"])
-    if devices is not None and len(devices) == 0:
-        raise ConfigError("devices is empty; None takes the default device.")
-    model = model.replace(dtype=choose_dtype(dtype, model, devices[0] if devices else None))
+    if devices is not None and not isinstance(devices, Mesh):
+        if len(devices) == 0:
+            raise ConfigError("devices is empty; None takes the default device.")
+        devices = make_mesh(1, len(devices), devices)
+    mesh = None if devices is None else as_mesh(devices)
+    first = None if mesh is None else mesh.devices.flat[0]
+    model = model.replace(dtype=choose_dtype(dtype, model, first))
     parse("weights", weights, WeightsOption)
-    if weights == "gguf" and devices is not None:
-        raise ConfigError("weights='gguf' is for one device: leave out devices.")
     # TensorStore reads a missing chunk as zeros, and Orbax leaves reads pending when one fails.
     check_params_files(path, manifest)
-    params = _restore(path, model, devices)
+    params = _restore(path, model, mesh)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if bad := [jax.tree_util.keystr(key) for key, leaf in leaves if not _finite(leaf)]:
         raise NonFiniteError(f"{path}: NaN or infinite weights in {', '.join(bad)}.")
@@ -111,7 +113,8 @@ def load(
     if weights == "gguf":
         params = {**params, "layers": _with_codes(params["layers"], check_codes(path, manifest))}
     maps = path / FILE_NAME if (path / FILE_NAME).is_file() else shipped_maps(model)
-    return params if maps is None else {**params, "kv_maps": KVMaps.load(maps)}, model
+    params = params if maps is None else {**params, "kv_maps": KVMaps.load(maps)}
+    return params if mesh is None else shard(params, mesh), model
 
 
 def load_tokenizer(path: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerFast:
@@ -242,27 +245,16 @@ def choose_dtype(dtype: str | None, model: ModelConfig, device: Any = None) -> s
     return "float32" if old else "bfloat16"
 
 
-def _restore(path: Path, model: ModelConfig, devices: Sequence[jax.Device] | None) -> Params:
-    """The parameters in the model's dtype, on the default device or sharded over several.
-
-    Projections into heads and neurons are cut by columns, those back by rows, tables by tokens.
-    Axes that the devices do not divide evenly, and everything else, are replicated.
-    """
+def _restore(path: Path, model: ModelConfig, mesh: Mesh | None) -> Params:
+    """The parameters in the model's dtype, on the default device or as `shard` cuts them."""
     import orbax.checkpoint as ocp  # slow to import
 
     logging.getLogger("absl").setLevel(logging.ERROR)
-    mesh = None if devices is None else Mesh(np.asarray(devices), ("model",))
 
     def place(key_path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         if mesh is None:
             return leaf.update(sharding=SingleDeviceSharding(jnp.zeros(()).device))
-        module, name = (entry.key for entry in key_path[-2:])
-        spec: list[str | None] = [None] * len(leaf.shape)
-        axis = {"out": 1, "down": 1, "embed": 0, "head": 0}.get(module, len(spec) - 1)
-        sharded = name in ("kernel", "tokens") or module in ("qkv", "gate_up", "up")
-        if sharded and leaf.shape[axis] % mesh.size == 0:
-            spec[axis] = "model"
-        return leaf.update(sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+        return leaf.update(sharding=sharding_of(key_path, leaf.shape, mesh))
 
     target = jax.tree_util.tree_map_with_path(place, abstract_params(model))
     restore_args = ocp.checkpoint_utils.construct_restore_args(target)

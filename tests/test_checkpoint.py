@@ -125,15 +125,24 @@ def test_the_default_dtype_is_the_faster(tmp_path, monkeypatch, platform, detail
     cpu.processor_multiplies.cache_clear()
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_parameters_are_sharded_over_devices(tiny_checkpoint, count):
+@pytest.mark.parametrize(
+    ("count", "data", "weights"),
+    [
+        (2, None, None),
+        pytest.param(4, None, None, marks=pytest.mark.slow),
+        pytest.param(2, 2, None, marks=pytest.mark.slow),
+        pytest.param(2, 2, "int8", marks=pytest.mark.slow),
+    ],
+)
+def test_parameters_are_sharded_over_devices(tiny_checkpoint, count, data, weights):
     """Matrices are cut, nothing is lost, and the model computes the same."""
-    devices = jax.devices()[:count]
-    params, model = qs_jax.load(tiny_checkpoint, devices=devices)
-    whole, _ = qs_jax.load(tiny_checkpoint)
+    devices = jax.devices()[:count] if data is None else qs_jax.make_mesh(data, count)
+    everywhere = set(jax.devices()[: count * (data or 1)])
+    params, model = qs_jax.load(tiny_checkpoint, devices=devices, weights=weights)
+    whole, _ = qs_jax.load(tiny_checkpoint, weights=weights)
     jax.tree.map(np.testing.assert_array_equal, params, whole)
-    kernel = params["layers"]["gate_up"]["kernel"]
-    assert {shard.device for shard in kernel.addressable_shards} == set(devices)
+    kernel = jax.tree.leaves(params["layers"]["gate_up"]["kernel"])[0]
+    assert {shard.device for shard in kernel.addressable_shards} == everywhere
     for shard in kernel.addressable_shards:
         assert shard.data.size == kernel.size // count
     cfg = qs_jax.Config(model=model, max_new_tokens=8)

@@ -37,7 +37,7 @@ MISTAKES = [
     ({"--out": "there.json"}, "--overwrite", WRITE),
     ({"--out": "."}, "is a folder", WRITE),
     ({"--out": "nowhere/out.json"}, "there is no folder nowhere", WRITE),
-    ({"--devices": "99"}, "devices must be", {"evaluate", "tasks"}),
+    ({"--devices": "99"}, "devices must be", {"evaluate", "generate", "tasks"}),
     ({"--batch-size": "0"}, "--batch-size must be at least 1", {"evaluate", "tasks"}),
     ({"--prompt": ""}, "the prompt is empty", GENERATE),
     ({"--chat": ""}, "no chat template", GENERATE),
@@ -136,6 +136,14 @@ def test_generate_takes_a_preset_by_name_or_file(ckpt, capsys, tmp_path):
     assert capsys.readouterr().out == by_name
     assert cli.main([*command, "--preset", "balanced", "--protocol", "teacher-forced"]) == 1
     assert "ranks a whole prompt" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", ["1x4", "2"])
+def test_generate_on_several_devices(ckpt, capsys, devices):
+    command = ["generate", "--ckpt", ckpt, "--prompt", "hello", "--max-new-tokens", "12"]
+    assert cli.main([*command, "--dtype", "float32", "--devices", devices]) == 0
+    assert capsys.readouterr().out == "hello" + continuation(ckpt, "hello", 12) + "\n"
 
 
 def test_quiet_prints_the_continuation_only(ckpt, capsys, monkeypatch):

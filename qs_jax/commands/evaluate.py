@@ -86,9 +86,10 @@ class Evaluate(ScoringOptions):
             print(f"{self.out} is complete; it was left as it is.")
             return
         with journal.Journal(self._journal_out(), identity, resume=self.resume) as batches:
-            sharing = {"devices": devices, "journal": batches, "processes": processes}
+            sharing = {"journal": batches, "processes": processes}
             settings: dict[str, Any] = {"batch_size": self.batch_size, "progress": True}
-            params = self.load(maps)
+            settings["devices"] = devices
+            params = self.load(maps, devices)
             results = evaluate(params, windows, cfg, **settings, **sharing)
             if prompts:  # in every process: none waits long for another
                 asked = (params, cfg.replace(engine="auto"), tokenizer, prompts)

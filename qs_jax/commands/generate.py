@@ -11,6 +11,7 @@ from tyro.conf import UseAppendAction
 from qs_jax.commands.options import RunOptions
 from qs_jax.config import Speculation
 from qs_jax.config.fields import Above0, Count, NonNegative, Positive, Probability, Ratio, Seed
+from qs_jax.engine.devices import local_devices
 from qs_jax.engine.inputs import check_positions
 from qs_jax.evaluation.datasets import read_stdin
 from qs_jax.load import load_tokenizer
@@ -45,6 +46,8 @@ class Generate(RunOptions):
     """Put the prompt into the model's chat template, as the user's message."""
     system: str | None = None
     """System message of the chat template."""
+    devices: str = "1"
+    """Local devices to cut the parameters over: 1x4 for four of them."""
     quiet: bool = False
     """Print the continuation only: no prompt, no timings."""
     stats: bool = False
@@ -57,13 +60,13 @@ class Generate(RunOptions):
         if self.speculate:
             settings["speculate"] = Speculation()
         cfg = self.config(**settings)
-        maps, _ = self.find_maps(cfg)
+        devices, (maps, _) = local_devices(self.devices), self.find_maps(cfg)
         prompt = read_stdin() if self.prompt == "-" else self.prompt
         tokenizer = load_tokenizer(self.folder)
         ids = encode_prompt(tokenizer, prompt, chat=self.chat, system=self.system)
         check_positions(len(ids), cfg.max_new_tokens, cfg.model)
         self.warn_of_length(cfg, len(ids))
-        stream = TextStream(self.load(maps), tokenizer, ids, cfg)
+        stream = TextStream(self.load(maps, devices), tokenizer, ids, cfg)
         if not self.quiet and not self.chat:
             print(prompt, end="", flush=True)
         for text in stream.texts:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 import jax
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -19,7 +20,7 @@ from qs_jax import presets
 from qs_jax.checkpoint import read_manifest
 from qs_jax.config import Config, ModelConfig
 from qs_jax.config.fields import Positive, Several, parse
-from qs_jax.engine.devices import local_devices
+from qs_jax.engine.devices import Devices, local_devices, place
 from qs_jax.errors import InputError
 from qs_jax.evaluation import perplexity
 from qs_jax.evaluation.datasets import read_text_or_file
@@ -84,10 +85,11 @@ class RunOptions:
         if line := presets.unverified(cfg.quicksilver, tokens):
             print(f"note: {line}", file=sys.stderr)
 
-    def load(self, maps: KVMaps | None = None) -> Params:
-        """The parameters, with the maps that a call reads."""
-        params, _ = load(self.folder, dtype=self.dtype, weights=self.weights)
-        return params if maps is None else {**params, "kv_maps": maps}
+    def load(self, maps: KVMaps | None = None, devices: Devices | None = None) -> Params:
+        """The parameters where devices read them, with the maps that a call reads."""
+        mesh = devices if isinstance(devices, Mesh) else None
+        params, _ = load(self.folder, dtype=self.dtype, weights=self.weights, devices=mesh)
+        return place(params if maps is None else {**params, "kv_maps": maps}, devices)
 
     def settings(self, cfg: Config, **others: Any) -> dict[str, Any]:
         """Settings that decide the numbers of a results file; paths go by their last name."""
@@ -145,12 +147,12 @@ class ScoringOptions(FileOptions):
     batch_size: Positive = 8
     """Rows scored at a time."""
     devices: str = "1"
-    """Local devices that share each batch: a number, or all."""
+    """Local devices that share each batch: a number, or all; 2x4 cuts the parameters, too, over 4
+    devices for each half of a batch."""
 
-    def local_devices(self) -> tuple[jax.Device, ...] | None:
+    def local_devices(self) -> Devices | None:
         """The devices to share batches; None for one."""
-        devices = local_devices(self.devices)
-        return devices if len(devices) > 1 else None
+        return local_devices(self.devices)
 
 
 @dataclasses.dataclass(kw_only=True)

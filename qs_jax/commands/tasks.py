@@ -69,7 +69,7 @@ class Tasks(ScoringOptions):
             settings = {name: getattr(self, name) for name in "train_share seed l2".split()}
             settings |= {"head": head, "batch_size": self.batch_size, "devices": devices}
             tokenizer = load_tokenizer(self.folder)
-            tasks = measure_heads(self.load(maps), cfg, examples, tokenizer, **settings)
+            tasks = measure_heads(self.load(maps, devices), cfg, examples, tokenizer, **settings)
         names = "batch_size train_share l2 limit seed".split()
         others = {name: getattr(self, name) for name in names}
         config = self.settings(cfg, head=Path(self.head).name, kv_maps_sha256=digest, **others)

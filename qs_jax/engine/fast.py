@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from qs_jax.config import Config, ModelConfig, Speculation
 from qs_jax.engine import decode, inputs, prompt, prompt_cache, sampling, speculate
+from qs_jax.engine import devices as on_devices
 from qs_jax.engine.cache import KVCache, SlotCache, cache_bytes
 from qs_jax.engine.decode import DecodeState
 from qs_jax.engine.prompt_cache import PromptCache
@@ -34,6 +36,7 @@ class Request(NamedTuple):
       padded: The same, padded to their bucket.
       prompts_B: Tokens of each row that the mechanisms act on under "continuation".
       cache: Of the first tokens of each row; None where there is none.
+      mesh: Devices that rows and parameters are split over; None for one.
     """
 
     params: Params
@@ -46,6 +49,7 @@ class Request(NamedTuple):
     plan: sampling.Plan
     cfg: Config
     cache: PromptCache | None
+    mesh: Mesh | None
 
 
 def fill(
@@ -139,17 +143,18 @@ def prefill(
     overrides: Overrides | None,
     mech: Mechanisms,
     cfg: Config,
+    mesh: Mesh | None,
 ) -> PromptCache:
     """Run whole prompts, and keep what later tokens read of them."""
     cut, segments = arrange(cfg, padded, padded.lengths_B, overrides, mech)
-    given = (params, padded, overrides, mech, segments)
-    _, cache, decisions = jit_fill(*given, model=cfg.model, prompt_plan=cut)
-    lengths_B, width = batch.lengths_B, padded.tokens_BT.shape[1]
-    caches, noted = prompt_cache.open_caches(cfg, cache, decisions, lengths_B, 0, width)
-    made_for = prompt_cache.made_for(cfg)
-    return PromptCache(
-        batch.tokens_BT, lengths_B, lengths_B, made_for, caches, noted, overrides=None
-    )
+    rows = on_devices.put_rows((padded, overrides), mesh)
+    given = {"model": cfg.model, "prompt_plan": cut}
+    _, cache, decisions = jit_fill(params, *rows, mech, segments, **given)
+    filled_B, width = np.asarray(rows[0].lengths_B), padded.tokens_BT.shape[1]
+    packed = prompt_cache.open_caches(cfg, cache, decisions, filled_B, 0, width)
+    about = (batch.lengths_B, batch.lengths_B, prompt_cache.made_for(cfg))
+    made = PromptCache(batch.tokens_BT, *about, *packed, overrides=None)
+    return made.take(np.arange(len(batch.lengths_B)))
 
 
 class Fast:
@@ -194,18 +199,24 @@ class Fast:
         call = self.call
         self.produced = self.limit = 1
         if call.cache is not None:
-            self.state = self._resumed(call.cache)
+            state = self._resumed(call.cache)
+            self.state = state.replace(text=self._own(state.text))
             return self.state.text
         prompts = (call.padded, call.padded.lengths_B, call.overrides)
         cut, segments = arrange(self.cfg, *prompts, call.mech)
-        given = (call.padded, call.overrides, call.mech, segments, call.numbers)
-        self.state = jit_start(call.params, *given, **self.static, prompt_plan=cut)
+        rows = on_devices.put_rows((call.padded, call.overrides), call.mesh)
+        given = (*rows, call.mech, segments, call.numbers)
+        text, *rest = jit_start(call.params, *given, **self.static, prompt_plan=cut)
+        self.state = (self._own(text), *rest)
         return self.state[0]
+
+    def _own(self, text: sampling.Text) -> sampling.Text:
+        """The text, of which rows that a mesh was filled up with take no part in any choice."""
+        return on_devices.end_copies(text, len(self.call.batch.lengths_B))
 
     def _resumed(self, cache: PromptCache) -> DecodeState:
         """The state after the tokens that a cache does not hold."""
         call, cfg = self.call, self.cfg
-        assert cache.caches is not None
         starts_B, room = cache.lengths, self._room()
         counts_B = call.batch.lengths_B - starts_B
         size = inputs.bucket_size(int(counts_B.max()))
@@ -214,12 +225,15 @@ class Fast:
         rows = zip(call.batch.tokens_BT, starts_B, call.batch.lengths_B, strict=True)
         tokens = [np.pad(row[a:b], (0, size - b + a)) for row, a, b in rows]
         more = inputs.Batch(np.stack(tokens), counts_B)
+        padded, more = on_devices.put_rows((call.padded, more), call.mesh)
+        cache = cache.take(np.minimum(np.arange(len(more.lengths_B)), len(counts_B) - 1))
         slots = size + self._slots(room)
+        assert cache.caches is not None
         caches = prompt_cache.grown(cfg, cache.caches, starts_B, slots, for_all=True)
         positions = (self._positions(), cfg.model.num_layers)
         decisions = prompt_cache.widen_decisions(cache.decisions, *positions)
         gate, drafting = speculate.split(cfg.speculate, len(starts_B))
-        arrays = (caches, decisions, call.padded, more, call.mech, call.numbers, gate)
+        arrays = (caches, decisions, padded, more, call.mech, call.numbers, gate)
         self.limit = 1 + room
         return jit_resume(*self.weights, *arrays, **self.static, drafting=drafting, width=width)
 
@@ -284,7 +298,8 @@ class Fast:
             text, old, decisions = state
             given = (self.cfg, old, decisions, *asked, self._positions())
             packed = prompt_cache.open_caches(*given, **surprised)
-            drafting = speculate.split(self.cfg.speculate, len(asked[0]))
+            rows = len(self.call.batch.lengths_B)
+            drafting = speculate.split(self.cfg.speculate, rows)
             self.state = _jit_opened(text, *packed, *drafting)
         used = {id(leaf) for leaf in jax.tree.leaves(self.state)}  # some may be handed through
         for leaf in jax.tree.leaves(old):
@@ -299,9 +314,10 @@ class Fast:
         """
         if not isinstance(self.state, DecodeState):
             self.make_room()
-        state = self.state
+        state, own = self.state, np.arange(len(tokens_BT))
         given = (prompts_B, prompt_cache.made_for(self.cfg), state.caches, state.decisions)
-        return PromptCache(tokens_BT, np.asarray(state.text.pos_B), *given, overrides=None)
+        lengths_B = np.asarray(state.text.pos_B)[own]
+        return PromptCache(tokens_BT, lengths_B, *given, overrides=None).take(own)
 
 
 def _goes_on(text: sampling.Text, limit: int) -> bool:

@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.config import Config, ModelConfig
+from qs_jax.engine import devices as on_devices
 from qs_jax.engine import fast, inputs, prompt_cache, sampling, speculate
+from qs_jax.engine.devices import Devices
 from qs_jax.engine.fast import Fast, Request
 from qs_jax.engine.inputs import TokenOverrides
 from qs_jax.engine.prompt_cache import PromptCache
@@ -123,10 +126,13 @@ def _prepare(
     prompt_lengths: Any = None,
     cache: PromptCache | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
+    devices: Devices | None = None,
 ) -> _Masked | Fast:
     model, mech = cfg.model, resolve(cfg.quicksilver, cfg.model, cfg.effective_protocol)
-    params, fast = prepare_params(params, model, mech), runs_fast(cfg, generates=True)
-    if cfg.speculate is not None and not fast:
+    mesh = None if devices is None else on_devices.as_mesh(devices)
+    params = prepare_params(params, model, mech, mesh)
+    compact = runs_fast(cfg, generates=True)
+    if cfg.speculate is not None and not compact:
         reason = refusal(cfg, generates=True) or "engine 'masked' keeps no cache"
         raise ConfigError(f"speculate needs the fast engines: {reason}.")
     given = inputs.make_batch(tokens, model, lengths=lengths, attention_mask=attention_mask)
@@ -137,20 +143,21 @@ def _prepare(
         if prompt_lengths is not None or overrides is not None:
             raise InputError("prompt_lengths and overrides belong to the call that made the cache.")
         cache.check(cfg)
-        if fast and cache.caches is None:
+        if compact and cache.caches is None:
             raise ConfigError("the cache is the masked engine's: pass generate the same engine.")
         cache = cache.rows(len(given.lengths_B), repeats)
         rows = _continued(cache, _repeated(given, repeats), cfg)
-    if cache is None and fast and (rows.prompts_B < rows.batch.lengths_B).any():
-        cache = _prefill(params, rows, mech, cfg)
+    if cache is None and compact and (rows.prompts_B < rows.batch.lengths_B).any():
+        cache = _prefill(params, rows, mech, cfg, mesh)
     table = None
     if cfg.stop:
         if tokenizer is None:
             raise ConfigError("Config.stop needs the text of tokens: give tokenizer=.")
         table = stop_table(tokenizer, cfg.stop, model.vocab_size)
     plan, numbers = sampling.plan_of(cfg, inputs.bucket_size(cfg.max_new_tokens), table)
-    request = Request(params, *rows, mech, numbers, plan, cfg, cache if fast else None)
-    return Fast(request) if fast else _Masked(request)
+    cache = cache if compact else None
+    request = Request(params, *rows, mech, numbers, plan, cfg, cache, mesh)
+    return Fast(request) if compact else _Masked(request)
 
 
 def _rows(
@@ -192,7 +199,9 @@ def _repeated(batch: inputs.Batch, repeats: int) -> inputs.Batch:
     return inputs.Batch(*(np.repeat(array, repeats, axis=0) for array in batch))
 
 
-def _prefill(params: Params, rows: _Rows, mech: Mechanisms, cfg: Config) -> PromptCache:
+def _prefill(
+    params: Params, rows: _Rows, mech: Mechanisms, cfg: Config, mesh: Mesh | None
+) -> PromptCache:
     """What later tokens read of the prompts of rows, on the fast engines."""
     width = int(rows.prompts_B.max())
     real_BT = np.arange(width)[None] < rows.prompts_B[:, None]
@@ -202,7 +211,7 @@ def _prefill(params: Params, rows: _Rows, mech: Mechanisms, cfg: Config) -> Prom
     chosen = rows.overrides
     if chosen is not None:
         chosen = Overrides(*(array[:, : padded.tokens_BT.shape[1]] for array in chosen))
-    return fast.prefill(params, batch, padded, chosen, mech, cfg)
+    return fast.prefill(params, batch, padded, chosen, mech, cfg, mesh)
 
 
 @default_settings()
@@ -214,6 +223,7 @@ def prefill(
     lengths: Sequence[int] | np.ndarray | None = None,
     attention_mask: Any = None,
     overrides: TokenOverrides | None = None,
+    devices: Devices | None = None,
 ) -> PromptCache:
     """Run prompts once, for calls of `generate` or `stream` that continue them with more tokens.
 
@@ -228,17 +238,19 @@ def prefill(
       lengths: `[B]` valid tokens of each right-padded row.
       attention_mask: `[B, T]`, true for real tokens; left or right padding.
       overrides: Of single tokens, whatever their signals.
+      devices: As `generate`.
 
     Raises:
-      ConfigError: The parameters are another model's, or the maps a policy needs are missing.
+      ConfigError: As `generate`.
       InputError: Tokens cannot be used, or a row exceeds the position limit.
     """
     mech = resolve(cfg.quicksilver, cfg.model, cfg.effective_protocol)
-    params = prepare_params(params, cfg.model, mech)
+    mesh = None if devices is None else on_devices.as_mesh(devices)
+    params = prepare_params(params, cfg.model, mech, mesh)
     given = inputs.make_batch(tokens, cfg.model, lengths=lengths, attention_mask=attention_mask)
     rows = _rows(given, cfg.replace(max_new_tokens=1), None, overrides, 1)
     if runs_fast(cfg, generates=True):
-        return _prefill(params, rows, mech, cfg)
+        return _prefill(params, rows, mech, cfg, mesh)
     batch = rows.batch
     given = (batch.lengths_B, prompt_cache.made_for(cfg), None, None, rows.overrides)
     return PromptCache(batch.tokens_BT, batch.lengths_B, *given)
@@ -257,6 +269,7 @@ def generate(
     cache: PromptCache | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
     return_cache: bool = False,
+    devices: Devices | None = None,
 ) -> GenerateOutput:
     """Continue every row until an end token or `cfg.max_new_tokens`.
 
@@ -275,13 +288,17 @@ def generate(
         are what follows. A cache of one row serves any number of them.
       tokenizer: Of the model, where `cfg.stop` has strings.
       return_cache: Also return the cache of all tokens that were run.
+      devices: Split rows and parameters over a mesh from `qs_jax.make_mesh`, or rows over a
+        sequence of devices. Parameters that are not there are copied at every call; `qs_jax.shard`
+        does it once.
 
     Returns:
       The new tokens, their count and log-probabilities, and the record of the mechanisms. Rows are
       `cfg.num_return_sequences` times those given, those of a prompt together.
 
     Raises:
-      ConfigError: The parameters are another model's, or the maps a policy needs are missing.
+      ConfigError: The parameters are another model's, the maps a policy needs are missing, or
+        `devices` is a mesh with other axes.
       InputError: Tokens cannot be used, or prompt + budget exceed the position limit.
       NonFiniteError: The model produced NaN or infinite logits.
     """
@@ -295,8 +312,10 @@ def generate(
         prompt_lengths=prompt_lengths,
         cache=cache,
         tokenizer=tokenizer,
+        devices=devices,
     )
-    text, found = jax.device_get(engine.finish())
+    rows = len(engine.call.batch.lengths_B)
+    text, found = on_devices.first_rows(jax.device_get(engine.finish()), rows)
     check_finite(text.finite_B)
     call, record = engine.call, None
     if found is not None:
@@ -313,7 +332,7 @@ def generate(
         logprobs=text.logprobs_BM[:, : cfg.max_new_tokens],
         prompt_tokens=call.batch.tokens_BT,
         prompt_lengths=call.batch.lengths_B,
-        **jax.device_get(engine.counts(text.lengths_B)),
+        **jax.device_get(on_devices.first_rows(engine.counts(text.lengths_B), rows)),
         record=record,
         kv_bytes=engine.kv_bytes,
         cache=_cache_of(engine) if return_cache else None,
@@ -322,7 +341,8 @@ def generate(
 
 def _cache_of(engine: _Masked | Fast) -> PromptCache:
     """The rows so far, but for the last token of each, which was not run."""
-    call, (text, *_) = engine.call, jax.device_get((engine.text,))
+    call, text = engine.call, jax.device_get(engine.text)
+    text = on_devices.first_rows(text, len(call.batch.lengths_B))
     rows = zip(call.batch.tokens_BT, call.batch.lengths_B, text.tokens_BM, text.pos_B, strict=True)
     whole = [[*old[:a].tolist(), *new.tolist()][:end] for old, a, new, end in rows]
     return engine.cache(inputs.make_batch(whole, call.cfg.model).tokens_BT, call.prompts_B)
@@ -372,11 +392,12 @@ def _steps(engine: _Masked | Fast) -> Iterator[StreamStep]:
     budget, ended_B = engine.call.cfg.max_new_tokens, told_B > 0
     while not (ended_B | (told_B >= budget)).all():
         with default_settings():  # not around the yield, where the caller's code runs
-            text = engine.advance()
+            text = on_devices.first_rows(engine.advance(), len(told_B))
             facts = (text.lengths_B, text.done_B, text.finite_B)
             lengths_B, done_B, finite_B = jax.device_get(facts)
             new = _columns(text.tokens_BM, text.logprobs_BM, told_B, engine.width)
-            (tokens_BT, logprobs_BT), counts = jax.device_get((new, engine.counts(lengths_B)))
+            counts = on_devices.first_rows(engine.counts(lengths_B), len(told_B))
+            (tokens_BT, logprobs_BT), counts = jax.device_get((new, counts))
         check_finite(finite_B)
         for at in range(int((lengths_B - told_B).max())):
             is_new_B = told_B < lengths_B
@@ -405,17 +426,22 @@ class _Masked:
 
     def __init__(self, call: Request) -> None:
         self.call, self.overrides = call, None
-        self.tokens = np.pad(call.padded.tokens_BT, ((0, 0), (0, call.plan.capacity)))
+        wide = np.pad(call.padded.tokens_BT, ((0, 0), (0, call.plan.capacity)))
+        self.tokens = on_devices.put_rows(wide, call.mesh)
         if call.overrides is not None:
             width = self.tokens.shape[1]
-            self.overrides = inputs.widen_overrides(call.overrides, width)
+            wider = inputs.widen_overrides(call.overrides, width)
+            self.overrides = on_devices.put_rows(wider, call.mesh)
         self.text: Any = None
         self.evidence: Any = None
 
     def advance(self) -> sampling.Text:
         """One more token a row."""
         call = self.call
-        given = (self.tokens, call.batch.lengths_B, call.prompts_B, self.overrides, self.text)
+        lengths_B, prompts_B = on_devices.put_rows(
+            (call.padded.lengths_B, call.prompts_B), call.mesh
+        )
+        given = (self.tokens, lengths_B, prompts_B, self.overrides, self.text)
         arrays = (call.params, *given, call.mech, call.numbers)
         out = _rescore(*arrays, model=call.cfg.model, plan=call.plan)
         self.tokens, self.text, self.evidence = out
@@ -435,7 +461,8 @@ class _Masked:
     def cache(self, tokens_BT: np.ndarray, prompts_B: np.ndarray) -> PromptCache:
         """The rows that were run: this engine keeps nothing else of them."""
         made_for = prompt_cache.made_for(self.call.cfg)
-        given = (np.asarray(self.text.pos_B), prompts_B, made_for, None, None)
+        lengths_B = np.asarray(self.text.pos_B)[: len(tokens_BT)]
+        given = (lengths_B, prompts_B, made_for, None, None)
         return PromptCache(tokens_BT, *given, self.call.overrides)
 
 

@@ -77,16 +77,22 @@ class PromptCache:
         if len(self.lengths) not in (1, count):
             raise InputError(f"the cache has {len(self.lengths)} rows, the call {count}.")
         own = np.arange(count) if len(self.lengths) == count else np.zeros(count, np.int64)
-        index = np.repeat(own, repeats)
-        if np.array_equal(index, np.arange(len(self.lengths))):
+        index, overrides = np.repeat(own, repeats), self.overrides
+        names = ("tokens", "lengths", "prompt_lengths")
+        host: dict[str, Any] = {name: getattr(self, name)[index] for name in names}
+        if overrides is not None:
+            host["overrides"] = Overrides(*(array[index] for array in overrides))
+        return dataclasses.replace(self, **host).take(index)
+
+    def take(self, index_R: np.ndarray) -> PromptCache:
+        """The same, with these rows of the device's arrays."""
+        if self.caches is None:
             return self
-        host = {name: getattr(self, name)[index] for name in ("tokens", "lengths")}
-        host["prompt_lengths"] = self.prompt_lengths[index]
-        caches = None if self.caches is None else tuple(c.rows(index) for c in self.caches)
-        of_rows = lambda leaf: leaf[..., index, :]  # noqa: E731
-        decisions, overrides = jax.tree.map(of_rows, (self.decisions, self.overrides))
-        more = {"caches": caches, "decisions": decisions, "overrides": overrides}
-        return dataclasses.replace(self, **host, **more)
+        if np.array_equal(index_R, np.arange(self.caches[0].fill_lB.shape[1])):
+            return self
+        decisions = jax.tree.map(lambda leaf: leaf[..., index_R, :], self.decisions)
+        caches = tuple(cache.rows(index_R) for cache in self.caches)
+        return dataclasses.replace(self, caches=caches, decisions=decisions)
 
 
 def made_for(cfg: Config) -> tuple[ModelConfig, QuickSilverConfig | None, str]:

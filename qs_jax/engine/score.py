@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.config import Config, ModelConfig
 from qs_jax.engine import dense, inputs, masked, prompt
 from qs_jax.engine import devices as on_devices
+from qs_jax.engine.devices import Devices
 from qs_jax.engine.inputs import TokenOverrides
 from qs_jax.engine.prompt_call import Plan, Segments
 from qs_jax.engine.prompt_plan import arrange, runs_fast
@@ -208,7 +210,7 @@ def score(
     overrides: TokenOverrides | None = None,
     return_logits: bool = False,
     return_states: bool = False,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Devices | None = None,
 ) -> ScoreOutput:
     """Log-probability of every token given the tokens before it in its row.
 
@@ -228,20 +230,23 @@ def score(
       return_logits: Also return `[B, T, V]` float32 logits (4 * B * T * V bytes);
         mechanisms then run on the masked engine.
       return_states: Also return the `[B, T, D]` states that the head reads.
-      devices: Split the rows over these (`jax.pmap`), e.g. `jax.local_devices()`; parameters that
-        are not on all of them are copied there at every call (`qs_jax.replicate` does it once).
-        Min-max entropy then looks at the rows of one device.
+      devices: Split the rows over a sequence of devices (`jax.pmap`), e.g. `jax.local_devices()`,
+        or rows and parameters over a mesh (`jax.jit`) from `qs_jax.make_mesh`. Parameters that are
+        not there are copied at every call; `qs_jax.replicate` or `qs_jax.shard` does it once.
+        Under `pmap`, min-max entropy looks at the rows of one device.
 
     Returns:
       Per-position log-probabilities in nats, rows right-padded, and the record of the mechanisms.
 
     Raises:
-      ConfigError: The parameters are another model's, or the maps a policy needs are missing.
+      ConfigError: The parameters are another model's, the maps a policy needs are missing, or
+        `devices` is a mesh with other axes.
       InputError: Tokens cannot be used, or a row exceeds the position limit.
       NonFiniteError: The model produced NaN or infinite logits.
     """
     model, mech = cfg.model, resolve(cfg.quicksilver, cfg.model, cfg.effective_protocol)
-    params = prepare_params(params, model, mech)
+    mesh = on_devices.as_mesh(devices) if isinstance(devices, Mesh) else None
+    params = prepare_params(params, model, mech, mesh)
     batch, padded = inputs.prepare_batch(
         tokens, model, lengths=lengths, attention_mask=attention_mask
     )
@@ -266,10 +271,11 @@ def score(
         program, function, shared = _jit_prompt, score_prompt, (mech, segments)
     else:
         static["returns"], program, function = returns, _jit_masked, score_masked
-    if devices is not None:
-        out = on_devices.run(function, devices, params, rows, shared, static)
+    if devices is None or isinstance(devices, Mesh):
+        out = program(params, *on_devices.put_rows(rows, mesh), *shared, **static)
+        out = on_devices.first_rows(jax.device_get(out), len(batch.lengths_B))
     else:
-        out = jax.device_get(program(params, *rows, *shared, **static))
+        out = on_devices.run(function, devices, params, rows, shared, static)
     record = None
     if not mech.is_off:
         assert cfg.quicksilver is not None

@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from qs_jax.config import ModelConfig
+from qs_jax.engine.devices import shard
 from qs_jax.errors import ConfigError, NonFiniteError
 from qs_jax.mechanisms import Mechanisms
 from qs_jax.mechanisms.int8 import quantize_weights
@@ -36,9 +38,12 @@ def layer_weights(params: Params) -> Weights:
     return Weights(params["layers"], params.get("int8"), maps)
 
 
-def prepare_params(params: Params, model: ModelConfig, mech: Mechanisms) -> Params:
+def prepare_params(
+    params: Params, model: ModelConfig, mech: Mechanisms, mesh: Mesh | None = None
+) -> Params:
     """Checked parameters, as programs take them, with the codes and maps that mechanisms read."""
     check_params(params, model)
+    params = params if mesh is None else shard(params, mesh)
     prepared = {name: part for name, part in params.items() if name not in _EXTRAS}
     if mech.amq is not None and mech.amq.multiplies_int8:
         prepared["int8"] = quantize_weights(params)["int8"]

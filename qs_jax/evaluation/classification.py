@@ -18,6 +18,7 @@ from tqdm import tqdm
 from qs_jax import accounting
 from qs_jax.accounting import flops
 from qs_jax.config import Config
+from qs_jax.engine.devices import Devices
 from qs_jax.errors import InputError
 from qs_jax.evaluation.heads import Head, fit_head
 from qs_jax.evaluation.rows import score_rows
@@ -70,7 +71,7 @@ def last_states(
     prompts: Sequence[Sequence[int]],
     *,
     batch_size: int = 16,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Devices | None = None,
     title: str | None = None,
 ) -> tuple[Float[np.ndarray, "E D"], dict[str, Any]]:
     """Normed final state of each prompt's last token, float32, and the tally of the prompts."""

@@ -13,12 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array
 from tqdm import tqdm
 
 from qs_jax import accounting, presets
 from qs_jax.config import Config, Speculation
-from qs_jax.engine.devices import local_devices
+from qs_jax.engine.devices import local_devices, place
 from qs_jax.engine.generate import generate
 from qs_jax.engine.inputs import bucket_size
 from qs_jax.engine.stops import cut
@@ -56,7 +57,7 @@ class QSJaxLM(TemplateLM):
       allow_other_weights: Take a preset and maps that were made for other weights.
       dtype: As `qs_jax.load`.
       batch_size: Rows at a time.
-      devices: Local devices that share each batch of a score: a number, or "all".
+      devices: Local devices that share each batch: a number, "all", or "2x4" for a mesh.
       max_length: Longest row in tokens; by default the model's positions.
       max_gen_toks: Longest continuation of requests that do not say.
       seed: Of the sampler.
@@ -93,7 +94,9 @@ class QSJaxLM(TemplateLM):
             raise InputError(f"--batch_size must be a number for qs-jax, got {batch_size!r}.")
         self.folder = find_checkpoint(ckpt, revision)
         self.tokenizer: Any = load_tokenizer(self.folder)
-        params, model = load(self.folder, dtype=dtype, weights=weights)
+        self.devices = local_devices(devices)
+        mesh = self.devices if isinstance(self.devices, Mesh) else None
+        params, model = load(self.folder, dtype=dtype, weights=weights, devices=mesh)
         model = model.replace(weights=None) if allow_other_weights else model
         settings: dict[str, Any] = {"protocol": protocol, "engine": engine}
         if speculate:
@@ -101,9 +104,8 @@ class QSJaxLM(TemplateLM):
         self.cfg = presets.config(preset, model, **settings)
         file = Path(kv_maps) if kv_maps else None
         maps, _ = find_maps(self.cfg, self.folder, file, preset)
-        self.params: Params = params if maps is None else {**params, "kv_maps": maps}
-        group = local_devices(str(devices))
-        self.devices = group if len(group) > 1 else None
+        params = params if maps is None else {**params, "kv_maps": maps}
+        self.params: Params = place(params, self.devices)
         self.batch_size = int(batch_size)
         most = model.max_positions
         self.max_length = most if max_length is None else min(max_length, most)
@@ -292,7 +294,8 @@ class QSJaxLM(TemplateLM):
                 contexts = [self.tok_encode(text) or [self.prefix_token_id] for text, _ in batch]
                 rows = [self._cut(ids, self.max_length - cfg.max_new_tokens) for ids in contexts]
                 cfg = cfg.replace(seed=(self.seed + number) % 2**32)
-                out = generate(self.params, rows, cfg, tokenizer=self.tokenizer)
+                given = {"tokenizer": self.tokenizer, "devices": self.devices}
+                out = generate(self.params, rows, cfg, **given)
                 new = zip(out.tokens, out.lengths, strict=True)
                 decoded = [cut(self._text(ids[:size].tolist()), cfg.stop) for ids, size in new]
                 for args, text in zip(batch, decoded, strict=True):

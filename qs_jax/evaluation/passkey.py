@@ -15,6 +15,7 @@ from jaxtyping import Bool
 from tqdm import tqdm
 
 from qs_jax.config import GREEDY, Config
+from qs_jax.engine.devices import Devices
 from qs_jax.engine.generate import generate
 from qs_jax.errors import InputError
 from qs_jax.evaluation.classification import mcnemar_p
@@ -159,6 +160,7 @@ def find_passkeys(
     prompts: Sequence[Passkey],
     *,
     batch_size: int = 8,
+    devices: Devices | None = None,
     title: str | None = None,
 ) -> Bool[np.ndarray, "P"]:
     """Whether the greedy continuation of each prompt holds its key; a title shows a bar."""
@@ -168,7 +170,7 @@ def find_passkeys(
         for length in np.unique(lengths_P):  # rows of one length run without padding
             same = np.flatnonzero(lengths_P == length)
             for index in np.split(same, range(batch_size, len(same), batch_size)):
-                out = generate(params, [prompts[i].ids for i in index], cfg)
+                out = generate(params, [prompts[i].ids for i in index], cfg, devices=devices)
                 for row, i in enumerate(index):
                     text = tokenizer.decode(out.tokens[row, : out.lengths[row]].tolist())
                     found_P[i] = prompts[i].key in text
@@ -183,6 +185,7 @@ def compare_passkeys(
     prompts: Sequence[Passkey],
     *,
     batch_size: int = 8,
+    devices: Devices | None = None,
     progress: bool = False,
 ) -> Comparison:
     """Let the dense model and the preset of `cfg` look for the same keys.
@@ -193,12 +196,14 @@ def compare_passkeys(
       tokenizer: Of the checkpoint.
       prompts: From `make_passkeys`.
       batch_size: Rows at a time.
+      devices: As `qs_jax.generate`.
       progress: Show a bar for each model.
     """
 
     def find(name: str, cfg: Config) -> np.ndarray:
-        title = f"passkeys, {name}" if progress else None
-        return find_passkeys(params, cfg, tokenizer, prompts, batch_size=batch_size, title=title)
+        options: dict[str, Any] = {"batch_size": batch_size, "devices": devices}
+        options["title"] = f"passkeys, {name}" if progress else None
+        return find_passkeys(params, cfg, tokenizer, prompts, **options)
 
     dense_P = find("dense", cfg.replace(quicksilver=None))
     off = cfg.quicksilver is None or cfg.quicksilver.is_off

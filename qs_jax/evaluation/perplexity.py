@@ -13,13 +13,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
 from qs_jax import accounting
 from qs_jax.config import Config
+from qs_jax.engine.devices import Devices
 from qs_jax.errors import InputError
 from qs_jax.evaluation.datasets import Text, read_text
 from qs_jax.evaluation.journal import Journal
@@ -105,7 +105,7 @@ def score_windows(
     *,
     batch_size: int,
     batches: Sequence[int] | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Devices | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Score windows by `score_rows`, whose arguments these are; no window depends on another.
 
@@ -132,7 +132,7 @@ def evaluate(
     cfg: Config,
     *,
     batch_size: int = 8,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Devices | None = None,
     journal: Journal | None = None,
     processes: Processes | None = None,
     progress: bool = False,
@@ -144,7 +144,7 @@ def evaluate(
       windows: What to score.
       cfg: Model, mechanisms and protocol.
       batch_size: Windows at a time.
-      devices: Split each batch over these; None is the default device.
+      devices: Split each batch over these, or over a mesh; None is the default device.
       journal: Batches in it are not scored again; others are added as soon as they are scored.
       processes: Which share of the batches is this process's; None is all of them.
       progress: Show a bar with the perplexity so far.

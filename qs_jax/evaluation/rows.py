@@ -6,12 +6,11 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from qs_jax import accounting
 from qs_jax.config import Config
-from qs_jax.engine.devices import replicate
+from qs_jax.engine.devices import Devices, place
 from qs_jax.engine.score import ScoreOutput, score
 from qs_jax.errors import InputError, NonFiniteError
 from qs_jax.mechanisms.kv_maps import sizes_of
@@ -35,7 +34,7 @@ def score_rows(
     *,
     batch_size: int,
     batches: Sequence[int] | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Devices | None = None,
     return_states: bool = False,
 ) -> Iterator[ScoredBatch]:
     """Score rows longest first, so that little is padding; `batches` are indices, None is all.
@@ -44,7 +43,7 @@ def score_rows(
     """
     if batch_size < 1:
         raise InputError(f"--batch-size must be at least 1, got {batch_size}.")
-    params = params if devices is None else replicate(params, devices)
+    params = place(params, devices)
     continued, sizes = cfg.effective_protocol == "continuation", sizes_of(params)
     rows = [[*prompt, *after] for prompt, after in pairs]
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))

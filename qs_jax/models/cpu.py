@@ -247,9 +247,11 @@ class InPlace:
 
 
 def decode_layers(params: dict[str, Any], rows: int) -> Any:
-    """The stacked layers as decoding takes them: `InPlace` for a single row."""
+    """The stacked layers as decoding takes them: `InPlace` for a single row on one device."""
     layers = params["layers"]
-    return InPlace(layers) if rows == 1 and on_cpu() else layers
+    leaves = [leaf for leaf in jax.tree.leaves(layers) if isinstance(leaf, jax.Array)]
+    cut = any(len(leaf.devices()) > 1 for leaf in leaves)
+    return InPlace(layers) if rows == 1 and on_cpu() and not cut else layers
 
 
 def layer_weights(layers: Any, index: Any) -> Any:

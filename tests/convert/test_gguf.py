@@ -113,10 +113,14 @@ def test_codes_stand_for_the_very_weights(tmp_path, kind):
         expected = np.asarray(floats["layers"][name]["kernel"])
         np.testing.assert_allclose(kernel.values(np.float32), expected, rtol=1e-6, atol=1e-7)
     cfg, tokens = qs_jax.Config(model), np.arange(24).reshape(2, 12)
-    ours, theirs = (
-        qs_jax.score(params, tokens, cfg, return_logits=True) for params in (coded, floats)
+    given = {"dtype": "float32", "weights": "gguf"}
+    cut, _ = qs_jax.load(tmp_path / "out", devices=jax.devices()[:2], **given)
+    assert not cut["layers"]["gate_up"]["kernel"].codes.is_fully_replicated
+    theirs, *both = (
+        qs_jax.score(params, tokens, cfg, return_logits=True) for params in (floats, coded, cut)
     )
-    np.testing.assert_allclose(ours.logits, theirs.logits, atol=2e-4)
+    for ours in both:
+        np.testing.assert_allclose(ours.logits, theirs.logits, atol=2e-4)
     sizes = [memory_of(model), memory_of(model, tmp_path / "out" / CODES)]
     held = [sum(leaf.nbytes for leaf in jax.tree.leaves(params)) for params in (floats, coded)]
     assert sizes == held

@@ -84,6 +84,7 @@ def test_every_device_computes(model, monkeypatch):
 def test_devices_that_are_not_there_are_refused():
     assert local_devices("2") == tuple(jax.local_devices()[:2])
     assert local_devices("all") == tuple(jax.local_devices())
+    assert local_devices(1) is None
     for wanted in ("0", "99", "9" * 5000, "some"):
         with pytest.raises(qs_jax.ConfigError, match="devices must be 'all' or between 1 and"):
             local_devices(wanted)

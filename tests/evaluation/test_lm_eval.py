@@ -343,6 +343,21 @@ def test_drafts_and_codes_are_options_of_the_model(model_of):
     assert coded.params["layers"]["qkv"]["kernel"].codes.dtype == np.int8
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, "2x2"])
+def test_results_do_not_depend_on_the_devices(model_of, devices):
+    """Three requests: neither layout divides them."""
+    options = {"batch_size": 3, "dtype": "float32", "engine": "auto"}
+    one, more = model_of("half", **options), model_of("half", **options, devices=devices)
+    contexts = ["abab" * 5, "b" * 9, "a quick fox " * 3]
+    pairs = [(text, " b") for text in contexts]
+    for ours, theirs in zip(loglikelihood(more, pairs), loglikelihood(one, pairs), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-3)
+    asked = [request(text, {"max_gen_toks": 6, "until": []}) for text in contexts]
+    texts = [lm.generate_until(asked, disable_tqdm=True) for lm in (one, more)]
+    assert texts[0] == texts[1]
+
+
 def test_requests_fit_the_model(model_of):
     lm = model_of("half", max_length=32)
     before = lm.truncated

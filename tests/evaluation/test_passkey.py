@@ -106,7 +106,7 @@ def test_beside_perplexity(tiny_checkpoint, tmp_path, monkeypatch, capsys, prese
     """A model that always answers, but for every fourth prompt of the preset."""
     asked = []
 
-    def answer(params, rows, cfg):
+    def answer(params, rows, cfg, devices):
         asked.append((bool(cfg.quicksilver), cfg.engine, {len(row) for row in rows}))
         texts = [tokenizer.decode(row) for row in rows]
         keys = [text[text.rindex("key is ") + 7 :][:5] for text in texts]

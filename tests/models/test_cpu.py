@@ -59,10 +59,11 @@ def test_other_backends_store_what_they_compute_with(monkeypatch):
     assert cpu.storage_dtype("bfloat16") == jnp.bfloat16
 
 
-def test_storage_on_several_devices_stays_where_it_is():
+@pytest.mark.parametrize("mesh", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_storage_on_several_devices_stays_where_it_is(mesh):
     model, params = bfloat16_model()
-    devices = jax.local_devices()[:2]
-    everywhere = qs_jax.replicate(params, devices)
+    devices = qs_jax.make_mesh(2, 2) if mesh else jax.local_devices()[:2]
+    everywhere = (qs_jax.shard if mesh else qs_jax.replicate)(params, devices)
     bits = cpu.stored_params(everywhere)["layers"]["qkv"]["kernel"]
     kernel = everywhere["layers"]["qkv"]["kernel"]
     assert (bits.dtype, bits.sharding) == (jnp.uint16, kernel.sharding)
