@@ -151,7 +151,7 @@ def abstract_policy(policy: Any, model: ModelConfig, width: int) -> tuple[Any, t
     kernel, layer = of(model.hidden_size, 2 * model.kv_size), of(dtype=jnp.int32)
 
     def call(arrays: Any, kernel: Any, layer: Any) -> Any:
-        project = lambda: heads(product(arrays[0], kernel).astype(model.dtype), model)  # noqa: E731
+        project = lambda: heads(product(arrays[0], kernel).astype(kernel.dtype), model)  # noqa: E731
         frozen: Any = (*arrays, model, project)
         return policy.keys_values(Frozen(*frozen), layer)
 

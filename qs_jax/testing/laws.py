@@ -77,7 +77,7 @@ def _lengths(qs: QuickSilverConfig) -> list[tuple[int, int]]:
     """Tokens of two prompts, most of which the mechanisms may touch, and of their continuations."""
     exempt = [recent for _, recent in qs.recent_tokens_over if recent <= 256]
     exempt = qs.sink_tokens + max(qs.recent_tokens, *exempt, 1)
-    return [(exempt + 24, NEW), (exempt + 7, NEW)]
+    return [(exempt + 48, NEW), (exempt + 9, NEW)]
 
 
 def _depth(qs: QuickSilverConfig) -> int:
@@ -142,7 +142,7 @@ class Runs(NamedTuple):
     @property
     def tolerance(self) -> float:
         """How far numbers of two programs may be apart."""
-        return 1e-6 if self.cfg.model.dtype == "float64" else 2e-4
+        return 1e-5 if self.cfg.model.dtype == "float64" else 2e-4
 
 
 def run(
@@ -269,6 +269,9 @@ def check_stopping(runs: Runs) -> None:
         twice = np.take_along_axis(fused, fused, -1)
         ahead = fused >= np.arange(fused.shape[-1])
         _hold(bool((twice == fused).all() and ahead.all()), "fusion", "no map to later tokens")
+        if qs.fusion is not None and qs.fusion.window == 1:
+            rising = (np.diff(fused, axis=-1) >= 0).all()
+            _hold(bool(rising), "fusion", "runs of adjacent tokens are out of order")
     if qs.amq is not None:
         kept = (record.bits[qs.amq.layer :] == record.bits[-1]).all()
         _hold(bool(kept and (record.bits[: qs.amq.layer] == 16).all()), "bits", "they change")

@@ -77,7 +77,7 @@ def _unmoved(scores: Any, one: Any, two: Any, at: int, before_BT: np.ndarray) ->
     later_BT = np.zeros(before_BT.shape, bool)
     later_BT[0, at + 1 : LENGTHS[0]] = True
     changed = {name: _where(later_BT, two[name], one[name]) for name in CONTENTS}
-    return scores(one | changed)[0, at] == before_BT[0, at]
+    return bool(scores(one | changed)[0, at] == before_BT[0, at])
 
 
 def _shuffled(one: Any, two: Any, at: int, ready: list[int]) -> dict[str, Any]:
