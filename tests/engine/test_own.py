@@ -65,7 +65,7 @@ class Mixed:
         return k * self.share + read, v - read
 
 
-def score_both(qs, **given):
+def score_both(qs):
     with jax.enable_x64(True):
         rows = random_tokens(MODEL, 2, 36)
         return [
@@ -94,6 +94,15 @@ def test_the_built_in_ones_written_by_hand_are_the_same():
             )
         ]
         assert counts[0] == counts[1]
+    given = {"max_new_tokens": 3, "eos_token_ids": (), "engine": "compact"}
+    with jax.enable_x64(True):
+        ours, theirs = (
+            qs_jax.generate(
+                tiny_params(MODEL), random_tokens(MODEL, 2, 30), Config(MODEL, qs, **given)
+            )
+            for qs in (quota(received, Projected()), quota("attention", "propagate"))
+        )
+    np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-6)
 
 
 def test_the_tokens_whose_keys_have_the_highest_norm_stop_first():
