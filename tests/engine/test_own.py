@@ -78,30 +78,17 @@ def score_both(qs):
 
 def test_the_built_in_ones_written_by_hand_are_the_same():
     """Decisions, numbers, and what the account charges, on both engines."""
-    pairs = zip(
-        score_both(quota(received, Projected())),
-        score_both(quota("attention", "propagate")),
-        strict=True,
-    )
-    for ours, theirs in pairs:
+    both = (quota(received, Projected()), quota("attention", "propagate"))
+    for ours, theirs in zip(*map(score_both, both), strict=True):
         np.testing.assert_array_equal(ours.record.depth, theirs.record.depth)
         np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-6)
-        counts = [
-            accounting.tally(out.record, MODEL, qs)
-            for out, qs in (
-                (ours, quota(received, Projected())),
-                (theirs, quota("attention", "propagate")),
-            )
-        ]
-        assert counts[0] == counts[1]
+        records = (ours.record, theirs.record)
+        one, other = (accounting.tally(r, MODEL, qs) for r, qs in zip(records, both, strict=True))
+        assert one == other
     given = {"max_new_tokens": 3, "eos_token_ids": (), "engine": "compact"}
     with jax.enable_x64(True):
-        ours, theirs = (
-            qs_jax.generate(
-                tiny_params(MODEL), random_tokens(MODEL, 2, 30), Config(MODEL, qs, **given)
-            )
-            for qs in (quota(received, Projected()), quota("attention", "propagate"))
-        )
+        params, rows = tiny_params(MODEL), random_tokens(MODEL, 2, 30)
+        ours, theirs = (qs_jax.generate(params, rows, Config(MODEL, qs, **given)) for qs in both)
     np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-6)
 
 
