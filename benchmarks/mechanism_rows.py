@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import qs_jax
+from examples.key_norm import key_norm
 from qs_jax import presets
 from qs_jax.config import (
     AMQConfig,
@@ -91,7 +92,7 @@ def adjacent_distances(params: Params, rows_NT: np.ndarray, model: ModelConfig) 
 
 
 def quota(
-    stages: dict[int, float], policy: str, score: str = "attention", tau_kv: float = 0.05
+    stages: dict[int, float], policy: str, score: Any = "attention", tau_kv: float = 0.05
 ) -> QuickSilverConfig:
     """Shares of the prompt that have stopped after each of some layers; `tau_kv` of "attended"."""
     layers, shares = tuple(stages), tuple(stages.values())
@@ -130,9 +131,10 @@ def _policy_rows() -> Iterator[Row]:
         for layer in (24, 20):
             qs = quota({layer: 0.5}, "attended", tau_kv=tau_kv)
             yield Row("attended", f"50% at layer {layer}, tau_kv {tau_kv}", CONTINUATION, qs)
-    for score in ("attention", "random", "drift"):
+    scores: dict[str, Any] = {f"lowest {name}": name for name in ("attention", "random", "drift")}
+    for name, score in (scores | {"highest key norm": key_norm}).items():
         qs = quota({20: 0.5}, "extrapolate", score)
-        yield Row("scores", f"50% at layer 20, lowest {score} first", CONTINUATION, qs)
+        yield Row("scores", f"50% at layer 20, {name} first", CONTINUATION, qs)
     for features, rank in FEATURE_SETS:
         for stages in ({15: 0.5, 21: 1.0}, {21: 1.0}):
             told = ", then ".join(f"{share:.0%} at {layer}" for layer, share in stages.items())

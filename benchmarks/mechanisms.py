@@ -91,6 +91,8 @@ class Arguments(Inputs):
 
     out: Path = environment.RESULTS / "mechanisms.json"
     """JSON file."""
+    sections: tuple[str, ...] = ()
+    """Measure the rows of these tables only; all by default."""
     tables_only: bool = False
     """Rewrite the tables from the JSON file, measure nothing."""
 
@@ -144,7 +146,9 @@ def measure(args: Arguments) -> None:
         content["fitted"] = mechanism_rows.percentiles(params, fitting_WT[:4], model)
         save()
     rows = list(mechanism_rows.all_rows(model, content["fitted"]))
-    given = {"features": FEATURES, "data": about["text"], "progress": True}
+    rows = [row for row in rows if not args.sections or row.section in args.sections]
+    features = [name for name in FEATURES if any(name in row.features for row in rows)]
+    given = {"features": tuple(features), "data": about["text"], "progress": True}
     moments = accumulate(params, fitting_WT, mechanism_rows.MAP_LAYERS, model, **given)
 
     def params_for(row: Row) -> Params:

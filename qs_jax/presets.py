@@ -231,8 +231,16 @@ def save(
       path: File to write.
       quicksilver: Settings.
       model: The architecture and weights it was made for; `load` then refuses others.
+
+    Raises:
+      ConfigError: A score or policy of your own is not what its "module:name" imports.
     """
     path, fields = Path(path), quicksilver.to_dict()
+    if QuickSilverConfig.from_dict(fields) != quicksilver:
+        raise ConfigError(
+            "a preset's file holds module:name of a score or policy of your own, which must import "
+            "an equal one: use a function, or a frozen dataclass with its default values."
+        )
     provenance = fields.pop("provenance")
     if model is not None:
         provenance |= {name: getattr(model, name) for name in (*_MADE_FOR, "weights")}

@@ -9,14 +9,18 @@ width 4D, attention logarithmic in length) and charges nothing for signals.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Float, Int
 
 from qs_jax.config import AMQConfig, FusionConfig, ModelConfig, QuickSilverConfig
+from qs_jax.mechanisms import own
+from qs_jax.mechanisms.halting import reads_of
 from qs_jax.mechanisms.int8 import LARGEST_ROTATION
 from qs_jax.mechanisms.kv_maps import MapSizes
 from qs_jax.mechanisms.light import LightSizes
@@ -111,7 +115,7 @@ def added_flops(
     `map_sizes` are of the extrapolation maps; None where keys come from the projection.
     """
     number = np.arange(1, len(record.active) + 1)[:, None, None]
-    added = _kv_flops(record, model, map_sizes, number)
+    added = stopped_keys_flops(record, model, qs, map_sizes)
     if qs.halting is not None:
         added += _halting_flops(record, model, qs)
     if qs.fusion is not None:
@@ -126,10 +130,15 @@ def added_flops(
     return added
 
 
-def _kv_flops(record: Record, model: ModelConfig, sizes: MapSizes | None, number: Any) -> Any:
-    """Keys and values of tokens that do not run a layer: by the projection, or by linear maps."""
-    code = None if sizes is None else sizes.code
-    added = (record.kv_written & ~record.active) * keys_values_flops(model, code)
+def stopped_keys_flops(
+    record: Record, model: ModelConfig, qs: QuickSilverConfig, sizes: MapSizes | None
+) -> Int[np.ndarray, "L B T"]:
+    """Keys and values of tokens that do not run a layer: by the projection, maps or own policy."""
+    number = np.arange(1, len(record.active) + 1)[:, None, None]
+    each = keys_values_flops(model, None if sizes is None else sizes.code)
+    if qs.kv_skip is not None and qs.kv_skip.is_own:
+        each = policy_flops(qs.kv_skip.policy, model)
+    added = (record.kv_written & ~record.active) * each
     if sizes is not None:  # read once, when a token stops: neurons of the next layers, and the code
         once = 2 * model.hidden_size * sizes.neurons * (family_of(model).mlp_products - 1)
         once += 2 * sizes.features * sizes.code if sizes.code < sizes.features else 0
@@ -141,12 +150,15 @@ def _halting_flops(record: Record, model: ModelConfig, qs: QuickSilverConfig) ->
     halting = qs.halting
     assert halting is not None
     here = halting.may_halt(len(record.active))[:, None, None] & record.active & record.subject
-    added = here * (4 * model.hidden_size if halting.drift_used else 0)
+    reads = reads_of(halting, model)
+    added = here * (4 * model.hidden_size if "drift_BT" in reads else 0)
+    if halting.ranks and not isinstance(halting.score, str):
+        added += here * score_flops(halting.score, model, record.depth.shape[1])
     read = ~np.isnan(record.entropy)
     added += read * entropy_flops(halting.entropy_used, model, qs.shortlist_size)
     if halting.light_from is not None and halting.leaves_whole:  # one product for each token
         added[halting.light_from - 2] += record.subject * 2 * (model.hidden_size + 1)
-    if halting.ranks and halting.score == "attention":
+    if "received_BT" in reads:
         pos, ends = np.arange(record.depth.shape[1])[None], record.prompt_lengths[:, None]
         queries = (pos >= ends - halting.score_queries) & (pos < ends)
         added += here * queries * record.visible_keys * model.num_heads
@@ -192,6 +204,28 @@ def _amq_flops(record: Record, model: ModelConfig, amq: AMQConfig, number: Any) 
     if "kv" in amq.targets:
         added += (record.kv_written & quantised) * (kv * kv_channel)
     return added
+
+
+@functools.lru_cache(maxsize=256)
+def score_flops(score: Any, model: ModelConfig, width: int) -> int:
+    """A score of the user's own, for one token of a row of `width`; its signals are charged apart.
+
+    XLA's count of the function on arrays of these shapes, before it optimises, over the tokens; a
+    transcendental function counts as one operation.
+    """
+    return _operations(score, own.abstract_signals(model, 1, width)) // width
+
+
+@functools.lru_cache(maxsize=256)
+def policy_flops(policy: Any, model: ModelConfig) -> int:
+    """Keys and values of one token in one layer by a policy of the user's own; as `score_flops`."""
+    function, given = own.abstract_policy(policy, model, width=1)
+    return _operations(function, *given)
+
+
+def _operations(function: Any, *given: Any) -> int:
+    counted: Any = jax.jit(function).lower(*given).cost_analysis() or {}
+    return int(counted.get("flops", 0) + counted.get("transcendentals", 0))
 
 
 def paper_layer_flops(model: ModelConfig, tokens: int) -> float:

@@ -34,13 +34,19 @@ _FUSE_PERCENTS = (5, 15, 25)
 class Space(NamedTuple):
     """Knobs of a KV policy: one for each halting layer, fusion, 8 bits from the middle on."""
 
-    policy: str
+    skip: KVSkipConfig
     rule: str  # "quota" (prompts only) or "dual"
     layers: tuple[int, ...]
     observed: Observed
     model: ModelConfig
     fuses: bool = True
     narrows: bool = False
+    score: Any = "attention"
+
+    @property
+    def policy(self) -> str:
+        """Name of the family."""
+        return self.skip.name
 
     @property
     def start(self) -> Levels:
@@ -68,10 +74,9 @@ class Space(NamedTuple):
         """
         *halting, fusion, bits = levels
         halts, middle = any(halting) or not lean, max(self.model.num_layers // 2, 1)
-        skip = KVSkipConfig(policy=self.policy)  # pyright: ignore[reportArgumentType]
         return QuickSilverConfig(
             halting=self._halting(halting, lean) if halts else None,
-            kv_skip=skip if halts else None,
+            kv_skip=self.skip if halts else None,
             fusion=self._fusion(fusion, middle) if fusion else None,
             amq=AMQConfig.uniform(8, layer=middle, execution="int8") if bits else None,
         )
@@ -90,11 +95,13 @@ class Space(NamedTuple):
         if self.rule == "quota":
             before = (0, *levels)
             steps = [pair for i, pair in enumerate(pairs) if not lean or levels[i] > before[i]]
+            named = self.score in ("attention", "drift", "random")
             return HaltingConfig(
                 rule="quota",
                 layers=tuple(layer for layer, _ in steps),
                 quota=tuple(SHARES[level] for _, level in steps),
-                entropy=None,
+                score=self.score,
+                entropy=None if named else "vocab",
             )
         tau_drift = [float("-inf")] * self.model.num_layers
         tau_halt = list(tau_drift)

@@ -30,8 +30,9 @@ from qs_jax.calibration.families import LightSpace, Space, check_layers, halting
 from qs_jax.calibration.fit_light import PRICES, FittingText, Stream
 from qs_jax.calibration.observe import Observed, observe
 from qs_jax.calibration.scores import score_tokens
-from qs_jax.config import Config, ModelConfig, QuickSilverConfig
+from qs_jax.config import Config, KVSkipConfig, ModelConfig, QuickSilverConfig
 from qs_jax.config.fields import Above0, Count, Positive, Share, parse
+from qs_jax.config.mechanisms import Score
 from qs_jax.engine import inputs
 from qs_jax.engine.weights import check_params
 from qs_jax.errors import ConfigError, InputError
@@ -104,7 +105,8 @@ def search(
     confidence: float = 0.95,
     verify_share: float = 0.5,
     also: Mapping[str, inputs.TokensLike] | None = None,
-    policies: Sequence[str] | None = None,
+    policies: Sequence[Any] | None = None,
+    score: Any = "attention",
     layers: Sequence[int] | None = None,
     fusion: bool = True,
     max_evaluations: int = 60,
@@ -135,8 +137,9 @@ def search(
       also: Windows of other texts, by name, as long as those of `tokens`: a preset must stay within
         the budget on each of them, too.
       policies: Families to try: "light", which needs `fit_tokens`, and the KV policies "skip",
-        "propagate" and "extrapolate". By default "light" if it can be; else "skip" and, where there
-        are maps, "extrapolate".
+        "propagate", "extrapolate" and your own (`KVSkipConfig.policy`). By default "light" if it
+        can be and `score` is not given; else "skip" and, where there are maps, "extrapolate".
+      score: What the quotas of these KV policies rank by (`HaltingConfig.score`).
       layers: Where tokens may halt; by default eight layers from 0.4 of the depth on, of which
         light tokens stop at those between two thirds and 0.85. With "extrapolate", those of the
         maps.
@@ -182,14 +185,19 @@ def search(
         raise InputError(f"windows of {len(texts)} texts take turns: give as many of each.")
     name = ", ".join(texts)
     continues = cfg.effective_protocol == "continuation"
-    if policies is None and fit_tokens is not None and continues:
+    score = parse("score", score, Score)
+    if policies is None and fit_tokens is not None and continues and score == "attention":
         policies = ("light",)
     elif policies is None:
         policies = ("skip", "extrapolate") if params.get("kv_maps") is not None else ("skip",)
     if "light" in policies and not (continues and fit_tokens is not None):
         raise ConfigError("light layers need protocol 'continuation', and fit_tokens to fit on.")
-    climbing = [policy for policy in policies if policy != "light"]
-    places = {policy: _places(policy, params, cfg.model, layers) for policy in climbing}
+    if "attended" in policies:
+        raise ConfigError("policy 'attended' has a threshold of its own (Observed.tau_kv).")
+    climbing = [KVSkipConfig(policy) for policy in policies if policy != "light"]
+    if score != "attention" and not (continues and climbing):
+        raise ConfigError("a score is of quotas: protocol 'continuation', and a KV policy to try.")
+    places = {skip: _places(skip, params, cfg.model, layers) for skip in climbing}
     options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     observed = observe(params, calibrating_WT, cfg.model, **options) if climbing else None
     plain = {name: part for name, part in params.items() if name != "kv_maps"}
@@ -198,11 +206,12 @@ def search(
     task = Task(params, cfg, calibrating_WT, dense, *asked)
     spaces: dict[str, Any] = {}
     points: list[Point] = []
-    for policy, at in places.items():
+    for skip, at in places.items():
         assert observed is not None
-        rest = (observed, cfg.model, fusion, objective == "paper_flops")
-        spaces[policy] = Space(policy, "quota" if continues else "dual", at, *rest)
-        points += climb.climb(task, spaces[policy], max_evaluations, progress=progress)
+        rest = (observed, cfg.model, fusion, objective == "paper_flops", score)
+        space = Space(skip, "quota" if continues else "dual", at, *rest)
+        spaces[space.policy] = space
+        points += climb.climb(task, space, max_evaluations, progress=progress)
     if "light" in policies:
         spaces["light"] = LightSpace({}, tuple(light_shares))
         text = (fit_tokens, light_from, prices, layers, name)
@@ -338,16 +347,11 @@ def split(
 
 
 def _places(
-    policy: str, params: Params, model: ModelConfig, layers: Sequence[int] | None
+    skip: KVSkipConfig, params: Params, model: ModelConfig, layers: Sequence[int] | None
 ) -> tuple[int, ...]:
     """Layers at which tokens may halt under a policy."""
-    if policy not in ("skip", "propagate", "extrapolate"):
-        raise ConfigError(
-            f"policies are skip, propagate and extrapolate, got {policy!r}: attended has a "
-            "threshold of its own (Observed.tau_kv)."
-        )
     places = set(layers or halting_layers(model))
-    if policy == "extrapolate":
+    if skip.policy == "extrapolate":
         if (maps := params.get("kv_maps")) is None:
             raise ConfigError("extrapolate needs maps of qs_jax.fit_kv_maps in params['kv_maps'].")
         maps.check(model)

@@ -19,8 +19,9 @@ from qs_jax.calibration.fit_light import PRICES
 from qs_jax.calibration.fit_maps import check_fit, fit_kv_maps
 from qs_jax.calibration.search import LIGHT_SHARES, result_files
 from qs_jax.commands.options import FileOptions, print_table
-from qs_jax.config import Config, ModelConfig
-from qs_jax.config.fields import Above0, Count, Positive, Probability, Several, Share
+from qs_jax.config import Config, KVSkipConfig, ModelConfig
+from qs_jax.config.fields import Above0, Count, Positive, Probability, Several, Share, parse
+from qs_jax.config.mechanisms import Score
 from qs_jax.errors import InputError
 from qs_jax.evaluation.passkey import compare_passkeys, make_passkeys
 from qs_jax.evaluation.perplexity import check_width, read_windows
@@ -76,9 +77,13 @@ class Calibrate(FileOptions):
     rank: Count = 256
     """Of "extrapolate": numbers of the code that the maps of all deeper layers share; 0, or a model
     with no more features than that, reads the features."""
-    policies: tuple[Literal["light", "skip", "propagate", "extrapolate"], ...] | None = None
-    """Families to try: light layers, and the KV policies of quotas. By default light where layers
-    are fitted, under continuation; else skip, and extrapolate where there are maps."""
+    policies: tuple[str, ...] | None = None
+    """Families to try: light (layers), and the KV policies of quotas: skip, propagate, extrapolate,
+    or the MODULE:NAME of your own. By default light where layers are fitted, under continuation;
+    else skip, and extrapolate where there are maps."""
+    score: str = "attention"
+    """What quotas rank tokens by: attention, drift, entropy, random, or the MODULE:NAME of your
+    own. With another than attention, light layers are not tried by default."""
     light_from: Annotated[tuple[Several, ...], Field(min_length=1)] | None = None
     """First light layers to try; 0.4 and 0.53 of the depth by default."""
     prices: Annotated[tuple[Above0, ...], Field(min_length=1)] = PRICES
@@ -125,7 +130,7 @@ class Calibrate(FileOptions):
             maps = fit_kv_maps(params, np.concatenate([*fitting.values()]), **fit)
             params = {**params, "kv_maps": maps}
         given = "max_ppl_increase objective confidence layers max_evaluations candidates"
-        given += " batch_size timed_runs light_from prices light_shares"
+        given += " batch_size timed_runs light_from prices light_shares score"
         settings = {name: getattr(self, name) for name in given.split()}
         settings |= {"also": also, "data": names, "progress": True, "policies": families}
         settings |= {"verify_share": self.verify_windows / needed, "longer": rest}
@@ -142,13 +147,16 @@ class Calibrate(FileOptions):
     def _families(self) -> tuple[str, ...]:
         """What to try."""
         fits = self.kv_maps is None and self.fit_windows > 0
+        score = parse("--score", self.score, Score)
         if self.policies is not None:
+            for policy in {*self.policies} - {"light", "attended"}:
+                KVSkipConfig(policy)
             if "light" in self.policies and not fits:
                 raise InputError(
                     "light layers are fitted anew: without --kv-maps, on --fit-windows."
                 )
             return self.policies
-        if fits and self.protocol == "continuation":
+        if fits and self.protocol == "continuation" and score == "attention":
             return ("light",)
         return ("skip", "extrapolate") if fits or self.kv_maps else ("skip",)
 

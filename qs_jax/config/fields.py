@@ -8,7 +8,7 @@ import functools
 import importlib
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Self, dataclass_transform, no_type_check
+from typing import Annotated, Any, Self, dataclass_transform, get_args, no_type_check
 
 import numpy as np
 from pydantic import (
@@ -56,7 +56,12 @@ def _function(value: Any) -> Any:
 
 
 def name_of(value: Any) -> str:
-    """The "module:name" of a function, or of an object that its class makes without arguments."""
+    """The "module:name" of a function, or of an object that its class makes without arguments.
+
+    A string is its own name.
+    """
+    if isinstance(value, str):
+        return value
     kind = value if hasattr(value, "__qualname__") else type(value)
     return f"{kind.__module__}:{kind.__qualname__}"
 
@@ -80,6 +85,18 @@ Share = Annotated[Number, Field(gt=0, lt=1)]
 Numbers = Annotated[tuple[Number, ...], _NumPy]
 # A function or an object with methods, which a user writes; JSON has its "module:name".
 Function = Annotated[Any, PlainValidator(_function)]
+
+
+def named_or_own(names: Any) -> PlainValidator:
+    """Validator of a field that takes one of a Literal's names, or a `Function`."""
+
+    def check(value: Any) -> Any:
+        named = isinstance(value, str) and (value in get_args(names) or ":" not in value)
+        return TypeAdapter(names if named else Function).validate_python(value)
+
+    return PlainValidator(check)
+
+
 # One number, or one for each layer.
 Threshold = Annotated[float | tuple[float, ...], PlainValidator(_threshold)]
 

@@ -8,7 +8,8 @@ layer l. Thresholds are numbers to the program: sweeping them compiles nothing a
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
 from pydantic import Field
@@ -25,11 +26,17 @@ from qs_jax.config.fields import (
     Probability,
     Settings,
     Threshold,
+    name_of,
+    named_or_own,
 )
 from qs_jax.errors import ConfigError
 
 Entropy = Literal["vocab", "shortlist", "latent", "variance", "final_prev"]
 Target = Literal["linear", "hidden", "kv"]
+_Score: TypeAlias = Literal["attention", "drift", "entropy", "random"]
+Score: TypeAlias = Annotated[_Score | Callable[[Any], Any], named_or_own(_Score)]
+_Policy: TypeAlias = Literal["skip", "attended", "propagate", "extrapolate"]
+Policy: TypeAlias = Annotated[_Policy | Any, named_or_own(_Policy)]
 
 
 class HaltingConfig(Settings, path="halting"):
@@ -49,7 +56,9 @@ class HaltingConfig(Settings, path="halting"):
       layers: The only layers at which a token may halt; None is every layer of the window.
       quota: Quota: share of the prompt's eligible tokens that has stopped after each of `layers`.
       score: Quota: "attention" received (maximum over heads and over the prompt's last queries),
-        "drift", "entropy", or "random" as a control.
+        "drift", "entropy", or "random" as a control; or a pure function of
+        `qs_jax.mechanisms.own.Signals` that gives `[B, T]`, lower stops sooner. JSON has its
+        "module:name".
       score_queries: Quota: how many of the prompt's last queries count for "attention".
       seed: Quota: of the "random" score.
       light_from: Quota: first layer that tokens run light (`qs_jax.mechanisms.light`), until all of
@@ -71,7 +80,7 @@ class HaltingConfig(Settings, path="halting"):
     min_layer: Positive = 1
     layers: Annotated[Integers, Field(min_length=1)] | None = None
     quota: Numbers = ()
-    score: Literal["attention", "drift", "entropy", "random"] = "attention"
+    score: Score = "attention"
     score_queries: Positive = 32
     seed: Count = 0
     light_from: Integer | None = None
@@ -90,6 +99,8 @@ class HaltingConfig(Settings, path="halting"):
                 raise ConfigError("rule 'quota' needs halting.layers and a halting.quota for each.")
             if [0, *self.quota, 1] != sorted([0, *self.quota, 1]):
                 raise ConfigError(f"halting.quota must be rising shares, 0 to 1, got {self.quota}.")
+            if not isinstance(self.score, str) and not callable(self.score):
+                raise ConfigError(f"halting.score must be a function, got {self.score!r}.")
             if self.score == "entropy" and self.entropy is None:
                 raise ConfigError("halting.score 'entropy' needs halting.entropy.")
         if self.light_from is not None and (self.rule, self.quota) != ("quota", (1.0,)):
@@ -122,14 +133,10 @@ class HaltingConfig(Settings, path="halting"):
         return self.light_share < 1
 
     @property
-    def drift_used(self) -> bool:
-        """Whether decisions read how far a layer moved a token."""
-        return self.rule == "dual" or (self.ranks and self.score == "drift")
-
-    @property
     def entropy_used(self) -> Entropy | None:
-        """The estimator that decisions read."""
-        used = self.rule == "dual" or (self.ranks and self.score == "entropy")
+        """The estimator that decisions read, or that a score of the user's own may read."""
+        named = self.score in ("attention", "drift", "random")
+        used = self.rule == "dual" or (self.ranks and not named)
         return self.entropy if used else None
 
 
@@ -142,13 +149,14 @@ class KVSkipConfig(Settings, path="kv_skip"):
       policy: "skip": left out (the paper). "attended": left out, unless a head of a later query
         gave the key more than `tau_kv` in the last layer where every query could see it (C.4).
         "propagate": from the frozen state. "extrapolate": from the frozen state by linear maps
-        (`qs_jax.fit_kv_maps`).
+        (`qs_jax.fit_kv_maps`). Or an object with `keys_values(frozen, layer) -> k, v`, of a
+        `qs_jax.mechanisms.own.Frozen`, which writes every key; JSON has its "module:name".
       tau_kv: "attended": attention weight between 0 and 1.
       delay: "skip" and "attended": layers after halting in which keys are still written.
       retain_ids: "skip" and "attended": token ids whose keys are always written.
     """
 
-    policy: Literal["skip", "attended", "propagate", "extrapolate"] = "skip"
+    policy: Policy = "skip"
     tau_kv: Annotated[Number, Field(ge=0, lt=1)] | None = None
     delay: Count = 0
     retain_ids: Integers = ()
@@ -158,8 +166,25 @@ class KVSkipConfig(Settings, path="kv_skip"):
             raise ConfigError("kv_skip.policy 'attended' needs kv_skip.tau_kv.")
         if self.policy != "attended" and self.tau_kv is not None:
             raise ConfigError(f"kv_skip.tau_kv has no effect under {self.policy!r}.")
-        if self.policy in ("propagate", "extrapolate") and (self.delay or self.retain_ids):
-            raise ConfigError(f"{self.policy!r} writes every key: leave out delay and retain_ids.")
+        if self.policy not in ("skip", "attended") and (self.delay or self.retain_ids):
+            raise ConfigError(f"{self.name!r} writes every key: leave out delay and retain_ids.")
+        if self.is_own and not callable(getattr(self.policy, "keys_values", None)):
+            raise ConfigError(f"kv_skip.policy {self.name!r} has no method keys_values.")
+
+    @property
+    def name(self) -> str:
+        """The policy's name, or the "module:name" of the user's own."""
+        return name_of(self.policy)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the policy is an object of the user's own."""
+        return not isinstance(self.policy, str)
+
+    @property
+    def reads_frozen(self) -> bool:
+        """Whether keys are read from tokens as they were when they stopped, at a named layer."""
+        return self.is_own or self.policy == "extrapolate"
 
 
 class FusionConfig(Settings, path="fusion"):

@@ -75,11 +75,13 @@ class QuickSilverConfig(Settings):
         skips = skip is not None and skip.policy in ("skip", "attended")
         if halting is not None and not halting.freeze and not skips:
             raise ConfigError("halting.freeze=False does nothing unless kv_skip skips keys.")
-        if halting is not None and skip is not None and skip.policy == "extrapolate":
+        if halting is not None and skip is not None and skip.reads_frozen:
             if halting.layers is None:
-                raise ConfigError("'extrapolate' has maps by layer: name the few halting.layers.")
+                raise ConfigError(
+                    f"policy {skip.name!r} works by layer: name the few halting.layers."
+                )
             if halting.forced_layer not in (None, *halting.layers):
-                raise ConfigError("policy 'extrapolate' needs forced_layer among halting.layers.")
+                raise ConfigError(f"policy {skip.name!r} needs forced_layer among halting.layers.")
         lengths = [n for n, _ in self.recent_tokens_over]
         if lengths != sorted(set(lengths)):
             raise ConfigError(f"recent_tokens_over needs rising lengths, got {lengths}.")

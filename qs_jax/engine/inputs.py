@@ -245,6 +245,7 @@ def _refuse_no_effect(overrides: TokenOverrides, cfg: Config) -> None:
     if qs is None or qs.is_off:
         raise InputError("overrides have no effect: every mechanism is off.")
     policy = qs.kv_skip.policy if qs.kv_skip is not None else None
+    by_layer = qs.kv_skip is not None and qs.kv_skip.reads_frozen
     if overrides.forced_halt is not None:
         if qs.halting is None:
             raise InputError("overrides.forced_halt has no effect: halting is off.")
@@ -252,10 +253,10 @@ def _refuse_no_effect(overrides: TokenOverrides, cfg: Config) -> None:
         if not np.issubdtype(layers.dtype, np.integer):
             raise InputError("overrides.forced_halt must hold layer numbers, 0 for none.")
         mapped = qs.halting.layers or ()
-        if policy == "extrapolate" and not set(layers[layers > 0].tolist()) <= set(mapped):
+        if by_layer and not set(layers[layers > 0].tolist()) <= set(mapped):
             raise InputError(
                 f"overrides.forced_halt holds layers {layers.tolist()}, but there are maps for "
-                f"{mapped} only."
+                f"{mapped} only (halting.layers)."
             )
         largest = int(layers.max(initial=0))
         if largest > deepest:

@@ -55,11 +55,12 @@ class Call(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """What signals read of a layer's block: states after it, queries, keys, attention weights."""
+    """What signals read of a layer's block: states after it, and what its attention read."""
 
     h_BTD: Any
     q_BTNH: Float[Array, "B T N H"]
     k_BTKH: Float[Array, "B T K H"]
+    v_BTKH: Float[Array, "B T K H"]
     weights_BNTS: Float[Array, "B N T S"]
 
 
@@ -112,6 +113,7 @@ def start(call: Call) -> TokenState:
     """The carry before the first layer."""
     mech, policy = call.mech, call.mech.kv_skip.policy
     size = call.params["kv_maps"].code_size if policy == "extrapolate" else 0
+    size = call.model.hidden_size if mech.kv_skip.is_own else size
     extra = {"code_size": size, "receives": policy == "attended"}
     return mech.start(call.embedded_BTD, call.rows, call.model, **extra)
 
@@ -135,7 +137,8 @@ def run_layer(
         with jax.named_scope("signals"):
             drift_BT = signals.drift(mech.halting.drift, state.h_BTD, before.h_BTD)
         with jax.named_scope("halt"):
-            state, entropy_BT = _halt(call, state, attended, drift_BT, layer)
+            read = scored(call, before, attended)
+            state, entropy_BT = _halt(call, state, read, drift_BT, layer)
         drift_BT = jnp.where(before.active_BT, drift_BT, jnp.nan)
     if mech.kv_skip.policy == "attended":
         state = _receive(call, state, attended, before.active_BT, layer)
@@ -145,7 +148,7 @@ def run_layer(
     if mech.amq is not None:
         with jax.named_scope("amq"):
             state = _quantize(call, state, before.active_BT, layer)
-    if mech.kv_skip.policy == "extrapolate":
+    if mech.kv_skip.reads_frozen:
         state = _encode(call, state, layer)
     if mech.halting is not None and mech.halting.leaves_whole:
         state = _leave_whole(call, state, layer)
@@ -191,11 +194,11 @@ def _block(
         log_size_BS = jnp.log(state.size_BT)
 
     def attend(q: Array, k: Array, v: Array) -> tuple[Array, Attended]:
-        if mech.kv_skip.policy == "extrapolate":
+        if mech.kv_skip.reads_frozen:
             k, v = _extrapolated(call, state, layer, weights, k, v)
         k, v = mech.stored(k, v, state.bits_BT)
         context_BTNH, weights_BNTS = attention(q, k, v, mask_BTS, log_size_BS)
-        return context_BTNH, Attended(None, q, k, weights_BNTS)
+        return context_BTNH, Attended(None, q, k, v, weights_BNTS)
 
     multiply = mech.multiply(state.bits_BT, weights.int8, layer)
     inputs = (state.h_BTD, pos_BT, attend, multiply)
@@ -241,17 +244,26 @@ def _extrapolated(
 ) -> tuple[Array, Array]:
     """Keys and values, with those of halted tokens read from their frozen states."""
     assert state.code_BTR is not None
-    halted = (state.depth_BT < layer)[..., None, None]
-    layers = call.params["kv_maps"].layers
-    mapped_BTO = kv_maps.extrapolate(state.code_BTR, weights.maps, state.depth_BT, layers)
-    k_mapped, v_mapped = kv_maps.keys_values(mapped_BTO, call.rows.pos_BT, call.model)
+    halted, pos_BT = (state.depth_BT < layer)[..., None, None], call.rows.pos_BT
+    if call.mech.kv_skip.is_own:
+        multiply = call.mech.multiply(state.bits_BT, weights.int8, layer)
+        frozen = (state.h_BTD, call.embedded_BTD, state.code_BTR, pos_BT, state.depth_BT)
+        given = (frozen, call.model, layer, weights.params, multiply)
+        k_mapped, v_mapped = call.mech.kv_skip.keys_values(*given)
+    else:
+        layers = call.params["kv_maps"].layers
+        mapped_BTO = kv_maps.extrapolate(state.code_BTR, weights.maps, state.depth_BT, layers)
+        k_mapped, v_mapped = kv_maps.keys_values(mapped_BTO, pos_BT, call.model)
     return jnp.where(halted, k_mapped, k), jnp.where(halted, v_mapped, v)
 
 
 def _encode(call: Call, state: TokenState, layer: Array) -> TokenState:
-    """What the maps of deeper layers read of the tokens that halted at this one."""
+    """What deeper keys are read from, of the tokens that halted at this layer."""
     model, h_BTD = call.model, state.h_BTD
     now_BT = (state.depth_BT == layer) & (layer < model.num_layers)
+    if call.mech.kv_skip.is_own:  # the rest that a policy reads does not change
+        code_BTR = jnp.where(now_BT[..., None], fusion.back(h_BTD, 1), state.code_BTR)
+        return state.replace(code_BTR=code_BTR)
 
     def neurons() -> Array:
         ids = call.params["kv_maps"].neurons
@@ -310,22 +322,26 @@ def _leave_whole(call: Call, state: TokenState, layer: Array) -> TokenState:
 
 
 def _halt(
-    call: Call, state: TokenState, attended: Attended, drift_BT: Array, layer: Array
+    call: Call, state: TokenState, read: dict[str, Array], drift_BT: Array, layer: Array
 ) -> tuple[TokenState, Array]:
     rule = call.mech.halting
     assert rule is not None
-    received_BT = received(call, state, attended) if rule.reads_attention else None
     entropy_of = signals.entropies(state, call.params, call.model, call.previous_BT)
-    signals_read = (eligible(call, state), drift_BT, layer, entropy_of)
-    return rule.after_layer(state, call.rows, *signals_read, received_BT=received_BT)
+    signals_read = (eligible(call, state), drift_BT, layer, entropy_of, read)
+    return rule.after_layer(state, call.rows, *signals_read)
+
+
+def scored(call: Call, before: TokenState, attended: Attended) -> dict[str, Array]:
+    """What a score may read of a layer (`qs_jax.mechanisms.own.Signals`)."""
+    states = {"before_BTD": before.h_BTD, "after_BTD": attended.h_BTD}
+    states |= {"keys_BTKH": attended.k_BTKH, "values_BTKH": attended.v_BTKH}
+    return states | {"received_BT": received(call, before, attended)}
 
 
 def received(call: Call, state: TokenState, attended: Attended) -> Float[Array, "B T"]:
     """Most attention that each token receives from the prompt's last queries."""
-    width = call.rows.pos_BT.shape[1]
-    own_BT = jnp.broadcast_to(jnp.arange(width)[None], call.rows.pos_BT.shape)
     counted_BT = call.rows.scoring_BT & state.active_BT
-    return halting.attention_received(attended.weights_BNTS.max(1), counted_BT, own_BT)
+    return halting.attention_received(attended.weights_BNTS.max(1), counted_BT, call.rows.pos_BT)
 
 
 # --- 4. fusion, and 5. bits ---------------------------------------------------------------------

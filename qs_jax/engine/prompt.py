@@ -138,7 +138,7 @@ def _segment(
 
     rule = call.mech.halting
     at_end = rule is not None and stops and not call.decides_inside
-    remembers = rule is not None and at_end and (rule.reads_drift or rule.reads_attention)
+    remembers = rule is not None and at_end and rule.reads_before
     loop = (carry._replace(state=state), state.h_BTD if remembers else None)
     if own:
         for index, block in own.items():
@@ -266,7 +266,8 @@ def _decide(
     rule, state, rows = call.mech.halting, carry.state, chosen.rows
     assert rule is not None
     drift_BT = jnp.full(rows.pos_BT.shape, jnp.nan, exact_dtype(call.model.dtype))
-    received_BT, ran_BT = None, state.active_BT
+    read: dict[str, Any] = {"before_BTD": before_BCD, "after_BTD": state.h_BTD}
+    ran_BT = state.active_BT
     with jax.named_scope("signals"):
         if rule.reads_drift:
             drift_BT = signals.drift(rule.drift, state.h_BTD, before_BCD)
@@ -275,11 +276,16 @@ def _decide(
             nothing = jnp.zeros_like(drift_BT)
             may = rule.may_halt_L[layer - 1]
             inside = call.decides_inside  # else this is a halting layer
-            received_BT = lax.cond(may, receive, lambda: nothing) if inside else receive()
+            read["received_BT"] = lax.cond(may, receive, lambda: nothing) if inside else receive()
+        if rule.reads_keys:
+            found = carry.cache.layer(layer - 1 - chosen.offset)
+            if chosen.index_BC is not None:
+                found = tuple(take(array_BSKH, chosen.index_BC) for array_BSKH in found)
+            read |= dict(zip(("keys_BTKH", "values_BTKH"), found, strict=True))
     with jax.named_scope("halt"):
         entropy_of = signals.entropies(state, call.params, call.model)
-        read = (eligible(rows, state), drift_BT, layer, entropy_of, received_BT)
-        state, entropy_BT = rule.after_layer(state, rows, *read, chosen.outside_B)
+        decided_by = (eligible(rows, state), drift_BT, layer, entropy_of, read)
+        state, entropy_BT = rule.after_layer(state, rows, *decided_by, chosen.outside_B)
     drift_BT = jnp.where(ran_BT, drift_BT, jnp.nan)
 
     def note(signals_LBT: Array | None, own_BC: Array) -> Array | None:

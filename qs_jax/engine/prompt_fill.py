@@ -70,8 +70,20 @@ def _frozen_keys_values(call: Call, state: TokenState, index_BP: Array, last: Ar
         k, v = apply_block(model, weights.params, *given, method="keys_values")
         return mech.stored(k, v, bits_BP)
 
-    if mech.kv_skip.policy != "extrapolate":
+    if not mech.kv_skip.reads_frozen:
         return propagated
+
+    embedded_BPD, depth_BP = take(call.embedded_BTD, index_BP), take(state.depth_BT, index_BP)
+    before_BPD = take(fusion.back(state.h_BTD, 1), index_BP)
+
+    def of_policy(index: Array) -> tuple[Array, Array]:
+        weights, layer = layer_at(call.weights, index), index + 1
+        frozen = (h_BPD, embedded_BPD, before_BPD, index_BP, depth_BP)
+        given = (layer, weights.params, mech.multiply(bits_BP, weights.int8, layer))
+        return mech.stored(*mech.kv_skip.keys_values(frozen, model, *given), bits_BP)
+
+    if mech.kv_skip.is_own:
+        return of_policy
 
     maps = call.params["kv_maps"]
 
@@ -83,9 +95,7 @@ def _frozen_keys_values(call: Call, state: TokenState, index_BP: Array, last: Ar
 
     neurons = lambda: kv_maps.following_neurons(maps.neurons, compute)  # noqa: E731
     x = jnp.argmax(jnp.asarray(maps.layers) == last)
-    before = take(fusion.back(state.h_BTD, 1), index_BP)
-    sources = kv_maps.sources(h_BPD, take(call.embedded_BTD, index_BP), before, neurons)
-    depth_BP = take(state.depth_BT, index_BP)
+    sources = kv_maps.sources(h_BPD, embedded_BPD, before_BPD, neurons)
     code_BPR = kv_maps.encode(maps, sources, depth_BP, model.dtype, x)
 
     def mapped(index: Array) -> tuple[Array, Array]:

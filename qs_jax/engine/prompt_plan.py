@@ -52,7 +52,9 @@ def refusal(cfg: Config, *, generates: bool) -> str | None:
         return "bits by the shortlist entropy are the masked engine's"
     if amq is not None and amq.normalization == "minmax" and not prompts_only:
         return "min-max entropy looks at all tokens of a batch at once"
-    if amq is not None and skip is not None and skip.policy == "extrapolate":
+    if skip is not None and skip.is_own and not prompts_only:
+        return "a KV policy of your own fills in prompts: with new tokens it is the masked engine's"
+    if amq is not None and skip is not None and skip.reads_frozen:
         assert qs.halting is not None
         if (qs.halting.layers or (0,))[0] < amq.layer:
             return "extrapolated keys of tokens that halt before amq.layer have no bits yet"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any, no_type_check
 
 import flax.struct
@@ -11,6 +12,10 @@ import jax.numpy as jnp
 from flax.struct import field
 from jaxtyping import Array, Bool, Float, Int
 
+from qs_jax.config import HaltingConfig, ModelConfig
+from qs_jax.errors import ConfigError
+from qs_jax.mechanisms import own
+from qs_jax.mechanisms.own import Signals
 from qs_jax.mechanisms.signals import EntropyOf
 from qs_jax.models.layers import rms_normalised
 from qs_jax.state import NEVER, TokenState
@@ -23,6 +28,8 @@ class Halting(flax.struct.PyTreeNode):
     Attributes:
       entropy: The estimator that decisions read, or None.
       layers: The halting layers, where extrapolation maps belong to them; else None.
+      score: A function of `Signals`.
+      reads: The signals that decisions read.
       leaves_whole: As `HaltingConfig.leaves_whole`.
     """
 
@@ -36,9 +43,9 @@ class Halting(flax.struct.PyTreeNode):
     rule: str = field(pytree_node=False)
     drift: str = field(pytree_node=False)
     entropy: str | None = field(pytree_node=False)
-    score: str = field(pytree_node=False)
+    score: Callable[[Signals], Array] = field(pytree_node=False)
+    reads: frozenset[str] = field(pytree_node=False)
     score_queries: int = field(pytree_node=False)
-    seed: int = field(pytree_node=False)
     freeze: bool = field(pytree_node=False)
     layers: tuple[int, ...] | None = field(pytree_node=False)
     light_from: int | None = field(pytree_node=False)
@@ -50,14 +57,24 @@ class Halting(flax.struct.PyTreeNode):
         return self.rule == "quota" and self.light_from is None
 
     @property
+    def reads_before(self) -> bool:
+        """Whether decisions read states as they were before the layer."""
+        return bool(self.reads & {"before_BTD", "drift_BT", "received_BT"})
+
+    @property
+    def reads_keys(self) -> bool:
+        """Whether decisions read the layer's keys or values."""
+        return bool(self.reads & {"keys_BTKH", "values_BTKH"})
+
+    @property
     def reads_attention(self) -> bool:
         """Whether decisions read attention received."""
-        return self.ranks and self.score == "attention"
+        return "received_BT" in self.reads
 
     @property
     def reads_drift(self) -> bool:
         """Whether decisions read how far a layer moved a token."""
-        return self.rule == "dual" or (self.ranks and self.score == "drift")
+        return "drift_BT" in self.reads
 
     def leave_whole(
         self,
@@ -86,13 +103,14 @@ class Halting(flax.struct.PyTreeNode):
         drift_BT: Float[Array, "B T"],
         layer: Int[Array, ""],
         entropy_of: EntropyOf,
-        received_BT: Float[Array, "B T"] | None = None,
+        read: Mapping[str, Array] | None = None,
         outside_B: Int[Array, "B"] | None = None,
     ) -> tuple[TokenState, Float[Array, "B T"]]:
         """Stop tokens of `rows`, by a forced halt or by the rule; also the entropies it has read.
 
         Dual: drift and entropy are both under their thresholds (2.1). Quota: the lowest scores,
         until the layer's share of the eligible tokens has stopped, `outside_B` others among them.
+        `read` is what the engine gives of the `Signals` of the layer.
         """
         halted_BT = state.depth_BT < layer
         may_BT = eligible_BT & ~halted_BT & self.may_halt_L[layer - 1]
@@ -102,13 +120,11 @@ class Halting(flax.struct.PyTreeNode):
         if self.entropy is not None:  # who fails the cheap test needs none
             entropy_BT = jnp.where(may_BT, entropy_of(self.entropy, may_BT), jnp.nan)
         if self.ranks:
-            scores: dict[str, Callable[[], Any]] = {
-                "attention": lambda: received_BT,
-                "drift": lambda: drift_BT,
-                "entropy": lambda: jnp.nan_to_num(entropy_BT),
-                "random": lambda: random_score(rows.pos_BT, self.seed),
-            }
-            ranked = (scores[self.score](), eligible_BT, halted_BT)
+            ready_BT = eligible_BT & ~halted_BT
+            found = Signals.of(rows, ready_BT, layer, drift_BT, entropy_BT, read or {})
+            # Finite, or fewer might stop than engines have counted on.
+            score_BT = jnp.nan_to_num(self.score(found).astype(drift_BT.dtype))
+            ranked = (score_BT, eligible_BT, halted_BT)
             may_BT &= lowest(*ranked, self.quota_L[layer - 1], outside_B)
         elif self.entropy is not None:
             may_BT &= entropy_BT < self.tau_halt_L[layer - 1]
@@ -150,11 +166,40 @@ def attention_received(weights_BQS: Array, counted_BQ: Array, own_BQ: Array) -> 
     return jnp.where(counted_BQ[:, :, None] & other_BQS, weights_BQS, 0).max(1)
 
 
-def random_score(pos_BT: Int[Array, "B T"], seed: int) -> Float[Array, "B T"]:
+@dataclasses.dataclass(frozen=True)
+class Random:
     """A uniform number for each position, the same in every row (the control)."""
-    key = jax.random.key(seed)
 
-    def draw(position: Array) -> Array:
-        return jax.random.uniform(jax.random.fold_in(key, position), dtype=jnp.float32)
+    seed: int
 
-    return jax.vmap(jax.vmap(draw))(pos_BT)
+    def __call__(self, signals: Signals) -> Float[Array, "B T"]:
+        key = jax.random.key(self.seed)
+
+        def draw(position: Array) -> Array:
+            return jax.random.uniform(jax.random.fold_in(key, position), dtype=jnp.float32)
+
+        return jax.vmap(jax.vmap(draw))(signals.pos_BT)
+
+
+_SCORES: Mapping[str, Callable[[Signals], Any]] = {
+    "attention": lambda signals: signals.received_BT,
+    "drift": lambda signals: signals.drift_BT,
+    "entropy": lambda signals: signals.entropy_BT,
+}
+
+
+def score_of(config: HaltingConfig) -> Callable[[Signals], Array]:
+    """The function that a quota ranks by."""
+    if not isinstance(config.score, str):
+        return config.score
+    return Random(config.seed) if config.score == "random" else _SCORES[config.score]
+
+
+def reads_of(config: HaltingConfig, model: ModelConfig) -> frozenset[str]:
+    """Names of the `Signals` that decisions read; `ConfigError` if an entropy has no estimator."""
+    if not config.ranks:
+        return frozenset({"drift_BT"} if config.rule == "dual" else ())
+    found = own.reads(score_of(config), model)
+    if "entropy_BT" in found and config.entropy is None:
+        raise ConfigError("halting.score reads entropy_BT: name its estimator, halting.entropy.")
+    return found

@@ -288,9 +288,20 @@ def extrapolate(code_BTR: Array, maps_XRO: Array, depth_BT: Array, layers: Seque
 
 def keys_values(mapped_BTO: Array, pos_BT: Array, model: ModelConfig) -> tuple[Array, Array]:
     """Keys, after RoPE, and values `[B, T, K, H]` of the maps' columns."""
-    shape = (*mapped_BTO.shape[:2], model.num_kv_heads, model.head_dim)
-    k_BTKH, v_BTKH = (part.reshape(shape) for part in jnp.split(mapped_BTO, 2, axis=-1))
-    return rope.rotate(k_BTKH, pos_BT, model) if family_of(model).rotates else k_BTKH, v_BTKH
+    k_BTKH, v_BTKH = heads(mapped_BTO, model)
+    return place(k_BTKH, pos_BT, model), v_BTKH
+
+
+def heads(kv_BTO: Array, model: ModelConfig) -> tuple[Array, Array]:
+    """Keys and values `[B, T, K, H]` that lie side by side."""
+    shape = (*kv_BTO.shape[:2], model.num_kv_heads, model.head_dim)
+    k_BTKH, v_BTKH = (part.reshape(shape) for part in jnp.split(kv_BTO, 2, axis=-1))
+    return k_BTKH, v_BTKH
+
+
+def place(k_BTKH: Array, pos_BT: Array, model: ModelConfig) -> Array:
+    """Keys rotated by their positions, where the family rotates."""
+    return rope.rotate(k_BTKH, pos_BT, model) if family_of(model).rotates else k_BTKH
 
 
 def mapped(read_BTF: Array, map_FO: Array) -> Array:

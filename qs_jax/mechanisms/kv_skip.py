@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, no_type_check
 
 import flax.struct
@@ -10,6 +11,11 @@ import jax.numpy as jnp
 from flax.struct import field
 from jaxtyping import Array, Float, Int
 
+from qs_jax.config import ModelConfig
+from qs_jax.mechanisms.kv_maps import heads, place
+from qs_jax.mechanisms.own import Frozen
+from qs_jax.models import Params, apply_block
+from qs_jax.models.layers import Multiply
 from qs_jax.state import TokenState
 
 
@@ -20,11 +26,47 @@ class KVSkip(flax.struct.PyTreeNode):
     tau_kv: Float[Array, ""]
     delay: Int[Array, ""]
     retain_ids: Int[Array, "r"]
-    policy: str = field(pytree_node=False)
+    policy: Any = field(pytree_node=False)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the policy is an object of the user's own."""
+        return not isinstance(self.policy, str)
+
+    @property
+    def reads_frozen(self) -> bool:
+        """As `KVSkipConfig.reads_frozen`."""
+        return self.is_own or self.policy == "extrapolate"
+
+    def keys_values(
+        self,
+        frozen: Sequence[Array],
+        model: ModelConfig,
+        layer: Int[Array, ""],
+        weights: Params,
+        multiply: Multiply,
+    ) -> tuple[Array, Array]:
+        """Keys, after RoPE, and values `[B, T, K, H]` of the user's own policy.
+
+        Args:
+          frozen: The arrays of `Frozen`.
+          model: Architecture.
+          layer: The layer's number.
+          weights: Of its block.
+          multiply: Its product, for these tokens.
+        """
+
+        def project() -> tuple[Array, Array]:
+            kv_BTO = apply_block(model, weights, frozen[0], multiply, method="unrotated")
+            return heads(kv_BTO, model)
+
+        given: Any = (*frozen, model, project)
+        k, v = self.policy.keys_values(Frozen(*given), layer)
+        return place(k.astype(model.dtype), given[3], model), v.astype(model.dtype)
 
     def written(self, depth_BS: Array, retain_BS: Array, layer: Array) -> Array:
         """Keys that exist at a layer for every query."""
-        if self.policy in ("propagate", "extrapolate"):
+        if self.policy not in ("skip", "attended"):
             return jnp.ones_like(retain_BS)
         return (layer <= depth_BS + self.delay) | retain_BS
 

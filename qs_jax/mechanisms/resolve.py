@@ -17,8 +17,9 @@ from jaxtyping import Array, Bool, Float, Int
 from qs_jax.config import KVSkipConfig, ModelConfig, QuickSilverConfig
 from qs_jax.mechanisms.amq import AMQ
 from qs_jax.mechanisms.fusion import Fusion
-from qs_jax.mechanisms.halting import Halting
+from qs_jax.mechanisms.halting import Halting, reads_of, score_of
 from qs_jax.mechanisms.kv_skip import KVSkip
+from qs_jax.mechanisms.own import check_policy
 from qs_jax.mechanisms.signals import largest_entropy
 from qs_jax.models.layers import Multiply, dense_product
 from qs_jax.state import FULL_BITS, NEVER, TokenState, exact_dtype
@@ -52,6 +53,11 @@ class Rows(NamedTuple):
     forced_layer_BT: Int[Array, "B T"]
     retain_BT: Bool[Array, "B T"]
     scoring_BT: Bool[Array, "B T"]
+
+    @property
+    def prompt_lengths_B(self) -> Int[Array, "B"]:
+        """Lengths of the prompts, whose last token is always among these."""
+        return jnp.where(self.scoring_BT, self.pos_BT + 1, 0).max(1)
 
     def touched(self, state: TokenState) -> Bool[Array, "B T"]:
         """Tokens that halting and fusion may touch, absorbed ones included."""
@@ -229,6 +235,8 @@ def _halting(qs: QuickSilverConfig, model: ModelConfig) -> Halting | None:
     quota = np.zeros(model.num_layers)
     for layer, share in zip(config.layers or (), config.quota, strict=False):
         quota[layer - 1] = share
+    reads = reads_of(config, model)
+    reads_entropy = config.rule == "dual" or "entropy_BT" in reads
     # Maps belong to halting layers; elsewhere layers are numbers.
     mapped = qs.kv_skip is not None and qs.kv_skip.policy == "extrapolate"
     forced = config.forced_layer
@@ -240,14 +248,18 @@ def _halting(qs: QuickSilverConfig, model: ModelConfig) -> Halting | None:
         light_share=_number(config.light_share, model),
         forced_layer=jnp.int32(NEVER if forced is None else forced),
         forced_ids=_ids(config.forced_ids),
-        entropy=config.entropy_used,
+        entropy=config.entropy_used if reads_entropy else None,
+        score=score_of(config),
+        reads=reads,
         layers=config.layers if mapped else None,
-        **_fields(config, "rule drift score score_queries seed freeze light_from leaves_whole"),
+        **_fields(config, "rule drift score_queries freeze light_from leaves_whole"),
     )
 
 
 def _kv_skip(qs: QuickSilverConfig, model: ModelConfig) -> KVSkip:
     config = qs.kv_skip or KVSkipConfig("propagate")
+    if config.is_own:
+        check_policy(config.policy, model)
     tau_kv = _number(config.tau_kv, model)
     return KVSkip(tau_kv, jnp.int32(config.delay), _ids(config.retain_ids), config.policy)
 

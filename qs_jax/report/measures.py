@@ -76,9 +76,10 @@ def costs(
     flops_of = counted_costs(accounting.tally(record, model, qs, sizes), model)
     if qs.kv_skip is None or qs.kv_skip.policy != "extrapolate":
         sizes = None
+    before = float(flops.stopped_keys_flops(record, model, qs, sizes).sum())
+    flops_of["kv_only"] = before
     # Each mechanism is charged what it adds to those before it.
-    before = 0.0
-    steps = {"kv_only": "", "halting": "HK", "fusion": "HKF", "amq": "HKFQ"}
+    steps = {"halting": "HK", "fusion": "HKF", "amq": "HKFQ"}
     for name, letters in steps.items():
         added = float(flops.added_flops(record, model, reduced(qs, letters), sizes).sum())
         flops_of[name], before = added - before, added

@@ -21,12 +21,14 @@ from jaxtyping import Array, Bool, Float, Int
 from tqdm import tqdm
 
 from qs_jax.config import Config, HaltingConfig, ModelConfig, QuickSilverConfig
+from qs_jax.config.fields import name_of
 from qs_jax.engine import inputs, masked
 from qs_jax.engine.score import next_logprobs
 from qs_jax.engine.weights import check_finite, layer_weights, prepare_params
 from qs_jax.errors import ConfigError, InputError
 from qs_jax.jax_settings import default_settings
 from qs_jax.mechanisms import Mechanisms, resolve, signals
+from qs_jax.mechanisms.own import Signals
 from qs_jax.models import Params, head
 from qs_jax.record import Record
 from qs_jax.state import NEVER, evidence
@@ -72,6 +74,8 @@ def signal_kinds(qs: QuickSilverConfig) -> dict[str, str]:
     rule, kinds = qs.halting or HaltingConfig(entropy=None), {}
     if (rule.rule, rule.score) == ("quota", "attention"):
         kinds["received"] = "attention"
+    if rule.ranks and not isinstance(rule.score, str):
+        kinds["own"] = name_of(rule.score)
     kinds |= {"drift": rule.drift, "entropy": rule.entropy_used or "vocab"}
     if qs.amq is not None and qs.amq.entropy not in (None, kinds["entropy"]):
         kinds["bits_entropy"] = qs.amq.entropy
@@ -81,7 +85,7 @@ def signal_kinds(qs: QuickSilverConfig) -> dict[str, str]:
 def signal_names(qs: QuickSilverConfig) -> dict[str, str]:
     """Name of each signal for a reader."""
     names = {"received": "{} received", "drift": "{} drift", "entropy": "entropy ({})"}
-    names["bits_entropy"] = "entropy for bits ({})"
+    names |= {"bits_entropy": "entropy for bits ({})", "own": "score {}"}
     return {name: names[name].format(kind) for name, kind in signal_kinds(qs).items()}
 
 
@@ -156,8 +160,8 @@ def _as_run(out: dict[str, Any], text: Text, cfg: Config, letters: str, mask_T: 
     logprobs_T = np.where(mask_T, out["logprobs"][0, :width], 0).astype(np.float32)
     check_finite(np.array([np.isfinite(logprobs_T).all()]))
     values = {name: np.array(array[:, 0, :width]) for name, array in out["signals"].items()}
-    if "received" in values:  # a quota ranks the prompt
-        values["received"][:, ~record.subject[0]] = np.nan
+    for name in {"received", "own"} & values.keys():  # a quota ranks the prompt
+        values[name][:, ~record.subject[0]] = np.nan
     for name, kind in signal_kinds(qs).items():
         if kind == "shortlist":
             values[name][: (qs.shortlist_layer or 1) - 1] = np.nan  # its ids are picked there
@@ -212,6 +216,12 @@ def _look(
                 return signals.drift(kind, attended.h_BTD, before.h_BTD)
             if name == "received":
                 return masked.received(call, before, attended)
+            if name == "own":
+                assert mech.halting is not None
+                ready_BT = masked.eligible(call, before) & (before.depth_BT >= scanned[0])
+                told = (rows, ready_BT, scanned[0], record.drift_BT, record.entropy_BT)
+                read = Signals.of(*told, masked.scored(call, before, attended))
+                return mech.halting.score(read).astype(record.drift_BT.dtype)
             h_BTD = attended.h_BTD if name == "entropy" else state.h_BTD
             with jax.named_scope("signals"):
                 return signals.entropy(kind, h_BTD, params, model, state.shortlist_BTX, None)

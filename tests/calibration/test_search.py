@@ -75,7 +75,7 @@ def test_the_bound_covers_as_often_as_it_says():
 
 
 def space_of(model):
-    return families.Space("skip", "quota", (2, 3, 4), None, model, fuses=False)
+    return families.Space(qs_jax.KVSkipConfig("skip"), "quota", (2, 3, 4), None, model, fuses=False)
 
 
 # Saving and price of a share halted by the first, second and third layer: closed forms.

@@ -6,7 +6,6 @@ of the range.
 """
 
 import functools
-from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,6 +15,7 @@ import qs_jax
 from qs_jax.config import Config
 from qs_jax.engine import score as scoring
 from qs_jax.mechanisms import fusion
+from qs_jax.testing import laws
 from tests import goldens
 from tests.engine.contract import (
     BY_DEFAULT,
@@ -28,27 +28,8 @@ from tests.engine.contract import (
 )
 from tests.support import row_of
 
-WIDTH, SHORT = goldens.LENGTHS
-PROMPT, NEW = goldens.PROMPTS[0], 8
+WIDTH, NEW = goldens.LENGTHS[0], 8
 WINDOW = 3  # of the widest fusion in the matrix
-# Where a token is exchanged: anywhere, or in the continuation.
-CHANGED = {"teacher-forced": range(1, WIDTH, 4), "continuation": range(PROMPT, WIDTH, 4)}
-
-
-class Runs(NamedTuple):
-    """One case: calls of one program, and the same rows elsewhere.
-
-    Attributes:
-      before: Rows of `same`, then the two rows of the goldens.
-      after: The same with one token changed in each row of `same`, at `CHANGED`.
-      moved: The rows of the goldens in another order, among rows of other lengths.
-    """
-
-    params: Any
-    cfg: Config
-    before: qs_jax.ScoreOutput
-    after: qs_jax.ScoreOutput
-    moved: qs_jax.ScoreOutput
 
 
 def open_case(name):
@@ -65,60 +46,24 @@ def score(params, cfg, rows, prompts):
 
 
 @functools.cache
-def run(name) -> Runs:
+def run(name) -> laws.Runs:
+    """The last two rows of `before` are those of the goldens."""
     with jax.enable_x64(True):
-        params, cfg = open_case(name)
-        return run_rows(params, cfg)
+        return run_rows(*open_case(name))
 
 
 def run_rows(params, cfg):
-    long, short = goldens.tiny_rows(cfg.model)
-    changed = []
-    for j in CHANGED[cfg.effective_protocol]:
-        changed.append(list(long))
-        changed[-1][j] = (long[j] + 1) % cfg.model.vocab_size
-    prompts = [PROMPT] * len(changed) + list(goldens.PROMPTS)
-    before = score(params, cfg, [long] * len(changed) + [long, short], prompts)
-    after = score(params, cfg, [*changed, long, short], prompts)
-    others = [row_of(cfg.model, WIDTH + 2 - index) for index in range(len(changed))]
-    moved = score(params, cfg, [short, *others, long], [prompts[-1], *prompts[:-1]])
-    return Runs(params, cfg, before, after, moved)
-
-
-def assert_the_future_stays_away(runs):
-    """Bit for bit: changing token j changes no logit before j, and changes some from j on."""
-    first = PROMPT if runs.cfg.effective_protocol == "continuation" else 1
-    for row, j in enumerate(CHANGED[runs.cfg.effective_protocol]):
-        before, after = runs.before.logits[row], runs.after.logits[row]
-        np.testing.assert_array_equal(after[first - 1 : j], before[first - 1 : j])
-        assert (after[j:WIDTH] != before[j:WIDTH]).any()
+    return laws.run(params, cfg, goldens.tiny_rows(cfg.model), goldens.PROMPTS)
 
 
 @pytest.mark.parametrize("name", contract())
 def test_the_future_touches_no_earlier_prediction(name):
-    assert_the_future_stays_away(run(name))
+    laws.check_causality(run(name))
 
 
 @pytest.mark.parametrize("name", contract())
 def test_rows_do_not_depend_on_batch_mates(name):
-    """Bit for bit where only the mates change; to rounding at another place in the batch."""
-    runs = run(name)
-    kept = slice(-2, None)
-    here = goldens.scores_of(runs.before, kept)
-    for part, array in goldens.scores_of(runs.after, kept).items():
-        np.testing.assert_array_equal(array, here[part], part)
-    for row, place in ((-1, 0), (-2, -1)):
-        width = runs.before.record.lengths[row] if runs.before.record else SHORT
-        assert_same_row(runs.before, row, runs.moved, place, width)
-
-
-def assert_same_row(one, row, other, place, width):
-    np.testing.assert_allclose(one.logprobs[row, :width], other.logprobs[place, :width], atol=2e-5)
-    if one.record is None:
-        return
-    for name in ("active", "kv_written", "kv_held", "visible_keys", "bits", "weighed"):
-        mine, theirs = getattr(one.record, name), getattr(other.record, name)
-        np.testing.assert_array_equal(mine[:, row, :width], theirs[:, place, :width], name)
+    laws.check_batch_mates(run(name))
 
 
 @pytest.mark.parametrize(
@@ -126,11 +71,8 @@ def assert_same_row(one, row, other, place, width):
 )
 def test_rows_do_not_depend_on_padding(name):
     """Alone, a row is padded less: another program."""
-    runs = run(name)
     with jax.enable_x64(True):
-        rows = goldens.tiny_rows(runs.cfg.model)
-        alone = score(runs.params, runs.cfg, rows[1:], goldens.PROMPTS[1:])
-    assert_same_row(runs.before, -1, alone, 0, SHORT)
+        laws.check_padding(run(name))
 
 
 @pytest.mark.parametrize("name", contract())
@@ -140,25 +82,9 @@ def test_nothing_moved(name):
 
 @pytest.mark.parametrize("name", contract(BY_DEFAULT - {"preset-off-teacher-forced"}))
 def test_decisions_only_ever_stop_work(name):
-    """Halting is monotone; the fused map is idempotent and points forward; bits stay assigned."""
-    qs, record = run(name).cfg.quicksilver, run(name).before.record
-    if record is None:
-        assert qs.is_off
-        return
-    layers, _, width = record.active.shape
-    number = np.arange(1, layers + 1)[:, None, None]
-    if qs.halting is not None and qs.halting.freeze:
-        assert not record.active[number > record.depth].any()
-    assert (np.diff(record.active.astype(int), axis=0) <= 0).all(), "a stopped token runs again"
-    for fused in (*record.fused, record.representative):
-        np.testing.assert_array_equal(np.take_along_axis(fused, fused, -1), fused)
-        assert (fused >= np.arange(width)).all()
-        if qs.fusion is not None and qs.fusion.window == 1:
-            assert (np.diff(fused, axis=-1) >= 0).all(), "order is kept where runs are adjacent"
-    if qs.amq is not None:
-        assert (record.bits[: qs.amq.layer] == 16).all()
-        assert (record.bits[qs.amq.layer :] == record.bits[-1]).all()
-    assert (record.kv_held <= record.kv_written).all()
+    runs = run(name)
+    assert runs.before.record is not None or runs.cfg.quicksilver.is_off
+    laws.check_stopping(runs)
 
 
 # Where states as small as these meet some threshold; the whole matrix shares its settings.
@@ -273,4 +199,4 @@ def test_a_leaky_fusion_is_caught(monkeypatch):
     with jax.enable_x64(True):
         leaky = run_rows(*open_case("F-llama-teacher-forced"))
     with pytest.raises(AssertionError):
-        assert_the_future_stays_away(leaky)
+        laws.check_causality(leaky)

@@ -7,7 +7,6 @@ the order of sums, and no code of a quantised value flips by it.
 import dataclasses
 import functools
 import re
-from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,6 +16,7 @@ import qs_jax
 from qs_jax.config import AMQConfig, Config, HaltingConfig, KVSkipConfig
 from qs_jax.engine import prompt, prompt_plan, score
 from qs_jax.errors import ConfigError
+from qs_jax.testing import laws
 from tests.engine.contract import (
     ADJACENT,
     BITS,
@@ -39,7 +39,6 @@ from tests.oracle.comparison import assert_same_record
 from tests.support import OPTIMISED, random_tokens, row_of
 
 LENGTHS, PROMPTS = (31, 17, 24), (22, 9, 15)
-CHANGED = (22, 25, 28)  # positions in the longest row's continuation
 MECHANISMS = [name for name in FAST if not name.startswith("dense")]
 BY_DEFAULT = (
     "dual-skip",
@@ -65,47 +64,23 @@ def shorten(patch):
     patch.setattr(prompt_plan, "STEPS", 2)
 
 
-class Runs(NamedTuple):
-    """Calls of one program, and the definition's of the first.
-
-    Attributes:
-      before: The longest row, once for each of `CHANGED`, then the other rows.
-      after: One token of each of the first rows changed.
-      moved: The rows of `before` in reverse.
-      masked: `before` on the masked engine.
-    """
-
-    params: Any
-    cfg: Config
-    before: qs_jax.ScoreOutput
-    after: qs_jax.ScoreOutput
-    moved: qs_jax.ScoreOutput
-    masked: qs_jax.ScoreOutput
-
-
 @functools.cache
-def run(name: str) -> Runs:
+def run(name: str) -> tuple[laws.Runs, qs_jax.ScoreOutput]:
+    """Calls of one program, and the definition's of the first."""
     with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
         shorten(patch)
         params, cfg = fast_case(name, "continuation", engine="compact")
-        long, *others = [row_of(cfg.model, width) for width in LENGTHS]
-        changed = [list(long) for _ in CHANGED]
-        for row, j in zip(changed, CHANGED, strict=True):
-            row[j] = (row[j] + 1) % cfg.model.vocab_size
-        rows = [long] * len(CHANGED) + others
-        prompts = (PROMPTS[0],) * len(CHANGED) + PROMPTS[1:]
-        before, masked = (
-            qs_jax.score(params, rows, each, prompt_lengths=prompts)
-            for each in (cfg, cfg.replace(engine="masked"))
-        )
-        after = qs_jax.score(params, [*changed, *others], cfg, prompt_lengths=prompts)
-        moved = qs_jax.score(params, rows[::-1], cfg, prompt_lengths=prompts[::-1])
-        return Runs(params, cfg, before, after, moved, masked)
+        rows = [row_of(cfg.model, width) for width in LENGTHS]
+        runs = laws.run(params, cfg, rows, PROMPTS, step=3)
+        changed = len(runs.changed)
+        prompts = [PROMPTS[0]] * changed + [*PROMPTS[1:]]
+        rows, cfg = [rows[0]] * changed + rows[1:], cfg.replace(engine="masked")
+        return runs, qs_jax.score(params, rows, cfg, prompt_lengths=prompts)
 
 
 @pytest.mark.parametrize("name", few(MECHANISMS, *BY_DEFAULT))
 def test_decisions_and_numbers_are_the_definitions(name):
-    found, expected = run(name).before, run(name).masked
+    found, expected = run(name)[0].before, run(name)[1]
     np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-6)
     assert (found.record.simulated, expected.record.simulated) == (False, True)
     assert_same_record(found.record, expected.record, expected.record.real)
@@ -115,36 +90,19 @@ def test_decisions_and_numbers_are_the_definitions(name):
 
 @pytest.mark.parametrize("name", few(MECHANISMS, *BY_DEFAULT))
 def test_the_future_touches_no_earlier_prediction(name):
-    before, after = run(name).before.logprobs, run(name).after.logprobs
-    for row, j in enumerate(CHANGED):
-        np.testing.assert_allclose(after[row, :j], before[row, :j], atol=1e-5)
-        assert (after[row, j:] != before[row, j:]).any()
+    laws.check_causality(run(name)[0])
 
 
 @pytest.mark.parametrize("name", few(MECHANISMS, *BY_DEFAULT))
 def test_rows_do_not_depend_on_batch_mates(name):
-    before, after, moved = (getattr(run(name), part) for part in ("before", "after", "moved"))
-    mates = len(CHANGED)
-    np.testing.assert_allclose(after.logprobs[mates:], before.logprobs[mates:], atol=1e-8)
-    np.testing.assert_allclose(moved.logprobs[::-1], before.logprobs, atol=1e-8)
-    assert_same_rows(moved.record, before.record, slice(None, None, -1), before.record.real)
-
-
-def assert_same_rows(found, expected, rows, real):
-    for part in ("active", "kv_held", "visible_keys", "bits"):
-        ours, theirs = getattr(found, part)[:, rows], getattr(expected, part)
-        np.testing.assert_array_equal(ours[:, real], theirs[:, real], part)
+    laws.check_batch_mates(run(name)[0])
 
 
 @pytest.mark.parametrize("name", few(MECHANISMS, "dual-skip", "quota-extrapolate"))
 def test_rows_do_not_depend_on_padding(name):
     """Alone, a row is padded less: another program."""
-    runs, length = run(name), LENGTHS[1]
     with jax.enable_x64(True):
-        rows = [row_of(runs.cfg.model, length)]
-        alone = qs_jax.score(runs.params, rows, runs.cfg, prompt_lengths=PROMPTS[1:2])
-    there = runs.before.logprobs[len(CHANGED), :length]
-    np.testing.assert_allclose(alone.logprobs[0], there, atol=1e-8)
+        laws.check_padding(run(name)[0])
 
 
 @pytest.mark.parametrize("name", few(["light", "light-gpt2"]))

@@ -20,6 +20,7 @@ import examples
 import qs_jax
 from examples import (
     calibrate_and_serve,
+    key_norm,
     make_report,
     pmap_evaluation,
     profiling,
@@ -28,10 +29,11 @@ from examples import (
     streaming_chat,
 )
 from examples.text import REVIEW
+from qs_jax.testing import tiny_model
 
 SCRIPTS = (
-    "calibrate_and_serve demo make_report pmap_evaluation profiling protect_negations quickstart "
-    "streaming_chat"
+    "calibrate_and_serve demo key_norm make_report pmap_evaluation profiling protect_negations "
+    "quickstart streaming_chat"
 ).split()
 
 
@@ -72,6 +74,12 @@ def test_quickstart(ckpt, preset, capsys):
     assert f"{out.record.layer_tokens_saved:.1%}" in printed
     perplexity = qs_jax.score(params, ids, qs_jax.Config(model)).perplexity
     assert f"dense: {perplexity:.2f}" in printed
+
+
+def test_key_norm_writes_a_preset_that_holds_its_score(tmp_path):
+    key_norm.main(["--out", str(tmp_path / "norm.json"), "--layer", "1", "--share", "0.25"])
+    halting = qs_jax.presets.load(tmp_path / "norm.json", tiny_model()).halting
+    assert (halting.score, halting.quota) == (key_norm.key_norm, (0.25,))
 
 
 @pytest.mark.slow
