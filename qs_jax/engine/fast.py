@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,36 +20,13 @@ from qs_jax.engine.decode import DecodeState
 from qs_jax.engine.prompt_cache import PromptCache
 from qs_jax.engine.prompt_call import Plan, Segments
 from qs_jax.engine.prompt_plan import arrange
+from qs_jax.engine.request import Request, Rows
 from qs_jax.mechanisms import Mechanisms, Overrides
 from qs_jax.models import Params, cpu, head
 from qs_jax.state import Decisions
 
 # Most new tokens a cache has room for before it grows.
 GROWTH = 256
-
-
-class Request(NamedTuple):
-    """A call, ready to run.
-
-    Attributes:
-      batch: Whole prompts, what a cache holds of them included.
-      padded: The same, padded to their bucket.
-      prompts_B: Tokens of each row that the mechanisms act on under "continuation".
-      cache: Of the first tokens of each row; None where there is none.
-      mesh: Devices that rows and parameters are split over; None for one.
-    """
-
-    params: Params
-    batch: inputs.Batch
-    padded: inputs.Batch
-    prompts_B: np.ndarray
-    overrides: Overrides | None
-    mech: Mechanisms
-    numbers: sampling.Numbers
-    plan: sampling.Plan
-    cfg: Config
-    cache: PromptCache | None
-    mesh: Mesh | None
 
 
 def fill(
@@ -137,20 +114,21 @@ _jit_opened = jax.jit(_opened, static_argnames="drafting")
 
 
 def prefill(
-    params: Params,
-    batch: inputs.Batch,
-    padded: inputs.Batch,
-    overrides: Overrides | None,
-    mech: Mechanisms,
-    cfg: Config,
-    mesh: Mesh | None,
+    params: Params, rows: Rows, mech: Mechanisms, cfg: Config, mesh: Mesh | None
 ) -> PromptCache:
-    """Run whole prompts, and keep what later tokens read of them."""
+    """Run the prompts of rows, and keep what later tokens read of them."""
+    width, overrides = int(rows.prompts_B.max()), rows.overrides
+    real_BT = np.arange(width)[None] < rows.prompts_B[:, None]
+    tokens_BT = np.where(real_BT, rows.batch.tokens_BT[:, :width], 0)
+    batch, padded = inputs.pad_batch(inputs.Batch(tokens_BT, rows.prompts_B), cfg.model)
+    width = padded.tokens_BT.shape[1]
+    if overrides is not None:
+        overrides = Overrides(*(array[:, :width] for array in overrides))
     cut, segments = arrange(cfg, padded, padded.lengths_B, overrides, mech)
-    rows = on_devices.put_rows((padded, overrides), mesh)
+    placed = on_devices.put_rows((padded, overrides), mesh)
     given = {"model": cfg.model, "prompt_plan": cut}
-    _, cache, decisions = jit_fill(params, *rows, mech, segments, **given)
-    filled_B, width = np.asarray(rows[0].lengths_B), padded.tokens_BT.shape[1]
+    _, cache, decisions = jit_fill(params, *placed, mech, segments, **given)
+    filled_B = np.asarray(placed[0].lengths_B)
     packed = prompt_cache.open_caches(cfg, cache, decisions, filled_B, 0, width)
     about = (batch.lengths_B, batch.lengths_B, prompt_cache.made_for(cfg))
     made = PromptCache(batch.tokens_BT, *about, *packed, overrides=None)

@@ -10,31 +10,31 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from qs_jax.config import Config, ModelConfig
+from qs_jax.config import Config
 from qs_jax.engine import devices as on_devices
-from qs_jax.engine import fast, inputs, prompt_cache, sampling, speculate
+from qs_jax.engine import fast, inputs, prompt_cache, sampling
 from qs_jax.engine.devices import Devices
-from qs_jax.engine.fast import Fast, Request
+from qs_jax.engine.fast import Fast
 from qs_jax.engine.inputs import TokenOverrides
 from qs_jax.engine.prompt_cache import PromptCache
 from qs_jax.engine.prompt_plan import refusal, runs_fast
-from qs_jax.engine.score import run_masked
+from qs_jax.engine.request import Request, continued_rows, new_rows, repeated
+from qs_jax.engine.rescore import Masked
 from qs_jax.engine.stops import stop_table
 from qs_jax.engine.weights import check_finite, prepare_params
 from qs_jax.errors import ConfigError, InputError
 from qs_jax.jax_settings import default_settings
-from qs_jax.mechanisms import Mechanisms, Overrides, resolve
-from qs_jax.models import Params, head
+from qs_jax.mechanisms import resolve
+from qs_jax.models import Params
 from qs_jax.record import Record, decided
-from qs_jax.state import NEVER, Decisions, evidence
+from qs_jax.state import Decisions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -106,15 +106,6 @@ class StreamStep:
     accepted: Int[np.ndarray, "B"]
 
 
-class _Rows(NamedTuple):
-    """Checked rows of a call: whole prompts, and what the mechanisms act on."""
-
-    batch: inputs.Batch
-    padded: inputs.Batch
-    prompts_B: np.ndarray
-    overrides: Overrides | None
-
-
 def _prepare(
     params: Params,
     tokens: inputs.TokensLike,
@@ -127,7 +118,7 @@ def _prepare(
     cache: PromptCache | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
     devices: Devices | None = None,
-) -> _Masked | Fast:
+) -> Masked | Fast:
     model, mech = cfg.model, resolve(cfg.quicksilver, cfg.model, cfg.effective_protocol)
     mesh = None if devices is None else on_devices.as_mesh(devices)
     params = prepare_params(params, model, mech, mesh)
@@ -138,7 +129,7 @@ def _prepare(
     given = inputs.make_batch(tokens, model, lengths=lengths, attention_mask=attention_mask)
     repeats = cfg.num_return_sequences
     if cache is None:
-        rows = _rows(given, cfg, prompt_lengths, overrides, repeats)
+        rows = new_rows(given, cfg, prompt_lengths, overrides, repeats)
     else:
         if prompt_lengths is not None or overrides is not None:
             raise InputError("prompt_lengths and overrides belong to the call that made the cache.")
@@ -146,9 +137,9 @@ def _prepare(
         if compact and cache.caches is None:
             raise ConfigError("the cache is the masked engine's: pass generate the same engine.")
         cache = cache.rows(len(given.lengths_B), repeats)
-        rows = _continued(cache, _repeated(given, repeats), cfg)
+        rows = continued_rows(cache, repeated(given, repeats), cfg)
     if cache is None and compact and (rows.prompts_B < rows.batch.lengths_B).any():
-        cache = _prefill(params, rows, mech, cfg, mesh)
+        cache = fast.prefill(params, rows, mech, cfg, mesh)
     table = None
     if cfg.stop:
         if tokenizer is None:
@@ -157,61 +148,7 @@ def _prepare(
     plan, numbers = sampling.plan_of(cfg, inputs.bucket_size(cfg.max_new_tokens), table)
     cache = cache if compact else None
     request = Request(params, *rows, mech, numbers, plan, cfg, cache, mesh)
-    return Fast(request) if compact else _Masked(request)
-
-
-def _rows(
-    given: inputs.Batch,
-    cfg: Config,
-    prompt_lengths: Any,
-    overrides: TokenOverrides | None,
-    repeats: int,
-) -> _Rows:
-    """Rows that no cache begins."""
-    prompts_B = given.lengths_B
-    if prompt_lengths is not None:
-        prompts_B = inputs.split_prompts(given.lengths_B, prompt_lengths, cfg)
-    batch, padded = inputs.pad_batch(given, cfg.model, cfg.max_new_tokens)
-    shape, width = padded.tokens_BT.shape, batch.tokens_BT.shape[1]
-    chosen = inputs.override_arrays(overrides, shape, width, cfg)
-    if chosen is not None:
-        chosen = Overrides(*(np.repeat(array, repeats, axis=0) for array in chosen))
-    rows = (_repeated(batch, repeats), _repeated(padded, repeats), np.repeat(prompts_B, repeats))
-    return _Rows(*rows, chosen)
-
-
-def _continued(cache: PromptCache, more: inputs.Batch, cfg: Config) -> _Rows:
-    """Rows that a cache begins."""
-    ends = zip(cache.tokens, cache.lengths, more.tokens_BT, more.lengths_B, strict=True)
-    whole = [[*old[:a].tolist(), *new[:b].tolist()] for old, a, new, b in ends]
-    joined = inputs.make_batch(whole, cfg.model)
-    batch, padded = inputs.pad_batch(joined, cfg.model, cfg.max_new_tokens)
-    continues = cfg.effective_protocol == "continuation"
-    prompts_B = cache.prompt_lengths if continues else batch.lengths_B
-    chosen = cache.overrides
-    if chosen is not None:
-        chosen = inputs.widen_overrides(chosen, padded.tokens_BT.shape[1])
-    return _Rows(batch, padded, prompts_B, chosen)
-
-
-def _repeated(batch: inputs.Batch, repeats: int) -> inputs.Batch:
-    """Each row so many times."""
-    return inputs.Batch(*(np.repeat(array, repeats, axis=0) for array in batch))
-
-
-def _prefill(
-    params: Params, rows: _Rows, mech: Mechanisms, cfg: Config, mesh: Mesh | None
-) -> PromptCache:
-    """What later tokens read of the prompts of rows, on the fast engines."""
-    width = int(rows.prompts_B.max())
-    real_BT = np.arange(width)[None] < rows.prompts_B[:, None]
-    tokens_BT = np.where(real_BT, rows.batch.tokens_BT[:, :width], 0)
-    prompts = inputs.Batch(tokens_BT, rows.prompts_B)
-    batch, padded = inputs.pad_batch(prompts, cfg.model)
-    chosen = rows.overrides
-    if chosen is not None:
-        chosen = Overrides(*(array[:, : padded.tokens_BT.shape[1]] for array in chosen))
-    return fast.prefill(params, batch, padded, chosen, mech, cfg, mesh)
+    return Fast(request) if compact else Masked(request)
 
 
 @default_settings()
@@ -248,9 +185,9 @@ def prefill(
     mesh = None if devices is None else on_devices.as_mesh(devices)
     params = prepare_params(params, cfg.model, mech, mesh)
     given = inputs.make_batch(tokens, cfg.model, lengths=lengths, attention_mask=attention_mask)
-    rows = _rows(given, cfg.replace(max_new_tokens=1), None, overrides, 1)
+    rows = new_rows(given, cfg.replace(max_new_tokens=1), None, overrides, 1)
     if runs_fast(cfg, generates=True):
-        return _prefill(params, rows, mech, cfg, mesh)
+        return fast.prefill(params, rows, mech, cfg, mesh)
     batch = rows.batch
     given = (batch.lengths_B, prompt_cache.made_for(cfg), None, None, rows.overrides)
     return PromptCache(batch.tokens_BT, batch.lengths_B, *given)
@@ -324,7 +261,7 @@ def generate(
             assert cfg.quicksilver is not None
             found = decided(found, cfg.quicksilver, cfg.model, ran_B)
         counted = (int(ran_B.max()), ran_B, call.prompts_B, cfg.effective_protocol)
-        told = {"simulated": isinstance(engine, _Masked), "quicksilver": cfg.quicksilver}
+        told = {"simulated": isinstance(engine, Masked), "quicksilver": cfg.quicksilver}
         record = Record.of(found, *counted, **told)
     return GenerateOutput(
         tokens=text.tokens_BM[:, : cfg.max_new_tokens],
@@ -339,7 +276,7 @@ def generate(
     )
 
 
-def _cache_of(engine: _Masked | Fast) -> PromptCache:
+def _cache_of(engine: Masked | Fast) -> PromptCache:
     """The rows so far, but for the last token of each, which was not run."""
     call, text = engine.call, jax.device_get(engine.text)
     text = on_devices.first_rows(text, len(call.batch.lengths_B))
@@ -372,7 +309,7 @@ def stream(
 class TokenStream(Iterator[StreamStep]):
     """The steps of a call of `stream`."""
 
-    def __init__(self, engine: _Masked | Fast) -> None:
+    def __init__(self, engine: Masked | Fast) -> None:
         self._engine, self._iterator = engine, _steps(engine)
 
     def __next__(self) -> StreamStep:
@@ -387,7 +324,7 @@ class TokenStream(Iterator[StreamStep]):
         return _cache_of(self._engine)
 
 
-def _steps(engine: _Masked | Fast) -> Iterator[StreamStep]:
+def _steps(engine: Masked | Fast) -> Iterator[StreamStep]:
     told_B = np.zeros(len(engine.call.batch.lengths_B), np.int32)
     budget, ended_B = engine.call.cfg.max_new_tokens, told_B > 0
     while not (ended_B | (told_B >= budget)).all():
@@ -413,85 +350,3 @@ def _columns(tokens_BM: Array, logprobs_BM: Array, first_B: Array, width: int):
     """What each row produced from its `first_B` on."""
     at_BT = jnp.minimum(first_B[:, None] + jnp.arange(width)[None], tokens_BM.shape[1] - 1)
     return tuple(jnp.take_along_axis(each, at_BT, axis=1) for each in (tokens_BM, logprobs_BM))
-
-
-# --- by the definition --------------------------------------------------------------------------
-
-
-class _Masked:
-    """Generation by scoring the rows so far."""
-
-    kv_bytes = 0  # it keeps no cache
-    width = 1
-
-    def __init__(self, call: Request) -> None:
-        self.call, self.overrides = call, None
-        wide = np.pad(call.padded.tokens_BT, ((0, 0), (0, call.plan.capacity)))
-        self.tokens = on_devices.put_rows(wide, call.mesh)
-        if call.overrides is not None:
-            width = self.tokens.shape[1]
-            wider = inputs.widen_overrides(call.overrides, width)
-            self.overrides = on_devices.put_rows(wider, call.mesh)
-        self.text: Any = None
-        self.evidence: Any = None
-
-    def advance(self) -> sampling.Text:
-        """One more token a row."""
-        call = self.call
-        lengths_B, prompts_B = on_devices.put_rows(
-            (call.padded.lengths_B, call.prompts_B), call.mesh
-        )
-        given = (self.tokens, lengths_B, prompts_B, self.overrides, self.text)
-        arrays = (call.params, *given, call.mech, call.numbers)
-        out = _rescore(*arrays, model=call.cfg.model, plan=call.plan)
-        self.tokens, self.text, self.evidence = out
-        return self.text
-
-    def finish(self) -> tuple[sampling.Text, Any]:
-        """All tokens, and the evidence of their record."""
-        for _ in range(self.call.cfg.max_new_tokens):
-            if np.asarray(self.advance().done_B).all():
-                break
-        return self.text, self.evidence
-
-    def counts(self, lengths_B: np.ndarray) -> dict[str, Any]:
-        """Steps of each row, and its drafts."""
-        return speculate.counts(None, lengths_B)
-
-    def cache(self, tokens_BT: np.ndarray, prompts_B: np.ndarray) -> PromptCache:
-        """The rows that were run: this engine keeps nothing else of them."""
-        made_for = prompt_cache.made_for(self.call.cfg)
-        lengths_B = np.asarray(self.text.pos_B)[: len(tokens_BT)]
-        given = (lengths_B, prompts_B, made_for, None, None)
-        return PromptCache(tokens_BT, *given, self.call.overrides)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "plan"))
-def _rescore(
-    params: Params,
-    tokens_BS: Array,
-    lengths_B: Array,
-    prompts_B: Array,
-    overrides: Overrides | None,
-    text: sampling.Text | None,
-    mech: Mechanisms,
-    numbers: sampling.Numbers,
-    model: ModelConfig,
-    plan: sampling.Plan,
-):
-    """Append each live row's last token, run the rows, and choose the next tokens."""
-    rows_B = jnp.arange(len(tokens_BS))
-    tokens_BS, lengths_B = jnp.asarray(tokens_BS), jnp.asarray(lengths_B)
-    if text is not None:
-        at_B = jnp.where(text.done_B, NEVER, text.pos_B)
-        tokens_BS = tokens_BS.at[rows_B, at_B].set(text.last_B, mode="drop")
-        lengths_B = text.pos_B + ~text.done_B
-    batch = inputs.Batch(tokens_BS, lengths_B)
-    rows = inputs.whole_rows(batch, prompts_B, overrides, mech)
-    h_BTD, state, record = run_masked(params, rows, model, mech)
-    logits_BV = head.logits(params, h_BTD[rows_B, lengths_B - 1])
-    if text is None:
-        text = sampling.begin(tokens_BS, lengths_B, logits_BV, numbers, plan)
-    else:
-        text = sampling.emit(text, logits_BV, ~text.done_B, numbers, plan)
-    return tokens_BS, text, evidence(state, record)

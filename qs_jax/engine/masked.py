@@ -129,8 +129,7 @@ def run_layer(
     mech, before = call.mech, state
     mask_BTS = attention_mask(call, state, layer)
     state, attended = _block(call, state, layer, weights, mask_BTS)
-    here = layer == mech.shortlist_layer
-    state = signals.pick_shortlist_at(here, state, call.params, call.model)
+    state = signals.pick_shortlist_at(layer == mech.shortlist_layer, state, call.params, call.model)
     no_BT = jnp.full(state.active_BT.shape, jnp.nan, exact_dtype(call.model.dtype))
     drift_BT, entropy_BT, weighed_BT = no_BT, no_BT, jnp.zeros_like(state.active_BT)
     if mech.halting is not None:

@@ -15,8 +15,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.config import Config, ModelConfig, QuickSilverConfig
-from qs_jax.engine import decode
 from qs_jax.engine.cache import KVCache, SlotCache, bucket, cache_bytes
+from qs_jax.engine.step import note, step
 from qs_jax.errors import ConfigError, InputError
 from qs_jax.mechanisms import Mechanisms, Overrides
 from qs_jax.models import Params
@@ -275,9 +275,9 @@ def extend(
         tokens_BT = lax.dynamic_slice_in_dim(tokens_BM, part * width, width, axis=1)
         held_B = jnp.clip(counts_B - part * width, 0, width)
         given = (tokens_BT, start_B + part * width, held_B, caches, model, mech)
-        ran = decode.step(params, layers, *given)
+        ran = step(params, layers, *given)
         if decisions is not None:
-            decisions = decode.note(decisions, ran, held_B)
+            decisions = note(decisions, ran, held_B)
         here_B = (counts_B - 1) // width == part
         found_BD = ran.h_BTD[rows_B, (counts_B - 1) % width]
         return ran.caches, decisions, jnp.where(here_B[:, None], found_BD, last_BD)

@@ -14,6 +14,7 @@ import pytest
 import qs_jax
 from qs_jax.config import AMQConfig, Config, HaltingConfig, KVSkipConfig, Speculation
 from qs_jax.engine import decode, fast, prompt_plan
+from qs_jax.engine import step as one_step
 from tests.engine.contract import FAST, HALT, LAYERS, fast_case, few, model_of, params_of, settings
 from tests.engine.programs import arguments_of
 from tests.oracle.comparison import assert_same_record
@@ -128,7 +129,7 @@ def test_a_sweep_of_thresholds_compiles_nothing_anew_and_leaves_no_arrays():
 
 # --- steps of several tokens --------------------------------------------------------------------
 
-STEP = jax.jit(decode.step, static_argnames=("model",))
+STEP = jax.jit(one_step.step, static_argnames=("model",))
 WIDTH = 4
 
 
@@ -195,7 +196,7 @@ def test_a_draft_taken_back_leaves_no_trace(name):
         step, before, pos_B = opened(name, rows)
         tokens_BT = np.random.default_rng(2).integers(3, 97, (rows, WIDTH))
         draft = step(tokens_BT, pos_B, np.ones(rows, bool), before)
-        caches = decode.take_back(draft.caches, draft.keeps, jnp.asarray(accepted_B))
+        caches = one_step.take_back(draft.caches, draft.keeps, jnp.asarray(accepted_B))
         expected = before
         for t in range(WIDTH):
             expected = step(tokens_BT[:, t : t + 1], pos_B + t, t < accepted_B, expected).caches
