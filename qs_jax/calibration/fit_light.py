@@ -127,7 +127,7 @@ class FittingText:
       progress: Show progress and time left.
 
     Raises:
-      ConfigError: There is no such layer.
+      ConfigError: There is no such layer, or the sliding window is too short.
       InputError: Windows of several lengths, too short, or too few tokens.
     """
 
@@ -156,6 +156,11 @@ class FittingText:
         if len(np.unique(batch.lengths_B)) > 1 or width < needed:
             raise InputError(
                 f"light layers are fitted on windows of one length, {needed} tokens at least."
+            )
+        if (model.sliding_window or width) <= sensitivity.FAR:
+            raise ConfigError(
+                f"light layers are fitted on what tokens attend to {sensitivity.FAR} and more "
+                f"before them: a sliding window of {model.sliding_window} leaves nothing."
             )
         if self.tokens_WT.size < 2 * model.hidden_size:
             raise InputError(

@@ -26,6 +26,8 @@ FREE = -1.0  # a price at which everything is kept
 def fitting_text(kind):
     """A random model, and what its dense pass says; tests share them, one stream at a time."""
     model, params = a_model(kind, "float32")
+    if model.sliding_window is not None:
+        model = model.replace(sliding_window=40)
     tokens_WT = random_tokens(model, 9, WIDTH)
     text = FittingText(params, tokens_WT, model, (2,), skip_first=SKIP, batch_size=4)
     return params, model, tokens_WT, text
@@ -58,7 +60,11 @@ class Streams:
 
 @pytest.mark.parametrize(
     ("kind", "price"),
-    [("llama", 0.003), *(pytest.param("gpt2", p, marks=pytest.mark.slow) for p in (0.003, FREE))],
+    [
+        ("llama", 0.003),
+        ("qwen3", 0.003),
+        *(pytest.param("gpt2", p, marks=pytest.mark.slow) for p in (0.003, FREE)),
+    ],
 )
 def test_a_layer_is_fitted_on_the_states_that_light_layers_made(kind, price):
     """The second of two keeps everything: its map is ridge least squares, its code no loss."""
@@ -305,6 +311,9 @@ def test_maps_of_light_layers_come_back_and_serve(tmp_path):
 
 
 def test_texts_that_cannot_be_fitted_on_are_refused():
+    model, params = a_model("qwen3", "float32")
+    with pytest.raises(ConfigError, match="a sliding window of 5 leaves nothing"):
+        FittingText(params, random_tokens(model, 9, WIDTH), model, (2,))
     params, model, tokens_WT, text = fitting_text("llama")
     gpt2_params, gpt2, *_ = fitting_text("gpt2")
     long = random_tokens(gpt2, 1, gpt2.max_positions + 1)

@@ -15,7 +15,8 @@ from qs_jax.testing import tiny_model, tiny_params
 from tests.oracle import model as oracle_model
 from tests.support import random_tokens
 
-MODEL = tiny_model("llama", num_layers=4)
+# A relative of Llama with all that sets relatives apart.
+MODEL = tiny_model("qwen3", num_layers=4, head_dim=8, sliding_window=9, qkv_bias=True)
 QS = QuickSilverConfig(
     halting=HaltingConfig(rule="quota", layers=(1, 2), quota=(0.3, 1.0), entropy=None),
     kv_skip=KVSkipConfig("extrapolate"),
