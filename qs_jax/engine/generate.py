@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -315,16 +315,20 @@ class TokenStream(Iterator[StreamStep]):
     def __next__(self) -> StreamStep:
         return next(self._iterator)
 
+    def close(self) -> None:
+        """End the stream."""
+        self._iterator.close()
+
     @default_settings()
     def cache(self) -> PromptCache:
         """All tokens that were run, for a call that continues them; it ends the stream."""
         if self._engine.text is None:
             raise InputError("the stream has not begun: ask it for a step first.")
-        self._iterator = iter(())
+        self.close()
         return _cache_of(self._engine)
 
 
-def _steps(engine: Masked | Fast) -> Iterator[StreamStep]:
+def _steps(engine: Masked | Fast) -> Generator[StreamStep]:
     told_B = np.zeros(len(engine.call.batch.lengths_B), np.int32)
     budget, ended_B = engine.call.cfg.max_new_tokens, told_B > 0
     while not (ended_B | (told_B >= budget)).all():

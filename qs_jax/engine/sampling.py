@@ -176,7 +176,9 @@ def emit(
     """Choose each live row's next token from its logits and note it; others stay as they are."""
     rows = jnp.arange(logits_BV.shape[0])
     keys_B = row_keys(numbers.seed, logits_BV.shape[0])
-    token_B = choose(logits_BV, text, keys_B, plan, numbers)
+    so_far = SoFar(text.history_BS, text.start_B + text.lengths_B) if plan.processors else None
+    given = (text.seen_BV, keys_B, text.lengths_B, plan, numbers, so_far)
+    token_B = choose(logits_BV, *given)
     logprob_B = jax.nn.log_softmax(logits_BV, axis=-1)[rows, token_B]
     ends_B = jnp.isin(token_B, jnp.array(plan.stop_ids, jnp.int32))
     more = {}
@@ -265,15 +267,25 @@ def row_keys(seed: UInt[Array, ""], batch: int) -> Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(batch))
 
 
-def choose(logits_BV: Array, text: Text, keys_B: Array, plan: Plan, numbers: Numbers) -> Array:
-    """The next token of each row; its number is folded into the row's key."""
+def choose(
+    logits_BV: Array,
+    seen_BV: Array,
+    keys_B: Array,
+    step_B: Array,
+    plan: Plan,
+    numbers: Numbers,
+    so_far: SoFar | None = None,
+) -> Array:
+    """The next token of each row, its `step_B`th, which is folded into the row's key.
+
+    `so_far` is for the processors of the plan.
+    """
     if plan.penalize:
-        logits_BV = penalize(logits_BV, text.seen_BV, numbers.repetition_penalty)
+        logits_BV = penalize(logits_BV, seen_BV, numbers.repetition_penalty)
     for process in plan.processors:
-        so_far = SoFar(text.history_BS, text.start_B + text.lengths_B)
         logits_BV = process(logits_BV, so_far).astype(logits_BV.dtype)
     if plan.greedy:
         return first_largest(logits_BV)
-    step_keys_B = jax.vmap(jax.random.fold_in)(keys_B, text.lengths_B)
+    step_keys_B = jax.vmap(jax.random.fold_in)(keys_B, step_B)
     filtered_BV = filter_logits(logits_BV, plan, numbers)
     return jax.vmap(jax.random.categorical)(step_keys_B, filtered_BV).astype(jnp.int32)

@@ -395,7 +395,7 @@ def test_what_a_request_does_not_say_is_the_checkpoint_s(model_of):
     meant = lm.cfg.replace(model=lm.cfg.model.replace(generation=generation))
     samples = {"do_sample": True, "top_k": -1, "top_p": 0.9}
     with mock.patch.object(lm, "cfg", meant):
-        asked = [lm._settings({"max_gen_toks": 9} | each)[0] for each in ({}, samples)]
+        asked = [lm._settings({"max_gen_toks": 9} | each) for each in ({}, samples)]
     greedy, sampled = (cfg.sampling for cfg in asked)
     assert greedy == generation.replace(temperature=0)
     assert sampled == generation.replace(top_k=0, top_p=0.9)
