@@ -113,6 +113,14 @@ def test_generate_prints_prompt_text_and_timings(ckpt, capsys):
         assert word in captured.err
 
 
+def test_generate_ends_before_a_stop_string(ckpt, capsys):
+    whole = continuation(ckpt, "hello", 12)
+    stop = whole[5:8]
+    command = ["generate", "--ckpt", ckpt, "--prompt", "hello", "--max-new-tokens", "12", "--quiet"]
+    assert cli.main([*command, "--stop", "no such text", "--stop", stop]) == 0
+    assert capsys.readouterr().out == whole[: whole.index(stop)] + "\n"
+
+
 @pytest.mark.parametrize("more", [("--speculate",), ("--preset", "fast-answers")], ids=str)
 def test_drafts_print_the_same_text_and_their_counts(ckpt, capsys, more):
     prompt = "abcabcabc" * 4

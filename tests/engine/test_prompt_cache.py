@@ -189,3 +189,20 @@ def test_a_stream_hands_over_its_cache():
     found = qs_jax.generate(params, new[:, -1:], cfg, cache=cache)
     expected = qs_jax.generate(params, np.concatenate([rows, new], axis=1), cfg)
     np.testing.assert_array_equal(found.tokens, expected.tokens)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("sizes", [(2, 1), (2, 2)])
+def test_caches_live_on_a_mesh(sizes):
+    """Three rows on two groups of devices: one is filled up, and leaves again."""
+    params, cfg = fast_case("quota-extrapolate", "continuation", max_new_tokens=NEW)
+    rows, mesh = [row_of(cfg.model, width) for width in WHOLE], qs_jax.make_mesh(*sizes)
+    first, rest = parts(rows)
+    expected = qs_jax.generate(params, rows, cfg, prompt_lengths=CUT, return_cache=True)
+    cache = qs_jax.prefill(params, first, cfg, devices=mesh)
+    given = {"devices": mesh, "return_cache": True}
+    found = qs_jax.generate(params, rest, cfg, cache=cache, **given)
+    assert_same(found, expected)
+    turn = [[5, 6, 7], [8], [9, 10]]
+    again = qs_jax.generate(params, turn, cfg, cache=found.cache, devices=mesh)
+    assert_same(again, qs_jax.generate(params, turn, cfg, cache=expected.cache))
