@@ -12,6 +12,7 @@ from qs_jax.calibration.observe import _signals
 from qs_jax.calibration.sensitivity import layer_params, watched_layer
 from qs_jax.config import Config, Speculation
 from qs_jax.models import cpu
+from qs_jax.testing import toy_tokenizer
 from tests.engine.contract import FAST, MATRIX, model_of, params_of, params_under
 from tests.engine.programs import arguments_of
 from tests.support import random_tokens
@@ -37,6 +38,17 @@ def generate(qs, protocol=None, **settings):
     return lambda: qs_jax.generate(params_of(MODEL), TOKENS, cfg)
 
 
+def resume(qs):
+    cfg = Config(MODEL, qs, max_new_tokens=16, stop="ab", logits_processors=(shifted,))
+    cache = qs_jax.prefill(params_of(MODEL), TOKENS, cfg)
+    given = {"cache": cache, "tokenizer": toy_tokenizer()}
+    return lambda: qs_jax.generate(params_of(MODEL), TOKENS, cfg, **given)
+
+
+def shifted(logits_BV, so_far):
+    return logits_BV - so_far.lengths_B[:, None]
+
+
 def stream(qs, protocol=None):
     cfg = Config(MODEL, qs, protocol=protocol, max_new_tokens=16)
     return lambda: list(qs_jax.stream(params_of(MODEL), TOKENS, cfg))
@@ -54,7 +66,9 @@ PROGRAMS = {
     "start": (generate(None), "fast", "jit_start"),
     "start-sampled": (generate(None, **SAMPLED), "fast", "jit_start"),
     "start-dual": (generate(FAST["dual-skip"]), "fast", "jit_start"),
-    "rescore": (generate(MATRIX["HKFQ"]), "generate", "_rescore"),
+    "rescore": (generate(MATRIX["HKFQ"]), "rescore", "_rescore"),
+    "fill": (lambda: resume(None), "fast", "jit_fill"),
+    "resume": (lambda: resume(FAST["dual-skip"])(), "fast", "jit_resume"),
     "loop": (generate(None, **SAMPLED), "decode", "jit_run_until"),
     "loop-dual": (generate(FAST["dual-skip"]), "decode", "jit_run_until"),
     "loop-int8": (generate(FAST["dual-int8"]), "decode", "jit_run_until"),
