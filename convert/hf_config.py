@@ -22,6 +22,7 @@ from convert.hf_attributes import (
     GENERATION,
     HARMLESS,
     HARMLESS_AT,
+    INT,
     NUMBER,
     READ,
     REFUSED,
@@ -29,6 +30,7 @@ from convert.hf_attributes import (
     ROPE_HARMLESS_AT,
     SAMPLED,
     SCALING,
+    STR,
     TOKENS,
     WINDOW,
 )
@@ -119,8 +121,8 @@ def _read_fields(
 
 
 def _has_type(value: Any, types: tuple[type, ...]) -> bool:
-    if isinstance(value, list) and list in types:
-        return all(_has_type(item, (int, str)) for item in value)
+    if isinstance(value, list) and list in types:  # of names, unless numbers can stand alone
+        return all(_has_type(item, INT if int in types else STR) for item in value)
     return isinstance(value, types) and (types == BOOL or not isinstance(value, bool))
 
 
@@ -161,18 +163,20 @@ def _window(raw: dict[str, Any], kind: str, layers: int, problems: Problems) -> 
     """The sliding window of all layers; layers that differ are refused."""
     if kind not in WINDOW:
         return None
-    window, slides = raw.get("sliding_window", 4096), True
-    if kind != "mistral":
-        slides = raw.get("use_sliding_window", False)
-        full = min(raw.get("max_window_layers", 28), layers) if slides and window else layers
-        names = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
-        names = raw.get("layer_types", names)
-        if names != [names[0]] * layers or names[0] not in ("full_attention", "sliding_attention"):
-            what = f"layer_types = {short(names)}: layers of different kinds"
-            problems.add(HEADING, f"{what} are not implemented")
-        elif names[0] == "sliding_attention" and not (slides and window):
+    window = raw.get("sliding_window", 4096)
+    if kind == "mistral":
+        return window
+    window = window if raw.get("use_sliding_window", False) else None
+    whole = layers if window is None else min(max(raw.get("max_window_layers", 28), 0), layers)
+    names, slides = raw.get("layer_types"), whole == 0
+    if names is not None:
+        slides = names.count("sliding_attention") == len(names) == layers
+        whole = names.count("full_attention") if len(names) == layers else -1
+        if slides and window is None:
             problems.add(HEADING, "layer_types name sliding_attention, but no window is in use")
-        slides = names[0] == "sliding_attention"
+    if not slides and whole != layers:
+        what = "layers of different kinds (layer_types, max_window_layers)"
+        problems.add(HEADING, f"{what} are not implemented")
     return window if slides else None
 
 

@@ -132,6 +132,8 @@ def test_sliding_windows(kind, more, window):
         ("qwen3", {"layer_types": ["sliding_attention"] * 3}, "no window is in use"),
         ("qwen3", {"layer_types": ["full_attention"]}, "layers of different kinds"),
         ("qwen3", {"layer_types": ["chunked_attention"] * 3}, "are not implemented"),
+        ("qwen2", QWEN_SLIDES | {"layer_types": [8, 8, 8]}, "layer_types"),
+        ("qwen2", {"eos_token_id": ["8"]}, "eos_token_id"),
         ("mistral", {"sliding_window": 0}, "at least 1"),
         ("mistral", {"sliding_window": "9"}, "must be int"),
         ("mistral", {"layer_types": ["full_attention", "sliding_attention"] * 2}, "layer_types"),
@@ -261,11 +263,12 @@ FINE = {
 SIZES = [name for name, (_, types, _) in READ["llama"].items() if types[0] is int]
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize("name", [*SIZES, "rms_norm_eps", "rope_theta", "head_dim"])
-def test_numbers_out_of_range_are_refused(name):
+def test_numbers_out_of_range_are_refused(name, kind):
     for value in WRONG:
         if value not in FINE.get(name, ()) or value is True:
-            model, problems, _ = read("llama", {name: value})
+            model, problems, _ = read(kind, {name: value})
             assert problems, f"{name} = {value!r}"
             assert model is None or name == "rope_theta"
 
