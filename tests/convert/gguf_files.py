@@ -84,6 +84,16 @@ def write_gguf(
     return path
 
 
+def small_vocab(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tiny model with a vocabulary wide enough for bytes."""
+    rng = np.random.default_rng(0)
+    wide = {
+        name: rng.normal(size=(300, 32)).astype(np.float32)
+        for name in ("model.embed_tokens.weight", "lm_head.weight")
+    }
+    return tensors | wide
+
+
 def byte_level_tokenizer(**changes: Any) -> dict[str, Any]:
     """A real BPE over bytes, with a few merges of English."""
     from tokenizers import pre_tokenizers
