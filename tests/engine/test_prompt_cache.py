@@ -23,12 +23,7 @@ CASES = [
     for protocol in PROTOCOLS
     if protocol == "continuation" or (qs and qs.prompts_only is None and qs.fusion is None)
 ]
-BY_DEFAULT = (
-    "dual-skip-teacher-forced",
-    "dual-skip-qwen3-teacher-forced",
-    "quota-fusion-int8-continuation",
-    "light-continuation",
-)
+BY_DEFAULT = ("dual-skip-qwen3-teacher-forced", "light-continuation")
 
 
 def parts(rows):
