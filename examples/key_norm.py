@@ -13,7 +13,7 @@ import tyro
 
 from qs_jax import HaltingConfig, KVSkipConfig, QuickSilverConfig, presets
 from qs_jax.errors import exit_code
-from qs_jax.mechanisms.own import Signals
+from qs_jax.mechanisms.custom import Signals
 
 
 def key_norm(signals: Signals):

@@ -236,11 +236,13 @@ def save(
       ConfigError: A score or policy of your own is not what its "module:name" imports.
     """
     path, fields = Path(path), quicksilver.to_dict()
-    if QuickSilverConfig.from_dict(fields) != quicksilver:
+    try:
+        QuickSilverConfig.from_dict(fields)
+    except ConfigError as error:
         raise ConfigError(
             "a preset's file holds module:name of a score or policy of your own, which must import "
             "an equal one: use a function, or a frozen dataclass with its default values."
-        )
+        ) from error
     provenance = fields.pop("provenance")
     if model is not None:
         provenance |= {name: getattr(model, name) for name in (*_MADE_FOR, "weights")}

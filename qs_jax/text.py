@@ -71,6 +71,8 @@ class TextStream:
         self.last_token: int | None = None
         self.passes = self.drafted = self.accepted = 0
         self.prefill, self.decode = Stopwatch(), Stopwatch()
+        if cfg.num_return_sequences > 1:
+            raise InputError("a text stream is of one row: leave out num_return_sequences.")
         # It checks the input at once.
         self._steps = stream(params, [ids], cfg, cache=cache, tokenizer=tokenizer)
         pieces = text_pieces(tokenizer, ids, self._tokens())

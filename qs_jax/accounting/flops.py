@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from qs_jax.config import AMQConfig, FusionConfig, ModelConfig, QuickSilverConfig
-from qs_jax.mechanisms import own
+from qs_jax.mechanisms import custom
 from qs_jax.mechanisms.halting import reads_of
 from qs_jax.mechanisms.int8 import LARGEST_ROTATION
 from qs_jax.mechanisms.kv_maps import MapSizes
@@ -136,7 +136,7 @@ def stopped_keys_flops(
     """Keys and values of tokens that do not run a layer: by the projection, maps or own policy."""
     number = np.arange(1, len(record.active) + 1)[:, None, None]
     each = keys_values_flops(model, None if sizes is None else sizes.code)
-    if qs.kv_skip is not None and qs.kv_skip.is_own:
+    if qs.kv_skip is not None and qs.kv_skip.is_custom:
         each = policy_flops(qs.kv_skip.policy, model)
     added = (record.kv_written & ~record.active) * each
     if sizes is not None:  # read once, when a token stops: neurons of the next layers, and the code
@@ -213,13 +213,13 @@ def score_flops(score: Any, model: ModelConfig, width: int) -> int:
     XLA's count of the function on arrays of these shapes, before it optimises, over the tokens; a
     transcendental function counts as one operation.
     """
-    return _operations(score, own.abstract_signals(model, 1, width)) // width
+    return _operations(score, custom.abstract_signals(model, 1, width)) // width
 
 
 @functools.lru_cache(maxsize=256)
 def policy_flops(policy: Any, model: ModelConfig) -> int:
     """Keys and values of one token in one layer by a policy of the user's own; as `score_flops`."""
-    function, given = own.abstract_policy(policy, model, width=1)
+    function, given = custom.abstract_policy(policy, model, width=1)
     return _operations(function, *given)
 
 

@@ -66,6 +66,17 @@ def name_of(value: Any) -> str:
     return f"{kind.__module__}:{kind.__qualname__}"
 
 
+def _reference(value: Any) -> str:
+    """What JSON holds of it: `name_of` where that is read as an equal one, else its `repr`.
+
+    The latter is refused where it is read.
+    """
+    with contextlib.suppress(ConfigError):
+        if _function(name_of(value)) == value:
+            return name_of(value)
+    return repr(value)
+
+
 _NumPy = BeforeValidator(_from_numpy)
 ONE_OR_MORE = BeforeValidator(lambda v: (v,) if isinstance(v, str | int | np.integer) else v)
 Flag = Annotated[bool, _NumPy, Strict()]
@@ -183,4 +194,4 @@ def _to_json(value: Any) -> Any:
         return value
     if isinstance(value, float):
         return str(value) if math.isinf(value) else value
-    return name_of(value)
+    return _reference(value)

@@ -57,7 +57,7 @@ class HaltingConfig(Settings, path="halting"):
       quota: Quota: share of the prompt's eligible tokens that has stopped after each of `layers`.
       score: Quota: "attention" received (maximum over heads and over the prompt's last queries),
         "drift", "entropy", or "random" as a control; or a pure function of
-        `qs_jax.mechanisms.own.Signals` that gives `[B, T]`, lower stops sooner. JSON has its
+        `qs_jax.mechanisms.custom.Signals` that gives `[B, T]`, lower stops sooner. JSON has its
         "module:name".
       score_queries: Quota: how many of the prompt's last queries count for "attention".
       seed: Quota: of the "random" score.
@@ -150,7 +150,7 @@ class KVSkipConfig(Settings, path="kv_skip"):
         gave the key more than `tau_kv` in the last layer where every query could see it (C.4).
         "propagate": from the frozen state. "extrapolate": from the frozen state by linear maps
         (`qs_jax.fit_kv_maps`). Or an object with `keys_values(frozen, layer) -> k, v`, of a
-        `qs_jax.mechanisms.own.Frozen`, which writes every key; JSON has its "module:name".
+        `qs_jax.mechanisms.custom.Frozen`, which writes every key; JSON has its "module:name".
       tau_kv: "attended": attention weight between 0 and 1.
       delay: "skip" and "attended": layers after halting in which keys are still written.
       retain_ids: "skip" and "attended": token ids whose keys are always written.
@@ -168,7 +168,7 @@ class KVSkipConfig(Settings, path="kv_skip"):
             raise ConfigError(f"kv_skip.tau_kv has no effect under {self.policy!r}.")
         if self.policy not in ("skip", "attended") and (self.delay or self.retain_ids):
             raise ConfigError(f"{self.name!r} writes every key: leave out delay and retain_ids.")
-        if self.is_own and not callable(getattr(self.policy, "keys_values", None)):
+        if self.is_custom and not callable(getattr(self.policy, "keys_values", None)):
             raise ConfigError(f"kv_skip.policy {self.name!r} has no method keys_values.")
 
     @property
@@ -177,14 +177,14 @@ class KVSkipConfig(Settings, path="kv_skip"):
         return name_of(self.policy)
 
     @property
-    def is_own(self) -> bool:
+    def is_custom(self) -> bool:
         """Whether the policy is an object of the user's own."""
         return not isinstance(self.policy, str)
 
     @property
     def reads_frozen(self) -> bool:
         """Whether keys are read from tokens as they were when they stopped, at a named layer."""
-        return self.is_own or self.policy == "extrapolate"
+        return self.is_custom or self.policy == "extrapolate"
 
 
 class FusionConfig(Settings, path="fusion"):

@@ -243,9 +243,12 @@ class SlotCache(flax.struct.PyTreeNode):
         return read(self.k_CO, self.k_scale_CK), read(self.v_CO, self.v_scale_CK)
 
     def with_new(
-        self, index: Any, k_BTKH: Array, v_BTKH: Array
-    ) -> tuple[tuple[Array, Array], Bool[Array, "B T C"]]:
-        """A layer's keys and values with those of tokens to append; which each of them sees."""
+        self, index: Any, k_BTKH: Array, v_BTKH: Array, pos_BT: Array
+    ) -> tuple[tuple[Array, Array], Bool[Array, "B T C"], Int[Array, "B C"]]:
+        """A layer's keys and values with those of tokens to append.
+
+        Also which slots each of them sees, and the position of each slot's token.
+        """
         batch, width = k_BTKH.shape[:2]
         rows_B1, new_1T = jnp.arange(batch)[:, None], jnp.arange(width, dtype=jnp.int32)[None]
         slots_BT = self.fill_lB[index][:, None] + new_1T
@@ -257,7 +260,9 @@ class SlotCache(flax.struct.PyTreeNode):
 
         k_BCO, v_BCO = self.layer(index)
         seen_BTC = jnp.arange(self.capacity, dtype=jnp.int32)[None, None] <= slots_BT[..., None]
-        return (put(k_BCO, k_BTKH), put(v_BCO, v_BTKH)), seen_BTC
+        pos_BC = jnp.broadcast_to(self.positions(index), k_BCO.shape[:2])
+        pos_BC = pos_BC.at[rows_B1, slots_BT].set(pos_BT, mode="drop")
+        return (put(k_BCO, k_BTKH), put(v_BCO, v_BTKH)), seen_BTC, pos_BC
 
     def rows(self, index_R: Any) -> SlotCache:
         """Some rows, any number of times."""

@@ -159,6 +159,19 @@ def put_rows(rows: Any, mesh: Mesh | None) -> Any:
     return jax.device_put(fill(rows, mesh.shape["data"]), spec)
 
 
+def put_beside(tree: Any, params: Params) -> Any:
+    """Arrays on the devices of the parameters, where they are on others: a copy on each."""
+    wanted = jax.tree.leaves(params)[0].sharding
+    if isinstance(wanted, NamedSharding):
+        wanted = NamedSharding(wanted.mesh, PartitionSpec())
+
+    def put(leaf: jax.Array) -> jax.Array:
+        same = leaf.sharding.device_set == wanted.device_set
+        return leaf if same else jax.device_put(leaf, wanted)
+
+    return jax.tree.map(put, tree)
+
+
 def first_rows(tree: Any, batch: int) -> Any:
     """Results without the rows that were filled up."""
 

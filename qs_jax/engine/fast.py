@@ -89,10 +89,10 @@ def resume(
     h_BD, caches, decisions = prompt_cache.extend(*given)
     logits_BV = head.logits(params, h_BD)
     text = sampling.begin(batch.tokens_BT, batch.lengths_B, logits_BV, numbers, plan)
-    return _opened(text, caches, decisions, gate, drafting)
+    return _open(text, caches, decisions, gate, drafting)
 
 
-def _opened(
+def _open(
     text: sampling.Text,
     caches: tuple[SlotCache, ...],
     decisions: Decisions | None,
@@ -110,7 +110,7 @@ _STATIC = ("model", "plan", "drafting", "width")
 jit_fill = jax.jit(fill, static_argnames=("model", "prompt_plan"))
 jit_start = jax.jit(start, static_argnames=("model", "plan", "prompt_plan"))
 jit_resume = jax.jit(resume, static_argnames=_STATIC, donate_argnames=("caches", "decisions"))
-_jit_opened = jax.jit(_opened, static_argnames="drafting")
+_jit_open = jax.jit(_open, static_argnames="drafting")
 
 
 def prefill(
@@ -130,8 +130,8 @@ def prefill(
     _, cache, decisions = jit_fill(params, *placed, mech, segments, **given)
     filled_B = np.asarray(placed[0].lengths_B)
     packed = prompt_cache.open_caches(cfg, cache, decisions, filled_B, 0, width)
-    about = (batch.lengths_B, batch.lengths_B, prompt_cache.made_for(cfg))
-    made = PromptCache(batch.tokens_BT, *about, *packed, overrides=None)
+    about = (batch.lengths_B, batch.lengths_B, prompt_cache.cache_key(cfg))
+    made = PromptCache(batch.tokens_BT, *about, *packed, overrides)
     return made.take(np.arange(len(batch.lengths_B)))
 
 
@@ -177,22 +177,22 @@ class Fast:
         call = self.call
         self.produced = self.limit = 1
         if call.cache is not None:
-            state = self._resumed(call.cache)
-            self.state = state.replace(text=self._own(state.text))
+            state = self._resume(call.cache)
+            self.state = state.replace(text=self._end_copies(state.text))
             return self.state.text
         prompts = (call.padded, call.padded.lengths_B, call.overrides)
         cut, segments = arrange(self.cfg, *prompts, call.mech)
         rows = on_devices.put_rows((call.padded, call.overrides), call.mesh)
         given = (*rows, call.mech, segments, call.numbers)
         text, *rest = jit_start(call.params, *given, **self.static, prompt_plan=cut)
-        self.state = (self._own(text), *rest)
+        self.state = (self._end_copies(text), *rest)
         return self.state[0]
 
-    def _own(self, text: sampling.Text) -> sampling.Text:
+    def _end_copies(self, text: sampling.Text) -> sampling.Text:
         """The text, of which rows that a mesh was filled up with take no part in any choice."""
         return on_devices.end_copies(text, len(self.call.batch.lengths_B))
 
-    def _resumed(self, cache: PromptCache) -> DecodeState:
+    def _resume(self, cache: PromptCache) -> DecodeState:
         """The state after the tokens that a cache does not hold."""
         call, cfg = self.call, self.cfg
         starts_B, room = cache.lengths, self._room()
@@ -206,10 +206,10 @@ class Fast:
         padded, more = on_devices.put_rows((call.padded, more), call.mesh)
         cache = cache.take(np.minimum(np.arange(len(more.lengths_B)), len(counts_B) - 1))
         slots = size + self._slots(room)
-        assert cache.caches is not None
-        caches = prompt_cache.grown(cfg, cache.caches, starts_B, slots, for_all=True)
+        held, decided = on_devices.put_beside((cache.caches, cache.decisions), call.params)
+        caches = prompt_cache.grow_caches(cfg, held, starts_B, slots, for_all=True)
         positions = (self._positions(), cfg.model.num_layers)
-        decisions = prompt_cache.widen_decisions(cache.decisions, *positions)
+        decisions = prompt_cache.widen_decisions(decided, *positions)
         gate, drafting = speculate.split(cfg.speculate, len(starts_B))
         arrays = (caches, decisions, padded, more, call.mech, call.numbers, gate)
         self.limit = 1 + room
@@ -270,7 +270,7 @@ class Fast:
         asked = (np.asarray(text.pos_B), self._slots(room))
         if isinstance(state, DecodeState):
             old: Any = state.caches
-            caches = prompt_cache.grown(self.cfg, old, *asked, **surprised)
+            caches = prompt_cache.grow_caches(self.cfg, old, *asked, **surprised)
             self.state = state.replace(caches=caches, full=jnp.zeros((), bool))
         else:
             text, old, decisions = state
@@ -278,24 +278,28 @@ class Fast:
             packed = prompt_cache.open_caches(*given, **surprised)
             rows = len(self.call.batch.lengths_B)
             drafting = speculate.split(self.cfg.speculate, rows)
-            self.state = _jit_opened(text, *packed, *drafting)
+            self.state = _jit_open(text, *packed, *drafting)
         used = {id(leaf) for leaf in jax.tree.leaves(self.state)}  # some may be handed through
         for leaf in jax.tree.leaves(old):
             if id(leaf) not in used:
                 leaf.delete()
         self.limit = self.produced + room
 
-    def cache(self, tokens_BT: np.ndarray, prompts_B: np.ndarray) -> PromptCache:
-        """The rows that were run, as a later call continues them; the engine's last act.
+    def cache(self, tokens_BT: np.ndarray, lengths_B: np.ndarray) -> PromptCache:
+        """The first so many tokens of each row, as a later call continues them.
 
-        `tokens_BT` are those of whole rows.
+        It is the engine's last act. More tokens may have run; `tokens_BT` are those of whole rows.
         """
         if not isinstance(self.state, DecodeState):
             self.make_room()
-        state, own = self.state, np.arange(len(tokens_BT))
-        given = (prompts_B, prompt_cache.made_for(self.cfg), state.caches, state.decisions)
-        lengths_B = np.asarray(state.text.pos_B)[own]
-        return PromptCache(tokens_BT, lengths_B, *given, overrides=None).take(own)
+        state, call = self.state, self.call
+        pos_B, count = np.asarray(state.text.pos_B), len(lengths_B)
+        more_B = np.zeros_like(pos_B)  # only drafts run ahead, and every layer keeps them
+        more_B[:count] = pos_B[:count] - lengths_B
+        caches = tuple(cache.take_back(jnp.asarray(more_B)[None]) for cache in state.caches)
+        given = (call.prompts_B, prompt_cache.cache_key(self.cfg), caches, state.decisions)
+        made = PromptCache(tokens_BT, lengths_B, *given, call.overrides)
+        return made.take(np.arange(count))
 
 
 def _goes_on(text: sampling.Text, limit: int) -> bool:

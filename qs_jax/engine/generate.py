@@ -25,9 +25,9 @@ from qs_jax.engine.fast import Fast
 from qs_jax.engine.inputs import TokenOverrides
 from qs_jax.engine.prompt_cache import PromptCache
 from qs_jax.engine.prompt_plan import refusal, runs_fast
-from qs_jax.engine.request import Request, continued_rows, new_rows, repeated
+from qs_jax.engine.request import Request, continued_rows, new_rows, repeat_rows
 from qs_jax.engine.rescore import Masked
-from qs_jax.engine.stops import stop_table
+from qs_jax.engine.stops import stop_table, stop_tokens
 from qs_jax.engine.weights import check_finite, prepare_params
 from qs_jax.errors import ConfigError, InputError
 from qs_jax.jax_settings import default_settings
@@ -137,7 +137,7 @@ def _prepare(
         if compact and cache.caches is None:
             raise ConfigError("the cache is the masked engine's: pass generate the same engine.")
         cache = cache.rows(len(given.lengths_B), repeats)
-        rows = continued_rows(cache, repeated(given, repeats), cfg)
+        rows = continued_rows(cache, repeat_rows(given, repeats), cfg)
     if cache is None and compact and (rows.prompts_B < rows.batch.lengths_B).any():
         cache = fast.prefill(params, rows, mech, cfg, mesh)
     table = None
@@ -145,6 +145,7 @@ def _prepare(
         if tokenizer is None:
             raise ConfigError("Config.stop needs the text of tokens: give tokenizer=.")
         table = stop_table(tokenizer, cfg.stop, model.vocab_size)
+        cfg = cfg.replace(eos_token_ids=(*cfg.stop_ids, *stop_tokens(tokenizer, cfg.stop)))
     plan, numbers = sampling.plan_of(cfg, inputs.bucket_size(cfg.max_new_tokens), table)
     cache = cache if compact else None
     request = Request(params, *rows, mech, numbers, plan, cfg, cache, mesh)
@@ -189,7 +190,7 @@ def prefill(
     if runs_fast(cfg, generates=True):
         return fast.prefill(params, rows, mech, cfg, mesh)
     batch = rows.batch
-    given = (batch.lengths_B, prompt_cache.made_for(cfg), None, None, rows.overrides)
+    given = (batch.lengths_B, prompt_cache.cache_key(cfg), None, None, rows.overrides)
     return PromptCache(batch.tokens_BT, batch.lengths_B, *given)
 
 
@@ -272,17 +273,18 @@ def generate(
         **jax.device_get(on_devices.first_rows(engine.counts(text.lengths_B), rows)),
         record=record,
         kv_bytes=engine.kv_bytes,
-        cache=_cache_of(engine) if return_cache else None,
+        cache=_cache_of(engine, text.lengths_B) if return_cache else None,
     )
 
 
-def _cache_of(engine: Masked | Fast) -> PromptCache:
-    """The rows so far, but for the last token of each, which was not run."""
-    call, text = engine.call, jax.device_get(engine.text)
-    text = on_devices.first_rows(text, len(call.batch.lengths_B))
-    rows = zip(call.batch.tokens_BT, call.batch.lengths_B, text.tokens_BM, text.pos_B, strict=True)
+def _cache_of(engine: Masked | Fast, count_B: np.ndarray) -> PromptCache:
+    """The prompts and so many new tokens of each row, but for the last, which was not run."""
+    batch, text = engine.call.batch, jax.device_get(engine.text)
+    lengths_B = (batch.lengths_B + count_B - 1).astype(np.int32)
+    rows = zip(batch.tokens_BT, batch.lengths_B, text.tokens_BM, lengths_B, strict=False)
     whole = [[*old[:a].tolist(), *new.tolist()][:end] for old, a, new, end in rows]
-    return engine.cache(inputs.make_batch(whole, call.cfg.model).tokens_BT, call.prompts_B)
+    tokens_BT = inputs.make_batch(whole, engine.call.cfg.model).tokens_BT
+    return engine.cache(tokens_BT, lengths_B)
 
 
 @default_settings()
@@ -311,9 +313,12 @@ class TokenStream(Iterator[StreamStep]):
 
     def __init__(self, engine: Masked | Fast) -> None:
         self._engine, self._iterator = engine, _steps(engine)
+        self._count_B = np.zeros(len(engine.call.batch.lengths_B), np.int32)
 
     def __next__(self) -> StreamStep:
-        return next(self._iterator)
+        step = next(self._iterator)
+        self._count_B = self._count_B + step.is_new
+        return step
 
     def close(self) -> None:
         """End the stream."""
@@ -321,11 +326,11 @@ class TokenStream(Iterator[StreamStep]):
 
     @default_settings()
     def cache(self) -> PromptCache:
-        """All tokens that were run, for a call that continues them; it ends the stream."""
-        if self._engine.text is None:
+        """The prompts and the tokens of all steps so far but the last; it ends the stream."""
+        if not self._count_B.all():
             raise InputError("the stream has not begun: ask it for a step first.")
         self.close()
-        return _cache_of(self._engine)
+        return _cache_of(self._engine, self._count_B)
 
 
 def _steps(engine: Masked | Fast) -> Generator[StreamStep]:

@@ -113,7 +113,7 @@ def start(call: Call) -> TokenState:
     """The carry before the first layer."""
     mech, policy = call.mech, call.mech.kv_skip.policy
     size = call.params["kv_maps"].code_size if policy == "extrapolate" else 0
-    size = call.model.hidden_size if mech.kv_skip.is_own else size
+    size = call.model.hidden_size if mech.kv_skip.is_custom else size
     extra = {"code_size": size, "receives": policy == "attended"}
     return mech.start(call.embedded_BTD, call.rows, call.model, **extra)
 
@@ -244,7 +244,7 @@ def _extrapolated(
     """Keys and values, with those of halted tokens read from their frozen states."""
     assert state.code_BTR is not None
     halted, pos_BT = (state.depth_BT < layer)[..., None, None], call.rows.pos_BT
-    if call.mech.kv_skip.is_own:
+    if call.mech.kv_skip.is_custom:
         multiply = call.mech.multiply(state.bits_BT, weights.int8, layer)
         frozen = (state.h_BTD, call.embedded_BTD, state.code_BTR, pos_BT, state.depth_BT)
         given = (frozen, call.model, layer, weights.params, multiply)
@@ -260,7 +260,7 @@ def _encode(call: Call, state: TokenState, layer: Array) -> TokenState:
     """What deeper keys are read from, of the tokens that halted at this layer."""
     model, h_BTD = call.model, state.h_BTD
     now_BT = (state.depth_BT == layer) & (layer < model.num_layers)
-    if call.mech.kv_skip.is_own:  # the rest that a policy reads does not change
+    if call.mech.kv_skip.is_custom:  # the rest that a policy reads does not change
         code_BTR = jnp.where(now_BT[..., None], fusion.back(h_BTD, 1), state.code_BTR)
         return state.replace(code_BTR=code_BTR)
 
@@ -331,7 +331,7 @@ def _halt(
 
 
 def scored(call: Call, before: TokenState, attended: Attended) -> dict[str, Array]:
-    """What a score may read of a layer (`qs_jax.mechanisms.own.Signals`)."""
+    """What a score may read of a layer (`qs_jax.mechanisms.custom.Signals`)."""
     states = {"before_BTD": before.h_BTD, "after_BTD": attended.h_BTD}
     states |= {"keys_BTKH": attended.k_BTKH, "values_BTKH": attended.v_BTKH}
     return states | {"received_BT": received(call, before, attended)}

@@ -39,7 +39,7 @@ class PromptCache:
       tokens: int32 `[B, T]`, right-padded.
       lengths: int32 `[B]`, tokens of each row.
       prompt_lengths: int32 `[B]`, those that the mechanisms act on under "continuation".
-      made_for: Model, mechanisms and protocol; others cannot continue it.
+      key: Model, mechanisms and protocol; others cannot continue it.
       caches: Keys and values of each segment of layers; None on the masked engine, which runs rows
         anew for every token.
       decisions: About every token; None without mechanisms, and on the masked engine.
@@ -49,7 +49,7 @@ class PromptCache:
     tokens: Int[np.ndarray, "B T"]
     lengths: Int[np.ndarray, "B"]
     prompt_lengths: Int[np.ndarray, "B"]
-    made_for: tuple[ModelConfig, QuickSilverConfig | None, str]
+    key: tuple[ModelConfig, QuickSilverConfig | None, str]
     caches: tuple[SlotCache, ...] | None
     decisions: Decisions | None
     overrides: Overrides | None
@@ -61,23 +61,23 @@ class PromptCache:
 
     def check(self, cfg: Config) -> None:
         """Raise ConfigError unless a call under `cfg` can continue it."""
-        asked = made_for(cfg)
-        for name, mine, theirs in zip(
-            ("model", "quicksilver", "protocol"), self.made_for, asked, strict=True
+        asked = cache_key(cfg)
+        for name, cached, given in zip(
+            ("model", "quicksilver", "protocol"), self.key, asked, strict=True
         ):
-            if mine != theirs:
+            if cached != given:
                 raise ConfigError(
                     f"the cache was made with another {name}: pass prefill and generate the same "
                     "model, mechanisms and protocol."
                 )
-        self.made_for[0].check_weights(asked[0].weights, "the cache was made for", "run prefill")
+        self.key[0].check_weights(asked[0].weights, "the cache was made for", "run prefill")
 
     def rows(self, count: int, repeats: int) -> PromptCache:
         """One row for each of `count` requests, `repeats` times; a single row serves them all."""
         if len(self.lengths) not in (1, count):
             raise InputError(f"the cache has {len(self.lengths)} rows, the call {count}.")
-        own = np.arange(count) if len(self.lengths) == count else np.zeros(count, np.int64)
-        index, overrides = np.repeat(own, repeats), self.overrides
+        each = np.arange(count) if len(self.lengths) == count else np.zeros(count, np.int64)
+        index, overrides = np.repeat(each, repeats), self.overrides
         names = ("tokens", "lengths", "prompt_lengths")
         host: dict[str, Any] = {name: getattr(self, name)[index] for name in names}
         if overrides is not None:
@@ -85,7 +85,7 @@ class PromptCache:
         return dataclasses.replace(self, **host).take(index)
 
     def take(self, index_R: np.ndarray) -> PromptCache:
-        """The same, with these rows of the device's arrays."""
+        """Select rows of the arrays on the device; those on the host stay as they are."""
         if self.caches is None:
             return self
         if np.array_equal(index_R, np.arange(self.caches[0].fill_lB.shape[1])):
@@ -95,7 +95,7 @@ class PromptCache:
         return dataclasses.replace(self, caches=caches, decisions=decisions)
 
 
-def made_for(cfg: Config) -> tuple[ModelConfig, QuickSilverConfig | None, str]:
+def cache_key(cfg: Config) -> tuple[ModelConfig, QuickSilverConfig | None, str]:
     """What decides about the contents of a cache."""
     off = cfg.quicksilver is None or cfg.quicksilver.is_off
     return cfg.model, None if off else cfg.quicksilver, "" if off else cfg.effective_protocol
@@ -138,7 +138,7 @@ def open_caches(
     return _pack(prompt, noted, held_LBS, decisions.bits_BT, tuple(layout), width, slides)
 
 
-def grown(
+def grow_caches(
     cfg: Config,
     caches: tuple[SlotCache, ...],
     lengths_B: np.ndarray,

@@ -82,7 +82,7 @@ def _frozen_keys_values(call: Call, state: TokenState, index_BP: Array, last: Ar
         given = (layer, weights.params, mech.multiply(bits_BP, weights.int8, layer))
         return mech.stored(*mech.kv_skip.keys_values(frozen, model, *given), bits_BP)
 
-    if mech.kv_skip.is_own:
+    if mech.kv_skip.is_custom:
         return of_policy
 
     maps = call.params["kv_maps"]

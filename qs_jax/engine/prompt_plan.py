@@ -52,7 +52,7 @@ def refusal(cfg: Config, *, generates: bool) -> str | None:
         return "bits by the shortlist entropy are the masked engine's"
     if amq is not None and amq.normalization == "minmax" and not prompts_only:
         return "min-max entropy looks at all tokens of a batch at once"
-    if skip is not None and skip.is_own and not prompts_only:
+    if skip is not None and skip.is_custom and not prompts_only:
         return "a KV policy of your own fills in prompts: with new tokens it is the masked engine's"
     if amq is not None and skip is not None and skip.reads_frozen:
         assert qs.halting is not None

@@ -64,7 +64,11 @@ def new_rows(
     chosen = inputs.override_arrays(overrides, shape, width, cfg)
     if chosen is not None:
         chosen = Overrides(*(np.repeat(array, repeats, axis=0) for array in chosen))
-    rows = (repeated(batch, repeats), repeated(padded, repeats), np.repeat(prompts_B, repeats))
+    rows = (
+        repeat_rows(batch, repeats),
+        repeat_rows(padded, repeats),
+        np.repeat(prompts_B, repeats),
+    )
     return Rows(*rows, chosen)
 
 
@@ -82,6 +86,6 @@ def continued_rows(cache: PromptCache, more: inputs.Batch, cfg: Config) -> Rows:
     return Rows(batch, padded, prompts_B, chosen)
 
 
-def repeated(batch: inputs.Batch, repeats: int) -> inputs.Batch:
+def repeat_rows(batch: inputs.Batch, repeats: int) -> inputs.Batch:
     """Each row so many times."""
     return inputs.Batch(*(np.repeat(array, repeats, axis=0) for array in batch))

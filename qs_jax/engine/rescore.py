@@ -64,12 +64,11 @@ class Masked:
         """Steps of each row, and its drafts."""
         return speculate.counts(None, lengths_B)
 
-    def cache(self, tokens_BT: np.ndarray, prompts_B: np.ndarray) -> PromptCache:
-        """The rows that were run: this engine keeps nothing else of them."""
-        made_for = prompt_cache.made_for(self.call.cfg)
-        lengths_B = np.asarray(self.text.pos_B)[: len(tokens_BT)]
-        given = (lengths_B, prompts_B, made_for, None, None)
-        return PromptCache(tokens_BT, *given, self.call.overrides)
+    def cache(self, tokens_BT: np.ndarray, lengths_B: np.ndarray) -> PromptCache:
+        """The first so many tokens of each row, without keys and values: they are run anew."""
+        call = self.call
+        given = (call.prompts_B, prompt_cache.cache_key(call.cfg), None, None, call.overrides)
+        return PromptCache(tokens_BT, lengths_B, *given)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "plan"))

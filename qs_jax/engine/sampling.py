@@ -137,7 +137,7 @@ def plan_of(cfg: Config, capacity: int, stop_XV: Any = None) -> tuple[Plan, Numb
         min_p=jnp.float32(sampling.min_p),
         repetition_penalty=number(sampling.repetition_penalty),
         seed=jnp.uint32(cfg.seed),
-        stop_XV=stop_XV,
+        stop_XV=None if stop_XV is None else jnp.asarray(stop_XV),
     )
     return plan, numbers
 

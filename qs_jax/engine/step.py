@@ -185,8 +185,8 @@ def _run_layer(call: Call, state: TokenState, cache: SlotCache, offset: Any, ind
     def attend(q: Array, k: Array, v: Array):
         k, v = _stored(call, state, k, v, layer)
         if call.exact:
-            held, mask_BTC = cache.with_new(offset, k, v)
-            mask_BTC &= in_window(rows.pos_BT, cache.positions(offset), window)
+            held, mask_BTC, pos_BC = cache.with_new(offset, k, v, rows.pos_BT)
+            mask_BTC &= in_window(rows.pos_BT, pos_BC, window)
             return step_attention(q, held, None, mask_BTC), (k, v)
         return step_attention(q, cache.layer(offset), (k, v), mask_BTX), (k, v)
 

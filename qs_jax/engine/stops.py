@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
+def stop_tokens(tokenizer: PreTrainedTokenizerFast, stop: tuple[str, ...]) -> list[int]:
+    """Ids of the stop strings that are single added tokens, whose text decoding leaves out."""
+    added = tokenizer.get_added_vocab()
+    return sorted(added[each] for each in stop if each in added)
+
+
 def cut(text: str, stop: tuple[str, ...]) -> str:
     """The text before the first stop string."""
     return text[: min((at for at in map(text.find, stop) if at >= 0), default=len(text))]
@@ -88,9 +94,11 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> list[byt
     backend = tokenizer.backend_tokenizer
     steps = _steps(json.loads(backend.to_str())["decoder"])
     kinds = {step["type"] for step in steps}
-    known = {"ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
-    if kinds - known:
-        raise InputError(f"stop strings need to know a token's text: decoder {kinds - known}.")
+    unknown = kinds - {"ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
+    unknown |= {"Replace by Regex" for step in steps if "Regex" in step.get("pattern", ())}
+    if unknown:
+        names = ", ".join(sorted(unknown))
+        raise InputError(f"stop strings need to know a token's text: decoder {names}.")
     if "ByteLevel" in kinds:
         of_character = {character: byte for byte, character in _characters_of_bytes().items()}
     added, special = tokenizer.get_added_vocab(), set(tokenizer.all_special_ids)
@@ -99,7 +107,9 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> list[byt
     for token, index in tokenizer.get_vocab().items():
         if index >= vocab_size or index in special:
             continue
-        if token in added or not kinds:
+        if not kinds:  # such tokens are joined by spaces
+            found[index] = f" {token}".encode()
+        elif token in added:
             found[index] = token.encode()
         elif "ByteLevel" in kinds:
             found[index] = bytes(of_character[c] for c in token if c in of_character)

@@ -318,8 +318,7 @@ class QSJaxLM(TemplateLM):
         most = self.max_length - 1
         if not 1 <= length <= most:
             raise InputError(f"max_gen_toks must lie between 1 and {most}, got {length}.")
-        added = self.tokenizer.get_added_vocab()
-        stops = {*self.cfg.stop_ids, self.eot_token_id, *(added[s] for s in until if s in added)}
+        stops = {*self.cfg.stop_ids, self.eot_token_id}
         return self.cfg.replace(
             max_new_tokens=length,
             stop=tuple(until),

@@ -14,8 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.config import HaltingConfig, ModelConfig
 from qs_jax.errors import ConfigError
-from qs_jax.mechanisms import own
-from qs_jax.mechanisms.own import Signals
+from qs_jax.mechanisms import custom
+from qs_jax.mechanisms.custom import Signals
 from qs_jax.mechanisms.signals import EntropyOf
 from qs_jax.models.layers import rms_normalised
 from qs_jax.state import NEVER, TokenState
@@ -199,7 +199,7 @@ def reads_of(config: HaltingConfig, model: ModelConfig) -> frozenset[str]:
     """Names of the `Signals` that decisions read; `ConfigError` if an entropy has no estimator."""
     if not config.ranks:
         return frozenset({"drift_BT"} if config.rule == "dual" else ())
-    found = own.reads(score_of(config), model)
+    found = custom.reads(score_of(config), model)
     if "entropy_BT" in found and config.entropy is None:
         raise ConfigError("halting.score reads entropy_BT: name its estimator, halting.entropy.")
     return found

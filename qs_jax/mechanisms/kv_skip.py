@@ -12,8 +12,8 @@ from flax.struct import field
 from jaxtyping import Array, Float, Int
 
 from qs_jax.config import ModelConfig
+from qs_jax.mechanisms.custom import Frozen
 from qs_jax.mechanisms.kv_maps import heads, place
-from qs_jax.mechanisms.own import Frozen
 from qs_jax.models import Params, apply_block
 from qs_jax.models.layers import Multiply
 from qs_jax.state import TokenState
@@ -29,14 +29,14 @@ class KVSkip(flax.struct.PyTreeNode):
     policy: Any = field(pytree_node=False)
 
     @property
-    def is_own(self) -> bool:
+    def is_custom(self) -> bool:
         """Whether the policy is an object of the user's own."""
         return not isinstance(self.policy, str)
 
     @property
     def reads_frozen(self) -> bool:
         """As `KVSkipConfig.reads_frozen`."""
-        return self.is_own or self.policy == "extrapolate"
+        return self.is_custom or self.policy == "extrapolate"
 
     def keys_values(
         self,

@@ -16,10 +16,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.config import KVSkipConfig, ModelConfig, QuickSilverConfig
 from qs_jax.mechanisms.amq import AMQ
+from qs_jax.mechanisms.custom import check_policy
 from qs_jax.mechanisms.fusion import Fusion
 from qs_jax.mechanisms.halting import Halting, reads_of, score_of
 from qs_jax.mechanisms.kv_skip import KVSkip
-from qs_jax.mechanisms.own import check_policy
 from qs_jax.mechanisms.signals import largest_entropy
 from qs_jax.models.layers import Multiply, dense_product
 from qs_jax.state import FULL_BITS, NEVER, TokenState, exact_dtype
@@ -258,7 +258,7 @@ def _halting(qs: QuickSilverConfig, model: ModelConfig) -> Halting | None:
 
 def _kv_skip(qs: QuickSilverConfig, model: ModelConfig) -> KVSkip:
     config = qs.kv_skip or KVSkipConfig("propagate")
-    if config.is_own:
+    if config.is_custom:
         check_policy(config.policy, model)
     tau_kv = _number(config.tau_kv, model)
     return KVSkip(tau_kv, jnp.int32(config.delay), _ids(config.retain_ids), config.policy)

@@ -28,7 +28,7 @@ from qs_jax.engine.weights import check_finite, layer_weights, prepare_params
 from qs_jax.errors import ConfigError, InputError
 from qs_jax.jax_settings import default_settings
 from qs_jax.mechanisms import Mechanisms, resolve, signals
-from qs_jax.mechanisms.own import Signals
+from qs_jax.mechanisms.custom import Signals
 from qs_jax.models import Params, head
 from qs_jax.record import Record
 from qs_jax.state import NEVER, evidence

@@ -57,7 +57,7 @@ def check_laws(cfg: Config | QuickSilverConfig, params: Params | None = None) ->
     with jax.enable_x64(cfg.model.dtype == "float64"):
         if qs.halting is not None and qs.halting.ranks:
             probe_score(qs.halting, cfg.model)
-        if qs.kv_skip is not None and qs.kv_skip.is_own:
+        if qs.kv_skip is not None and qs.kv_skip.is_custom:
             probe_policy(qs.kv_skip, cfg.model)
         params = params or _random_params(cfg, qs)
         lengths = _lengths(qs)

@@ -10,8 +10,8 @@ import numpy as np
 
 from qs_jax.config import HaltingConfig, KVSkipConfig, ModelConfig
 from qs_jax.config.fields import name_of
+from qs_jax.mechanisms.custom import Signals, abstract_policy, abstract_signals
 from qs_jax.mechanisms.halting import reads_of, score_of
-from qs_jax.mechanisms.own import Signals, abstract_policy, abstract_signals
 
 WIDTH, LENGTHS = 16, (12, 9)
 # The rest of what a score reads of a token, `received_BT` apart.

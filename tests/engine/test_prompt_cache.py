@@ -3,6 +3,7 @@
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -168,6 +169,56 @@ def test_caches_that_do_not_fit_are_refused():
         qs_jax.generate(params, [3], skip, cache=masked)
     with pytest.raises(InputError, match="prompt_lengths is for protocol 'continuation'"):
         qs_jax.generate(params, [[3, 4]], cfg, prompt_lengths=[1])
+
+
+@pytest.mark.parametrize("engine", ["masked", "compact"])
+def test_overrides_stay_with_the_cache(engine):
+    """Also where the other engine made it: then all tokens are full, so nothing halts."""
+    model = model_of("llama")
+    params, row = params_of(model), row_of(model, 30)
+    cfg = Config(model, FAST["dual-skip"], max_new_tokens=3, eos_token_ids=())
+    given = {"overrides": qs_jax.TokenOverrides(full_processing=np.ones((1, 20), bool))}
+    cache = qs_jax.prefill(params, row[:20], cfg.replace(engine="compact"), **given)
+    found = qs_jax.generate(params, row[20:], cfg.replace(engine=engine), cache=cache)
+    given = {"overrides": qs_jax.TokenOverrides(full_processing=np.arange(30)[None] < 20)}
+    expected = qs_jax.generate(params, row, cfg.replace(engine="masked"), **given)
+    np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-4)
+
+
+def test_a_cache_goes_to_the_devices_of_the_call():
+    model = tiny_model(num_layers=2)
+    params = jax.device_put(params_of(model), jax.devices()[0])
+    mesh, cfg = qs_jax.make_mesh(2, 1), Config(model, max_new_tokens=4, eos_token_ids=())
+    rows = random_tokens(model, 2, 20)
+    expected = qs_jax.generate(params, rows, cfg)
+    for made, used in ((None, mesh), (mesh, None), (mesh, qs_jax.make_mesh(1, 2))):
+        cache = qs_jax.prefill(params, rows[:, :15], cfg, devices=made)
+        found = qs_jax.generate(params, rows[:, 15:], cfg, cache=cache, devices=used)
+        np.testing.assert_array_equal(found.tokens, expected.tokens)
+
+
+def test_a_stream_of_drafts_hands_over_what_it_gave():
+    """In the middle of several tokens that one step kept."""
+    model = tiny_model(num_layers=2)
+    params, row = params_of(model), [3, 4, 5, 6] * 5
+    plain = Config(model, max_new_tokens=16, eos_token_ids=(), logits_processors=(in_rhythm,))
+    cfg = plain.replace(speculate=Speculation(gate=0))
+    whole = qs_jax.generate(params, row, plain).tokens[0].tolist()
+    for count in range(1, 8):
+        steps = qs_jax.stream(params, row, cfg)
+        new = [int(next(steps).tokens[0]) for _ in range(count)]
+        cache = steps.cache()
+        assert cache.tokens[0].tolist() == row + new[:-1]
+        rest = plain.replace(max_new_tokens=16 - count)
+        found = qs_jax.generate(params, [new[-1]], rest, cache=cache)
+        assert new + found.tokens[0].tolist() == whole
+
+
+def in_rhythm(logits_BV, so_far):
+    """What stood four tokens before is likely, so that drafts are kept."""
+    back_B1 = jnp.maximum(so_far.lengths_B[:, None] - 4, 0)
+    before_B1 = jnp.take_along_axis(so_far.tokens_BS, back_B1, axis=1)
+    return logits_BV + 50.0 * jax.nn.one_hot(before_B1[:, 0], logits_BV.shape[1])
 
 
 def test_a_stream_hands_over_its_cache():

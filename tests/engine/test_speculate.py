@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 import qs_jax
 from qs_jax import presets
-from qs_jax.config import Config, Speculation
+from qs_jax.config import Config, HaltingConfig, KVSkipConfig, QuickSilverConfig, Speculation
 from qs_jax.engine.speculate import look_up
 from qs_jax.errors import ConfigError
+from qs_jax.testing import tiny_model, tiny_params
 from tests.engine.contract import FAST, MATRIX, fast_case, few, model_of, params_of
 
 ALWAYS = Speculation(length=3, gate=0)
@@ -217,3 +218,19 @@ def test_the_preset_fast_answers_is_balanced_with_drafts():
     assert cfg == presets.config("balanced", model, max_new_tokens=5, speculate=Speculation())
     assert cfg.effective_protocol == "continuation"
     assert presets.config("balanced", model).speculate is None
+
+
+def test_exact_drafts_under_a_window_with_keys_left_out():
+    """Slots do not tell positions there, and new tokens see themselves."""
+    model = tiny_model("mistral", num_layers=4)
+    params, row = tiny_params(model), [3, 4, 5, 6] * 6
+    halting = HaltingConfig(rule="quota", layers=(1, 2), quota=(0.5, 0.9), entropy=None)
+    qs = QuickSilverConfig(halting, KVSkipConfig("skip"), sink_tokens=1, recent_tokens=3)
+    cfg = Config(model, qs, max_new_tokens=12, eos_token_ids=())
+    expected = qs_jax.generate(params, row, cfg.replace(engine="masked"))
+    found = qs_jax.generate(
+        params, row, cfg.replace(speculate=Speculation(gate=0, exact=True, ngram=1))
+    )
+    assert found.drafted.sum() > 0
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-4)

@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Regex, decoders
 
 import qs_jax
 from qs_jax.config import Config, Speculation
 from qs_jax.engine import decode, fast
 from qs_jax.engine.stops import cut, held_back, stop_table, token_bytes
-from qs_jax.errors import ConfigError
+from qs_jax.errors import ConfigError, InputError
 from qs_jax.testing import tiny_model, tiny_params, toy_tokenizer
 from qs_jax.text import before_stop
 from tests.convert.gguf_files import byte_level_tokenizer, sentencepiece_tokenizer
@@ -123,6 +124,27 @@ def test_special_tokens_have_no_text():
     assert pieces[97:] == [b"", b"", b""]
     table_XV = stop_table(tokenizer, ("!!",), 100)
     assert table_XV[table_XV[table_XV[0, 3], 1], 3] == len(table_XV) - 1, "an end in between"
+
+
+def test_a_stop_string_that_is_a_special_token_ends_a_row(params):
+    """Decoding leaves it out of the text, so its id counts."""
+    cfg, prompts, plain, _ = plain_of(params, temperature=0.9, seed=5)
+    given = {"tokenizer": toy_tokenizer()}
+    token = int(plain.tokens[0, 7])
+    given["tokenizer"].add_special_tokens({"additional_special_tokens": [chr(30 + token)]})
+    out = qs_jax.generate(params, prompts, cfg.replace(stop=chr(30 + token)), **given)
+    assert out.lengths[0] == plain.tokens[0].tolist().index(token) + 1
+
+
+def test_decoders_that_are_not_followed_are_refused():
+    tokenizer = toy_tokenizer()
+    tokenizer.backend_tokenizer.decoder = decoders.Replace(Regex("a+"), "b")
+    with pytest.raises(InputError, match="decoder Replace by Regex"):
+        token_bytes(tokenizer, 97)
+    tokenizer = toy_tokenizer()
+    tokenizer.backend_tokenizer.decoder = None
+    ids, pieces = [40, 41, 42], token_bytes(tokenizer, 97)
+    assert b"".join(pieces[each] for each in ids).decode() == " " + tokenizer.decode(ids)
 
 
 def test_continuations_of_one_prompt(params):

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, no_type_check
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.interpreters import partial_eval
 from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.config import ModelConfig
@@ -133,15 +134,10 @@ def reads(score: Any, model: ModelConfig) -> frozenset[str]:
     shapes = [out.shape for out in found.out_avals]
     if shapes != [given.pos_BT.shape]:
         raise ConfigError(f"halting.score {name_of(score)} gives {shapes}, not one [B, T].")
-    used = {id(var) for part in (*found.jaxpr.eqns, found.jaxpr) for var in _read_by(part)}
+    # It looks into calls, such as those of `jax.jit`.
+    _, used = partial_eval.dce_jaxpr(found.jaxpr, [True])
     names = [field.name for field in dataclasses.fields(Signals)]
-    pairs = zip(names, found.jaxpr.invars, strict=True)
-    return frozenset(name for name, var in pairs if id(var) in used)
-
-
-def _read_by(part: Any) -> list[Any]:
-    """Variables that an equation reads, or that a program returns."""
-    return part.outvars if hasattr(part, "eqns") else part.invars
+    return frozenset(name for name, is_used in zip(names, used, strict=True) if is_used)
 
 
 def abstract_policy(policy: Any, model: ModelConfig, width: int) -> tuple[Any, tuple[Any, ...]]:

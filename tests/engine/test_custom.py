@@ -13,7 +13,8 @@ from examples.key_norm import key_norm
 from qs_jax import accounting, cli, presets, report
 from qs_jax.accounting import flops
 from qs_jax.config import Config, HaltingConfig, KVSkipConfig
-from qs_jax.mechanisms import own
+from qs_jax.errors import ConfigError
+from qs_jax.mechanisms import custom
 from qs_jax.models import embed
 from qs_jax.models.layers import rms_normalised
 from qs_jax.testing import check_laws, tiny_model, tiny_params
@@ -117,9 +118,19 @@ def test_a_score_is_charged_what_it_computes():
     assert 2 * (8 + 7 + 1) <= count <= 2 * (8 + 8 + 1) + 4
     assert flops.score_flops(received, MODEL, 64) == 0
     assert flops.policy_flops(Projected(), MODEL) == flops.keys_values_flops(MODEL)
-    assert own.reads(of_its_own, MODEL) == {
+    assert custom.reads(of_its_own, MODEL) == {
         *("before_BTD", "after_BTD", "entropy_BT", "values_BTKH", "drift_BT")
     }
+    assert custom.reads(jax.jit(key_norm), MODEL) == {"keys_BTKH"}, "calls are looked into"
+
+
+@pytest.mark.parametrize("score", [lambda signals: signals.drift_BT, jax.jit(key_norm)])
+def test_what_json_cannot_hold_is_not_read_back_as_another(score):
+    """It is named, and refused where it is read."""
+    fields = HaltingConfig(rule="quota", layers=(1,), quota=(0.5,), score=score).to_dict()
+    assert isinstance(fields["score"], str)
+    with pytest.raises(ConfigError, match=r"halting\.score must be"):
+        HaltingConfig.from_dict(fields)
 
 
 def test_a_score_and_a_policy_hold_the_laws():
