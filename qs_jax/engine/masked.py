@@ -9,8 +9,7 @@ fused-index map and the bit-width vector; `run_layer` is one layer, in the paper
     3. halting    halted tokens keep their state from here on
     4. fusion     of tokens that did not halt
     5. bits       assigned once, at `amq.layer`
-    6. keys       what the next layer's attention mask reads: depth, fused-index map, attention
-                  received, and what extrapolated keys are read from
+    6. keys       what the next layer reads: depth, fused-index map, attention received, and more
 
 Nothing a token does depends on a later token, except where a rule ranks a whole prompt.
 """
@@ -394,7 +393,7 @@ def _quantize(call: Call, state: TokenState, ran_BT: Array, layer: Array) -> Tok
     assert amq is not None
     entropy_of = signals.entropies(state, call.params, call.model, call.previous_BT)
     state = amq.assign_at(layer, state, call.rows, entropy_of)
-    if "hidden" in amq.targets:
-        coarse_BTD = amq.quantize(state.h_BTD, state.bits_BT)
-        state = state.replace(h_BTD=jnp.where(ran_BT[..., None], coarse_BTD, state.h_BTD))
-    return state
+    if "hidden" not in amq.targets:
+        return state
+    coarse_BTD = amq.quantize(state.h_BTD, state.bits_BT)
+    return state.replace(h_BTD=jnp.where(ran_BT[..., None], coarse_BTD, state.h_BTD))
