@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from qs_jax.config import Config
@@ -31,7 +32,7 @@ from qs_jax.engine.stops import stop_table, stop_tokens
 from qs_jax.engine.weights import check_finite, prepare_params
 from qs_jax.errors import ConfigError, InputError
 from qs_jax.jax_settings import default_settings
-from qs_jax.mechanisms import resolve
+from qs_jax.mechanisms import Mechanisms, resolve
 from qs_jax.models import Params
 from qs_jax.record import Record, decided
 from qs_jax.state import Decisions
@@ -106,6 +107,15 @@ class StreamStep:
     accepted: Int[np.ndarray, "B"]
 
 
+def _model_of(
+    params: Params, cfg: Config, devices: Devices | None
+) -> tuple[Params, Mechanisms, Mesh | None]:
+    """Checked parameters where the call reads them, its mechanisms, and its mesh."""
+    mech = resolve(cfg.quicksilver, cfg.model, cfg.effective_protocol)
+    mesh = None if devices is None else on_devices.as_mesh(devices)
+    return prepare_params(params, cfg.model, mech, mesh), mech, mesh
+
+
 def _prepare(
     params: Params,
     tokens: inputs.TokensLike,
@@ -119,13 +129,17 @@ def _prepare(
     tokenizer: PreTrainedTokenizerFast | None = None,
     devices: Devices | None = None,
 ) -> Masked | Fast:
-    model, mech = cfg.model, resolve(cfg.quicksilver, cfg.model, cfg.effective_protocol)
-    mesh = None if devices is None else on_devices.as_mesh(devices)
-    params = prepare_params(params, model, mech, mesh)
-    compact = runs_fast(cfg, generates=True)
+    params, mech, mesh = _model_of(params, cfg, devices)
+    model, compact = cfg.model, runs_fast(cfg, generates=True)
     if cfg.speculate is not None and not compact:
         reason = refusal(cfg, generates=True) or "engine 'masked' keeps no cache"
         raise ConfigError(f"speculate needs the fast engines: {reason}.")
+    table = None
+    if cfg.stop:
+        if tokenizer is None:
+            raise ConfigError("Config.stop needs the text of tokens: give tokenizer=.")
+        table = stop_table(tokenizer, cfg.stop, model.vocab_size)
+        cfg = cfg.replace(eos_token_ids=(*cfg.stop_ids, *stop_tokens(tokenizer, cfg.stop)))
     given = inputs.make_batch(tokens, model, lengths=lengths, attention_mask=attention_mask)
     repeats = cfg.num_return_sequences
     if cache is None:
@@ -140,12 +154,6 @@ def _prepare(
         rows = continued_rows(cache, repeat_rows(given, repeats), cfg)
     if cache is None and compact and (rows.prompts_B < rows.batch.lengths_B).any():
         cache = fast.prefill(params, rows, mech, cfg, mesh)
-    table = None
-    if cfg.stop:
-        if tokenizer is None:
-            raise ConfigError("Config.stop needs the text of tokens: give tokenizer=.")
-        table = stop_table(tokenizer, cfg.stop, model.vocab_size)
-        cfg = cfg.replace(eos_token_ids=(*cfg.stop_ids, *stop_tokens(tokenizer, cfg.stop)))
     plan, numbers = sampling.plan_of(cfg, inputs.bucket_size(cfg.max_new_tokens), table)
     cache = cache if compact else None
     request = Request(params, *rows, mech, numbers, plan, cfg, cache, mesh)
@@ -182,9 +190,7 @@ def prefill(
       ConfigError: As `generate`.
       InputError: Tokens cannot be used, or a row exceeds the position limit.
     """
-    mech = resolve(cfg.quicksilver, cfg.model, cfg.effective_protocol)
-    mesh = None if devices is None else on_devices.as_mesh(devices)
-    params = prepare_params(params, cfg.model, mech, mesh)
+    params, mech, mesh = _model_of(params, cfg, devices)
     given = inputs.make_batch(tokens, cfg.model, lengths=lengths, attention_mask=attention_mask)
     rows = new_rows(given, cfg.replace(max_new_tokens=1), None, overrides, 1)
     if runs_fast(cfg, generates=True):

@@ -9,7 +9,7 @@ fused-index map and the bit-width vector; `run_layer` is one layer, in the paper
     3. halting    halted tokens keep their state from here on
     4. fusion     of tokens that did not halt
     5. bits       assigned once, at `amq.layer`
-    6. keys       what the next layer reads: depth, fused-index map, attention received, and more
+    6. keys       what the next layer reads: depth, fused-index map, attention, frozen features
 
 Nothing a token does depends on a later token, except where a rule ranks a whole prompt.
 """

@@ -22,8 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from qs_jax.config import ModelConfig
 from qs_jax.config.fields import name_of
 from qs_jax.errors import ConfigError
-from qs_jax.mechanisms.kv_maps import heads
-from qs_jax.models.layers import product
+from qs_jax.models.layers import product, split_keys_values
 from qs_jax.state import exact_dtype
 
 
@@ -147,7 +146,7 @@ def abstract_policy(policy: Any, model: ModelConfig, width: int) -> tuple[Any, t
     kernel, layer = of(model.hidden_size, 2 * model.kv_size), of(dtype=jnp.int32)
 
     def call(arrays: Any, kernel: Any, layer: Any) -> Any:
-        project = lambda: heads(product(arrays[0], kernel).astype(kernel.dtype), model)  # noqa: E731
+        project = lambda: split_keys_values(product(arrays[0], kernel).astype(kernel.dtype), model)  # noqa: E731
         frozen: Any = (*arrays, model, project)
         return policy.keys_values(Frozen(*frozen), layer)
 

@@ -17,7 +17,7 @@ from qs_jax.errors import CheckpointError, ConfigError
 from qs_jax.files import parse_json, write_whole
 from qs_jax.mechanisms.light import LightLayer, LightSizes
 from qs_jax.models import family_of, rope
-from qs_jax.models.layers import product, rms_normalised
+from qs_jax.models.layers import product, rms_normalised, split_keys_values
 from qs_jax.state import exact_dtype
 
 Sources: TypeAlias = Mapping[str, Callable[[], Array]]
@@ -288,15 +288,8 @@ def extrapolate(code_BTR: Array, maps_XRO: Array, depth_BT: Array, layers: Seque
 
 def keys_values(mapped_BTO: Array, pos_BT: Array, model: ModelConfig) -> tuple[Array, Array]:
     """Keys, after RoPE, and values `[B, T, K, H]` of the maps' columns."""
-    k_BTKH, v_BTKH = heads(mapped_BTO, model)
+    k_BTKH, v_BTKH = split_keys_values(mapped_BTO, model)
     return place(k_BTKH, pos_BT, model), v_BTKH
-
-
-def heads(kv_BTO: Array, model: ModelConfig) -> tuple[Array, Array]:
-    """Keys and values `[B, T, K, H]` that lie side by side."""
-    shape = (*kv_BTO.shape[:2], model.num_kv_heads, model.head_dim)
-    k_BTKH, v_BTKH = (part.reshape(shape) for part in jnp.split(kv_BTO, 2, axis=-1))
-    return k_BTKH, v_BTKH
 
 
 def place(k_BTKH: Array, pos_BT: Array, model: ModelConfig) -> Array:

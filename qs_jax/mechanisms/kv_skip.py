@@ -13,9 +13,9 @@ from jaxtyping import Array, Float, Int
 
 from qs_jax.config import ModelConfig
 from qs_jax.mechanisms.custom import Frozen
-from qs_jax.mechanisms.kv_maps import heads, place
+from qs_jax.mechanisms.kv_maps import place
 from qs_jax.models import Params, apply_block
-from qs_jax.models.layers import Multiply
+from qs_jax.models.layers import Multiply, split_keys_values
 from qs_jax.state import TokenState
 
 
@@ -27,16 +27,8 @@ class KVSkip(flax.struct.PyTreeNode):
     delay: Int[Array, ""]
     retain_ids: Int[Array, "r"]
     policy: Any = field(pytree_node=False)
-
-    @property
-    def is_custom(self) -> bool:
-        """Whether the policy is an object of the user's own."""
-        return not isinstance(self.policy, str)
-
-    @property
-    def reads_frozen(self) -> bool:
-        """As `KVSkipConfig.reads_frozen`."""
-        return self.is_custom or self.policy == "extrapolate"
+    is_custom: bool = field(pytree_node=False)
+    reads_frozen: bool = field(pytree_node=False)
 
     def keys_values(
         self,
@@ -58,7 +50,7 @@ class KVSkip(flax.struct.PyTreeNode):
 
         def project() -> tuple[Array, Array]:
             kv_BTO = apply_block(model, weights, frozen[0], multiply, method="unrotated")
-            return heads(kv_BTO, model)
+            return split_keys_values(kv_BTO, model)
 
         given: Any = (*frozen, model, project)
         k, v = self.policy.keys_values(Frozen(*given), layer)

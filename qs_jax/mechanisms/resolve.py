@@ -260,8 +260,12 @@ def _kv_skip(qs: QuickSilverConfig, model: ModelConfig) -> KVSkip:
     config = qs.kv_skip or KVSkipConfig("propagate")
     if config.is_custom:
         check_policy(config.policy, model)
-    tau_kv = _number(config.tau_kv, model)
-    return KVSkip(tau_kv, jnp.int32(config.delay), _ids(config.retain_ids), config.policy)
+    return KVSkip(
+        tau_kv=_number(config.tau_kv, model),
+        delay=jnp.int32(config.delay),
+        retain_ids=_ids(config.retain_ids),
+        **_fields(config, "policy is_custom reads_frozen"),
+    )
 
 
 def _fusion(qs: QuickSilverConfig, model: ModelConfig) -> Fusion | None:

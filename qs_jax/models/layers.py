@@ -91,9 +91,7 @@ class PreNormBlock(nn.Module):
     ) -> tuple[Array, Array]:
         """Keys and values `[B, T, K, H]` alone."""
         with jax.named_scope("attn"):
-            kv_BTO = self.unrotated(h_BTD, multiply)
-            shape = (*h_BTD.shape[:2], -1, self.model.head_dim)
-            k, v = (part.reshape(shape) for part in jnp.split(kv_BTO, 2, axis=-1))
+            k, v = split_keys_values(self.unrotated(h_BTD, multiply), self.model)
             return self.place(k, pos_BT), v
 
     def unrotated(self, h_BTD: Array, multiply: Multiply = dense_product) -> Array:
@@ -202,6 +200,13 @@ def split_heads(qkv_BTO: Float[Array, "B T O"], model: ModelConfig) -> tuple[Arr
     queries = qkv_BTO.shape[-1] - 2 * model.kv_size  # fewer where heads were left out
     q, k, v = jnp.split(qkv_BTO, [queries, queries + model.kv_size], axis=-1)
     return q.reshape(shape), k.reshape(shape), v.reshape(shape)
+
+
+def split_keys_values(kv_BTO: Float[Array, "B T O"], model: ModelConfig) -> tuple[Array, Array]:
+    """Keys and values `[B, T, K, H]` that lie side by side."""
+    shape = (*kv_BTO.shape[:2], model.num_kv_heads, model.head_dim)
+    k_BTKH, v_BTKH = (part.reshape(shape) for part in jnp.split(kv_BTO, 2, axis=-1))
+    return k_BTKH, v_BTKH
 
 
 def embed_lookup(table_VD: Array, ids: Array) -> Array:

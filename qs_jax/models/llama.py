@@ -58,10 +58,9 @@ class Block(layers.PreNormBlock):
         kv_BTO = super().unrotated(h_BTD, multiply)
         if not self.model.qk_norm:
             return kv_BTO
-        k_BTO, v_BTO = jnp.split(kv_BTO, 2, axis=-1)
-        k_BTKH = k_BTO.reshape(*k_BTO.shape[:2], -1, self.model.head_dim)
+        k_BTKH, v_BTKH = layers.split_keys_values(kv_BTO, self.model)
         k_BTKH = layers.normed(self.k_norm, k_BTKH, self.model)
-        return jnp.concatenate([k_BTKH.reshape(k_BTO.shape), v_BTO], axis=-1)
+        return jnp.concatenate([k_BTKH, v_BTKH], axis=2).reshape(kv_BTO.shape)
 
     def place(self, x_BTXH: Array, pos_BT: Array) -> Array:
         return rope.rotate(x_BTXH, pos_BT, self.model)
