@@ -22,7 +22,7 @@ from qs_jax.engine.prompt_plan import runs_fast
 from qs_jax.evaluation.perplexity import SAVED, exp
 from qs_jax.models import Params
 
-OBJECTIVES = ("exact_flops", "time", "paper_flops", "layer_tokens")
+OBJECTIVES = ("exact_flops", "time", "paper_flops", "layer_tokens", "kv_bytes")
 # Steps are tried up to this multiple of the budget. KL divergence overstates a loss of perplexity,
 # by half as a rule, and the front shows what a little more would buy.
 _BEYOND = 2.0

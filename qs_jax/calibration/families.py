@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+from qs_jax import presets
 from qs_jax.calibration.observe import Observed
 from qs_jax.config import (
     AMQConfig,
@@ -32,7 +33,7 @@ _FUSE_PERCENTS = (5, 15, 25)
 
 
 class Space(NamedTuple):
-    """Knobs of a KV policy: one for each halting layer, fusion, 8 bits from the middle on."""
+    """Knobs of a KV policy: one for each halting layer, fusion, and `bits` where there are any."""
 
     skip: KVSkipConfig
     rule: str  # "quota" (prompts only) or "dual"
@@ -40,7 +41,7 @@ class Space(NamedTuple):
     observed: Observed
     model: ModelConfig
     fuses: bool = True
-    narrows: bool = False
+    bits: AMQConfig | None = None
     score: Any = "attention"
 
     @property
@@ -57,7 +58,7 @@ class Space(NamedTuple):
         """(knob, levels after it goes one step up); deeper layers keep up with a quota."""
         halting = len(self.layers)
         steepest = len(SHARES) - 1 if self.rule == "quota" else len(_HALT_PERCENTS)
-        top = (*[steepest] * halting, len(_FUSE_PERCENTS) * self.fuses, int(self.narrows))
+        top = (*[steepest] * halting, len(_FUSE_PERCENTS) * self.fuses, int(self.bits is not None))
         for knob, level in enumerate(levels):
             if level == top[knob]:
                 continue
@@ -78,7 +79,7 @@ class Space(NamedTuple):
             halting=self._halting(halting, lean) if halts else None,
             kv_skip=self.skip if halts else None,
             fusion=self._fusion(fusion, middle) if fusion else None,
-            amq=AMQConfig.uniform(8, layer=middle, execution="int8") if bits else None,
+            amq=self.bits if bits else None,
         )
 
     def params(self, params: Params, levels: Levels, qs: QuickSilverConfig) -> Params:
@@ -117,6 +118,13 @@ class Space(NamedTuple):
         near = self.observed.at("relative_distance", _FUSE_PERCENTS[level - 1])
         tau_fuse = tuple(tau if at >= first else 0.0 for at, tau in enumerate(near, start=1))
         return FusionConfig(tau_fuse=tau_fuse, distance="relative", first_layer=first)
+
+
+def bits_for(objective: str, model: ModelConfig) -> AMQConfig | None:
+    """The quantization that serves an objective; None where none does."""
+    if objective == "paper_flops":
+        return AMQConfig.uniform(8, layer=max(model.num_layers // 2, 1), execution="int8")
+    return presets.int8_cache(model) if objective == "kv_bytes" else None
 
 
 class LightSpace(NamedTuple):

@@ -26,7 +26,13 @@ from jaxtyping import Int
 from qs_jax import presets
 from qs_jax.calibration import climb
 from qs_jax.calibration.climb import OBJECTIVES, Point, Probe, Task, time_saved
-from qs_jax.calibration.families import LightSpace, Space, check_layers, halting_layers
+from qs_jax.calibration.families import (
+    LightSpace,
+    Space,
+    bits_for,
+    check_layers,
+    halting_layers,
+)
 from qs_jax.calibration.fit_light import PRICES, FittingText, Stream
 from qs_jax.calibration.observe import Observed, observe
 from qs_jax.calibration.scores import score_tokens
@@ -130,15 +136,17 @@ def search(
       cfg: Model and protocol: under "continuation" (the default here) mechanisms act on the first
         T - `continuation_tokens` tokens of each window and the others are scored.
       max_ppl_increase: The budget, in perplexity.
-      objective: What to maximise: "exact_flops", "paper_flops", "layer_tokens" or measured "time"
-        saved. Bits are tried for "paper_flops" only.
+      objective: What to maximise: "exact_flops", "paper_flops", "layer_tokens", "kv_bytes" or
+        measured "time" saved. Bits are tried for "paper_flops" (int8 products from the middle on)
+        and "kv_bytes" (int8 keys and values from the second layer on).
       confidence: Of the bound that must stay within the budget.
       verify_share: Share of the windows that is kept for verifying.
       also: Windows of other texts, by name, as long as those of `tokens`: a preset must stay within
         the budget on each of them, too.
       policies: Families to try: "light", which needs `fit_tokens`, and the KV policies "skip",
-        "propagate", "extrapolate" and your own (`KVSkipConfig.policy`). By default "light" if it
-        can be and `score` is not given; else "skip" and, where there are maps, "extrapolate".
+        "propagate", "extrapolate" and your own (`KVSkipConfig.policy`). By default "skip" for
+        "kv_bytes", else "light" if it can be and `score` is not given; else "skip" and, where there
+        are maps, "extrapolate".
       score: What the quotas of these KV policies rank by (`HaltingConfig.score`).
       layers: Where tokens may halt; by default eight layers from 0.4 of the depth on, of which
         light tokens stop at those between two thirds and 0.85. With "extrapolate", those of the
@@ -186,7 +194,9 @@ def search(
     name = ", ".join(texts)
     continues = cfg.effective_protocol == "continuation"
     score = parse("score", score, Score)
-    if policies is None and fit_tokens is not None and continues and score == "attention":
+    if policies is None and objective == "kv_bytes":
+        policies = ("skip",)
+    elif policies is None and fit_tokens is not None and continues and score == "attention":
         policies = ("light",)
     elif policies is None:
         policies = ("skip", "extrapolate") if params.get("kv_maps") is not None else ("skip",)
@@ -208,7 +218,7 @@ def search(
     points: list[Point] = []
     for skip, at in places.items():
         assert observed is not None
-        rest = (observed, cfg.model, fusion, objective == "paper_flops", score)
+        rest = (observed, cfg.model, fusion, bits_for(objective, cfg.model), score)
         space = Space(skip, "quota" if continues else "dual", at, *rest)
         spaces[space.policy] = space
         points += climb.climb(task, space, max_evaluations, progress=progress)

@@ -43,7 +43,9 @@ class Calibrate(FileOptions):
     """The preset, as JSON; the measurements and the maps it reads are written beside it."""
     protocol: Literal["teacher-forced", "continuation"] = "continuation"
     """continuation: mechanisms act on prompts; teacher-forced: on every token."""
-    objective: Literal["exact_flops", "time", "paper_flops", "layer_tokens"] = "exact_flops"
+    objective: Literal["exact_flops", "time", "paper_flops", "layer_tokens", "kv_bytes"] = (
+        "exact_flops"
+    )
     """Cost to reduce; time is measured on this machine, by runs of the prompt engine and of the
     dense model in turn."""
     windows: Several = 16
@@ -79,8 +81,8 @@ class Calibrate(FileOptions):
     with no more features than that, reads the features."""
     policies: tuple[str, ...] | None = None
     """Families to try: light (layers), and the KV policies of quotas: skip, propagate, extrapolate,
-    or the MODULE:NAME of your own. By default light where layers are fitted, under continuation;
-    else skip, and extrapolate where there are maps."""
+    or the MODULE:NAME of your own. By default skip for kv_bytes, else light where layers are
+    fitted, under continuation; else skip, and extrapolate where there are maps."""
     score: str = "attention"
     """What quotas rank tokens by: attention, drift, entropy, random, or the MODULE:NAME of your
     own. With another than attention, light layers are not tried by default."""
@@ -156,6 +158,8 @@ class Calibrate(FileOptions):
                     "light layers are fitted anew: without --kv-maps, on --fit-windows."
                 )
             return self.policies
+        if self.objective == "kv_bytes":
+            return ("skip",)
         if fits and self.protocol == "continuation" and score == "attention":
             return ("light",)
         return ("skip", "extrapolate") if fits or self.kv_maps else ("skip",)
