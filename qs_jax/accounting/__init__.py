@@ -153,6 +153,14 @@ def add(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     return jax.tree.map(operator.add, a, b)
 
 
+def is_idle(counted: dict[str, Any]) -> bool:
+    """Nothing halted, fused, lost bits or lost a key: every token did its whole work."""
+    acts = ("halted", "fused", "bits_2", "bits_4", "bits_8")
+    parts = counted.values()
+    written = all(part["kv_written"] == part["layer_tokens_dense"] for part in parts)
+    return written and not any(part[name] for part in parts for name in acts)
+
+
 def summary(counted: dict[str, Any]) -> dict[str, Any]:
     """Shares saved, between 0 and 1 (negative where a mechanism costs more than it saves).
 

@@ -135,6 +135,8 @@ class Evaluate(ScoringOptions):
             rows[f"passkeys found of {found['prompts']}"] = f"{dense} dense, {preset} preset"
             rows["passkeys lost"] = f"{found['only_dense']} (McNemar p {found['mcnemar_p']:.2g})"
         print_table(title, (), [*rows.items(), ("results", self.out)])
+        if results["idle"]:
+            print(results["idle"])
 
 
 def _number(perplexity: float | None) -> str:

@@ -66,6 +66,9 @@ class Generate(RunOptions):
         ids = encode_prompt(tokenizer, prompt, chat=self.chat, system=self.system)
         check_positions(len(ids), cfg.max_new_tokens, cfg.model)
         self.warn_of_length(cfg, len(ids))
+        qs, continues = cfg.quicksilver, cfg.effective_protocol == "continuation"
+        if qs is not None and not qs.is_off and continues and qs.leaves_alone(len(ids)):
+            print(f"note: {qs.explain_idle([len(ids)])}", file=sys.stderr)
         stream = TextStream(self.load(maps, devices), tokenizer, ids, cfg)
         if not self.quiet and not self.chat:
             print(prompt, end="", flush=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from qs_jax.checkpoint import read_manifest
 from qs_jax.commands.options import ScoringOptions, print_table
+from qs_jax.config import QuickSilverConfig
 from qs_jax.config.fields import NonNegative, Positive, Seed, Share
 from qs_jax.errors import InputError
 from qs_jax.evaluation.classification import measure_heads
@@ -106,9 +107,14 @@ class Tasks(ScoringOptions):
                 rows[-1] += [f"{change['mcnemar_p']:.2g}", f"{saved['exact_flops_saved']:.1%}"]
         title = f"95 % intervals · {config['protocol']} · head: {config['head']}"
         print_table(title, columns, rows, lines=True)
+        preset = QuickSilverConfig.from_dict(config["quicksilver"])
         for name, task in tasks.items():
             if task["truncated"]:
                 print(f"{name}: {task['truncated']} prompt(s) were cut to fit the model")
+            if task.get("quicksilver", {}).get("idle"):
+                continued = config["protocol"] == "continuation"
+                prompts = [round(task["mean_prompt_tokens"])] * continued
+                print(f"{name}: {preset.explain_idle(prompts)}")
         print(f"results are in {self.out}")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -103,6 +103,35 @@ class QuickSilverConfig(Settings):
         for length, recent in self.recent_tokens_over:
             recent_B = np.where(np.asarray(lengths_B) > length, max(recent, 1), recent_B)
         return recent_B
+
+    def leaves_alone(self, prompt_length: int) -> bool:
+        """Whether every token of a prompt so short is exempt under "continuation"."""
+        return prompt_length <= self.sink_tokens + int(self.recent_of(np.array(prompt_length)))
+
+    def explain_idle(self, prompt_lengths: Sequence[int] | np.ndarray) -> str:
+        """Say in a sentence or two why nothing halted, fused or lost bits in a call.
+
+        Args:
+          prompt_lengths: Tokens of each prompt; empty, or zeros, where every token counts as new.
+        """
+        longest = int(np.max(prompt_lengths, initial=0))
+        recent, sinks = int(self.recent_of(np.array(longest))), self.sink_tokens
+        if self.is_off:
+            why = "no mechanism is on"
+        elif not longest:
+            only = self.prompts_only and "the preset acts on prompts only, and there is none"
+            why = only or "no token met the preset's thresholds"
+        elif not self.leaves_alone(longest):
+            why = "no token of the prompt met the preset's thresholds"
+        elif recent >= longest and any(longest > n for n, _ in self.recent_tokens_over):
+            why = f"the preset runs prompts of {longest:,} tokens dense"
+        else:
+            why = (
+                f"the preset leaves the first {sinks} and the last {recent} tokens of a prompt "
+                f"alone, and here it has {longest}. It acts on prompts of {sinks + recent + 1} "
+                "tokens or more"
+            )
+        return f"Nothing was left out: {why}."
 
     @property
     def entropies(self) -> tuple[Entropy, ...]:

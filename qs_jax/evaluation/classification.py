@@ -161,6 +161,7 @@ def task_results(
     if other is not None:
         other_E, saved = other.scores_EC.argmax(-1), accounting.summary(other.counts)
         out["quicksilver"] = measure(task.metric, labels_E, other_E) | {"saved": saved}
+        out["quicksilver"]["idle"] = accounting.is_idle(other.counts)
         out["difference"] = compare(task.metric, labels_E, dense_E, other_E)
         columns["quicksilver"] = other.scores_EC.round(6).tolist()
     return out | {"per_example": columns}

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from tqdm import tqdm
 
 from qs_jax import accounting
-from qs_jax.config import Config
+from qs_jax.config import Config, QuickSilverConfig
 from qs_jax.engine.devices import Devices
 from qs_jax.errors import InputError
 from qs_jax.evaluation.datasets import Text, read_text
@@ -164,8 +164,12 @@ def evaluate(
             perplexity = exp(mean_nll(entries)) or math.inf
             bar.set_postfix_str(f"perplexity {perplexity:.2f}", refresh=False)
             bar.update(len(entry["tokens"]))
-    dense = cfg.quicksilver is None or cfg.quicksilver.is_off
-    return results(processes.gather(entries), engine=None if dense else cfg.engine)
+    qs, why = cfg.quicksilver or QuickSilverConfig(), None
+    out = results(processes.gather(entries), engine=None if qs.is_off else cfg.engine)
+    if not qs.is_off and accounting.is_idle(out["counts"]):
+        continues = cfg.effective_protocol == "continuation"
+        why = qs.explain_idle([tokens_WT.shape[1] - cfg.continuation_tokens] * continues)
+    return out | {"idle": why}
 
 
 def per_window_nll(

@@ -13,7 +13,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from markupsafe import Markup
 
 from qs_jax import accounting
@@ -22,8 +22,10 @@ from qs_jax.evaluation.perplexity import SAVED
 from qs_jax.files import write_whole
 from qs_jax.mechanisms.kv_maps import MapSizes
 from qs_jax.mechanisms.signals import largest_entropy
+from qs_jax.record import Record
 from qs_jax.report.measures import COMPONENTS, active_tokens, costs, fit_decay
 from qs_jax.report.trace import Run, letters_of, signal_names
+from qs_jax.state import FULL_BITS
 
 _SCRIPTS = ("data.js", "svg.js", "maps.js", "text.js", "charts.js", "app.js")
 
@@ -144,8 +146,12 @@ def _text(text: TextRuns, store: Callable[[np.ndarray], int]) -> dict[str, Any]:
 
 def _run(run: Run, preset: PresetRuns, store: Callable[[np.ndarray], int]) -> dict[str, Any]:
     record, model, sizes = run.record, preset.cfg.model, preset.map_sizes
-    saved = accounting.summary(accounting.tally(record, model, run.quicksilver, sizes))
-    active_L, eligible_T = active_tokens(record), record.subject[0]
+    counted = accounting.tally(record, model, run.quicksilver, sizes)
+    saved, idle = accounting.summary(counted), accounting.is_idle(counted)
+    active_L, subject_T = active_tokens(record), record.subject[0]
+    eligible_T = subject_T & ~_exempt(record, preset.quicksilver)
+    continues = record.protocol == "continuation"
+    prompts = record.prompt_lengths if continues else ()
     arrays = {
         "ran": record.active[:, 0],
         "written": record.kv_written[:, 0],
@@ -168,13 +174,24 @@ def _run(run: Run, preset: PresetRuns, store: Callable[[np.ndarray], int]) -> di
         "summary": {
             "perplexity": finite(run.perplexity),
             "scored": int(run.mask.sum()),
-            "eligible": int(eligible_T.sum()),
+            "subject": int(subject_T.sum()),
+            "exempt": int((subject_T & ~eligible_T).sum()),
             "halted": int((record.depth[0] < model.num_layers).sum()),
-            "fused": int((record.fused[-1, 0] != np.arange(len(eligible_T))).sum()),
-            "mean_depth": float(record.active.sum() / len(eligible_T)),
+            "fused": int((record.fused[-1, 0] != np.arange(len(subject_T))).sum()),
+            "quantised": int((record.bits[-1, 0] < FULL_BITS).sum()),
+            "idle": run.quicksilver.explain_idle(prompts) if idle and run.letters else None,
+            "mean_depth": float(record.active.sum() / len(subject_T)),
             **{name: saved[name] for name in (*SAVED, "added_flops_share")},
         },
     }
+
+
+def _exempt(record: Record, qs: QuickSilverConfig) -> Bool[np.ndarray, "T"]:
+    """Tokens of the row that mechanisms leave alone for their position."""
+    pos = np.arange(record.depth.shape[1])
+    prompt = int(record.prompt_lengths[0])
+    recent = int(qs.recent_of(np.array(prompt))) if record.protocol == "continuation" else 0
+    return (pos < qs.sink_tokens) | (recent > 0) & (pos >= prompt - recent)
 
 
 def finite(value: float) -> float | None:

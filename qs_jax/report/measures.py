@@ -145,6 +145,7 @@ def _results(content: dict[str, Any]) -> dict[str, Any]:
     return {
         **{name: config[name] for name in _CONFIG},
         **{name: content[name] for name in _MEASURED},
+        "idle": content.get("idle"),  # files of earlier versions do not say
         "tokens": sum(part["tokens"] for part in parts),
         "per_layer": layers,
         "decay": fit_decay(layers["layer_tokens"]),

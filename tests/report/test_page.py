@@ -37,7 +37,8 @@ def test_values_equal_those_of_the_run(case, letters):
     }
     rows = {name: values[:, 0] for name, values in layers.items()} | run.signals
     rows |= {"depth": record.depth[0], "logprobs": run.logprobs}
-    rows |= {"scored": run.mask, "eligible": record.subject[0]}
+    acts = record.subject[0] & (np.arange(len(case.ids)) >= case.cfg.quicksilver.sink_tokens)
+    rows |= {"scored": run.mask, "eligible": acts}
     for name, expected in rows.items():
         np.testing.assert_array_equal(shown[name], expected, name)
     assert shown["active"] == record.active.sum((1, 2)).tolist()

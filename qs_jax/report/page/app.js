@@ -3,6 +3,13 @@ const SIDES = ["a", "b"];
 const state = {
   a: { preset: 0, letters: "" }, b: { preset: 0, letters: "" }, layer: 1, token: 0, start: 0, span: 1, colour: "",
 };
+// What a map says where a run has nothing to show in it.
+const EMPTY = {
+  timeline: (s) => !s.halted && "no token halted",
+  kv: (s) => !s.kv_bytes_saved && "every key and value is held",
+  bits: (s) => !s.quantised && "nothing is quantised",
+  fusion: (s) => !s.fused && "no tokens fused",
+};
 const STEP = 350; // milliseconds a layer while playing
 let runs = [], ids = [], timer = null, waiting = false;
 
@@ -16,7 +23,10 @@ async function chooseRuns() {
   SIDES.forEach((side, i) => {
     showSwitches(side);
     const captions = document.querySelectorAll(`figcaption[data-name="${side}"]`);
-    for (const caption of captions) caption.textContent = runs[i].title;
+    for (const caption of captions) {
+      const empty = EMPTY[caption.closest("section").id]?.(runs[i].summary);
+      caption.textContent = runs[i].title + (empty ? ` (${empty})` : "");
+    }
   });
   compare(runs);
   drawCounts(runs);

@@ -121,6 +121,7 @@ function resultsCharts(row, width) {
   const label = `Share of tokens by layer, ${row.file}`, options = { width, format: share, withNumbers: true };
   return [
     element("h3", {}, `${row.preset} (${row.file})`),
+    ...(row.idle ? [element("p", {}, row.idle)] : []),
     ...layerChart([...active, ...series], { yLabel: "share of tokens", label, ...options }),
     costTable([{ name: row.preset, color: css("a"), costs: row.costs }], row.dense_flops),
   ];

@@ -82,7 +82,7 @@ function format(value, digits = 3) {
     : value.toPrecision(digits);
 }
 const share = (value) => `${+(100 * value).toFixed(1)} %`;
-const percent = (value) => (value === null ? "–" : `${(100 * value).toFixed(1)} %`);
+const percent = (value) => (value === null ? "–" : `${(100 * value).toFixed(1).replace(/^-0\.0$/, "0.0")} %`);
 
 // Of a run or an evaluation, for tables.
 const SAVINGS = {

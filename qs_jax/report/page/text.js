@@ -63,7 +63,8 @@ function compare(runs) {
   const rows = {
     "perplexity of the scored tokens": (s) => format(s.perplexity, 4),
     "tokens scored": (s) => format(s.scored),
-    "tokens the mechanisms may act on": (s) => format(s.eligible),
+    "tokens the mechanisms look at": (s) => format(s.subject),
+    "of them exempt (first tokens, a prompt's last ones)": (s) => format(s.exempt),
     "of them halted": (s) => format(s.halted),
     "of them fused into another": (s) => format(s.fused),
     "layers run, mean over all tokens": (s) => format(s.mean_depth),
@@ -72,4 +73,6 @@ function compare(runs) {
   };
   const cells = Object.entries(rows).map(([name, value]) => [name, ...runs.map((run) => value(run.summary))]);
   byId("compare").replaceChildren(...tableParts(["", ...runs.map(nameOf)], cells));
+  const idle = runs.filter((run) => run.summary.idle).map((run) => `${run.title}. ${run.summary.idle}`);
+  byId("idle").replaceChildren(...[...new Set(idle)].map((line) => element("p", {}, line)));
 }
