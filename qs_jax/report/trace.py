@@ -173,7 +173,7 @@ def _run(params: Params, text: Text, cfg: Config, letters: str, kinds: dict[str,
     qs = cfg.quicksilver or QuickSilverConfig()
     if "K" not in letters:
         rule = qs.halting or (HaltingConfig() if qs.is_off else None)
-        rule = rule and dataclasses.replace(rule, freeze=True)
+        rule = rule and dataclasses.replace(rule, freeze=True, light_from=None, light_share=1.0)
         qs = dataclasses.replace(qs, halting=rule, kv_skip=None)
     mech = resolve(qs, cfg.model, cfg.effective_protocol)
     params = prepare_params(params, cfg.model, mech)

@@ -13,6 +13,8 @@ from qs_jax.config import FusionConfig, HaltingConfig, KVSkipConfig, QuickSilver
 from qs_jax.errors import InputError
 from qs_jax.report import trace
 from qs_jax.report.trace import combinations, reduced
+from tests.engine.contract import LIGHT
+from tests.oracle.comparison import with_maps
 
 pytestmark = pytest.mark.xdist_group("report")
 FAST = ("HF", "HKFQ")
@@ -79,3 +81,19 @@ def test_presets_that_run_token_by_token_are_refused(case):
     cfg = case.cfg.replace(quicksilver=QuickSilverConfig(halting=halting))
     with pytest.raises(InputError, match="token by token"):
         next(trace(case.params, case.ids, cfg))
+
+
+def test_a_preset_with_light_layers_is_shown(case):
+    """Halting alone cannot be switched on there: its keys come from the maps of the layers."""
+    model = case.cfg.model
+    halting = dataclasses.replace(LIGHT.halting, light_share=0.5)
+    quicksilver = dataclasses.replace(LIGHT, halting=halting, recent_tokens_over=())
+    params = with_maps(case.params, model, quicksilver, "continuation", seed=0)
+    cfg = case.cfg.replace(quicksilver=quicksilver, protocol="continuation", continuation_tokens=4)
+    runs = {run.letters: run for run in trace(params, case.ids, cfg)}
+    assert list(runs) == ["", "HK"]
+    for letters, qs in (("", None), ("HK", quicksilver)):
+        expected = qs_jax.score(params, case.ids, cfg.replace(quicksilver=qs))
+        np.testing.assert_allclose(runs[letters].logprobs, expected.logprobs[0], atol=1e-5)
+    _same(runs["HK"].record, expected.record)
+    assert (runs["HK"].record.depth < model.num_layers).any()
