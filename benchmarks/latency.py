@@ -59,7 +59,7 @@ class Arguments:
     """Rows at a time."""
     lengths: tuple[int, ...] = (128, 512, 2048)
     """Tokens of a prompt."""
-    presets: tuple[str, ...] = ("paper", "balanced", "aggressive")
+    presets: tuple[str, ...] = ("paper", "balanced", "small-cache")
     """Presets to measure: names, or FILE.json."""
     new_tokens: int = 64
     """Tokens a decode makes."""

@@ -27,10 +27,10 @@ TARGETS: dict[str, tuple[str, float, str]] = {
 DECIDING = ("signals", "halt", "fuse")
 # What people run: groups and rows of the page's tables.
 SHOWN = {
-    "prefill": ("prefill 1x128", "prefill 4x512", "prefill 1x2048"),
+    "prefill": ("prefill 4x512", "prefill 1x2048"),
     "decode": ("decode 1x128", "decode 8x128"),
 }
-_ROWS = ("dense", "off", "paper", "balanced", "aggressive", "active 0.5", "half depth")
+_ROWS = ("dense", "balanced", "small-cache", "active 0.5", "half depth")
 
 
 class Figure(NamedTuple):
@@ -153,15 +153,13 @@ def _section(section: str, groups: dict[str, Any]) -> str:
             name.removesuffix(", compact"): row for name, row in timed_rows(groups[key]).items()
         }
         for name in (name for name in (*_ROWS, fastest_hf(rows)) if name in rows):
-            row, memory = rows[name], (rows[name].get("memory") or {}).get("peak_bytes")
+            row = rows[name]
             line = {"tokens": key.split()[1], "row": name, "ms": f"{row['seconds'] * 1e3:,.1f}"}
             line["time / dense"] = f"{ratio(row):.2f}"
             line["95 %"] = "" if name == "dense" else _range(interval(row))
             line["exact FLOPs saved"] = percent(row.get("exact_flops_saved"))
-            line["memory, MB"] = f"{memory / 1e6:,.0f}" if memory else ""
-            compiled, kv = row.get("compile_seconds"), row.get("kv_bytes")
-            line["compile, s"] = "" if compiled is None else f"{compiled:.1f}"
             if section == "decode":
+                kv = row.get("kv_bytes")
                 line["KV, MB"] = f"{kv / 1e6:.1f}" if kv else ""
-            lines.append(line | {"commit": groups[key]["commit"]})
+            lines.append(line)
     return markdown(pd.DataFrame(lines))

@@ -23,7 +23,7 @@ class Arguments:
     """The page."""
     text: str = LIGHTHOUSE
     """What is read."""
-    presets: tuple[str, ...] = ("balanced", "aggressive")
+    presets: tuple[str, ...] = ("balanced", "small-cache")
     """What to compare with the dense model."""
     limit_tokens: int | None = None
     """Take the first tokens of the text only."""

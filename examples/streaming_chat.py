@@ -34,7 +34,7 @@ class Arguments:
     ckpt: Path = Path("ckpt/smollm2-135m")
     """A converted folder, a hub id, a Hugging Face folder or a .gguf file."""
     preset: str = "off"
-    """Mechanisms to run; balanced and aggressive act on what the first turn reads, later turns run
+    """Mechanisms to run; balanced and small-cache act on what the first turn reads, later turns run
     dense."""
     system: str | None = None
     """System message."""

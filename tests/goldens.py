@@ -24,8 +24,8 @@ from tests.support import row_of
 
 FILE = Path(__file__).with_name("goldens.npz")
 LENGTHS, PROMPTS = (26, 19), (16, 12)
-EMBEDDED = ("off", "paper", "balanced", "aggressive")
-FAST = ("balanced", "aggressive")  # the fast engines score them
+EMBEDDED = ("off", "paper", "balanced", "small-cache")
+FAST = ("balanced", "small-cache")  # the fast engines score them
 NEW_TOKENS = 8
 # Rows for the embedded model; the last 32 tokens of the first 160 are the continuation.
 TEXTS = (

@@ -106,7 +106,10 @@ def outputs(params, cfg):
 
 @pytest.mark.parametrize(
     "preset",
-    ["balanced", *(pytest.param(name, marks=pytest.mark.slow) for name in ("paper", "aggressive"))],
+    [
+        "balanced",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("paper", "small-cache")),
+    ],
 )
 def test_debug_modes_change_nothing(preset):
     params = tiny_params(MODEL)

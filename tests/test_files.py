@@ -50,7 +50,7 @@ def sources(tmp_path_factory):
 
 
 def preset(version):
-    return presets.aggressive(tiny_model(num_layers=6 + version))
+    return presets.small_cache(tiny_model(num_layers=6 + version))
 
 
 def maps(version):

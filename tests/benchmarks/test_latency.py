@@ -7,8 +7,8 @@ import pytest
 
 import qs_jax
 from benchmarks import environment, latency, latency_figures, latency_rows
+from benchmarks.ablation import all_four
 from benchmarks.latency_rows import READ_ROW, Group, OurCall, decisions_only, half_depth
-from qs_jax.presets import aggressive
 from qs_jax.testing import tiny_model, tiny_params
 from tests.support import random_tokens
 
@@ -35,7 +35,7 @@ def results():
         "unmet thresholds": row(1.02),
         "paper": row(1.05),
         "paper, masked": row(1.9),
-        "aggressive": row(0.9, saved=0.2, tokens_saved=0.2),
+        "small-cache": row(0.9, saved=0.2, tokens_saved=0.2),
         "active 0.75": row(0.85, saved=0.16, tokens_saved=0.15),
         "active 0.5": row(0.7, saved=0.32, tokens_saved=0.3),
         "HF sdpa float32": row(1.5, tokens_saved=1.0),
@@ -102,7 +102,7 @@ def test_the_page_and_the_headline_are_those_of_the_result_file():
 def test_decisions_only_stop_nothing():
     model = tiny_model(num_layers=6)
     params, rows = tiny_params(model), random_tokens(model, width=60)
-    qs = decisions_only(aggressive(model))
+    qs = decisions_only(all_four(model))
     cfg = qs_jax.Config(model, qs, protocol="continuation", continuation_tokens=4)
     record = qs_jax.score(params, rows, cfg.replace(engine="masked")).record
     assert record.layer_tokens_saved == 0
@@ -141,7 +141,7 @@ def test_a_quick_run_writes_the_same_keys(tiny_checkpoint, tmp_path, monkeypatch
     monkeypatch.setattr(latency_rows, "quick_grid", small)
     out = tmp_path / "quick.json"
     options = ["--ckpt", str(tiny_checkpoint), "--quick", "--out", str(out)]
-    options += ["--new-tokens", "4", "--presets", "aggressive"]
+    options += ["--new-tokens", "4", "--presets", "small-cache"]
     latency.main(options)
     content = json.loads(out.read_text())
     assert list(content) == KEYS

@@ -97,8 +97,9 @@ def preset_settings() -> dict[str, QuickSilverConfig]:
     model = model_of("llama")
     found = {
         name: dataclasses.replace(presets.NAMES[name](model), sink_tokens=1, recent_tokens=3)
-        for name in ("off", "paper", "balanced", "aggressive")
+        for name in ("off", "paper", "balanced", "small-cache")
     }
+    found["all-four"] = dataclasses.replace(all_four(model), sink_tokens=1, recent_tokens=3)
     paper = found["paper"]
     found["paper-scaled"] = dataclasses.replace(
         paper,
@@ -106,10 +107,8 @@ def preset_settings() -> dict[str, QuickSilverConfig]:
         fusion=dataclasses.replace(paper.fusion, distance="relative", tau_fuse=1.2),
         amq=dataclasses.replace(paper.amq, tau_low=2.9, tau_high=3.1),
     )
-    aggressive = found["aggressive"]
-    found["aggressive-scaled"] = dataclasses.replace(
-        aggressive, fusion=dataclasses.replace(aggressive.fusion, tau_fuse=1.2)
-    )
+    fusion = dataclasses.replace(found["all-four"].fusion, tau_fuse=1.2)
+    found["all-four-scaled"] = dataclasses.replace(found["all-four"], fusion=fusion)
     return found
 
 

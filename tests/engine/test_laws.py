@@ -91,7 +91,7 @@ def test_decisions_only_ever_stop_work(name):
 ACTING = {
     name
     for name in BY_DEFAULT
-    if not name.startswith(("preset-off", "preset-paper-t", "preset-aggressive-c"))
+    if not name.startswith(("preset-off", "preset-paper-t", "preset-all-four-c"))
     and (name.endswith("teacher-forced") or CASES[name][1].prompts_only)
 }
 

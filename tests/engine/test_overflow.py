@@ -53,7 +53,7 @@ def test_a_norm_is_right_or_not_a_number(kind, size):
         ("embeddings", "off"),
         pytest.param("attention", "off", marks=pytest.mark.slow),
         ("mlp", "balanced"),
-        pytest.param("mlp", "aggressive", marks=pytest.mark.slow),
+        pytest.param("mlp", "small-cache", marks=pytest.mark.slow),
     ],
 )
 def test_states_whose_squares_overflow_are_reported(where, preset):

@@ -79,7 +79,7 @@ def test_prompt_lengths_need_no_cache():
     assert_same(qs_jax.generate(params, rows, cfg, **given), expected)
 
 
-@pytest.mark.parametrize("name", few(("paper", "balanced", "aggressive"), "paper"))
+@pytest.mark.parametrize("name", few(("paper", "balanced", "small-cache"), "paper"))
 def test_presets_continue(name):
     """The masked engine's cache is the rows themselves; `paper` fuses new tokens and needs it."""
     model = model_of("llama")
