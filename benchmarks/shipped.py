@@ -1,0 +1,91 @@
+"""Ship a preset that `calibrate` found: `python -m benchmarks.shipped NAME FILE.json "COMMAND"`.
+
+Puts the preset into `qs_jax/shipped`, its maps in float16 beside it, and every measurement with the
+command into `benchmarks/results/calibration.json`; then rewrites the tables of docs/calibration.md.
+Without arguments it rewrites the tables only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import tyro
+
+from benchmarks import environment
+from benchmarks.tables import markdown, percent, replace_tables
+from qs_jax import presets
+from qs_jax.calibration.search import result_files
+from qs_jax.errors import exit_code
+from qs_jax.files import read_json, write_json
+from qs_jax.mechanisms.kv_maps import KVMaps
+
+PAGE = Path("docs/calibration.md")
+FILE = environment.RESULTS / "calibration.json"
+
+
+@dataclasses.dataclass
+class Arguments:
+    """Ship a calibrated preset, and rewrite the tables."""
+
+    name: tyro.conf.Positional[str | None] = None
+    """Of `qs_jax.presets.SHIPPED`."""
+    preset: tyro.conf.Positional[Path | None] = None
+    """What `calibrate --out` wrote, with the files beside it."""
+    command: tyro.conf.Positional[str] = ""
+    """How it was called."""
+
+
+def ship(args: Arguments) -> None:
+    """Copy a preset, its maps and its search."""
+    assert args.name is not None
+    assert args.preset is not None
+    preset, searched, maps = result_files(args.preset)
+    content = read_json(FILE)
+    content["presets"][args.name] = {"command": args.command} | read_json(searched)
+    write_json(FILE, content | {"environment": environment.describe()})
+    target = presets.SHIPPED[args.name]
+    shutil.copyfile(preset, target)
+    if maps.exists():
+        KVMaps.load(maps).save(presets.maps_path(target), "float16")
+
+
+def tables(content: Mapping[str, Any]) -> dict[str, str]:
+    """The walk of each search on the windows kept back: what was kept, and what failed."""
+    return {
+        f"calibrated {name}": markdown(pd.DataFrame(list(map(_line, found["verified"]))))
+        for name, found in content["presets"].items()
+    }
+
+
+def _line(entry: Mapping[str, Any]) -> dict[str, str]:
+    lost = entry.get("retrieval", {}).get("lost")
+    saved = entry.get("prompt_exact_flops_saved", entry.get("exact_flops_saved"))
+    return {
+        "tokens": f"{entry.get('seq_len', 512):,}",
+        "exempt at the end": str(entry.get("recent_tokens", 32)),
+        "perplexity": f"{entry['ppl_increase']:+.2f}",
+        "bound": f"{entry['upper_bound']:+.2f}",
+        "same next token": percent(entry["agreement"]),
+        "passkeys lost": "" if lost is None else str(lost),
+        "prompt FLOPs saved": percent(saved),
+        "KV bytes saved": percent(entry["kv_bytes_saved"]),
+        "kept": "yes" if entry["within_budget"] else "**no**",
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    args = tyro.cli(Arguments, prog="python -m benchmarks.shipped", args=argv)
+    if args.name is not None:
+        ship(args)
+    replace_tables(PAGE, tables(read_json(FILE)))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
