@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
         f"Measured on this machine: medians of {ROUNDS} runs taken in turn, after compiling "
         f"({sum(row.compile for row in rows):.0f} s in all). FLOPs are counted from what each "
         "token did, all other figures are seconds and bytes.\nOne short text, so differences of "
-        "a few hundredths in perplexity are noise; docs/mechanisms.md and benchmarks/README.md "
+        "a few hundredths in perplexity are noise; docs/mechanisms and benchmarks/README.md "
         "have the measured tables, also of what buys nothing. Now try your own:\n"
         f"  .venv/bin/python -m qs_jax generate --ckpt {escape(str(args.ckpt))} --chat "
         "--prompt 'Tell me a joke.'",

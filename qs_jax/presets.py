@@ -119,7 +119,7 @@ def aggressive(model: ModelConfig) -> QuickSilverConfig:
 
     Half of the prompt stops at two thirds of the depth and nearly all of it at 0.9, keys of halted
     tokens are skipped, near-identical neighbours fuse, and products are in int8 from the middle on.
-    The measured cost is in docs/mechanisms.md.
+    The measured cost is in README.md.
     """
     middle, halting = max(model.num_layers // 2, 1), quota(model, {2 / 3: 0.5, 0.9: 0.9})
     fusion = FusionConfig(tau_fuse=0.35, distance="relative", first_layer=middle)
