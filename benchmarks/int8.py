@@ -1,14 +1,13 @@
 """What an int8 projection takes, beside float32 and bfloat16, on this device.
 
-`python -m benchmarks.int8 --ckpt DIR` times the projections of a model and rewrites the table in
-docs/mechanisms.md. The int8 time includes quantising the input. Weights are random.
+`python -m benchmarks.int8 --ckpt DIR` times the projections of a model into
+benchmarks/results/int8.json. The int8 time includes quantising the input. Weights are random.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import sys
 import timeit
@@ -19,10 +18,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pandas as pd
 
 from benchmarks import environment
-from benchmarks.tables import markdown, origin, replace_tables
 from benchmarks.timing import run_in_turn
 from qs_jax.checkpoint import read_manifest
 from qs_jax.config import ModelConfig
@@ -33,7 +30,6 @@ from qs_jax.models import family_of, layers
 
 TOKENS = (1, 128, 2048)
 DTYPES = ("float32", "bfloat16")
-PAGE = Path("docs/mechanisms.md")
 
 
 @dataclasses.dataclass
@@ -99,26 +95,13 @@ def rows(model: ModelConfig) -> list[dict[str, Any]]:
     return found
 
 
-def table(result: dict[str, Any]) -> str:
-    """The rows in Markdown, and what they were made with."""
-    lines = []
-    for row in result["rows"]:
-        line = {"": row["projection"], "tokens": f"{row['tokens']:,}"}
-        line |= {f"{kind}, ms": f"{1e3 * time:.2f}" for kind, time in row["seconds"].items()}
-        gains = row["int8_gain"].items()
-        lines.append(line | {f"int8 over {kind}": f"{gain:.2f}" for kind, gain in gains})
-    facts = origin(result, result["model"], result["device"])
-    return f"{markdown(pd.DataFrame(lines))}\n\n{facts}"
-
-
 def measure(args: Arguments) -> None:
-    """Write the file and the table."""
+    """Write the file."""
     environment.check_out(args.out)
     manifest = read_manifest(find_checkpoint(args.ckpt))
     result = {"model": manifest["source"], "device": jax.devices()[0].device_kind}
     result["rows"] = rows(ModelConfig.from_dict(manifest["model"]))
     environment.write("int8", result, args.out)
-    replace_tables(PAGE, {"int8": table(json.loads(args.out.read_bytes()))})
 
 
 def main(argv: list[str] | None = None) -> None:

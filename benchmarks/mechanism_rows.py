@@ -1,4 +1,4 @@
-"""The rows of the tables in docs/mechanisms.md: which configuration, under which protocol."""
+"""The rows of `python -m benchmarks.mechanisms`: which configuration, under which protocol."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ FEATURE_SETS = (
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of a table; `features` and `rank` are of the maps it reads, if it reads any."""
+    """One measurement; `features` and `rank` are of the maps it reads, if it reads any."""
 
     section: str
     name: str
@@ -102,11 +102,11 @@ def quota(
 
 
 def all_rows(model: ModelConfig, fitted: dict[str, Any]) -> Iterator[Row]:
-    """Every row, the tables in the order of the page."""
+    """Every row, by section."""
     for protocol in (TEACHER, CONTINUATION):
         yield Row("presets", "off", protocol, presets.off(model))
     shipped = [name for name in presets.SHIPPED if presets.shipped_maps(model, name)]
-    for name in [*(shipped or ["balanced"]), "aggressive"]:
+    for name in shipped or ["balanced"]:
         yield Row("presets", name, CONTINUATION, presets.NAMES[name](model))
     yield from _policy_rows()
     yield from _bit_rows(model)

@@ -1,15 +1,15 @@
 """What each mechanism does to perplexity and to the counted work, on a real model and text.
 
 `python -m benchmarks.mechanisms --ckpt DIR --data FILE` scores the first windows of a text under
-every row of the tables in docs/mechanisms.md, writes benchmarks/results/mechanisms.json after each
-row (a stopped run goes on where it was), and rewrites the tables. Maps and percentiles are fitted
-on the windows that follow the scored ones. All savings are simulated: counted from masks.
+every row, writes benchmarks/results/mechanisms.json after each (a stopped run goes on where it
+was), and rewrites the tables and pictures of the pages in docs/mechanisms, which show some of the
+rows. Maps and percentiles are fitted on the windows that follow the scored ones. All savings are
+simulated: counted from masks.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,26 +20,49 @@ import pandas as pd
 from tqdm import tqdm
 
 import qs_jax
-from benchmarks import environment, mechanism_rows
-from benchmarks.mechanism_rows import Row
-from benchmarks.tables import markdown, origin, percent, replace_tables
-from qs_jax import accounting
+from benchmarks import environment, mechanism_pictures, mechanism_rows
+from benchmarks.mechanism_rows import CONTINUATION, TEACHER, Row
+from benchmarks.tables import markdown, percent, replace_tables
+from qs_jax import accounting, presets
 from qs_jax.calibration.fit_maps import accumulate
 from qs_jax.config import Config, ModelConfig
 from qs_jax.errors import InputError, exit_code
 from qs_jax.evaluation import perplexity
+from qs_jax.files import read_json
 from qs_jax.mechanisms.kv_maps import FEATURES, select
 from qs_jax.models import Params
 
-# Columns of the tables, and their names in the file.
-SHARES = {
-    "layer-tokens": "layer_tokens_saved",
-    "exact FLOPs": "exact_flops_saved",
-    "paper FLOPs": "paper_flops_saved",
-    "KV held": "kv_bytes_saved",
-    "paper FLOPs, 16 bit": "paper_flops_saved_16bit",
+# The rows that a page shows: what its table calls them, and their keys without the protocol.
+SHOWN: dict[str, dict[str, str]] = {
+    "halting": {
+        "`dual`: drift and entropy are low": "ablation, percentiles | H",
+        "`quota`: least attended first": "scores | 50% at layer 20, lowest attention first",
+        "`quota`: random": "scores | 50% at layer 20, lowest random first",
+        "`quota`: lowest drift first": "scores | 50% at layer 20, lowest drift first",
+        "`quota`: highest key norm first": "scores | 50% at layer 20, highest key norm first",
+    },
+    "kv skipping": {
+        f"layer {layer}: `{policy}`": f"policies | 50% at layer {layer} | {policy}"
+        for layer in (24, 20)
+        for policy in ("skip", "attended", "propagate", "extrapolate")
+    },
+    "fusion": {
+        "fusion": "ablation, percentiles | F",
+        "halting, skipping": "ablation, percentiles | H+K",
+        "halting, skipping, fusion": "ablation, percentiles | H+K+F",
+        "half stops at 20: `skip`": "policies | 50% at layer 20 | skip",
+        "half stops at 20: `extrapolate`": "policies | 50% at layer 20 | extrapolate",
+    },
+    "quantization": {
+        "8 bits": "bits | 8 bits",
+        "4 bits": "bits | 4 bits",
+        "2 bits": "bits | 2 bits",
+        "adaptive: 8, 4, 2": "bits | adaptive, nats (1.0, 2.3)",
+        "8 bits, int8 products": "bits | 8 bits, int8 products",
+        "8 bits, int8 keys and values": "bits | 8 bits, int8 keys and values",
+    },
 }
-PAGES = (Path("docs/mechanisms.md"), Path("docs/calibration.md"), Path("README.md"))
+FOLDER, PAGES = Path("docs/mechanisms"), (Path("docs/calibration.md"), Path("README.md"))
 
 
 @dataclasses.dataclass
@@ -92,9 +115,9 @@ class Arguments(Inputs):
     out: Path = environment.RESULTS / "mechanisms.json"
     """JSON file."""
     sections: tuple[str, ...] = ()
-    """Measure the rows of these tables only; all by default."""
+    """Measure the rows of these sections only, and draw no picture; all by default."""
     tables_only: bool = False
-    """Rewrite the tables from the JSON file, measure nothing."""
+    """Rewrite the tables and pictures from the JSON file, measure nothing."""
 
 
 def score_rows(
@@ -199,28 +222,65 @@ def increase(change: Mapping[str, Any]) -> str:
     return f"{value:+.2f}" + (f" ({known[0]:+.2f} to {known[1]:+.2f})" if known else "")
 
 
-def tables(content: dict[str, Any], calibration: dict[str, Any]) -> dict[str, str]:
-    """Markdown of each section, and of the walk of the calibration that `balanced` comes from."""
-    rows, fitted, lines = content["rows"], content["fitted"], {}
-    for key, row in rows.items():
-        section, *name, protocol = key.split(" | ")
-        change = paired_change(row, rows[f"presets | off | {protocol}"])
-        line = {"": ", ".join(name), "protocol": protocol, "perplexity": f"{change['ppl']:.4g}"}
-        line["change, 95 % interval"] = increase(change)
-        for name, share in SHARES.items():
-            line[name] = percent(row["saved"]["prefill"][share])
-        lines.setdefault(section, []).append(line)
-    for at, layer in enumerate(fitted["layers"]):
-        line = {
-            "layer": str(layer),
-            "25th percentile of raw drift": f"{fitted['tau_drift'][at]:.3g}",
-        }
-        line["of lens entropy, nats"] = f"{fitted['tau_halt'][at]:.3g}"
-        lines.setdefault("fitted", []).append(line)
+def changes(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """`paired_change` of every row from the dense one, and "saved": shares of what may be saved.
+
+    Teacher-forced, all work may be saved; under continuation, that of the prompt.
+    """
+    rows = content["rows"]
+    return {
+        key: paired_change(row, rows[f"presets | off | {key.rsplit(' | ', 1)[1]}"])
+        | {"saved": row["saved"]["prefill"]}
+        for key, row in rows.items()
+    }
+
+
+def tables(content: Mapping[str, Any], calibration: Mapping[str, Any]) -> dict[str, str]:
+    """Markdown of the pages' tables, by the names in their markers."""
+    changed = changes(content)
+    found: dict[str, list[dict[str, str]]] = {"presets": []}
+    for key, change in changed.items():
+        section, name, *_, protocol = key.split(" | ")
+        if section == "presets" and name in presets.NAMES:
+            line = {"preset": name, "protocol": protocol, "perplexity": f"{change['ppl']:.4g}"}
+            line["change, 95 % interval"] = increase(change)
+            found["presets"].append(line | _savings(change))
     for name, calibrated in calibration["presets"].items():
-        lines[f"calibrated {name}"] = [_walk(entry, calibrated) for entry in calibrated["verified"]]
-    found = {name: markdown(pd.DataFrame(of_section)) for name, of_section in lines.items()}
-    return found | {"about": origin(content)}
+        found[f"calibrated {name}"] = [_walk(entry, calibrated) for entry in calibrated["verified"]]
+    lengths = calibration["presets"]["balanced"]["preset"]["provenance"]["verified"]["lengths"]
+    found["light layers"] = [_verified(length, entry) for length, entry in lengths.items()]
+    frames = {name: pd.DataFrame(lines) for name, lines in found.items()}
+    frames |= {name: _summary(changed, shown) for name, shown in SHOWN.items()}
+    return {name: markdown(frame) for name, frame in frames.items() if len(frame)}
+
+
+def _savings(change: Mapping[str, Any]) -> dict[str, str]:
+    names = {"exact FLOPs saved": "exact_flops_saved", "KV bytes saved": "kv_bytes_saved"}
+    return {head: percent(change["saved"][name]) for head, name in names.items()}
+
+
+def _summary(changed: Mapping[str, Any], shown: Mapping[str, str]) -> pd.DataFrame:
+    """The change under each protocol that was measured, and what a prompt saves."""
+    lines = []
+    for label, key in shown.items():
+        rows = {name: changed.get(f"{key} | {name}") for name in (TEACHER, CONTINUATION)}
+        if prompt := rows[CONTINUATION]:
+            line = {f"change, {name}": increase(row) if row else "" for name, row in rows.items()}
+            lines.append({"": label} | line | _savings(prompt))
+    frame = pd.DataFrame(lines)
+    return frame.loc[:, (frame != "").any()]
+
+
+def _verified(length: str, entry: Mapping[str, Any]) -> dict[str, str]:
+    """What a preset was verified to cost and save at one length, as a line of a table."""
+    return {
+        "tokens": f"{int(length):,}",
+        "perplexity change": f"{entry['ppl_increase']:+.2f}",
+        "upper bound": f"{entry['upper_bound']:+.2f}",
+        "passkeys lost": f"{entry['retrieval']['lost']} of {entry['retrieval']['prompts']}",
+        "exact FLOPs saved": percent(entry["prompt_exact_flops_saved"]),
+        "time saved": percent(entry["measured_time_saved"]),
+    }
 
 
 def _walk(entry: Mapping[str, Any], calibrated: Mapping[str, Any]) -> dict[str, str]:
@@ -241,13 +301,17 @@ def _walk(entry: Mapping[str, Any], calibrated: Mapping[str, Any]) -> dict[str, 
 
 
 def run(args: Arguments) -> None:
-    """Measure, and rewrite the tables."""
+    """Measure, and rewrite the tables and pictures."""
     if not args.tables_only:
         measure(args)
-    paths = (args.out, environment.RESULTS / "calibration.json")
-    made = tables(*(json.loads(path.read_text(encoding="utf-8")) for path in paths))
-    for page in PAGES:
+    content = read_json(args.out)
+    calibration = read_json(environment.RESULTS / "calibration.json")
+    made = tables(content, calibration)
+    for page in (*FOLDER.glob("*.md"), *PAGES):
         replace_tables(page, made)
+    if not args.sections:
+        front = read_json(environment.RESULTS / "prompt_front.json")
+        mechanism_pictures.draw(changes(content), calibration, front)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -75,7 +75,7 @@ class Calibrate(FileOptions):
     fit_data: tuple[str, ...] = ()
     """More text to fit the maps on, whole: files as for --data."""
     features: tuple[Literal["state", "embedding", "previous", "neurons"], ...] | None = None
-    """Inputs of the maps (docs/mechanisms.md); by default everything that the protocol allows."""
+    """Inputs of the maps (docs/mechanisms/kv-skipping.md); by default all the protocol allows."""
     rank: Count = 256
     """Of "extrapolate": numbers of the code that the maps of all deeper layers share; 0, or a model
     with no more features than that, reads the features."""

@@ -1,4 +1,4 @@
-"""Contextual token fusion (paper 2.3, D; read causally: docs/mechanisms.md).
+"""Contextual token fusion (paper 2.3, D; read causally: docs/mechanisms/fusion.md).
 
 A pair (t, u), t before u, is decided at u: u absorbs t, takes the weighted mean of both as its
 state, and queries at or after u do not see t's keys. A run of adjacent pairs therefore

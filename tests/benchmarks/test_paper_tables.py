@@ -12,7 +12,7 @@ from benchmarks import (
     decode,
     environment,
     front,
-    int8,
+    mechanism_pictures,
     mechanisms,
     paper_tables,
     retrieval,
@@ -35,16 +35,14 @@ def lines_of(table):
     return [[cell.strip() for cell in line] for line in lines]
 
 
+def of_mechanisms():
+    return mechanisms.tables(result("mechanisms"), result("calibration"))
+
+
+MECHANISMS = ("halting", "kv-skipping", "fusion", "quantization", "light-layers")
 MADE = {
     "docs/paper-tables.md": lambda: paper_tables.render(environment.RESULTS),
-    "docs/mechanisms.md": lambda: (
-        mechanisms.tables(result("mechanisms"), result("calibration"))
-        | {"int8": int8.table(result("int8"))}
-    ),
-    "docs/calibration.md": lambda: (
-        mechanisms.tables(result("mechanisms"), result("calibration"))
-        | front.tables(result("prompt_front"))
-    ),
+    "docs/calibration.md": lambda: of_mechanisms() | front.tables(result("prompt_front")),
     "benchmarks/README.md": lambda: decode.tables(result("decode")),
     "docs/profiling.md": lambda: {"carbon": carbon.table(result("carbon"))},
     "docs/tasks.md": lambda: (
@@ -55,8 +53,8 @@ MADE = {
         name: markdown(frame)
         for name, frame in linguistics.make_tables(result("linguistics")).items()
     },
-    "README.md": lambda: mechanisms.tables(result("mechanisms"), result("calibration")),
-}
+    "README.md": of_mechanisms,
+} | {f"docs/mechanisms/{page}.md": of_mechanisms for page in MECHANISMS}
 
 
 @pytest.mark.parametrize("page", MADE)
@@ -65,6 +63,28 @@ def test_the_tables_on_a_page_are_those_of_the_result_files(page, tmp_path):
     (tmp_path / "page.md").write_text(text, encoding="utf-8")
     replace_tables(tmp_path / "page.md", MADE[page]())
     assert (tmp_path / "page.md").read_text(encoding="utf-8") == text
+
+
+@pytest.mark.parametrize("page", MECHANISMS)
+def test_a_mechanism_has_one_small_table_and_one_picture(page):
+    text = (ROOT / f"docs/mechanisms/{page}.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"<!-- table: (.+) -->", text)
+    assert len(lines_of(of_mechanisms()[table])) <= 1 + 12
+    assert re.findall(r"!\[.*\]\((.*)\)", text) == [f"../images/{page}.svg"]
+
+
+def test_the_pictures_of_the_mechanisms_are_those_of_the_result_files(tmp_path):
+    pytest.importorskip("matplotlib")
+    made_with = re.compile("Matplotlib v[^,]*")
+    changes = mechanisms.changes(result("mechanisms"))
+    mechanism_pictures.draw(changes, result("calibration"), result("prompt_front"), tmp_path)
+    assert {path.stem for path in tmp_path.iterdir()} == {*MECHANISMS}
+    for drawn in tmp_path.iterdir():
+        text = drawn.read_text(encoding="utf-8")
+        kept = (ROOT / "docs/images" / drawn.name).read_text(encoding="utf-8")
+        assert "perplexity increase" in text
+        if made_with.findall(text) == made_with.findall(kept):  # another version draws otherwise
+            assert text == kept, f"{drawn.name}: python -m benchmarks.mechanisms --tables-only"
 
 
 def test_every_table_of_the_paper_has_a_short_one():

@@ -1,6 +1,6 @@
 """One row of tokens on its way through the model and the mechanisms, for the oracle.
 
-Each method is one sentence of docs/concepts.md or docs/mechanisms.md, for one token at one layer.
+Each method is one sentence of docs/concepts.md or docs/mechanisms, for one token at one layer.
 """
 
 from __future__ import annotations

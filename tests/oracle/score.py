@@ -1,6 +1,6 @@
 """The mechanisms once more, in plain NumPy: loops over tokens and layers, no masks, no scan.
 
-Tests hold the engines against it. It follows docs/concepts.md and docs/mechanisms.md and shares no
+Tests hold the engines against it. It follows docs/concepts.md and docs/mechanisms and shares no
 code with `qs_jax.engine` and `qs_jax.mechanisms`. Under "teacher-forced" it takes one token through
 all layers before it looks at the next, as a decoder does, so it cannot look ahead; under
 "continuation" it takes all tokens through one layer, because the quota ranks a whole prompt.
