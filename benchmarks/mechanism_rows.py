@@ -23,33 +23,20 @@ from qs_jax.config import (
 )
 from qs_jax.engine import dense
 from qs_jax.mechanisms import fusion
-from qs_jax.mechanisms.kv_maps import FEATURES
 from qs_jax.models import Params
 
 TEACHER, CONTINUATION = "teacher-forced", "continuation"
 MAP_LAYERS = (15, 20, 21, 24)
-STATE = ("state",)
-# What extrapolated keys are read from, and the width of the code; None maps from the features.
-FEATURE_SETS = (
-    (STATE, None),
-    (("state", "embedding"), None),
-    (("state", "embedding", "previous"), None),
-    (("state", "embedding", "previous"), 512),
-    (("state", "embedding", "neurons"), None),
-    *((FEATURES, rank) for rank in (None, 512, 256, 128)),
-)
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One measurement; `features` and `rank` are of the maps it reads, if it reads any."""
+    """One measurement."""
 
     section: str
     name: str
     protocol: str
     quicksilver: QuickSilverConfig
-    features: tuple[str, ...] = STATE
-    rank: int | None = None
 
     @property
     def key(self) -> str:
@@ -105,8 +92,7 @@ def all_rows(model: ModelConfig, fitted: dict[str, Any]) -> Iterator[Row]:
     """Every row, by section."""
     for protocol in (TEACHER, CONTINUATION):
         yield Row("presets", "off", protocol, presets.off(model))
-    shipped = [name for name in presets.SHIPPED if presets.shipped_maps(model, name)]
-    for name in shipped or ["balanced"]:
+    for name in presets.SHIPPED:
         yield Row("presets", name, CONTINUATION, presets.NAMES[name](model))
     yield from _policy_rows()
     yield from _bit_rows(model)
@@ -122,7 +108,7 @@ def all_rows(model: ModelConfig, fitted: dict[str, Any]) -> Iterator[Row]:
 
 
 def _policy_rows() -> Iterator[Row]:
-    """KV policies, thresholds of "attended", scores of the quota, and features of the maps."""
+    """KV policies, thresholds of "attended", and scores of the quota."""
     for layer, share in ((24, 0.5), (20, 0.5), (24, 1.0), (15, 0.5), (20, 1.0), (15, 1.0)):
         for policy in ("skip", "attended", "propagate", "extrapolate"):
             name = f"{share:.0%} at layer {layer} | {policy}"
@@ -135,12 +121,6 @@ def _policy_rows() -> Iterator[Row]:
     for name, score in (scores | {"highest key norm": key_norm}).items():
         qs = quota({20: 0.5}, "extrapolate", score)
         yield Row("scores", f"50% at layer 20, {name} first", CONTINUATION, qs)
-    for features, rank in FEATURE_SETS:
-        for stages in ({15: 0.5, 21: 1.0}, {21: 1.0}):
-            told = ", then ".join(f"{share:.0%} at {layer}" for layer, share in stages.items())
-            name = f"{' + '.join(features)}, code {rank or 'none'}, {told}"
-            qs = quota(stages, "extrapolate")
-            yield Row("features", name, CONTINUATION, qs, features, rank)
 
 
 def _bit_rows(model: ModelConfig) -> Iterator[Row]:

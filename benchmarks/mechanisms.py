@@ -23,13 +23,13 @@ import qs_jax
 from benchmarks import environment, mechanism_pictures, mechanism_rows
 from benchmarks.mechanism_rows import CONTINUATION, TEACHER, Row
 from benchmarks.tables import markdown, percent, replace_tables
-from qs_jax import accounting, presets
+from qs_jax import accounting
 from qs_jax.calibration.fit_maps import accumulate
 from qs_jax.config import Config, ModelConfig
 from qs_jax.errors import InputError, exit_code
 from qs_jax.evaluation import perplexity
 from qs_jax.files import read_json
-from qs_jax.mechanisms.kv_maps import FEATURES, select
+from qs_jax.mechanisms.kv_maps import select
 from qs_jax.models import Params
 
 # The rows that a page shows: what its table calls them, and their keys without the protocol.
@@ -170,9 +170,9 @@ def measure(args: Arguments) -> None:
         save()
     rows = list(mechanism_rows.all_rows(model, content["fitted"]))
     rows = [row for row in rows if not args.sections or row.section in args.sections]
-    features = [name for name in FEATURES if any(name in row.features for row in rows)]
-    given = {"features": tuple(features), "data": about["text"], "progress": True}
+    given = {"features": ("state",), "data": about["text"], "progress": True}
     moments = accumulate(params, fitting_WT, mechanism_rows.MAP_LAYERS, model, **given)
+    maps = moments.solve(("state",), rank=None)
 
     def params_for(row: Row) -> Params:
         skip, halting = row.quicksilver.kv_skip, row.quicksilver.halting
@@ -181,7 +181,6 @@ def measure(args: Arguments) -> None:
         if row.section == "presets":
             cfg = Config(model, row.quicksilver, protocol=row.protocol)
             return environment.attach_maps(params, cfg, args.ckpt, row.name)
-        maps = moments.solve(row.features, rank=row.rank)
         assert halting is not None
         return {**params, "kv_maps": select(maps, halting.layers or ())}
 
@@ -235,23 +234,10 @@ def changes(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def tables(content: Mapping[str, Any], calibration: Mapping[str, Any]) -> dict[str, str]:
+def tables(content: Mapping[str, Any]) -> dict[str, str]:
     """Markdown of the pages' tables, by the names in their markers."""
     changed = changes(content)
-    found: dict[str, list[dict[str, str]]] = {"presets": []}
-    for key, change in changed.items():
-        section, name, *_, protocol = key.split(" | ")
-        if section == "presets" and name in presets.NAMES:
-            line = {"preset": name, "protocol": protocol, "perplexity": f"{change['ppl']:.4g}"}
-            line["change, 95 % interval"] = increase(change)
-            found["presets"].append(line | _savings(change))
-    for name, calibrated in calibration["presets"].items():
-        found[f"calibrated {name}"] = [_walk(entry, calibrated) for entry in calibrated["verified"]]
-    lengths = calibration["presets"]["balanced"]["preset"]["provenance"]["verified"]["lengths"]
-    found["light layers"] = [_verified(length, entry) for length, entry in lengths.items()]
-    frames = {name: pd.DataFrame(lines) for name, lines in found.items()}
-    frames |= {name: _summary(changed, shown) for name, shown in SHOWN.items()}
-    return {name: markdown(frame) for name, frame in frames.items() if len(frame)}
+    return {name: markdown(_summary(changed, shown)) for name, shown in SHOWN.items()}
 
 
 def _savings(change: Mapping[str, Any]) -> dict[str, str]:
@@ -271,46 +257,18 @@ def _summary(changed: Mapping[str, Any], shown: Mapping[str, str]) -> pd.DataFra
     return frame.loc[:, (frame != "").any()]
 
 
-def _verified(length: str, entry: Mapping[str, Any]) -> dict[str, str]:
-    """What a preset was verified to cost and save at one length, as a line of a table."""
-    return {
-        "tokens": f"{int(length):,}",
-        "perplexity change": f"{entry['ppl_increase']:+.2f}",
-        "upper bound": f"{entry['upper_bound']:+.2f}",
-        "passkeys lost": f"{entry['retrieval']['lost']} of {entry['retrieval']['prompts']}",
-        "exact FLOPs saved": percent(entry["prompt_exact_flops_saved"]),
-        "time saved": percent(entry["measured_time_saved"]),
-    }
-
-
-def _walk(entry: Mapping[str, Any], calibrated: Mapping[str, Any]) -> dict[str, str]:
-    """One verified candidate of light layers as a line of a table."""
-    bound, retrieval = entry["upper_bound"], entry.get("retrieval")
-    line = {"tokens": f"{entry.get('seq_len', calibrated['seq_len']):,}"}
-    *_, price, share = entry["levels"]
-    line["price"] = f"{calibrated['prices'][price]:g}"
-    line["light"] = percent(calibrated["shares"][share])
-    line["exempt at the end"] = str(entry.get("recent_tokens", 32))
-    line["perplexity"] = f"{entry['ppl_increase']:+.2f}"
-    line["upper bound"] = "none" if bound is None else f"{bound:+.2f}"
-    line |= {name: f"{on['ppl_increase']:+.2f}" for name, on in entry.get("texts", {}).items()}
-    line |= {"KL, nats": f"{entry['kl']:.4f}", "same next token": percent(entry["agreement"])}
-    line["passkeys lost"] = "" if retrieval is None else str(retrieval["lost"])
-    line["FLOPs saved"] = percent(entry["prompt_exact_flops_saved"])
-    return line | {"kept": "yes" if entry["within_budget"] else "**no**"}
-
-
 def run(args: Arguments) -> None:
     """Measure, and rewrite the tables and pictures."""
     if not args.tables_only:
         measure(args)
     content = read_json(args.out)
-    calibration = read_json(environment.RESULTS / "calibration.json")
-    made = tables(content, calibration)
-    for page in (*FOLDER.glob("*.md"), *PAGES):
-        replace_tables(page, made)
+    for page in FOLDER.glob("*.md"):
+        replace_tables(page, tables(content))
     if not args.sections:
-        front = read_json(environment.RESULTS / "prompt_front.json")
+        front, calibration = (
+            read_json(environment.RESULTS / f"{name}.json")
+            for name in ("prompt_front", "calibration")
+        )
         mechanism_pictures.draw(changes(content), calibration, front)
 
 
