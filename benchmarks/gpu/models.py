@@ -179,14 +179,23 @@ def light_settings(model: ModelConfig) -> QuickSilverConfig:
     return QuickSilverConfig(halting, KVSkipConfig("extrapolate"))
 
 
+def _even(size: float) -> int:
+    """A multiple of 8, as fitted sizes are."""
+    return max(round(size / 8), 1) * 8
+
+
 def random_maps(model: ModelConfig, qs: QuickSilverConfig, seed: int = 1) -> KVMaps:
     """Random light layers and maps of the sizes that `light_settings` names."""
     assert qs.halting is not None
     assert qs.halting.layers
     assert qs.halting.light_from
     (stop,), first, keys = qs.halting.layers, qs.halting.light_from, jax.random.key(seed)
-    heads, kept, code = model.num_heads // 3, model.mlp_size // 6, model.hidden_size // 3
-    neurons = (jnp.arange(max(model.mlp_size // 48, 1)),) * max(model.num_layers - stop - 1, 1)
+    heads, kept, code = (
+        model.num_heads // 3,
+        _even(model.mlp_size / 6),
+        _even(model.hidden_size / 3),
+    )
+    neurons = (jnp.arange(_even(model.mlp_size / 48)),) * max(model.num_layers - stop - 1, 1)
 
     def numbers(at: int, *shape: int) -> jax.Array:
         return _noise(jax.random.fold_in(keys, at), shape, model.dtype)

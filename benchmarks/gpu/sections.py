@@ -115,8 +115,8 @@ class Bench:
         for name, cfg in subject.calls.items():
             told = facts | {"mechanism": models.mechanism(cfg)}
             measure = functools.partial(warm, name, cfg)
-            self.run.row(section, f"{batch}x{length} {name}", measure, **told)
-        self._in_turn(section, {name: f"{batch}x{length} {name}" for name in calls}, calls)
+            self.run.row(section, f"{_size(tokens)} {name}", measure, **told)
+        self._in_turn(section, {name: f"{_size(tokens)} {name}" for name in calls}, calls)
 
     def _in_turn(self, section: str, names: dict[str, str], calls: dict[str, Measure]) -> None:
         """Time calls in turn with the first of them, and note each in the row of its name."""
@@ -179,7 +179,7 @@ class Bench:
             return {"seconds_by_scope": seconds, "folder": self.folder.name}
 
         facts = {"batch": batch, "prompt_tokens": tokens.shape[1]}
-        self.run.row("trace", f"{batch}x{length} balanced", measure, **facts)
+        self.run.row("trace", f"{_size(tokens)} balanced", measure, **facts)
 
     def torch(self) -> None:
         """The same weights in Hugging Face torch: prefill in bfloat16, in turn with ours."""
@@ -210,13 +210,17 @@ class Bench:
 
         facts = {"batch": batch, "prompt_tokens": tokens.shape[1]}
         for name, warm in {"dense": ours, "HF sdpa bfloat16": theirs}.items():
-            self.run.row("torch", f"{batch}x{length} {name}", warm, **facts)
-        self._in_turn("torch", {name: f"{batch}x{length} {name}" for name in calls}, calls)
+            self.run.row("torch", f"{_size(tokens)} {name}", warm, **facts)
+        self._in_turn("torch", {name: f"{_size(tokens)} {name}" for name in calls}, calls)
 
     def _first_token(self, name: str, tokens: np.ndarray) -> Callable[[], Any]:
         """A prefill: the program that the timed calls of this size begin with."""
         params, cfg = self.small.params(), self.small.calls[name]
         return lambda: next(qs_jax.stream(params, tokens, cfg))
+
+
+def _size(tokens: np.ndarray) -> str:
+    return f"{tokens.shape[0]}x{tokens.shape[1]}"
 
 
 def _compare_logits(ours: qs_jax.ScoreOutput, reference: qs_jax.ScoreOutput) -> Entry:

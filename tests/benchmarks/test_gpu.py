@@ -2,6 +2,7 @@
 
 import functools
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,10 @@ from benchmarks import environment
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import models, sections
 from benchmarks.gpu.rows import NO_TIME, tables
-from qs_jax.engine import fast
+from qs_jax.engine import fast, weights
 from qs_jax.errors import InputError
 from qs_jax.files import read_json
+from qs_jax.mechanisms import light
 from qs_jax.models import abstract_params, cpu
 from tests.engine.programs import arguments_of
 
@@ -148,24 +150,35 @@ def test_an_unknown_section_is_refused(tmp_path):
 # --- programs of a GPU --------------------------------------------------------------------------
 
 
-def calls_of_7b(monkeypatch):
-    """Its calls, traced as on a GPU; the parameters are shapes only."""
+@pytest.fixture
+def seven(monkeypatch):
+    """Parameters of the 7B model, which are shapes only, and its calls, traced as on a GPU."""
     monkeypatch.setattr(cpu, "on_cpu", lambda: False)
+    monkeypatch.setattr(models, "_noise", lambda _, *leaf: jax.ShapeDtypeStruct(*leaf))
+    once = types.SimpleNamespace(get=lambda _, make: make())
+    monkeypatch.setattr(weights, "_last", once)
+    monkeypatch.setattr(weights, "bind", abstract_bind)
     model = models.LLAMA_7B
-    return abstract_params(model), models.large(model, 64).calls
+    calls = models.large(model, 64).calls
+    maps = models.random_maps(model, calls["light"].quicksilver)
+    return abstract_params(model) | {"kv_maps": maps}, calls
 
 
-@pytest.mark.parametrize("name", ["dense", "balanced"])
-def test_the_prefill_of_a_7b_model_lowers_for_cuda(monkeypatch, name):
-    params, calls = calls_of_7b(monkeypatch)
+def abstract_bind(params, maps, model):
+    return jax.eval_shape(lambda *arrays: light.bind(*arrays, model), params, maps)
+
+
+@pytest.mark.parametrize("name", ["dense", "balanced", "light"])
+def test_the_prefill_of_a_7b_model_lowers_for_cuda(seven, name):
+    params, calls = seven
     tokens = np.ones((8, 8192), np.int32)
     call = functools.partial(qs_jax.generate, params, tokens, calls[name])
     assert "bf16" in lowered(*arguments_of(call, "fast", "jit_start"))
 
 
-def test_drafting_with_a_7b_model_lowers_for_cuda(monkeypatch):
+def test_drafting_with_a_7b_model_lowers_for_cuda(seven, monkeypatch):
     """The loop over new tokens; what the prefill would give are zeros of its shapes."""
-    params, calls = calls_of_7b(monkeypatch)
+    params, calls = seven
 
     def start(*arrays, **static):
         shapes = jax.eval_shape(functools.partial(fast.start, **static), *arrays)
@@ -184,7 +197,7 @@ def lowered(program, arrays, static):
 
 
 def test_random_parameters_are_those_of_the_model():
-    """Norms are ones; nothing is as large as a layer stack in float32."""
+    """Norms are ones; layers differ."""
     model = models.TINY.large
     made, expected = models.random_params(model), abstract_params(model)
     signature = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), expected)
