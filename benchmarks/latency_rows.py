@@ -167,7 +167,8 @@ class OurCall:
         record, qs = out.record, cfg.quicksilver
         if record is None:
             record, qs = accounting.dense_record(prompts + steps, prompts, cfg.model), None
-        counted = accounting.tally(record, cfg.model, qs, sizes_of(self._params))[self._section]
+        tally = accounting.tally(record, cfg.model, qs, sizes_of(self._params))
+        counted, prompt = tally[self._section], tally["prefill"]
         whole, ours = counted["exact_flops_dense"], counted["exact_flops"]
         held = float(record.kv_held.sum()) / (len(record.kv_held) * float(record.lengths.sum()))
         return {
@@ -178,8 +179,10 @@ class OurCall:
             "exact_flops_dense": whole,
             "exact_flops": ours,
             "exact_flops_saved": 1 - ours / whole,
+            "prompt_flops_saved": 1 - prompt["exact_flops"] / prompt["exact_flops_dense"],
             "layer_tokens_saved": record.layer_tokens_saved,
             "kv_skip_rate": 1 - held,
+            "tokens_per_pass": float((out.lengths - 1).sum() / max(out.passes.sum(), 1)),
         }
 
     def __call__(self) -> dict[str, float]:

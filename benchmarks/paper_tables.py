@@ -60,7 +60,7 @@ COMPONENTS = (
     ("KV cache write", "17.9", "6.5", ("kv_write",)),
     ("quantization overhead", "", "1.2", ("amq",)),
     ("fusion branching logic", "", "1.0", ("fuse",)),
-    ("signals, halting, head, rest", "", "", ("signals", "halt", "head", "other", "idle")),
+    ("signals, halting, head, rest", "", "", ("signals", "halt", "head", "light", "other", "idle")),
 )
 # Table 9: per cent of fused and of random pairs inside a constituent, by layer.
 FUSED = {12: ("78.9%", "48.2%"), 15: ("81.2%", "47.3%"), 20: ("84.5%", "49.8%")}

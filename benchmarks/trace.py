@@ -35,12 +35,14 @@ from qs_jax.files import write_whole
 from qs_jax.models import Params
 
 # A scope anywhere in an operation's path decides, the first of these first: an entropy inside a
-# halting decision is a signal, and its head is not the model's.
-SCOPES = ("kv_write", "amq", "signals", "halt", "fuse", "head", "attn", "mlp", "embed")
+# halting decision is a signal, and its head is not the model's. Light layers run inside another's
+# attention, and their own attention is theirs.
+SCOPES = ("kv_write", "amq", "signals", "halt", "fuse", "head", "light", "attn", "mlp", "embed")
 COMPONENTS = {
     "embed": "embedding",
     "attn": "attention",
     "mlp": "MLP",
+    "light": "light layers",
     "kv_write": "KV write",
     "amq": "quantisation",
     "fuse": "fusion logic",
@@ -131,17 +133,33 @@ def attribute(intervals: Iterable[Interval], total: float) -> dict[str, float]:
     return {**parts, "idle": max(total - sum(parts.values()), 0.0)}
 
 
+def _events(planes: Iterable[Any]) -> Iterator[Any]:
+    return (event for plane in planes for line in plane.lines for event in line.events)
+
+
+def _has_operations(plane: Any) -> bool:
+    """Whether it is a device's, with operations of programs on it."""
+    own = plane.name.startswith("/device:")
+    return own and any("hlo_op" in dict(event.stats) for event in _events([plane]))
+
+
 def read_intervals(planes: Iterable[Any], programs: dict[str, Program]) -> list[Interval]:
     """Operations of a trace.
+
+    Those of a GPU are on planes of its own, and none is counted twice: planes of the host, which
+    show launches, are left out then. All that a device runs for a program is work: what the text
+    of the program does not explain goes by the path in the event, or to "other".
 
     On CPU an asynchronous one ends with an event of its own, which comes late when the thread that
     finishes it goes on with what waited for it: it is over at the latest when one that reads its
     result begins.
     """
+    planes = list(planes)
+    devices = [plane for plane in planes if _has_operations(plane)]
     operations = []  # of each: its program and name, the key of its end, when it ran
     ends: dict[Any, float] = {}
     starts: dict[tuple[str, str], list[float]] = {}
-    for event in (event for plane in planes for line in plane.lines for event in line.events):
+    for event in _events(devices or planes):
         stats = dict(event.stats)
         finish = event.start_ns + event.duration_ns
         if event.name.startswith("end: "):
@@ -149,6 +167,8 @@ def read_intervals(planes: Iterable[Any], programs: dict[str, Program]) -> list[
             continue
         module, name = str(stats.get("hlo_module")), str(stats.get("hlo_op"))
         component = programs[module].components.get(name) if module in programs else None
+        if component is None and devices and "hlo_op" in stats:
+            component = scope_of(f"{stats.get('name')}/{stats.get('tf_op')}")
         if component is not None:
             starts.setdefault((module, name), []).append(event.start_ns)
             ran = Interval(event.start_ns, finish, component)
@@ -157,7 +177,7 @@ def read_intervals(planes: Iterable[Any], programs: dict[str, Program]) -> list[
         times.sort()
 
     def bound(module: str, name: str, key: Any, ran: Interval) -> Interval:
-        if key is None:
+        if key is None or module not in programs:
             return ran
         begins = [ends.get(key, ran.end)]
         for reader in programs[module].readers.get(name, ()):

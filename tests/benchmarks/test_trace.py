@@ -39,6 +39,7 @@ def test_time_is_split_among_what_runs_and_the_rest_is_idle():
         ("jit(f)/while/body/Block/attn/kv_write/dynamic_update_slice", "kv_write"),
         ("jit(f)/while/body/Block/mlp/Block.mlp/down/dot_general", "mlp"),
         ("jit(f)/while/body/halt/cond/signals/head/dot_general", "signals"),
+        ("jit(f)/Block/attn/Block.light/light/dot_general", "light"),
         ("jit(f)/Block/attn_norm/mul", "other"),
         ("", "other"),
     ],
@@ -81,13 +82,36 @@ def test_an_operation_is_over_when_a_reader_begins(end_of_make, expected):
             name="end: make.1", start_ns=end_of_make, duration_ns=0, stats={"_c": 1}
         ),
     ]
-    planes = [types.SimpleNamespace(lines=[types.SimpleNamespace(events=events)])]
+    planes = [_plane("/host:CPU", events), _plane("/device:GPU:0", [])]
     intervals = trace.read_intervals(planes, {"jit_f": trace.parse_program(PROGRAM)})
     found = trace.attribute(intervals, total=200)
     assert {name: found[name] for name in expected} == expected
 
 
-def _event(name: str, start: float, duration: float, **stats):
+def test_on_gpus_the_operations_are_those_of_the_device():
+    """Kernels have names of their own; launches on the host name the same operations."""
+    kernels = [
+        _event("make.1", 10, 8, name="ignored"),
+        _event("product", 20, 30),
+        _event("while.3", 60, 5, name="jit(f)/mlp/while"),  # the loop's copy of its condition
+        _event("gemm.9", 70, 5, name="jit(f)/head/dot_general"),  # not in the program's text
+        _event("gemm.9", 80, 7, tf_op="XlaModule"),
+        types.SimpleNamespace(name="MemcpyD2H", start_ns=90, duration_ns=5, stats={}),
+    ]
+    for kernel in kernels:
+        kernel.name = "some_kernel"
+    launches = [_event("make.1", 0, 50), _event("product", 50, 50)]
+    planes = [_plane("/host:CPU", launches), _plane("/device:GPU:0", kernels)]
+    intervals = trace.read_intervals(planes, {"jit_f": trace.parse_program(PROGRAM)})
+    found = trace.attribute(intervals, total=100)
+    assert found == {"attn": 8, "mlp": 35, "head": 5, "other": 7, "idle": 45}
+
+
+def _plane(name: str, events):
+    return types.SimpleNamespace(name=name, lines=[types.SimpleNamespace(events=events)])
+
+
+def _event(name: str, start: float, duration: float, /, **stats):
     stats |= {"hlo_module": "jit_f", "hlo_op": name}
     return types.SimpleNamespace(name=name, start_ns=start, duration_ns=duration, stats=stats)
 
