@@ -3,8 +3,7 @@
 `python -m benchmarks.front --ckpt DIR --data FILE` scores the first windows of a text under every
 way of leaving prompt work out, by KL divergence from the dense model, measures the time of a
 prefill against the dense one in turn, and draws `docs/images/front.svg`. What is in the JSON file
-with the same settings is not scored again. Candidates of the calibrations that the shipped presets
-come from are drawn beside them, as they were measured there.
+with the same settings is not scored again.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,6 +56,8 @@ class Arguments(Inputs):
     """SVG file."""
     page: Path = Path("docs/calibration.md")
     """Page with the table."""
+    presets: tuple[Path, ...] = ()
+    """More presets of `calibrate`, with their maps beside them: other budgets."""
     tables_only: bool = False
     """Rewrite the picture and the table from the JSON file, measure nothing."""
 
@@ -86,11 +87,13 @@ def schedules(model: ModelConfig) -> list[HaltingConfig]:
     return [presets.quota(model, shares) for shares in SCHEDULES]
 
 
-def ways(model: ModelConfig, fitted: KVMaps) -> Iterator[Way]:
-    """Every preset that is scored."""
-    for name in presets.SHIPPED:
-        if path := presets.shipped_maps(model, name):
-            yield Way("light", name, presets.by_name(name, model), KVMaps.load(path))
+def ways(model: ModelConfig, fitted: KVMaps, calibrated: Sequence[Path] = ()) -> Iterator[Way]:
+    """Every preset that is scored; those `calibrated` after `balanced`."""
+    if path := presets.shipped_maps(model):
+        yield Way("light", "balanced", presets.balanced(model), KVMaps.load(path))
+    for path in calibrated:
+        maps = KVMaps.load(presets.maps_path(path))
+        yield Way("light", path.stem, presets.load(path, model), maps)
     for halting in schedules(model):
         layers, shares = halting.layers or (), halting.quota
         name = ", ".join(f"{share:.0%} at {at}" for at, share in zip(layers, shares, strict=True))
@@ -120,7 +123,7 @@ def measure(args: Arguments) -> dict[str, Any]:
     dense = score_tokens(params, scored_WT, cfg, args.batch_size)
     asked: tuple[Any, ...] = (1.0, "exact_flops", args.batch_size, (about["text"],))
     task = climb.Task(params, cfg, scored_WT, dense, *asked)
-    for way in tqdm(list(ways(model, fitted)), "rows"):
+    for way in tqdm(list(ways(model, fitted, args.presets)), "rows"):
         key, settings = f"{way.policy}: {way.name}", way.quicksilver.to_dict() | about
         settings.pop("provenance")
         if content["rows"].get(key, {}).get("settings") == json.loads(json.dumps(settings)):
@@ -132,14 +135,8 @@ def measure(args: Arguments) -> dict[str, Any]:
         row |= {"saved": point.saved["prompt_exact_flops_saved"], "time_saved": time_saved}
         content["rows"][key] = row | {"settings": settings}
         write_json(args.out, content)
-    content["dense_perplexity"] = dense.perplexity
-    found = read_json(environment.RESULTS / "calibration.json")["presets"].values()
-    points = [point for calibrated in found for point in calibrated["points"]]
-    content["searched"] = [
-        {"saved": p["saved"]["prompt_exact_flops_saved"], "lost_by_kl": p["cost"]} for p in points
-    ]
-    write_json(args.out, content)
-    return content
+    write_json(args.out, content | {"dense_perplexity": dense.perplexity})
+    return read_json(args.out)
 
 
 def draw(content: dict[str, Any], path: Path) -> None:
@@ -151,15 +148,14 @@ def draw(content: dict[str, Any], path: Path) -> None:
             x, y = [100 * r["time_saved"] for r in rows], [r["ppl_increase"] for r in rows]
             color = COLORS[number]
             axes.plot(x, y, style, label=label, color=color, markersize=5, linewidth=1)
-        best = content["rows"]["light: balanced"]
-        marks = (
-            ("balanced", 100 * best["time_saved"], best["ppl_increase"], "o", COLORS[0]),
-            ("the paper's claim,\nin FLOPs of its own account", *CLAIM, "*", INK),
-        )
+        marks = [("the paper's claim,\nin FLOPs of its own account", *CLAIM, "*", INK)]
+        if best := content["rows"].get("light: balanced"):
+            place = 100 * best["time_saved"], best["ppl_increase"]
+            marks.append(("balanced", *place, "o", COLORS[0]))
         for name, x, y, marker, color in marks:
             axes.plot(x, y, marker, color=color, markersize=11)
-            place = {"xytext": (0, -12), "textcoords": "offset points", "va": "top"}
-            axes.annotate(name, (x, y), ha="center", **place)
+            below = {"xytext": (0, -12), "textcoords": "offset points", "va": "top"}
+            axes.annotate(name, (x, y), ha="center", **below)
         axes.axhline(0.2, color=INK, linewidth=0.8, linestyle=":")
         axes.set(
             xlabel="time of the prompt saved, %   (right and down is better)",

@@ -62,7 +62,7 @@ SHOWN: dict[str, dict[str, str]] = {
         "8 bits, int8 keys and values": "bits | 8 bits, int8 keys and values",
     },
 }
-FOLDER, PAGES = Path("docs/mechanisms"), (Path("docs/calibration.md"), Path("README.md"))
+FOLDER = Path("docs/mechanisms")
 
 
 @dataclasses.dataclass
