@@ -21,7 +21,7 @@ from tqdm import tqdm
 from benchmarks import environment
 from benchmarks.mechanisms import Inputs
 from benchmarks.pictures import COLORS, INK, picture
-from benchmarks.tables import markdown, origin, percent, replace_tables
+from benchmarks.tables import markdown, percent, replace_tables
 from qs_jax import presets
 from qs_jax.calibration import climb
 from qs_jax.calibration.fit_maps import fit_kv_maps
@@ -167,7 +167,7 @@ def draw(content: dict[str, Any], path: Path) -> None:
 
 
 def tables(content: dict[str, Any]) -> dict[str, str]:
-    """The rows as a table, by family and saving, and where they come from."""
+    """The rows as a table, by family and saving."""
     order = list(STYLES)
     rows = sorted(content["rows"].values(), key=lambda r: (order.index(r["family"]), r["saved"]))
     rows = [row for row in rows if row["family"] in ("light", "maps", "skip")]
@@ -181,7 +181,7 @@ def tables(content: dict[str, Any]) -> dict[str, str]:
             "by KL": [f"{row['lost_by_kl']:+.2f}" for row in rows],
         }
     )
-    return {"front": markdown(frame), "front origin": origin(content)}
+    return {"front": markdown(frame)}
 
 
 def run(args: Arguments) -> None:

@@ -18,8 +18,8 @@ from qs_jax.errors import exit_code
 from qs_jax.files import read_json
 
 PAGE = Path("README.md")
-# The files whose figures the table shows.
-FILES = ("decode", "retrieval")
+# The files whose figures the README shows.
+FILES = ("decode", "prompt_front", "retrieval")
 
 
 def results() -> dict[str, Any]:

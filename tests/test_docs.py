@@ -121,6 +121,11 @@ def test_figures_of_the_readme_are_those_of_the_files():
     assert 0.2 < balanced["measured_time_saved"] < 0.25
     assert "within a budget of +0.2 perplexity" in text
     assert balanced["upper_bound"] <= 0.2
+    cost, windows = f"{balanced['ppl_increase']:+.2f}", balanced["windows"]
+    assert f"On the {windows} windows that verified it, it costs {cost}." in text
+    front = found["prompt_front"]
+    shown, windows = front["rows"]["light: balanced"], front["about"]["windows"]
+    assert f"The picture's {windows} windows show {shown['ppl_increase']:+.2f}." in text
     assert f"<!-- table: overview -->\n{overview.markdown(overview.table(found))}\n" in text_of(
         "README.md"
     )

@@ -231,6 +231,25 @@ def test_teacher_forced_thresholds_come_from_percentiles(params, text, cfg):
     assert found.preset.provenance["verified"]["layer_tokens_saved"] > 0
 
 
+@pytest.mark.slow
+def test_bytes_of_the_cache_are_an_objective(params, text, cfg):
+    """What the account says is what `generate` allocates."""
+    options = {"objective": "kv_bytes", "fusion": False, "timed_runs": 0, "max_evaluations": 8}
+    found = search(params, text, cfg, max_ppl_increase=1e3, layers=(3, 5), **options)
+    assert {point.family for point in found.points} == {"skip"}
+    qs = found.preset
+    assert (qs.amq.targets, qs.amq.execution, qs.amq.layer) == (("kv",), "int8", 1)
+    assert qs.halting is not None
+    saved = qs.provenance["verified"]["kv_bytes_saved"]
+    assert 0.3 < saved < 1
+    prompts = text[:2, :-CONTINUED]
+    dense, small = (
+        qs_jax.generate(params, prompts, qs_jax.Config(cfg.model, each, max_new_tokens=CONTINUED))
+        for each in (None, qs)
+    )
+    assert 1 - small.kv_bytes / dense.kv_bytes == pytest.approx(saved, abs=0.1)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
