@@ -25,11 +25,19 @@ from benchmarks.mechanism_rows import CONTINUATION, Row
 from benchmarks.mechanisms import Inputs, paired_change, score_rows
 from benchmarks.timing import ratio, run_in_turn
 from qs_jax import presets
-from qs_jax.config import AMQConfig, Config, ModelConfig, QuickSilverConfig
+from qs_jax.config import (
+    AMQConfig,
+    Config,
+    FusionConfig,
+    KVSkipConfig,
+    ModelConfig,
+    QuickSilverConfig,
+)
 from qs_jax.engine.prompt_plan import refusal
 from qs_jax.errors import exit_code
 from qs_jax.models import Params
 
+ALL_FOUR = "all four"
 LETTERS = {"H": "halting", "K": "kv_skip", "F": "fusion", "Q": "amq"}
 DENSE = Row("dense", "dense", CONTINUATION, QuickSilverConfig())
 # Of the paper's Tables 3 and 10, by name: below the first 2 bits, below the second 4, else 8.
@@ -54,11 +62,23 @@ class Arguments(Inputs):
     """Windows after those, for percentiles."""
     out: Path = environment.RESULTS / "ablation.json"
     """JSON file."""
-    settings: tuple[str, ...] = ("paper", "percentile", "balanced", "aggressive")
-    """What is taken apart: paper, percentile (the paper's rules on this model), or presets by name
-    or file."""
-    timed: tuple[str, ...] = ("balanced", "aggressive")
+    settings: tuple[str, ...] = ("paper", "percentile", "balanced", ALL_FOUR)
+    """What is taken apart: paper, percentile (the paper's rules on this model), all four, or
+    presets by name or file."""
+    timed: tuple[str, ...] = ("balanced", ALL_FOUR)
     """Whose rows are timed, three times: each compiles for 5 to 30 seconds."""
+
+
+def all_four(model: ModelConfig) -> QuickSilverConfig:
+    """All mechanisms on a prompt, with settings that act on any model.
+
+    Half of it stops at two thirds of the depth and nearly all of it at 0.9, keys of halted tokens
+    are skipped, near-identical neighbours fuse, and products are in int8 from the middle on.
+    """
+    middle, halting = max(model.num_layers // 2, 1), presets.quota(model, {2 / 3: 0.5, 0.9: 0.9})
+    fusion = FusionConfig(tau_fuse=0.35, distance="relative", first_layer=middle)
+    bits = AMQConfig.uniform(8, layer=middle, group=presets.group(model), execution="int8")
+    return QuickSilverConfig(halting, KVSkipConfig(), fusion, bits)
 
 
 def mechanisms(qs: QuickSilverConfig | None) -> str:
@@ -89,6 +109,7 @@ def plan(args: Arguments, model: ModelConfig, fitted: dict[str, Any]) -> Iterato
     yield DENSE
     paper = presets.NAMES["paper-bits-vocab"](model)
     known = {"paper": paper, "percentile": mechanism_rows.by_percentiles(model, fitted)}
+    known[ALL_FOUR] = all_four(model)
     for settings in args.settings:
         whole = known.get(settings) or presets.by_name(settings, model)
         yield from take_apart(settings, whole).values()

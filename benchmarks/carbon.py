@@ -33,7 +33,7 @@ class Arguments:
 
     ckpt: Path
     """A converted folder, a hub id, a Hugging Face folder or a .gguf file."""
-    presets: tuple[str, ...] = ("balanced", "aggressive")
+    presets: tuple[str, ...] = ("balanced",)
     """What to compare with the dense model."""
     country: str = "USA"
     """ISO code of three letters; its mean carbon intensity counts."""

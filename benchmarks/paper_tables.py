@@ -158,10 +158,10 @@ def _walkthrough(results: Results) -> Lines:
 
 
 def _components(results: Results) -> Lines:
-    ours = "ours: dense", "ours: `balanced`", "ours: `aggressive`"
+    ours = "ours: dense", "ours: `balanced`"
     yield "ms", "paper: dense", "paper: QuickSilver", *ours
     parts = results["latency"]["components"]
-    shown = [parts[f"{name} prefill"] for name in ("dense", "balanced,", "aggressive,")]
+    shown = [parts[f"{name} prefill"] for name in ("dense", "balanced,")]
     for *quoted, scopes in COMPONENTS:
         times = (1e3 * sum(part.get(scope, 0.0) for scope in scopes) for part in shown)
         yield (*quoted, *(f"{time:,.1f}" for time in times))
@@ -181,11 +181,11 @@ def _fusion(results: Results) -> Lines:
 
 
 def _ablation(results: Results) -> Lines:
-    ours = "exact FLOPs, by percentile", "increase", "exact FLOPs, `aggressive`", "its increase"
+    ours = "exact FLOPs, by percentile", "increase", "exact FLOPs, all four", "its increase"
     yield "mechanisms", "paper: time", "paper: FLOPs", "paper: increase", *ours, "its time"
     for letters, kind, *quoted in ABLATION:
         cells = []
-        for settings in ("percentile", "aggressive"):
+        for settings in ("percentile", "all four"):
             row = _find(results, kind=kind, name=letters, settings=settings)
             cells += [percent(row["exact_flops_saved"]), increase(row)]
         left_out = set(row["mechanisms"]) - set(row["timed_mechanisms"])

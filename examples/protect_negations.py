@@ -33,7 +33,7 @@ class Arguments:
 
     ckpt: Path = Path("ckpt/smollm2-135m")
     """A converted folder, a hub id, a Hugging Face folder or a .gguf file."""
-    preset: str = "aggressive"
+    preset: str = "balanced"
     """Mechanisms to run."""
     text: str = REVIEW
     """What is read; its last part is scored."""

@@ -73,7 +73,7 @@ def paper(model: ModelConfig, *, tau_drift: float = 1.0, **amq: Any) -> QuickSil
         min_layer=min(_layer(model, 5 / 30), last),
     )
     fusion = FusionConfig(tau_fuse=0.15, first_layer=_layer(model, 0.4))
-    amq = {"entropy": "latent", "execution": "int8", "group": _group(model)} | amq
+    amq = {"entropy": "latent", "execution": "int8", "group": group(model)} | amq
     bits = AMQConfig(layer=_layer(model, 0.5), **amq)
     about = {"source": "QuickSilver paper, sections B.2, C, D.3, E, G.2 to G.4"}
     return QuickSilverConfig(halting, KVSkipConfig(), fusion, bits, provenance=about)
@@ -172,7 +172,7 @@ def int8_cache(model: ModelConfig) -> AMQConfig:
     return AMQConfig.uniform(8, layer=1, targets=("kv",), group=group, execution="int8")
 
 
-def _group(model: ModelConfig) -> int:
+def group(model: ModelConfig) -> int:
     """The largest group up to 16 channels that divides every width."""
     widths = (model.hidden_size, model.q_size, model.mlp_size, model.head_dim)
     return next(g for g in (16, 8, 4, 2, 1) if all(width % g == 0 for width in widths))

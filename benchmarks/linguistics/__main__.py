@@ -85,7 +85,6 @@ def page_rows(model: ModelConfig, fitted: dict[str, Any], parsed: bool) -> Itera
         yield Row("percentiles", "percentiles, H+K+F+Q", TEACHER, full)
         yield Row("percentiles", "percentiles, H+K+F+Q", CONTINUATION, full)
     yield Row("presets", "balanced", CONTINUATION, presets.balanced(model))
-    yield Row("presets", "aggressive", CONTINUATION, presets.aggressive(model))
 
 
 def criterion(

@@ -19,26 +19,20 @@ PAPER_HALTED = dict(
 # Per cent of fused and of random pairs inside a constituent, by layer (Tables 9 and 13).
 PAPER_FUSED = {12: (78.9, 48.2), 15: (81.2, 47.3), 20: (84.5, 49.8)}
 # Keys of the rows that tables name.
-PAPER_ROW = "paper | paper | teacher-forced"
 PERCENTILES_ROW = "percentiles | percentiles, H+K | teacher-forced"
 FUSION_ROW = "percentiles | percentiles, F | teacher-forced"
 BALANCED_ROW = "presets | balanced | continuation"
-AGGRESSIVE_ROW = "presets | aggressive | continuation"
 
 
 def make_tables(content: dict[str, Any]) -> dict[str, pd.DataFrame]:
     """Each table of the page by its name."""
-    corpora = content["corpora"]
-    part = corpora["treebank"]
-    tables = {
-        "halting": _halting(part["rows"]),
-        "fusion": _fusion(part),
+    part = content["corpora"]["treebank"]
+    return {
+        "parts of speech": _halting(part["rows"]),
+        "constituents": _fusion(part),
         "predictions": _predictions(part["rows"]),
         "predictions by depth": _by_depth(part["rows"][PERCENTILES_ROW]),
     }
-    if "spacy" in corpora:
-        tables["spacy"] = _halting(corpora["spacy"]["rows"])
-    return tables
 
 
 def _share(entry: dict[str, Any]) -> str:
@@ -61,19 +55,15 @@ def _classes(row: dict[str, Any]) -> dict[str, Any]:
 def _halting(rows: dict[str, Any]) -> pd.DataFrame:
     """The paper's figure, the share halted by the middle layer and at all, and mean depths."""
     middle = rows[PERCENTILES_ROW]["middle_layer"]
-    paper, percentiles, balanced, aggressive = (
-        _classes(rows[key]) for key in (PAPER_ROW, PERCENTILES_ROW, BALANCED_ROW, AGGRESSIVE_ROW)
-    )
+    percentiles, balanced = (_classes(rows[key]) for key in (PERCENTILES_ROW, BALANCED_ROW))
     lines = [
         {
             "class": name,
             "paper": f"{PAPER_HALTED[name][0]}%" if name in PAPER_HALTED else "",
             "tokens": f"{entry['halted']['count']:,}",
-            "`paper`": f"{paper[name]['halted']['share']:.1%}",
             f"percentiles, by layer {middle}": _share(entry["halted_by_middle"]),
             "percentiles": _share(entry["halted"]),
             "`balanced`: mean depth": _mean(balanced[name]["mean_depth"]),
-            "`aggressive`: mean depth": _mean(aggressive[name]["mean_depth"]),
         }
         for name, entry in percentiles.items()
         if entry["halted"]["count"]
@@ -93,11 +83,10 @@ def _fusion(part: dict[str, Any]) -> pd.DataFrame:
         paper = [f"{value}%" for value in PAPER_FUSED.get(int(layer or 0), ())] or ["", ""]
         line = {"pairs": source, "layer": layer}
         line |= dict(zip(("paper: fused", "paper: random"), paper, strict=True))
-        line |= {"number": f"{entry['pairs']:,}", "in one word": f"{entry['inside_word']:,}"}
-        for kind, head in (("all", ""), ("across", "across words: ")):
-            line |= {f"{head}{x} phrase": _share(entry[kind][x]) for x in ("phrase", "base")}
-        lines.append(line)
-    return pd.DataFrame(lines).rename(columns=lambda name: name.replace("phrase phrase", "phrase"))
+        line["in a phrase"] = _share(entry["all"]["phrase"])
+        line["in a base phrase"] = _share(entry["all"]["base"])
+        lines.append(line | {"across words: in a phrase": _share(entry["across"]["phrase"])})
+    return pd.DataFrame(lines)
 
 
 def _changes(entry: dict[str, Any]) -> dict[str, str]:
@@ -118,12 +107,12 @@ def _changes(entry: dict[str, Any]) -> dict[str, str]:
 def _predictions(rows: dict[str, Any]) -> pd.DataFrame:
     """What became of next-token prediction, by the kind of the predicted word."""
     lines = []
-    for key, row in rows.items():
+    for key in (PERCENTILES_ROW, FUSION_ROW, BALANCED_ROW):
         _, name, protocol = key.split(" | ")
         for side in (FUNCTION, CONTENT):
-            entry = row["prediction"]["predicted"]["side"][side]
+            entry = rows[key]["prediction"]["predicted"]["side"][side]
             line = {"configuration": name, "protocol": protocol, "predicted word": side}
-            lines.append(line | {"tokens": f"{entry['tokens']:,}"} | _changes(entry))
+            lines.append(line | _changes(entry))
     return pd.DataFrame(lines)
 
 

@@ -28,9 +28,9 @@ def test_a_paired_change_is_what_a_hand_finds():
 
 def test_settings_are_taken_apart_into_what_they_have():
     model = tiny_model(num_layers=6)
-    rows = ablation.take_apart("aggressive", presets.aggressive(model))
+    rows = ablation.take_apart("all four", ablation.all_four(model))
     assert list(rows) == ["H", "K", "F", "Q", "H+K", "H+K+F", "H+K+F+Q"]
-    assert rows["H+K+F+Q"].quicksilver == presets.aggressive(model)
+    assert rows["H+K+F+Q"].quicksilver == ablation.all_four(model)
     letters = [ablation.mechanisms(row.quicksilver) for row in rows.values()]
     assert letters == ["H", "K", "F", "Q", "HK", "HKF", "HKFQ"]
     for row in rows.values():

@@ -6,6 +6,7 @@ import functools
 import jax
 import pytest
 
+from benchmarks.ablation import all_four
 from qs_jax import presets
 from qs_jax.config import (
     PROTOCOLS,
