@@ -52,11 +52,8 @@ SMOLLM2 = DEEP.replace(
 
 @pytest.mark.parametrize("name", presets.SHIPPED)
 def test_a_shipped_preset_is_for_its_model_and_comes_with_its_maps(name):
-    qs, maps = presets.by_name(name, SMOLLM2), KVMaps.load(presets.shipped_maps(SMOLLM2, name))
-    assert qs.kv_skip.policy == "extrapolate"
-    assert maps.layers == qs.halting.layers
-    assert maps.light_from == qs.halting.light_from
-    maps.check(SMOLLM2)
+    qs, path = presets.by_name(name, SMOLLM2), presets.shipped_maps(SMOLLM2, name)
+    assert (path is not None) == (qs.kv_skip.policy == "extrapolate")
     verified = qs.provenance["verified"]
     assert verified["within_budget"]
     assert verified["upper_bound"] <= qs.provenance["max_ppl_increase"]
@@ -66,20 +63,26 @@ def test_a_shipped_preset_is_for_its_model_and_comes_with_its_maps(name):
     assert presets.shipped_maps(tuned, name) is None
     with pytest.raises(ConfigError, match=f"verified on other weights .{own}.*--allow-other"):
         presets.by_name(name, tuned)
-    with pytest.raises(ConfigError, match=f"fitted on other weights .{own}.*--allow-other"):
-        maps.check(tuned)
     assert presets.by_name(name, tuned.replace(weights=own)) == qs
+    if path is not None:
+        maps = KVMaps.load(path)
+        assert maps.layers == qs.halting.layers
+        assert maps.light_from == qs.halting.light_from
+        maps.check(SMOLLM2)
+        with pytest.raises(ConfigError, match=f"fitted on other weights .{own}.*--allow-other"):
+            maps.check(tuned)
 
 
-def test_balanced_is_verified_at_two_lengths_and_a_start_for_other_models():
-    qs = presets.balanced(SMOLLM2)
+@pytest.mark.parametrize("name", presets.SHIPPED)
+def test_a_shipped_preset_is_verified_at_two_lengths_and_a_start_for_other_models(name):
+    qs = presets.by_name(name, SMOLLM2)
     assert qs.provenance["max_ppl_increase"] == 0.2
     lengths = qs.provenance["verified"]["lengths"]
     assert lengths.keys() == {"512", "2048"}
     for entry in lengths.values():
         assert entry["upper_bound"] <= 0.2
         assert entry["retrieval"]["lost"] == 0
-    assert presets.balanced(DEEP).kv_skip.policy == "skip"
+    assert presets.by_name(name, DEEP).kv_skip.policy == "skip"
 
 
 @pytest.mark.parametrize(
