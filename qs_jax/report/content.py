@@ -178,6 +178,7 @@ def _run(run: Run, preset: PresetRuns, store: Callable[[np.ndarray], int]) -> di
             "exempt": int((subject_T & ~eligible_T).sum()),
             "halted": int((record.depth[0] < model.num_layers).sum()),
             "fused": int((record.fused[-1, 0] != np.arange(len(subject_T))).sum()),
+            "light": _light_layers(run.quicksilver),
             "quantised": int((record.bits[-1, 0] < FULL_BITS).sum()),
             "idle": run.quicksilver.explain_idle(prompts) if idle and run.letters else None,
             "mean_depth": float(record.active.sum() / len(subject_T)),
@@ -192,6 +193,14 @@ def _exempt(record: Record, qs: QuickSilverConfig) -> Bool[np.ndarray, "T"]:
     prompt = int(record.prompt_lengths[0])
     recent = int(qs.recent_of(np.array(prompt))) if record.protocol == "continuation" else 0
     return (pos < qs.sink_tokens) | (recent > 0) & (pos >= prompt - recent)
+
+
+def _light_layers(qs: QuickSilverConfig) -> list[int] | None:
+    """The first and the last layer of which halted tokens ran a smaller one."""
+    halting = qs.halting
+    if halting is None or halting.light_from is None or halting.layers is None:
+        return None
+    return [halting.light_from, halting.layers[0]]
 
 
 def finite(value: float) -> float | None:

@@ -8,7 +8,7 @@ import scipy.special
 import scipy.stats
 
 import qs_jax
-from qs_jax import accounting
+from qs_jax import accounting, report
 from qs_jax.config import FusionConfig, HaltingConfig, KVSkipConfig, QuickSilverConfig
 from qs_jax.errors import InputError
 from qs_jax.report import trace
@@ -97,3 +97,7 @@ def test_a_preset_with_light_layers_is_shown(case):
         np.testing.assert_allclose(runs[letters].logprobs, expected.logprobs[0], atol=1e-5)
     _same(runs["HK"].record, expected.record)
     assert (runs["HK"].record.depth < model.num_layers).any()
+    shown = report.PresetRuns("light", cfg, list(runs.values()), params["kv_maps"].sizes)
+    text = report.TextRuns(case.ids, case.ids.astype(str).tolist(), [shown])
+    made = report.to_json(report.Report("", {}, text))["text"]["presets"][0]["runs"]
+    assert [run["summary"]["light"] for run in made.values()] == [None, [3, 4]]

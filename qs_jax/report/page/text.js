@@ -66,6 +66,7 @@ function compare(runs) {
     "tokens the mechanisms look at": (s) => format(s.subject),
     "of them exempt (first tokens, a prompt's last ones)": (s) => format(s.exempt),
     "of them halted": (s) => format(s.halted),
+    "layers that these ran light": (s) => (s.light ? s.light.join(" to ") : "none"),
     "of them fused into another": (s) => format(s.fused),
     "layers run, mean over all tokens": (s) => format(s.mean_depth),
     ...SAVINGS,
