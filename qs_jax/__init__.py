@@ -1,6 +1,6 @@
 """QuickSilver in JAX: a frozen language model that does less work per token."""
 
-from qs_jax import accounting, presets
+from qs_jax import accounting, presets, testing
 from qs_jax.calibration import calibrate, fit_kv_maps
 from qs_jax.config import (
     AMQConfig,
@@ -73,6 +73,8 @@ __all__ = [
     # Maps of the "extrapolate" policy
     "KVMaps",
     "fit_kv_maps",
+    # For tests of your own mechanism
+    "testing",
     # Errors
     "CheckpointError",
     "ConfigError",
