@@ -169,6 +169,7 @@ class Run:
         rows_NT = environment.random_tokens(model.vocab_size, 4, length)
         cfgs = latency_rows.rows("prefill", model, args.presets, args.new_tokens)
         names = {"dense" if part == "deciding" else "dense prefill": "dense"} | names
+        names = {name: row for name, row in names.items() if row in cfgs}
         profiles: dict[str, list[dict[str, float]]] = {name: [] for name in names}
         count = 1 if args.quick else 3
         for name in [*names] * count:

@@ -108,7 +108,9 @@ def rows(section: str, model: ModelConfig, names: tuple[str, ...], new: int) -> 
     mechanisms["unmet thresholds"] = QuickSilverConfig(unmet, KVSkipConfig("skip"))
     for name in names:
         mechanisms[name] = presets.by_name(name, model)
-        if section == "prefill":
+        halting = mechanisms[name].halting
+        light = halting is not None and halting.light_from is not None  # decides by one product
+        if section == "prefill" and not light:
             mechanisms[f"{name}, decisions only"] = decisions_only(mechanisms[name])
     fractions = (1.0, *FRACTIONS) if section == "prefill" else FRACTIONS[1:]
     mechanisms |= {f"active {fraction:g}": active(model, fraction) for fraction in fractions}

@@ -7,7 +7,7 @@ import pytest
 
 import qs_jax
 from qs_jax import QuickSilverConfig, accounting, cli, presets, report, testing
-from qs_jax.config import HaltingConfig, KVSkipConfig
+from qs_jax.config import AMQConfig, HaltingConfig, KVSkipConfig
 from qs_jax.evaluation.perplexity import cut_windows, evaluate
 
 EXEMPT = 4 + 32  # first and last tokens of a prompt
@@ -31,12 +31,16 @@ def ids(count, model):
 
 
 @pytest.mark.parametrize("tokens", [1, EXEMPT, EXEMPT + 1])
-def test_exempt_prompts_are_those_on_which_nothing_acts(tokens, model, params):
+@pytest.mark.parametrize("bits", ["none", "fake", "int8"])
+def test_exempt_prompts_are_those_on_which_nothing_acts(tokens, bits, model, params):
     """`leaves_alone` says beforehand what the record says afterwards."""
-    cfg = qs_jax.Config(model, ACTS, max_new_tokens=2, eos_token_ids=())
+    fake = AMQConfig.uniform(4, layer=1, group=8)
+    amq = {"none": None, "fake": fake, "int8": presets.int8_cache(model)}[bits]
+    qs = dataclasses.replace(ACTS, amq=amq)
+    cfg = qs_jax.Config(model, qs, max_new_tokens=2, eos_token_ids=(), protocol="continuation")
     out = qs_jax.generate(params, [ids(tokens, model)], cfg)
-    idle = accounting.is_idle(accounting.tally(out.record, model, ACTS))
-    assert idle == ACTS.leaves_alone(tokens) == (tokens <= EXEMPT)
+    idle = accounting.is_idle(accounting.tally(out.record, model, qs))
+    assert idle == qs.leaves_alone(tokens) == (tokens <= EXEMPT and bits != "int8")
 
 
 @pytest.mark.parametrize(

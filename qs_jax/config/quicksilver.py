@@ -105,8 +105,12 @@ class QuickSilverConfig(Settings):
         return recent_B
 
     def leaves_alone(self, prompt_length: int) -> bool:
-        """Whether every token of a prompt so short is exempt under "continuation"."""
-        return prompt_length <= self.sink_tokens + int(self.recent_of(np.array(prompt_length)))
+        """Whether a prompt so short runs dense under "continuation": all its tokens are exempt.
+
+        Int8 products and caches are of whole layers, exempt tokens among them.
+        """
+        exempt = self.sink_tokens + int(self.recent_of(np.array(prompt_length)))
+        return prompt_length <= exempt and not (self.amq and self.amq.execution == "int8")
 
     def explain_idle(self, prompt_lengths: Sequence[int] | np.ndarray) -> str:
         """Say in a sentence or two why nothing halted, fused or lost bits in a call.

@@ -11,6 +11,7 @@ from benchmarks.ablation import all_four
 from benchmarks.latency_rows import READ_ROW, Group, OurCall, decisions_only, half_depth
 from qs_jax.testing import tiny_model, tiny_params
 from tests.support import random_tokens
+from tests.test_presets import SMOLLM2
 
 # Of the JSON file: programs that read it rely on these names.
 KEYS = """conversion_efficiency off_over_dense no_saving_over_dense prefill_hf_over_ours
@@ -108,6 +109,12 @@ def test_decisions_only_stop_nothing():
     assert record.layer_tokens_saved == 0
     assert record.kv_held.sum() == 6 * rows.size
     assert (record.representative == np.arange(60)).all()
+
+
+def test_presets_with_light_layers_have_rows_but_none_that_only_decides():
+    rows = latency_rows.rows("prefill", SMOLLM2, ("paper", "balanced", "small-cache"), 4)
+    assert {"paper", "balanced", "small-cache", "small-cache, decisions only"} <= set(rows)
+    assert "balanced, decisions only" not in rows
 
 
 def test_a_decode_is_what_follows_the_program_of_the_first_token():
