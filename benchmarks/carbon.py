@@ -1,7 +1,7 @@
 """Energy and emissions per token, dense against presets (paper F).
 
 `python -m benchmarks.carbon --ckpt DIR` runs the dense model and each preset in turn (A B A C A)
-under CodeCarbon (extra `carbon`) and rewrites the table in docs/profiling.md.
+under CodeCarbon (extra `carbon`).
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ import pandas as pd
 
 import qs_jax
 from benchmarks import environment
-from benchmarks.tables import markdown, origin, percent, replace_tables
+from benchmarks.tables import markdown, origin, percent
 from benchmarks.timing import Measure, ratios, run_in_turn
 from qs_jax.config import GREEDY
 from qs_jax.errors import InputError, exit_code
 
-PAGE = Path("docs/profiling.md")
 ROWS = 4
 
 
@@ -127,7 +126,7 @@ def measure(args: Arguments) -> None:
         row["grams_co2_per_new_token"] = row["grams_co2"] / new
     result = {"about": about | {"method": describe_sources(tracker)}, "rows": rows}
     environment.write("carbon", result, args.out)
-    replace_tables(PAGE, {"carbon": table(json.loads(args.out.read_bytes()))})
+    print(table(json.loads(args.out.read_bytes())))
 
 
 def table(result: dict[str, Any]) -> str:

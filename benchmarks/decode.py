@@ -24,14 +24,13 @@ from tqdm import tqdm
 import qs_jax
 from benchmarks import environment, timing
 from benchmarks.decode_prompts import PROMPTS
-from benchmarks.tables import markdown, origin, replace_tables
+from benchmarks.tables import markdown, origin
 from qs_jax.compilation_cache import enable_compilation_cache
 from qs_jax.config import GREEDY, Config, Speculation
 from qs_jax.errors import exit_code
 from qs_jax.evaluation.datasets import read_text_or_file
 from qs_jax.text import encode_prompt
 
-_PAGE = Path("benchmarks/README.md")
 WAYS = {"plain": None, "lookup": Speculation()}
 TEXT = "text"
 WINDOW, BATCH = 128, 8
@@ -39,7 +38,7 @@ WINDOW, BATCH = 128, 8
 
 @dataclasses.dataclass
 class Arguments:
-    """Measure drafts and rewrite the table."""
+    """Measure drafts."""
 
     ckpt: Path = Path("ckpt/smollm2-135m")
     """A converted folder, a hub id, a Hugging Face folder or a .gguf file."""
@@ -53,8 +52,6 @@ class Arguments:
     """48 new tokens, two rounds."""
     out: Path = environment.RESULTS / "decode.json"
     """JSON file."""
-    tables_only: bool = False
-    """Rewrite the table from the JSON file, measure nothing."""
 
 
 def prompts_of(args: Arguments) -> dict[str, list[list[int]]]:
@@ -202,14 +199,8 @@ def tables(content: dict[str, Any]) -> dict[str, str]:
 def main(argv: list[str] | None = None) -> None:
     args = tyro.cli(Arguments, prog="python -m benchmarks.decode", args=argv)
     enable_compilation_cache()
-    if not args.tables_only:
-        run(args)
-    shown = tables(json.loads(args.out.read_bytes()))
-    if args.quick:
-        print(shown["decode"])
-        return
-    replace_tables(_PAGE, shown)
-    print(f"{args.out} and the table of {_PAGE} are up to date.")
+    run(args)
+    print(tables(json.loads(args.out.read_bytes()))["decode"])
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""The front of prompt halting: perplexity lost against FLOPs and seconds saved, as a picture.
+"""The front of prompt halting: perplexity lost against FLOPs and seconds saved.
 
 `python -m benchmarks.front --ckpt DIR --data FILE` scores the first windows of a text under every
-way of leaving prompt work out, by KL divergence from the dense model, measures the time of a
-prefill against the dense one in turn, and draws `docs/images/front.svg`. What is in the JSON file
-with the same settings is not scored again.
+way of leaving prompt work out, by KL divergence from the dense model, and measures the time of a
+prefill against the dense one in turn. What is in the JSON file with the same settings is not scored
+again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from benchmarks import environment
 from benchmarks.mechanisms import Inputs
 from benchmarks.pictures import COLORS, INK, picture
-from benchmarks.tables import markdown, percent, replace_tables
+from benchmarks.tables import markdown, percent
 from qs_jax import presets
 from qs_jax.calibration import climb
 from qs_jax.calibration.fit_maps import fit_kv_maps
@@ -48,18 +48,12 @@ STYLES = {
 
 @dataclasses.dataclass
 class Arguments(Inputs):
-    """Score every way, and draw the front."""
+    """Score every way."""
 
     out: Path = environment.RESULTS / "prompt_front.json"
     """JSON file, and the cache."""
-    picture: Path = Path("docs/images/front.svg")
-    """SVG file."""
-    page: Path = Path("docs/calibration.md")
-    """Page with the table."""
     presets: tuple[Path, ...] = ()
     """More presets of `calibrate`, with their maps beside them: other budgets."""
-    tables_only: bool = False
-    """Rewrite the picture and the table from the JSON file, measure nothing."""
 
 
 class Way(NamedTuple):
@@ -108,7 +102,7 @@ def ways(model: ModelConfig, fitted: KVMaps, calibrated: Sequence[Path] = ()) ->
             yield Way("random, skip", name, qs, None)
 
 
-def measure(args: Arguments) -> dict[str, Any]:
+def measure(args: Arguments) -> None:
     """Score what is not in the file yet, and write it after each row."""
     params, model, tokens_WT, about = args.read("auto")
     content: dict[str, Any] = read_json(args.out) if args.out.exists() else {"rows": {}}
@@ -136,7 +130,6 @@ def measure(args: Arguments) -> dict[str, Any]:
         content["rows"][key] = row | {"settings": settings}
         write_json(args.out, content)
     write_json(args.out, content | {"dense_perplexity": dense.perplexity})
-    return read_json(args.out)
 
 
 def draw(content: dict[str, Any], path: Path) -> None:
@@ -184,16 +177,9 @@ def tables(content: dict[str, Any]) -> dict[str, str]:
     return {"front": markdown(frame)}
 
 
-def run(args: Arguments) -> None:
-    """Measure, draw, and rewrite the table."""
-    content = read_json(args.out) if args.tables_only else measure(args)
-    draw(content, args.picture)
-    replace_tables(args.page, tables(content))
-
-
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    environment.run_command("front", Arguments, run, argv)
+    environment.run_command("front", Arguments, measure, argv)
 
 
 if __name__ == "__main__":

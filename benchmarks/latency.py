@@ -1,8 +1,8 @@
 """Seconds and bytes: prefill and decoding, ours dense and with mechanisms, and HF torch.
 
 `python -m benchmarks.latency --ckpt DIR` writes benchmarks/results/latency.json group by group (a
-stopped run goes on where it was) and rewrites the tables of benchmarks/README.md. `--quick --out
-FILE` measures what the headline figures need, in ten minutes.
+stopped run goes on where it was). `--quick --out FILE` measures what the headline figures need, in
+ten minutes.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ import jax.numpy as jnp
 
 import qs_jax
 from benchmarks import environment, latency_rows, trace
-from benchmarks.latency_figures import TARGETS, all_figures, headline, tables
+from benchmarks.latency_figures import TARGETS, all_figures, headline
 from benchmarks.latency_rows import READ_ROW, Group, OurCall, hugging_face, read, step_bytes
-from benchmarks.tables import replace_tables
 from benchmarks.timing import run_in_turn
 from convert import flax_to_hf
 from qs_jax.accounting import entry_bytes
@@ -40,7 +39,6 @@ from qs_jax.load import find_checkpoint
 from qs_jax.models import param_bytes
 
 DTYPES = ("float32", "bfloat16")
-PAGE = Path("benchmarks/README.md")
 # Filled in while a run goes on; the names are those of the JSON file.
 PARTS = ("groups", "components", "components_about", "deciding", "deciding_about", "skipped")
 
@@ -54,7 +52,7 @@ class Arguments:
     out: Path | None = None
     """JSON file; default benchmarks/results/latency.json, or latency_quick.json."""
     quick: bool = False
-    """Only what the headline figures need; rewrites no page."""
+    """Only what the headline figures need."""
     batches: tuple[int, ...] = (1, 8)
     """Rows at a time."""
     lengths: tuple[int, ...] = (128, 512, 2048)
@@ -67,8 +65,6 @@ class Arguments:
     """Of our rows; auto is the faster on this device. HF torch is measured in both."""
     max_minutes: float = 10.0
     """Of each group, warm-up aside: three rounds are made, and up to ten that end in time."""
-    tables_only: bool = False
-    """Rewrite the tables from the JSON file, measure nothing."""
 
     @property
     def path(self) -> Path:
@@ -200,13 +196,10 @@ def about(args: Arguments, model: ModelConfig, packages: tuple[str, ...]) -> dic
 
 
 def run(args: Arguments) -> None:
-    """Measure, rewrite the tables, and print the headline."""
-    if not args.tables_only:
-        with tempfile.TemporaryDirectory() as folder:
-            Run(args, Path(folder) / "hf").measure()
+    """Measure, and print the headline."""
+    with tempfile.TemporaryDirectory() as folder:
+        Run(args, Path(folder) / "hf").measure()
     results = json.loads(args.path.read_text(encoding="utf-8"))
-    if not args.quick:
-        replace_tables(PAGE, tables(results))
     for name, (sign, target, text) in TARGETS.items():
         value = results.get(name)
         shown = "not measured" if value is None else f"{value:.3f}"

@@ -28,7 +28,7 @@ DECIDING = ("signals", "halt", "fuse")
 # What people run: groups and rows of the page's tables.
 SHOWN = {
     "prefill": ("prefill 4x512", "prefill 1x2048"),
-    "decode": ("decode 1x128", "decode 8x128"),
+    "decode": ("decode 1x128", "decode 1x2048"),
 }
 _ROWS = ("dense", "balanced", "small-cache", "active 0.5", "half depth")
 

@@ -1,6 +1,6 @@
 """Pictures of the pages in docs/mechanisms, from the result files.
 
-`python -m benchmarks.mechanisms --tables-only` draws them anew. Savings that are counted from masks
+`python -m benchmarks.pages` draws them. Savings that are counted from masks
 are called simulated.
 """
 

@@ -1,10 +1,9 @@
 """What each mechanism does to perplexity and to the counted work, on a real model and text.
 
 `python -m benchmarks.mechanisms --ckpt DIR --data FILE` scores the first windows of a text under
-every row, writes benchmarks/results/mechanisms.json after each (a stopped run goes on where it
-was), and rewrites the tables and pictures of the pages in docs/mechanisms, which show some of the
-rows. Maps and percentiles are fitted on the windows that follow the scored ones. All savings are
-simulated: counted from masks.
+every row and writes benchmarks/results/mechanisms.json after each (a stopped run goes on where it
+was). The pages of docs/mechanisms show some of them. Maps and percentiles are fitted on the windows
+that follow the scored ones. All savings are simulated: counted from masks.
 """
 
 from __future__ import annotations
@@ -20,15 +19,14 @@ import pandas as pd
 from tqdm import tqdm
 
 import qs_jax
-from benchmarks import environment, mechanism_pictures, mechanism_rows
+from benchmarks import environment, mechanism_rows
 from benchmarks.mechanism_rows import CONTINUATION, TEACHER, Row
-from benchmarks.tables import markdown, percent, replace_tables
+from benchmarks.tables import markdown, percent
 from qs_jax import accounting
 from qs_jax.calibration.fit_maps import accumulate
 from qs_jax.config import Config, ModelConfig
 from qs_jax.errors import InputError, exit_code
 from qs_jax.evaluation import perplexity
-from qs_jax.files import read_json
 from qs_jax.mechanisms.kv_maps import select
 from qs_jax.models import Params
 
@@ -62,7 +60,6 @@ SHOWN: dict[str, dict[str, str]] = {
         "8 bits, int8 keys and values": "bits | 8 bits, int8 keys and values",
     },
 }
-FOLDER = Path("docs/mechanisms")
 
 
 @dataclasses.dataclass
@@ -110,14 +107,12 @@ class Inputs:
 
 @dataclasses.dataclass
 class Arguments(Inputs):
-    """Measure every row and rewrite the tables."""
+    """Measure every row."""
 
     out: Path = environment.RESULTS / "mechanisms.json"
     """JSON file."""
     sections: tuple[str, ...] = ()
-    """Measure the rows of these sections only, and draw no picture; all by default."""
-    tables_only: bool = False
-    """Rewrite the tables and pictures from the JSON file, measure nothing."""
+    """Measure the rows of these sections only; all by default."""
 
 
 def score_rows(
@@ -257,24 +252,9 @@ def _summary(changed: Mapping[str, Any], shown: Mapping[str, str]) -> pd.DataFra
     return frame.loc[:, (frame != "").any()]
 
 
-def run(args: Arguments) -> None:
-    """Measure, and rewrite the tables and pictures."""
-    if not args.tables_only:
-        measure(args)
-    content = read_json(args.out)
-    for page in FOLDER.glob("*.md"):
-        replace_tables(page, tables(content))
-    if not args.sections:
-        front, calibration = (
-            read_json(environment.RESULTS / f"{name}.json")
-            for name in ("prompt_front", "calibration")
-        )
-        mechanism_pictures.draw(changes(content), calibration, front)
-
-
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    environment.run_command("mechanisms", Arguments, run, argv)
+    environment.run_command("mechanisms", Arguments, measure, argv)
 
 
 if __name__ == "__main__":

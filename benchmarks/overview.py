@@ -1,24 +1,17 @@
-"""`python -m benchmarks.overview`: what each preset buys and costs, from the result files.
-
-It measures nothing, and rewrites the table of README.md.
-"""
+"""The README's table: what each preset buys and costs, from the result files."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from benchmarks import environment
-from benchmarks.tables import markdown, percent, replace_tables
+from benchmarks.tables import percent
 from benchmarks.timing import ratio
 from qs_jax import presets
-from qs_jax.errors import exit_code
 from qs_jax.files import read_json
 
-PAGE = Path("README.md")
 # The files whose figures the README shows.
 FILES = ("decode", "latency", "prompt_front")
 
@@ -56,12 +49,3 @@ def table(found: dict[str, Any]) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(lines)
-
-
-def main() -> None:
-    """Rewrite the table."""
-    replace_tables(PAGE, {"overview": markdown(table(results()))})
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code(main))

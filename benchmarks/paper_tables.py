@@ -1,4 +1,4 @@
-"""`python -m benchmarks.paper_tables`: each table of the paper beside ours, from the result files.
+"""Each table of the paper beside ours, from the result files.
 
 Figures of the paper are quoted here: Tables 2, 8 and 12 hold the same numbers, as do 3 and 10, and
 9 and 13.
@@ -7,19 +7,15 @@ Figures of the paper are quoted here: Tables 2, 8 and 12 hold the same numbers, 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from benchmarks import environment
 from benchmarks.mechanisms import increase, paired_change
-from benchmarks.tables import markdown, percent, replace_tables
-from qs_jax.errors import exit_code
+from benchmarks.tables import markdown, percent
 
-PAGE = Path("docs/paper-tables.md")
 # Table 2: per cent halted by layer 15, by part of speech.
 HALTED = {
     "Determiners (DT)": 91.4,
@@ -213,13 +209,3 @@ def render(folder: Path) -> dict[str, str]:
         head, *lines = make(results)
         tables[name] = markdown(pd.DataFrame(lines, columns=head).astype(str))
     return tables
-
-
-def main() -> None:
-    """The command, which has no options."""
-    replace_tables(PAGE, render(environment.RESULTS))
-    print(f"The tables of {PAGE} are up to date.")
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code(main))

@@ -1,4 +1,4 @@
-"""Passkeys and RULER's needles, the dense model against presets, and their table in docs/tasks.md.
+"""Passkeys and RULER's needles, the dense model against presets.
 
 `python -m benchmarks.retrieval --ckpt DIR` hides keys as `python -m qs_jax evaluate --passkeys` and
 runs those tasks of RULER (Hsieh et al. 2024) that need no download, in lm-evaluation-harness.
@@ -18,18 +18,17 @@ import pandas as pd
 import tyro
 
 from benchmarks import environment
-from benchmarks.tables import markdown, replace_tables
+from benchmarks.tables import markdown
 from qs_jax.errors import exit_code
 from qs_jax.evaluation import passkey
 
 LENGTHS = (512, 1024, 2048)
 NEEDLES, NEEDLE_LENGTHS = ("niah_single_1", "niah_multikey_2"), (1024, 2048)
-_PAGE = Path("docs/tasks.md")
 
 
 @dataclasses.dataclass
 class Arguments:
-    """Look for keys and needles, and rewrite the table."""
+    """Look for keys and needles."""
 
     ckpt: Path = Path("ckpt/smollm2-135m")
     """A converted folder, a hub id, a Hugging Face folder or a .gguf file."""
@@ -41,8 +40,6 @@ class Arguments:
     """Prompts of each task of RULER and length."""
     out: Path = environment.RESULTS / "retrieval.json"
     """JSON file."""
-    tables_only: bool = False
-    """Rewrite the table from the JSON file, measure nothing."""
 
 
 def run(args: Arguments) -> None:
@@ -102,11 +99,8 @@ def table(content: dict[str, Any]) -> pd.DataFrame:
 
 def main(argv: list[str] | None = None) -> None:
     args = tyro.cli(Arguments, prog="python -m benchmarks.retrieval", args=argv)
-    if not args.tables_only:
-        run(args)
-    content = json.loads(args.out.read_bytes())
-    replace_tables(_PAGE, {"retrieval": markdown(table(content))})
-    print(f"{args.out} and the table of {_PAGE} are up to date.")
+    run(args)
+    print(markdown(table(json.loads(args.out.read_bytes()))))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """Ship a preset that `calibrate` found: `python -m benchmarks.shipped NAME FILE.json "COMMAND"`.
 
 Puts the preset into `qs_jax/shipped`, its maps in float16 beside it, and every measurement with the
-command into `benchmarks/results/calibration.json`; then rewrites the tables of docs/calibration.md.
-Without arguments it rewrites the tables only.
+command into `benchmarks/results/calibration.json`.
 """
 
 from __future__ import annotations
@@ -18,33 +17,30 @@ import pandas as pd
 import tyro
 
 from benchmarks import environment
-from benchmarks.tables import markdown, percent, replace_tables
+from benchmarks.tables import markdown, percent
 from qs_jax import presets
 from qs_jax.calibration.search import result_files
 from qs_jax.errors import exit_code
 from qs_jax.files import read_json, write_json
 from qs_jax.mechanisms.kv_maps import KVMaps
 
-PAGES = (Path("docs/calibration.md"), Path("docs/mechanisms/light-layers.md"))
 FILE = environment.RESULTS / "calibration.json"
 
 
 @dataclasses.dataclass
 class Arguments:
-    """Ship a calibrated preset, and rewrite the tables."""
+    """Ship a calibrated preset."""
 
-    name: tyro.conf.Positional[str | None] = None
+    name: tyro.conf.Positional[str]
     """Of `qs_jax.presets.SHIPPED`."""
-    preset: tyro.conf.Positional[Path | None] = None
+    preset: tyro.conf.Positional[Path]
     """What `calibrate --out` wrote, with the files beside it."""
-    command: tyro.conf.Positional[str] = ""
+    command: tyro.conf.Positional[str]
     """How it was called."""
 
 
 def ship(args: Arguments) -> None:
     """Copy a preset, its maps and its search."""
-    assert args.name is not None
-    assert args.preset is not None
     preset, searched, maps = result_files(args.preset)
     content = read_json(FILE)
     content["presets"][args.name] = {"command": args.command} | read_json(searched)
@@ -96,11 +92,7 @@ def _line(entry: Mapping[str, Any]) -> dict[str, str]:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    args = tyro.cli(Arguments, prog="python -m benchmarks.shipped", args=argv)
-    if args.name is not None:
-        ship(args)
-    for page in PAGES:
-        replace_tables(page, tables(read_json(FILE)))
+    ship(tyro.cli(Arguments, prog="python -m benchmarks.shipped", args=argv))
 
 
 if __name__ == "__main__":

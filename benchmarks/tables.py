@@ -11,6 +11,8 @@ import pandas as pd
 
 from qs_jax.files import write_whole
 
+# The name of a table, where a page has a place for it.
+MARKER = re.compile(r"^<!-- table: (.+) -->$", re.MULTILINE)
 _MARKED = re.compile(r"(<!-- table: ([^\n]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

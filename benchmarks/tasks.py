@@ -1,8 +1,8 @@
-"""GLUE and SuperGLUE, the dense model against a preset, and the tables of docs/tasks.md.
+"""GLUE and SuperGLUE, the dense model against a preset.
 
 `python -m benchmarks.tasks --ckpt DIR --data DIR` runs `python -m qs_jax tasks` by label words and
-with a fitted linear head, writes benchmarks/results/tasks.json, and rewrites the tables. Savings
-are simulated: counted from the masked engine's masks.
+with a fitted linear head, and writes benchmarks/results/tasks.json. Savings are simulated: counted
+from the masked engine's masks.
 """
 
 from __future__ import annotations
@@ -17,18 +17,17 @@ import pandas as pd
 import tyro
 
 from benchmarks import environment
-from benchmarks.tables import markdown, replace_tables
+from benchmarks.tables import markdown
 from qs_jax.commands.tasks import Tasks
 from qs_jax.errors import exit_code
 from qs_jax.evaluation.tasks import TASKS
 
 HEADS = {"none": "zero-shot", "linear": "linear head"}
-_PAGE = Path("docs/tasks.md")
 
 
 @dataclasses.dataclass
 class Arguments:
-    """Measure the tasks and rewrite the tables."""
+    """Measure the tasks."""
 
     ckpt: Path = Path("ckpt/smollm2-135m")
     """A converted folder, a hub id, a Hugging Face folder or a .gguf file."""
@@ -40,8 +39,6 @@ class Arguments:
     """Examples drawn of each task; the linear head is fitted on half of them."""
     out: Path = environment.RESULTS / "tasks.json"
     """JSON file."""
-    tables_only: bool = False
-    """Rewrite the tables from the JSON file, measure nothing."""
 
 
 def run(args: Arguments) -> None:
@@ -87,11 +84,10 @@ def cell(result: dict[str, Any], sign: str = "") -> str:
 
 def main(argv: list[str] | None = None) -> None:
     args = tyro.cli(Arguments, prog="python -m benchmarks.tasks", args=argv)
-    if not args.tables_only:
-        run(args)
+    run(args)
     content = json.loads(args.out.read_bytes())
-    replace_tables(_PAGE, {name: markdown(table(content[name])) for name in HEADS.values()})
-    print(f"{args.out} and the tables of {_PAGE} are up to date.")
+    for name in HEADS.values():
+        print(f"{name}\n{markdown(table(content[name]))}")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
 `python -m benchmarks.weights --ckpt DIR --data FILE` loads a checkpoint as bfloat16, int8 and,
 where it came from a `.gguf` file, with that file's codes. It scores windows of a text
-(teacher-forced), times a prefill and decoding steps in turn, and rewrites the table of
-docs/engines.md.
+(teacher-forced), and times a prefill and decoding steps in turn.
 """
 
 from __future__ import annotations
@@ -21,15 +20,13 @@ import qs_jax
 from benchmarks import environment
 from benchmarks.latency_rows import OurCall
 from benchmarks.mechanisms import Inputs
-from benchmarks.tables import markdown, replace_tables
+from benchmarks.tables import markdown
 from benchmarks.timing import interval, ratio, run_in_turn
 from qs_jax.config import GREEDY, Config, ModelConfig
 from qs_jax.errors import CheckpointError, exit_code
 from qs_jax.evaluation import perplexity
-from qs_jax.files import read_json
 from qs_jax.models import Params
 
-PAGE = Path("docs/engines.md")
 KINDS = ("bfloat16", "int8", "gguf")
 PROMPT, NEW = 128, 48
 # What is timed of so many rows: a prefill, or the steps after it.
@@ -50,8 +47,6 @@ class Arguments(Inputs):
     """Runs of each row."""
     out: Path = environment.RESULTS / "weights.json"
     """JSON file."""
-    tables_only: bool = False
-    """Rewrite the table from the JSON file, measure nothing."""
 
 
 def load(args: Arguments) -> Iterator[tuple[str, Params, ModelConfig]]:
@@ -106,9 +101,8 @@ def table(content: dict[str, Any]) -> pd.DataFrame:
 
 
 def run(args: Arguments) -> None:
-    """Measure, and rewrite the table."""
-    content = read_json(args.out) if args.tables_only else measure(args)
-    replace_tables(PAGE, {"weights": markdown(table(content))})
+    """Measure, and print the table."""
+    print(markdown(table(measure(args))))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import overview
+from benchmarks.tables import markdown
 from qs_jax import cli
 
 ROOT = Path(__file__).parents[1]
@@ -85,7 +86,7 @@ def test_commands_have_the_flags_that_pages_show(module, command, flags, capsys,
         pytest.skip("its options are the harness's, which is not installed here")
     main = cli.main if module == "qs_jax" else importlib.import_module(_file(module)).main
     arguments = [command, "--help"] if command else ["--help"]
-    if module in ("benchmarks.overview", "benchmarks.paper_tables"):
+    if module == "benchmarks.pages":
         assert not flags, "it has no options"
         return
     with pytest.raises(SystemExit) as ended:
@@ -128,6 +129,4 @@ def test_figures_of_the_readme_are_those_of_the_files():
     front = found["prompt_front"]
     shown, windows = front["rows"]["light: balanced"], front["about"]["windows"]
     assert f"The picture's {windows} windows show {shown['ppl_increase']:+.2f}." in text
-    assert f"<!-- table: overview -->\n{overview.markdown(overview.table(found))}\n" in text_of(
-        "README.md"
-    )
+    assert f"<!-- table: overview -->\n{markdown(overview.table(found))}\n" in text_of("README.md")

@@ -1,8 +1,8 @@
 """One command on one GPU: parity with the CPU, times, attention, a trace, and torch.
 
 `python -m benchmarks.gpu --out FILE` writes FILE row by row and prints its tables; a row that
-fails or is not run holds the reason. `--tables-only` rewrites the tables of the README beside this
-file instead. benchmarks/gpu/README.md says what to install on a machine without network.
+fails or is not run holds the reason. benchmarks/gpu/README.md says what to install on a machine
+without network.
 """
 
 from __future__ import annotations
@@ -16,12 +16,10 @@ from benchmarks import environment
 from benchmarks.gpu.models import FULL, TINY
 from benchmarks.gpu.rows import Run, reason_of, tables
 from benchmarks.gpu.sections import Bench
-from benchmarks.tables import replace_tables
 from qs_jax.compilation_cache import enable_compilation_cache
 from qs_jax.errors import InputError, exit_code
 from qs_jax.files import read_json
 
-PAGE = Path(__file__).with_name("README.md")
 # In the order they run: the long last section gets what time is left.
 SECTIONS = {
     "parity": Bench.parity,
@@ -47,8 +45,6 @@ class Arguments:
     """Rows that would end later are not begun."""
     tiny: bool = False
     """Small sizes, and a small model for the one with random weights: a try without a GPU."""
-    tables_only: bool = False
-    """Rewrite the tables of the README from the JSON file, measure nothing."""
 
 
 def measure(args: Arguments) -> None:
@@ -73,10 +69,7 @@ def measure(args: Arguments) -> None:
 
 
 def run(args: Arguments) -> None:
-    """Measure and print the tables, or rewrite those of the README."""
-    if args.tables_only:
-        replace_tables(PAGE, tables(read_json(args.out)))
-        return
+    """Measure and print the tables."""
     measure(args)
     for name, table in tables(read_json(args.out)).items():
         print(f"\n{name}\n{table}")

@@ -1,10 +1,10 @@
 """Which words halt, which fuse, and what it does to predictions: paper Tables 2, 9, 12 and 13.
 
 `python -m benchmarks.linguistics --ckpt DIR --treebank ZIP` scores the first windows of the Penn
-Treebank sample under every configuration of docs/linguistics.md, writes
-benchmarks/results/linguistics.json after each (a stopped run goes on where it was), and rewrites
-the tables of the page. `--text FILE` adds a text tagged by spaCy, the paper's own set-up. With
-`--preset NAME` only that preset is measured, into `--out`. All savings are simulated.
+Treebank sample under every configuration of docs/linguistics.md and writes
+benchmarks/results/linguistics.json after each (a stopped run goes on where it was). `--text FILE`
+adds a text tagged by spaCy, the paper's own set-up. With `--preset NAME` only that preset is
+measured, into `--out`. All savings are simulated.
 """
 
 from __future__ import annotations
@@ -22,14 +22,12 @@ from tqdm import tqdm
 
 import qs_jax
 from benchmarks import environment, mechanism_rows
-from benchmarks.linguistics import tables
 from benchmarks.linguistics.align import Aligned, align
 from benchmarks.linguistics.measures import Pairs, fusion_layers, pair_shares, study
 from benchmarks.linguistics.observe import Observed, observe
 from benchmarks.linguistics.text import TaggedText, tag_text
 from benchmarks.linguistics.treebank import read_treebank
 from benchmarks.mechanism_rows import CONTINUATION, TEACHER, Row
-from benchmarks.tables import markdown, replace_tables
 from qs_jax import presets
 from qs_jax.config import Config, ModelConfig, QuickSilverConfig
 from qs_jax.errors import InputError, exit_code
@@ -37,7 +35,6 @@ from qs_jax.load import find_maps
 from qs_jax.models import Params
 
 _SINKS = 4  # the first positions of a window, which no preset lets fuse
-_PAGE = Path("docs/linguistics.md")
 
 
 @dataclasses.dataclass
@@ -66,8 +63,6 @@ class Arguments:
     """Windows at a time; their logits are held at once."""
     out: Path = environment.RESULTS / "linguistics.json"
     """JSON file."""
-    tables_only: bool = False
-    """Rewrite the tables of the page from the JSON file, measure nothing."""
 
 
 def page_rows(model: ModelConfig, fitted: dict[str, Any], parsed: bool) -> Iterator[Row]:
@@ -182,10 +177,7 @@ def _round_floats(content: dict[str, Any]) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     args = tyro.cli(Arguments, prog="python -m benchmarks.linguistics", args=argv)
-    content = json.loads(args.out.read_bytes()) if args.tables_only else measure(args)
-    if args.preset is None:
-        frames = tables.make_tables(content)
-        replace_tables(_PAGE, {name: markdown(frame) for name, frame in frames.items()})
+    measure(args)
     print(f"{args.out} is up to date.")
 
 

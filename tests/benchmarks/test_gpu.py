@@ -10,13 +10,11 @@ import numpy as np
 import pytest
 
 import qs_jax
-from benchmarks import environment
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import models, sections
 from benchmarks.gpu.rows import NO_TIME, tables
 from qs_jax.engine import fast, weights
 from qs_jax.errors import InputError
-from qs_jax.files import read_json
 from qs_jax.mechanisms import light
 from qs_jax.models import abstract_params, cpu
 from tests.engine.programs import arguments_of
@@ -98,14 +96,6 @@ def test_the_tables_show_rows_and_reasons(content):
     assert "RuntimeError: cuDNN is not detected." in shown["gpu attention"]
     assert "torch is not installed." in shown["gpu torch"]
     assert all(table.count("\n") <= 13 for table in shown.values())
-
-
-def test_the_page_shows_the_result_file_or_that_there_is_none():
-    file = environment.RESULTS / "gpu.json"
-    shown = tables(read_json(file) if file.exists() else None)
-    page = gpu.PAGE.read_text()
-    for name, table in shown.items():
-        assert f"<!-- table: {name} -->\n{table}\n<!-- end -->" in page
 
 
 def test_without_time_every_row_says_so(content, tiny_checkpoint, tmp_path):

@@ -13,10 +13,7 @@ def test_the_preset_its_maps_and_its_search_are_kept(tmp_path, monkeypatch):
     model = testing.tiny_model()
     found, kept = tmp_path / "mine.json", tmp_path / "shipped" / "preset.json"
     kept.parent.mkdir()
-    page = tmp_path / "page.md"
-    page.write_text("<!-- table: calibrated mine -->\n<!-- end -->\n")
     monkeypatch.setattr(shipped, "FILE", file := tmp_path / "calibration.json")
-    monkeypatch.setattr(shipped, "PAGES", (page,))
     monkeypatch.setattr(presets, "SHIPPED", {**presets.SHIPPED, "mine": kept})
     _, searched, maps = result_files(found)
     entry = {"ppl_increase": 0.1, "upper_bound": 0.15, "within_budget": True, "agreement": 0.9}
@@ -36,4 +33,5 @@ def test_the_preset_its_maps_and_its_search_are_kept(tmp_path, monkeypatch):
     content = read_json(file)["presets"]
     assert content["mine"]["command"] == "python -m qs_jax calibrate"
     assert list(content) == ["balanced", "mine"]
-    assert "| 512 | 32 | +0.10 | +0.15 | 90.0% | 0 | 20.0% | 50.0% | yes |" in page.read_text()
+    table = shipped.tables(read_json(file))["calibrated mine"]
+    assert "| 512 | 32 | +0.10 | +0.15 | 90.0% | 0 | 20.0% | 50.0% | yes |" in table

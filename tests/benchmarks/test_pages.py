@@ -7,23 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from benchmarks import (
-    carbon,
-    decode,
-    environment,
-    front,
-    latency_figures,
-    mechanism_pictures,
-    mechanisms,
-    overview,
-    paper_tables,
-    retrieval,
-    shipped,
-    tasks,
-    weights,
-)
-from benchmarks.gpu import rows
-from benchmarks.linguistics import tables as linguistics
+from benchmarks import environment, mechanisms, pages, paper_tables
 from benchmarks.tables import markdown, percent, replace_tables
 
 ROOT = Path(__file__).parents[2]
@@ -41,42 +25,15 @@ def lines_of(table):
 
 
 MECHANISMS = ("halting", "kv-skipping", "fusion", "quantization", "light-layers")
-MARKER = re.compile(r"^<!-- table: (.+) -->", re.MULTILINE)
-PAGES = {
-    str(path.relative_to(ROOT)): MARKER.findall(path.read_text(encoding="utf-8"))
-    for folder in ("", "docs", "docs/mechanisms", "benchmarks", "benchmarks/gpu")
-    for path in (ROOT / folder).glob("*.md")
-}
+PAGES = {str(path.relative_to(ROOT)): names for path, names in pages.pages().items()}
 
 
 @pytest.fixture(scope="module")
 def made():
-    """Every table, made anew from the result files."""
-    gpu = environment.RESULTS / "gpu.json"
-    found = [
-        paper_tables.render(environment.RESULTS),
-        mechanisms.tables(result("mechanisms")),
-        shipped.tables(result("calibration")),
-        front.tables(result("prompt_front")),
-        latency_figures.tables(result("latency")),
-        decode.tables(result("decode")),
-        {"weights": markdown(weights.table(result("weights")))},
-        {"carbon": carbon.table(result("carbon"))},
-        {name: markdown(tasks.table(result("tasks")[name])) for name in tasks.HEADS.values()},
-        {"retrieval": markdown(retrieval.table(result("retrieval")))},
-        {"overview": markdown(overview.table(overview.results()))},
-        {
-            name: markdown(frame)
-            for name, frame in linguistics.make_tables(result("linguistics")).items()
-        },
-        rows.tables(json.loads(gpu.read_text(encoding="utf-8")) if gpu.exists() else None),
-    ]
-    names = [name for tables in found for name in tables]
-    assert len(names) == len(set(names))
-    return {name: table for tables in found for name, table in tables.items()}
+    return pages.tables()
 
 
-@pytest.mark.parametrize("page", [page for page, names in PAGES.items() if names])
+@pytest.mark.parametrize("page", PAGES)
 def test_the_tables_on_a_page_are_those_of_the_result_files(page, tmp_path, made):
     assert made.keys() >= set(PAGES[page])
     text = (ROOT / page).read_text(encoding="utf-8")
@@ -85,26 +42,28 @@ def test_the_tables_on_a_page_are_those_of_the_result_files(page, tmp_path, made
     assert (tmp_path / "page.md").read_text(encoding="utf-8") == text
 
 
+def test_every_table_has_a_page(made):
+    assert made.keys() == {name for names in PAGES.values() for name in names}
+
+
 @pytest.mark.parametrize("page", MECHANISMS)
 def test_a_mechanism_has_one_small_table_and_one_picture(page):
     text = (ROOT / f"docs/mechanisms/{page}.md").read_text(encoding="utf-8")
-    assert len(MARKER.findall(text)) == 1
+    assert len(PAGES[f"docs/mechanisms/{page}.md"]) == 1
     assert re.findall(r"!\[.*\]\((.*)\)", text) == [f"../images/{page}.svg"]
 
 
 def test_the_pictures_are_those_of_the_result_files(tmp_path):
     pytest.importorskip("matplotlib")
     made_with = re.compile("Matplotlib v[^,]*")
-    changes = mechanisms.changes(result("mechanisms"))
-    mechanism_pictures.draw(changes, result("calibration"), result("prompt_front"), tmp_path)
-    front.draw(result("prompt_front"), tmp_path / "front.svg")
+    pages.draw(tmp_path)
     assert {path.stem for path in tmp_path.iterdir()} == {*MECHANISMS, "front"}
     for drawn in tmp_path.iterdir():
         text = drawn.read_text(encoding="utf-8")
         kept = (ROOT / "docs/images" / drawn.name).read_text(encoding="utf-8")
         assert "perplexity increase" in text
         if made_with.findall(text) == made_with.findall(kept):  # another version draws otherwise
-            assert text == kept, f"{drawn.name}: python -m benchmarks.mechanisms --tables-only"
+            assert text == kept, f"{drawn.name}: python -m benchmarks.pages"
 
 
 def test_every_table_of_the_paper_has_a_short_one():
@@ -124,7 +83,8 @@ def test_figures_stand_beside_the_papers():
     row = next(
         row
         for row in result("ablation")["rows"]
-        if row["settings"] == "all four" and row["whole"] and row["data"] == "wikitext"
+        if (row["settings"], row["name"], row["kind"]) == ("all four", "H+K+F+Q", "cumulative")
+        and row["data"] == "wikitext"
     )
     assert whole[:4] == ["H+K+F+Q, cumulative", "49%", "60%", "+0.22"]
     assert whole[6] == percent(row["exact_flops_saved"])
