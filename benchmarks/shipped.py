@@ -56,6 +56,7 @@ def tables(content: Mapping[str, Any]) -> dict[str, str]:
     found = {
         f"calibrated {name}": [_line(entry) for entry in search["verified"]]
         for name, search in content["presets"].items()
+        if name in presets.SHIPPED
     }
     lengths = content["presets"]["balanced"]["preset"]["provenance"]["verified"]["lengths"]
     found["light layers"] = [_verified(length, entry) for length, entry in lengths.items()]

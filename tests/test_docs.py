@@ -129,4 +129,6 @@ def test_figures_of_the_readme_are_those_of_the_files():
     front = found["prompt_front"]
     shown, windows = front["rows"]["light: balanced"], front["about"]["windows"]
     assert f"The picture's {windows} windows show {shown['ppl_increase']:+.2f}." in text
+    assert "decoding of one row three times as fast" in text
+    assert 2.5 < found["latency"]["decode_ours_over_hf"] < 3.5
     assert f"<!-- table: overview -->\n{markdown(overview.table(found))}\n" in text_of("README.md")

@@ -107,10 +107,10 @@ class QuickSilverConfig(Settings):
     def leaves_alone(self, prompt_length: int) -> bool:
         """Whether a prompt so short runs dense under "continuation": all its tokens are exempt.
 
-        Int8 products and caches are of whole layers, exempt tokens among them.
+        Bits reach exempt tokens, too: the first ones have 8, and int8 is for whole layers.
         """
         exempt = self.sink_tokens + int(self.recent_of(np.array(prompt_length)))
-        return prompt_length <= exempt and not (self.amq and self.amq.execution == "int8")
+        return prompt_length <= exempt and self.amq is None
 
     def explain_idle(self, prompt_lengths: Sequence[int] | np.ndarray) -> str:
         """Say in a sentence or two why nothing halted, fused or lost bits in a call.

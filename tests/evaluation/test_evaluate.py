@@ -21,7 +21,7 @@ TEXT = ("the quick brown fox jumps over the lazy dog; " * 5)[:221]
 WIDTH, WINDOWS, CONTINUED = 24, 9, 8
 TOP = ["perplexity", "tokens_scored", "paper_flops_saved", "exact_flops_saved", "kv_bytes_saved"]
 TOP += ["layer_tokens_saved", "nll", "perplexity_interval", "windows", "per_window", "counts"]
-TOP += ["summary", "simulated", "text", "config", "model", "versions", "git"]
+TOP += ["summary", "simulated", "idle", "text", "config", "model", "versions", "git"]
 
 
 @pytest.fixture(scope="module")
