@@ -141,7 +141,7 @@ def draw(content: dict[str, Any], path: Path) -> None:
             x, y = [100 * r["time_saved"] for r in rows], [r["ppl_increase"] for r in rows]
             color = COLORS[number]
             axes.plot(x, y, style, label=label, color=color, markersize=5, linewidth=1)
-        marks = [("the paper's claim,\nin FLOPs of its own account", *CLAIM, "*", INK)]
+        marks = [("the paper's claim,\nin FLOPs, by its own count", *CLAIM, "*", INK)]
         if best := content["rows"].get("light: balanced"):
             place = 100 * best["time_saved"], best["ppl_increase"]
             marks.append(("balanced", *place, "o", COLORS[0]))

@@ -125,10 +125,12 @@ def test_figures_of_the_readme_are_those_of_the_files():
     assert "within a budget of +0.2 perplexity" in text
     assert balanced["upper_bound"] <= 0.2
     cost, windows = f"{balanced['ppl_increase']:+.2f}", balanced["windows"]
-    assert f"On the {windows} windows that verified it, it costs {cost}." in text
+    assert f"Verified on {windows} windows, it costs {cost}." in text
     front = found["prompt_front"]
     shown, windows = front["rows"]["light: balanced"], front["about"]["windows"]
-    assert f"The picture's {windows} windows show {shown['ppl_increase']:+.2f}." in text
+    told = f"On the {windows} windows of this picture, it costs {shown['ppl_increase']:+.2f}."
+    assert told in text
+    assert f"dense perplexity {front['dense_perplexity']:.1f}" in text
     assert "decoding of one row three times as fast" in text
     assert 2.5 < found["latency"]["decode_ours_over_hf"] < 3.5
     assert f"<!-- table: overview -->\n{markdown(overview.table(found))}\n" in text_of("README.md")
