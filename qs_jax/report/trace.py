@@ -154,8 +154,9 @@ def trace(
 def _as_run(out: dict[str, Any], text: Text, cfg: Config, letters: str, mask_T: np.ndarray) -> Run:
     qs, width = cfg.quicksilver or QuickSilverConfig(), len(mask_T)
     lengths_B, ends_B = text[0].lengths_B, text[1]
-    told = {"quicksilver": reduced(qs, letters) if letters else None}
-    record = Record.of(out["evidence"], width, lengths_B, ends_B, cfg.effective_protocol, **told)
+    ran = reduced(qs, letters) if letters else None
+    told = (out["evidence"], width, lengths_B, ends_B, cfg.effective_protocol)
+    record = Record.of(*told, quicksilver=ran)
     if "H" not in letters:  # the program computed the drift of a rule that is off
         record = dataclasses.replace(record, drift=np.full_like(record.drift, np.nan))
     logprobs_T = np.where(mask_T, out["logprobs"][0, :width], 0).astype(np.float32)
