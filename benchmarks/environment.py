@@ -16,7 +16,7 @@ import tyro
 from qs_jax.checkpoint import read_manifest
 from qs_jax.config import Config
 from qs_jax.evaluation.perplexity import git_hash
-from qs_jax.files import check_targets, write_json
+from qs_jax.files import check_targets, read_json, write_json
 from qs_jax.load import find_checkpoint, find_maps
 from qs_jax.models import Params
 
@@ -65,6 +65,12 @@ def read(path: Path, about: dict[str, Any], empty: dict[str, Any]) -> dict[str, 
     if content["about"] != json.loads(json.dumps(about)):
         raise SystemExit(f"{path} holds other measurements ({content['about']}): move it away.")
     return content
+
+
+def result(name: str) -> Any:
+    """A result file; None where its command has not been run."""
+    path = RESULTS / f"{name}.json"
+    return read_json(path) if path.exists() else None
 
 
 def write(name: str, result: dict[str, Any], out: Path | None = None) -> Path:

@@ -134,7 +134,7 @@ def measure(args: Arguments) -> None:
 
 def draw(content: dict[str, Any], path: Path) -> None:
     """Perplexity lost against the share of a prompt's time that is saved."""
-    with picture(path, 6.6, 4.2) as (axes,):
+    with picture(path, 6.6, 4.2) as axes:
         for number, (family, (label, style)) in enumerate(STYLES.items()):
             rows = [row for row in content["rows"].values() if row["family"] == family]
             rows = sorted((r for r in rows if r["time_saved"]), key=lambda r: r["time_saved"])

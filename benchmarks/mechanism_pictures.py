@@ -1,7 +1,6 @@
 """Pictures of the pages in docs/mechanisms, from the result files.
 
-`python -m benchmarks.pages` draws them. Savings that are counted from masks
-are called simulated.
+`python -m benchmarks.pages` draws them. Savings that are counted from masks are called simulated.
 """
 
 from __future__ import annotations
@@ -10,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.pictures import COLORS, FOLDER, INK, picture
+from benchmarks.mechanisms import SHOWN
+from benchmarks.pictures import COLORS, INK, picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,30 +41,26 @@ BITS = {
     "adaptive: 8, 4": "bits | adaptive, no 2 bits",
     "adaptive: 8, 4, 2": "bits | adaptive, nats (1.0, 2.3)",
 }
-FUSION = {
-    "fusion": "ablation, percentiles | F",
-    "halting, skipping": "ablation, percentiles | H+K",
-    "halting, skipping, fusion": "ablation, percentiles | H+K+F",
-}
+FUSION = {label: key for label, key in SHOWN["fusion"].items() if key.startswith("ablation")}
 
 
 def draw(
     changes: Changes,
     calibration: Mapping[str, Any],
     front: Mapping[str, Any],
-    folder: Path = FOLDER,
+    folder: Path,
 ) -> None:
     """Draw all of them; `calibration` and `front` are the results of those names."""
-    with picture(folder / "halting.svg", height=3.4) as (axes,):
+    with picture(folder / "halting.svg", height=3.4) as axes:
         _intervals(axes, changes, HALTING, 1200)
-    with picture(folder / "kv-skipping.svg", height=3.8) as (axes,):
+    with picture(folder / "kv-skipping.svg", height=3.8) as axes:
         _draw_policies(axes, changes)
-    with picture(folder / "fusion.svg") as (axes,):
+    with picture(folder / "fusion.svg") as axes:
         _draw_fusion(axes, changes)
-    with picture(folder / "quantization.svg", height=3.8) as (axes,):
+    with picture(folder / "quantization.svg", height=3.8) as axes:
         _intervals(axes, changes, BITS, 50)
         axes.set_ylabel("bits of a token")
-    with picture(folder / "light-layers.svg") as (axes,):
+    with picture(folder / "light-layers.svg") as axes:
         _draw_light_layers(axes, calibration["presets"]["balanced"], front)
 
 

@@ -23,7 +23,7 @@ from benchmarks import environment, mechanism_rows
 from benchmarks.mechanism_rows import CONTINUATION, TEACHER, Row
 from benchmarks.tables import markdown, percent
 from qs_jax import accounting
-from qs_jax.calibration.fit_maps import accumulate
+from qs_jax.calibration.fit_maps import fit_kv_maps
 from qs_jax.config import Config, ModelConfig
 from qs_jax.errors import InputError, exit_code
 from qs_jax.evaluation import perplexity
@@ -165,9 +165,8 @@ def measure(args: Arguments) -> None:
         save()
     rows = list(mechanism_rows.all_rows(model, content["fitted"]))
     rows = [row for row in rows if not args.sections or row.section in args.sections]
-    given = {"features": ("state",), "data": about["text"], "progress": True}
-    moments = accumulate(params, fitting_WT, mechanism_rows.MAP_LAYERS, model, **given)
-    maps = moments.solve(("state",), rank=None)
+    given = {"data": about["text"], "progress": True}
+    maps = fit_kv_maps(params, fitting_WT, mechanism_rows.MAP_LAYERS, model, **given)
 
     def params_for(row: Row) -> Params:
         skip, halting = row.quicksilver.kv_skip, row.quicksilver.halting

@@ -21,7 +21,7 @@ def results() -> dict[str, Any]:
     verified = {
         name: read_json(path)["provenance"]["verified"] for name, path in presets.SHIPPED.items()
     }
-    files = {name: read_json(environment.RESULTS / f"{name}.json") for name in FILES}
+    files = {name: environment.result(name) for name in FILES}
     return files | {"verified": verified}
 
 

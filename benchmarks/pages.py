@@ -8,12 +8,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from benchmarks import (
     carbon,
     decode,
-    environment,
     front,
     latency_figures,
     mechanism_pictures,
@@ -25,21 +23,15 @@ from benchmarks import (
     tasks,
     weights,
 )
+from benchmarks.environment import RESULTS, result
 from benchmarks.gpu import rows as gpu
 from benchmarks.linguistics import tables as linguistics
 from benchmarks.pictures import FOLDER
 from benchmarks.tables import MARKER, markdown, replace_tables
 from qs_jax.errors import exit_code
-from qs_jax.files import read_json
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("", "docs", "docs/mechanisms", "benchmarks", "benchmarks/gpu")
-
-
-def result(name: str) -> Any:
-    """A result file; None where its command has not been run."""
-    path = environment.RESULTS / f"{name}.json"
-    return read_json(path) if path.exists() else None
 
 
 def pages() -> dict[Path, list[str]]:
@@ -54,7 +46,7 @@ def tables() -> dict[str, str]:
     heads = tasks.HEADS.values()
     words = linguistics.make_tables(result("linguistics")).items()
     found: tuple[Mapping[str, str], ...] = (
-        paper_tables.render(environment.RESULTS),
+        paper_tables.render(),
         mechanisms.tables(result("mechanisms")),
         shipped.tables(result("calibration")),
         front.tables(result("prompt_front")),
@@ -88,7 +80,7 @@ def main() -> None:
     for page in pages():
         replace_tables(page, every)
     draw(ROOT / FOLDER)
-    print(f"{len(every)} tables and the pictures are those of {environment.RESULTS}.")
+    print(f"{len(every)} tables and the pictures are those of {RESULTS}.")
 
 
 if __name__ == "__main__":

@@ -6,13 +6,12 @@ Figures of the paper are quoted here: Tables 2, 8 and 12 hold the same numbers, 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from benchmarks import environment
 from benchmarks.mechanisms import increase, paired_change
 from benchmarks.tables import markdown, percent
 
@@ -200,10 +199,10 @@ TABLES: dict[str, Callable[[Results], Lines]] = {
 }
 
 
-def render(folder: Path) -> dict[str, str]:
-    """Markdown of each table, from the result files in a folder."""
+def render() -> dict[str, str]:
+    """Markdown of each table, from the result files."""
     files = ("ablation", "latency", "linguistics", "mechanisms", "tasks")
-    results = {name: json.loads((folder / f"{name}.json").read_text("utf-8")) for name in files}
+    results = {name: environment.result(name) for name in files}
     tables = {}
     for name, make in TABLES.items():
         head, *lines = make(results)

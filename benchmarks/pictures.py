@@ -25,10 +25,8 @@ _STYLE = f"<style>@media (prefers-color-scheme:dark){{{_DARK}}}</style>"
 
 
 @contextmanager
-def picture(
-    path: Path, width: float = 6.4, height: float = 3.6, panels: int = 1
-) -> Iterator[list[Axes]]:
-    """Axes to draw on, side by side, in inches; written as SVG when the block ends.
+def picture(path: Path, width: float = 6.4, height: float = 3.6) -> Iterator[Axes]:
+    """Axes to draw on, sizes in inches; written as SVG when the block ends.
 
     The background is transparent, and text stays text. A file depends on what it shows only.
     """
@@ -41,7 +39,7 @@ def picture(
     plain |= {"axes.spines.top": False, "axes.spines.right": False}
     with rc_context(plain | dict.fromkeys(ink, INK)):
         figure = Figure(figsize=(width, height), layout="constrained")
-        yield list(figure.subplots(1, panels, squeeze=False)[0])
+        yield figure.subplots()
         with write_whole(path) as (staged,):
             figure.savefig(staged, format="svg", transparent=True, metadata={"Date": None})
             head, body = staged.read_text(encoding="utf-8").split("<defs>", 1)

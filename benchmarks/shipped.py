@@ -21,7 +21,7 @@ from benchmarks.tables import markdown, percent
 from qs_jax import presets
 from qs_jax.calibration.search import result_files
 from qs_jax.errors import exit_code
-from qs_jax.files import read_json, write_json
+from qs_jax.files import read_json
 from qs_jax.mechanisms.kv_maps import KVMaps
 
 FILE = environment.RESULTS / "calibration.json"
@@ -44,7 +44,7 @@ def ship(args: Arguments) -> None:
     preset, searched, maps = result_files(args.preset)
     content = read_json(FILE)
     content["presets"][args.name] = {"command": args.command} | read_json(searched)
-    write_json(FILE, content | {"environment": environment.describe()})
+    environment.write("calibration", content, FILE)
     target = presets.SHIPPED[args.name]
     shutil.copyfile(preset, target)
     if maps.exists():
@@ -77,7 +77,6 @@ def _verified(length: str, entry: Mapping[str, Any]) -> dict[str, str]:
 
 def _line(entry: Mapping[str, Any]) -> dict[str, str]:
     lost = entry.get("retrieval", {}).get("lost")
-    saved = entry.get("prompt_exact_flops_saved", entry.get("exact_flops_saved"))
     return {
         "tokens": f"{entry.get('seq_len', 512):,}",
         "exempt at the end": str(entry.get("recent_tokens", 32)),
@@ -85,7 +84,7 @@ def _line(entry: Mapping[str, Any]) -> dict[str, str]:
         "bound": f"{entry['upper_bound']:+.2f}",
         "same next token": percent(entry["agreement"]),
         "passkeys lost": "" if lost is None else str(lost),
-        "prompt FLOPs saved": percent(saved),
+        "prompt FLOPs saved": percent(entry["prompt_exact_flops_saved"]),
         "KV bytes saved": percent(entry["kv_bytes_saved"]),
         "kept": "yes" if entry["within_budget"] else "**no**",
     }

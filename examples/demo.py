@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import qs_jax
+from benchmarks.timing import ratio, run_in_turn
 from examples.make_report import main as make_report
 from examples.text import LIGHTHOUSE, REVIEW
 from qs_jax import presets
@@ -60,20 +61,17 @@ class Comparison(NamedTuple):
     Attributes:
       task: What both did.
       way: What did less.
-      dense, less: Seconds of each run, in turn.
+      dense, less: Seconds of both, medians of runs in turn.
+      ratio: Time over dense, the median of the runs' ratios.
       quality: What it cost.
     """
 
     task: str
     way: str
-    dense: list[float]
-    less: list[float]
+    dense: float
+    less: float
+    ratio: float
     quality: str
-
-    @property
-    def ratio(self) -> float:
-        """Time over dense: the median of the runs' ratios."""
-        return median(b / a for a, b in zip(self.dense, self.less, strict=True))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -97,10 +95,9 @@ def main(argv: list[str] | None = None) -> None:
     with console.status("") as status:
         text = tokenizer(LIGHTHOUSE + REVIEW, verbose=False).input_ids[:WINDOW]
         status.update("compiling: a long prompt, dense and under balanced ...")
-        rows = [compare_prompt(params, text, cfg, status.update)]
+        rows = [compare_prompt(params, text, cfg)]
         status.update("compiling: an answer, plain and with drafts ...")
-        asked = encode_prompt(tokenizer, COPY, chat=True)
-        rows.append(compare_answer(params, asked, cfg, status.update))
+        rows.append(compare_answer(params, encode_prompt(tokenizer, COPY, chat=True), cfg))
     console.print(table(rows, f"{model.dtype}, {device.platform}"))
     args.out.mkdir(parents=True, exist_ok=True)
     report, picture = args.out / "report.html", args.out / "demo.png"
@@ -129,9 +126,7 @@ def answer(
     console.print(f"\n[dim]{stream.decode_rate:.0f} tokens/s[/dim]")
 
 
-def compare_prompt(
-    params: Params, ids: list[int], cfg: qs_jax.Config, tell: Callable[[str], None]
-) -> Comparison:
+def compare_prompt(params: Params, ids: list[int], cfg: qs_jax.Config) -> Comparison:
     """Read a text but for its last tokens, dense and under `balanced`; both then predict these."""
     model = cfg.model
     small = presets.config("balanced", model, continuation_tokens=SCORED, **GREEDY)
@@ -139,50 +134,38 @@ def compare_prompt(
     scores = [qs_jax.score(params, [ids], each).perplexity for each in cfgs]
     prompt = [ids[:-SCORED]]
     calls = [each.replace(max_new_tokens=1, eos_token_ids=()) for each in cfgs]
-    dense, less = in_turn(
-        lambda each: qs_jax.generate(params, prompt, each),
-        *calls,
-        lambda turn: tell(f"the prompt, run {turn} of {ROUNDS} ..."),
-    )
+    seconds = time_in_turn(lambda each: qs_jax.generate(params, prompt, each), *calls)
     dense_ppl, ppl = scores
     quality = f"perplexity {dense_ppl:.2f} to {ppl:.2f} ({ppl - dense_ppl:+.2f})"
-    return Comparison(f"read {len(prompt[0])} tokens", "balanced", dense, less, quality)
+    return Comparison(f"read {len(prompt[0])} tokens", "balanced", *seconds, quality)
 
 
-def compare_answer(
-    params: Params, ids: list[int], cfg: qs_jax.Config, tell: Callable[[str], None]
-) -> Comparison:
+def compare_answer(params: Params, ids: list[int], cfg: qs_jax.Config) -> Comparison:
     """Answer with and without drafts; reading the question is in both times."""
     drafts = cfg.replace(speculate=qs_jax.Speculation())
     plain, drafted = (qs_jax.generate(params, [ids], each) for each in (cfg, drafts))
-    dense, less = in_turn(
-        lambda each: qs_jax.generate(params, [ids], each),
-        cfg,
-        drafts,
-        lambda turn: tell(f"the answer, run {turn} of {ROUNDS} ..."),
-    )
+    seconds = time_in_turn(lambda each: qs_jax.generate(params, [ids], each), cfg, drafts)
     new = int(plain.lengths[0])
     same = np.array_equal(plain.sequences[0], drafted.sequences[0])
     quality = "the same text" if same else "another text: a near-tie fell the other way"
-    return Comparison(f"answer in {new} tokens", "drafts", dense, less, quality)
+    return Comparison(f"answer in {new} tokens", "drafts", *seconds, quality)
 
 
-def in_turn(
-    call: Callable[[qs_jax.Config], Any],
-    a: qs_jax.Config,
-    b: qs_jax.Config,
-    tell: Callable[[int], None],
-) -> tuple[list[float], list[float]]:
-    """Seconds of both, A B A B, after a first run of each."""
-    taken: tuple[list[float], list[float]] = [], []
-    for turn in range(ROUNDS + 1):
-        tell(turn)
-        for cfg, seconds in zip((a, b), taken, strict=True):
-            with Stopwatch() as watch:
-                call(cfg)
-            if turn:
-                seconds.append(watch.run)
-    return taken
+def time_in_turn(
+    call: Callable[[qs_jax.Config], Any], dense: qs_jax.Config, less: qs_jax.Config
+) -> tuple[float, float, float]:
+    """Seconds of both and the ratio, medians of runs in turn after a first run of each."""
+
+    def measure(cfg: qs_jax.Config) -> dict[str, float]:
+        with Stopwatch() as watch:
+            call(cfg)
+        return {"seconds": watch.run}
+
+    measures = {"dense": partial(measure, dense), "less": partial(measure, less)}
+    for each in measures.values():
+        each()
+    rows = run_in_turn(measures, ROUNDS)
+    return rows["dense"]["seconds"], rows["less"]["seconds"], ratio(rows["less"])
 
 
 def table(rows: list[Comparison], about: str) -> Table:
@@ -192,7 +175,7 @@ def table(rows: list[Comparison], about: str) -> Table:
         shown.add_column(column, justify="left" if column in ("", "with") else "right")
     shown.add_column("quality")
     for row in rows:
-        seconds = f"{median(row.dense):.3f}", f"{median(row.less):.3f}"
+        seconds = f"{row.dense:.3f}", f"{row.less:.3f}"
         shown.add_row(row.task, seconds[0], row.way, seconds[1], f"{row.ratio:.0%}", row.quality)
     return shown
 
@@ -203,7 +186,7 @@ def draw(rows: list[Comparison], path: Path) -> None:
 
     figure = Figure(figsize=(7, 2.6), layout="constrained")
     for axes, row in zip(figure.subplots(1, len(rows)), rows, strict=True):
-        values = median(row.less), median(row.dense)
+        values = row.less, row.dense
         bars = axes.barh((row.way, "dense"), values, color=(BLUE, GREY))
         axes.bar_label(bars, [f"{value:.2f} s" for value in values], padding=3)
         axes.set(title=row.task, xlabel=f"seconds\n{row.quality}", xlim=(0, 1.25 * max(values)))

@@ -168,8 +168,7 @@ def quota(model: ModelConfig, shares: Mapping[float, float]) -> HaltingConfig:
 
 def int8_cache(model: ModelConfig) -> AMQConfig:
     """Keys and values in int8 from the second layer on, with one scale a head."""
-    group = math.gcd(16, model.head_dim)
-    return AMQConfig.uniform(8, layer=1, targets=("kv",), group=group, execution="int8")
+    return AMQConfig.uniform(8, layer=1, targets=("kv",), group=group(model), execution="int8")
 
 
 def group(model: ModelConfig) -> int:

@@ -187,7 +187,7 @@ class Bench:
         tokens = self._prompts(self.small.model, batch, length)
         calls: dict[str, Measure] = {}
 
-        def ours() -> Entry:
+        def warm_dense() -> Entry:
             call = self._first_token("dense", tokens)
             call()  # compiles
 
@@ -199,7 +199,7 @@ class Bench:
             calls["dense"] = once
             return {}
 
-        def theirs() -> Entry:
+        def warm_torch() -> Entry:
             _require_torch()
             with tempfile.TemporaryDirectory() as folder:
                 source = flax_to_hf.export(find_checkpoint(self.ckpt), Path(folder) / "hf")
@@ -209,7 +209,7 @@ class Bench:
             return {}
 
         facts = {"batch": batch, "prompt_tokens": tokens.shape[1]}
-        for name, warm in {"dense": ours, "HF sdpa bfloat16": theirs}.items():
+        for name, warm in {"dense": warm_dense, "HF sdpa bfloat16": warm_torch}.items():
             self.run.row("torch", f"{_size(tokens)} {name}", warm, **facts)
         self._in_turn("torch", {name: f"{_size(tokens)} {name}" for name in calls}, calls)
 

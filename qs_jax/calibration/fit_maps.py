@@ -100,23 +100,19 @@ class Moments(NamedTuple):
     model: ModelConfig
     provenance: dict[str, Any]
 
-    def solve(
-        self, features: Sequence[str] | None = None, *, rank: int | None = None, ridge: float = 1e-3
-    ) -> KVMaps:
-        """Maps that read some of the features, by default all; arguments as of `fit_kv_maps`."""
-        names = self.features if features is None else tuple(features)
-        size, tokens = feature_count(names, self.model), self.provenance["tokens"]
+    def solve(self, *, rank: int | None = None, ridge: float = 1e-3) -> KVMaps:
+        """The maps; arguments as of `fit_kv_maps`."""
+        size, tokens = feature_count(self.features, self.model), self.provenance["tokens"]
         _check_rank(rank, size)
         parse("ridge", ridge, Above0)
         if tokens < size:
             raise InputError(f"{tokens} tokens cannot determine maps of {size} rows: give more.")
-        kept_F = self._columns(names)
         penalty = np.eye(size) * ridge * tokens
         penalty[-1, -1] = 0  # the constant is free
         maps, encoders = [], []
         for x, layer in enumerate(self.layers):
-            gram_FF = self.gram_XFF[x][np.ix_(kept_F, kept_F)] + penalty
-            cross_FDO = np.moveaxis(self.cross_LXFO[layer:, x][:, kept_F], 0, 1)
+            gram_FF = self.gram_XFF[x] + penalty
+            cross_FDO = np.moveaxis(self.cross_LXFO[layer:, x], 0, 1)
             solved = np.linalg.solve(gram_FF, cross_FDO.reshape(size, -1))
             maps_DFO = np.moveaxis(solved.reshape(cross_FDO.shape), 0, 1)
             if rank is not None:
@@ -128,19 +124,10 @@ class Moments(NamedTuple):
             maps_LXFO=jnp.asarray(np.stack(maps, axis=1), jnp.float32),
             encode_XFR=jnp.asarray(np.stack(encoders), jnp.float32) if encoders else None,
             layers=self.layers,
-            features=names,
+            features=self.features,
             provenance=json.dumps(self.provenance | {"ridge": ridge}),
-            neurons=(jnp.arange(self.model.mlp_size),) if "neurons" in names else (),
+            neurons=(jnp.arange(self.model.mlp_size),) if "neurons" in self.features else (),
         )
-
-    def _columns(self, names: tuple[str, ...]) -> np.ndarray:
-        """Places of the features' numbers and of the constant."""
-        places, start = {}, 0
-        for name in self.features:
-            width = feature_count((name,), self.model) - 1
-            places[name] = np.arange(start, start + width)
-            start += width
-        return np.concatenate([*(places[name] for name in names), [start]])
 
 
 def accumulate(

@@ -154,9 +154,9 @@ def trace(
 def _as_run(out: dict[str, Any], text: Text, cfg: Config, letters: str, mask_T: np.ndarray) -> Run:
     qs, width = cfg.quicksilver or QuickSilverConfig(), len(mask_T)
     lengths_B, ends_B = text[0].lengths_B, text[1]
-    ran = reduced(qs, letters) if letters else None
+    ran = reduced(qs, letters)
     told = (out["evidence"], width, lengths_B, ends_B, cfg.effective_protocol)
-    record = Record.of(*told, quicksilver=ran)
+    record = Record.of(*told, quicksilver=ran if letters else None)
     if "H" not in letters:  # the program computed the drift of a rule that is off
         record = dataclasses.replace(record, drift=np.full_like(record.drift, np.nan))
     logprobs_T = np.where(mask_T, out["logprobs"][0, :width], 0).astype(np.float32)
@@ -167,7 +167,7 @@ def _as_run(out: dict[str, Any], text: Text, cfg: Config, letters: str, mask_T: 
     for name, kind in signal_kinds(qs).items():
         if kind == "shortlist":
             values[name][: (qs.shortlist_layer or 1) - 1] = np.nan  # its ids are picked there
-    return Run(letters, reduced(qs, letters), record, values, logprobs_T, mask_T)
+    return Run(letters, ran, record, values, logprobs_T, mask_T)
 
 
 def _run(params: Params, text: Text, cfg: Config, letters: str, kinds: dict[str, str]) -> Any:

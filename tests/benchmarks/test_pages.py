@@ -1,20 +1,16 @@
 """Generated tables are those of the result files, and the table helper."""
 
-import json
 import re
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from benchmarks import environment, mechanisms, pages, paper_tables
+from benchmarks import mechanisms, pages, paper_tables
+from benchmarks.environment import result
 from benchmarks.tables import markdown, percent, replace_tables
 
 ROOT = Path(__file__).parents[2]
-
-
-def result(name):
-    return json.loads((environment.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def lines_of(table):
@@ -70,7 +66,7 @@ def test_every_table_of_the_paper_has_a_short_one():
     text = (ROOT / "docs/paper-tables.md").read_text(encoding="utf-8")
     headings = " ".join(re.findall(r"^## Tables? (.*?):", text, re.MULTILINE))
     assert sorted(map(int, re.findall(r"\d+", headings))) == list(range(1, 14))
-    for name, table in paper_tables.render(environment.RESULTS).items():
+    for name, table in paper_tables.render().items():
         head, *lines = lines_of(table)
         assert 2 < len(lines) < 13, name
         assert all(len(line) == len(head) for line in lines)
@@ -78,7 +74,7 @@ def test_every_table_of_the_paper_has_a_short_one():
 
 
 def test_figures_stand_beside_the_papers():
-    made = paper_tables.render(environment.RESULTS)
+    made = paper_tables.render()
     whole = lines_of(made["table 11"])[-1]
     row = next(
         row
